@@ -1,0 +1,1 @@
+"""What a user runs; from a checkout, as `python -m experiments.NAME`."""

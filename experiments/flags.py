@@ -1,0 +1,154 @@
+"""Command-line flags: generated from `Config`, with presets and one-line errors."""
+
+import dataclasses
+import fractions
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl import flags, logging
+
+from pm_jax import rules
+from pm_jax.continual import Config
+from pm_jax.types import InvalidInput
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+class _TupleParser(flags.ArgumentParser):
+    """Comma-separated numbers; floats may be given as fractions."""
+
+    def __init__(self, number: type):
+        super().__init__()
+        self._number = number
+        self.syntactic_help = "numbers separated by commas"
+
+    def parse(self, argument: Any) -> tuple:
+        if isinstance(argument, tuple):
+            return argument
+        try:
+            parts = [part for part in argument.split(",") if part]
+            convert = int if self._number is int else lambda part: float(fractions.Fraction(part))
+            return tuple(convert(part) for part in parts)
+        except (ValueError, ZeroDivisionError):
+            kind = "whole numbers" if self._number is int else "numbers or fractions"
+            raise ValueError(f"must be {kind} separated by commas") from None
+
+
+class _TupleSerializer(flags.ArgumentSerializer):
+    def serialize(self, value: Sequence) -> str:
+        return ",".join(map(str, value))
+
+
+def define_tuple(name: str, default: tuple, description: str) -> None:
+    """Define a flag of comma-separated numbers, of the type of the default's entries."""
+    flags.DEFINE(
+        _TupleParser(type(default[0])), name, default, description, serializer=_TupleSerializer()
+    )
+
+
+def define_config_flags() -> None:
+    """Define one flag per field of `Config`."""
+    for field in dataclasses.fields(Config):
+        choices = field.metadata["choices"]
+        description = field.metadata["description"]
+        if choices:
+            description += f" One of {', '.join(choices)}."
+        default = field.default
+        if isinstance(default, tuple):
+            define_tuple(field.name, default, description)
+        elif isinstance(default, bool):
+            flags.DEFINE_boolean(field.name, default, description)
+        elif isinstance(default, int):
+            flags.DEFINE_integer(field.name, default, description)
+        elif isinstance(default, float):
+            flags.DEFINE_float(field.name, default, description)
+        else:
+            flags.DEFINE_string(field.name, str(default), description)
+    flags.DEFINE_string("preset", None, "A file of experiments/presets, without its ending.")
+
+
+def config_from_flags() -> Config:
+    """The configuration that the parsed flags stand for; raises `InvalidInput`."""
+    values = flags.FLAGS
+    settings: dict[str, Any] = {
+        field.name: values[field.name].value for field in dataclasses.fields(Config)
+    }
+    return Config(**settings)
+
+
+def define_baseline_flags() -> None:
+    """Define the flags of a second run beside the main one."""
+    flags.DEFINE_string(
+        "baseline",
+        None,
+        "A rule to run as well, unperturbed, in WORKDIR/baseline; sequential when --rule is not "
+        "given, otherwise none. An empty value is none.",
+    )
+    flags.DEFINE_float("baseline_learning_rate", 0.0, "Of the baseline; 0 for the same.")
+    flags.DEFINE_integer("baseline_epochs", 0, "Epochs of the baseline; 0 for the same.")
+
+
+def baseline_from_flags(config: Config) -> Config | None:
+    """The same settings under the baseline's rule, unperturbed; `None` for no baseline."""
+    values = flags.FLAGS
+    rule = values.baseline
+    if rule is None:
+        rule = "" if values["rule"].present else "sequential"
+    if not rule:
+        return None
+    if rule not in rules.REGISTRY:
+        raise InvalidInput(f"baseline={rule}: must be one of {', '.join(rules.REGISTRY)}")
+    return dataclasses.replace(
+        config,
+        rule=rule,
+        perturbation="none",
+        perturb_per="batch",
+        learning_rate=values.baseline_learning_rate or config.learning_rate,
+        epochs=values.baseline_epochs or config.epochs,
+    )
+
+
+def parse(argv: Sequence[str]) -> list[str]:
+    """Parser for `app.run`: reads presets, and ends with one line and code 2 on a mistake."""
+    try:
+        rest = flags.FLAGS(_with_preset(argv))
+    except flags.CantOpenFlagFileError as error:
+        fail(f"flagfile: {error.args[0].split(': ', 1)[-1]}; give the path of a readable file")
+    except flags.Error as error:
+        fail(f"{error}; --help lists the flags and what they take")
+    except InvalidInput as error:
+        fail(str(error))
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax writes a page of text per checkpoint.
+    if len(rest) > 1:
+        fail(f"{rest[1]!r}: not a flag; settings are given as --name=value")
+    return rest
+
+
+def _with_preset(argv: Sequence[str]) -> list[str]:
+    """`--preset=NAME` becomes a flagfile before all other flags, so that they override it."""
+    result = [argv[0]]
+    arguments = list(argv[1:])
+    for position, argument in enumerate(arguments):
+        flag, equals, name = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and flag == "preset":
+            if not equals:
+                name = "".join(arguments[position + 1 : position + 2])
+            path = PRESETS / f"{name}.flags"
+            if not path.is_file() or Path(name).name != name:
+                known = ", ".join(sorted(path.stem for path in PRESETS.glob("*.flags")))
+                raise InvalidInput(f"--preset={name}: must be one of {known}")
+            result.append(f"--flagfile={path}")
+    return result + arguments
+
+
+def fail(message: str) -> NoReturn:
+    """End with one line on standard error and exit code 2."""
+    line = " ".join(message.split())
+    name = line.split("=", 1)[0]
+    if name in flags.FLAGS:
+        line = f"--{line}"
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    sys.exit(2)

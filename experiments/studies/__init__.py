@@ -1,0 +1,1 @@
+"""Studies behind the figures of the README: restartable, one command each."""

@@ -1,0 +1,56 @@
+"""Train a continual learner: Perturb-and-Merge by default, and a baseline beside it.
+
+python -m experiments.train --workdir=runs/digits --seeds=0,1,2
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import app, flags
+
+from experiments import flags as experiment_flags
+from pm_jax.continual import TrainingDiverged
+from pm_jax.continual.run import describe, run_with_baseline, table
+from pm_jax.types import InvalidInput
+
+experiment_flags.define_config_flags()
+experiment_flags.define_baseline_flags()
+experiment_flags.define_tuple("seeds", (0,), "One run per seed.")
+flags.DEFINE_string("workdir", None, "Where results, checkpoints and logs go.")
+flags.DEFINE_integer(
+    "checkpoint_every", 0, "Steps between checkpoints within a task; 0 for task boundaries only."
+)
+flags.DEFINE_boolean("dry_run", False, "Print the resolved settings and parameter counts; stop.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Check everything, then train and print the table."""
+    del argv
+    values = flags.FLAGS
+    try:
+        config = experiment_flags.config_from_flags()
+        baseline = experiment_flags.baseline_from_flags(config)
+        if not values.seeds or min(values.seeds) < 0:
+            raise InvalidInput(f"seeds={values.seeds}: needs one or more whole numbers from 0 on")
+        if values.checkpoint_every < 0:
+            raise InvalidInput(f"checkpoint_every={values.checkpoint_every}: must not be negative")
+        description = describe(config, values.seeds[0])
+        if values.dry_run:
+            print(description)
+            return
+        if not values.workdir:
+            raise InvalidInput("workdir=: needs a directory, as --workdir=runs/digits")
+        summaries = run_with_baseline(
+            config,
+            baseline,
+            values.seeds,
+            Path(values.workdir),
+            checkpoint_every=values.checkpoint_every,
+        )
+        print(table(summaries))
+    except (InvalidInput, TrainingDiverged) as error:
+        experiment_flags.fail(str(error))
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=experiment_flags.parse)

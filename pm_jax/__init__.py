@@ -1,0 +1,67 @@
+"""Continual learning by model merging in JAX: Perturb-and-Merge and its neighbours."""
+
+from pm_jax import (
+    coefficients,
+    curvature,
+    lora,
+    losses,
+    matrix_products,
+    metrics,
+    perturbation,
+    quadratics,
+    rules,
+    squared_gradients,
+    task_vectors,
+    trees,
+)
+from pm_jax.coefficients import MergeCoefficient, merge_coefficient, predicted_loss_change
+from pm_jax.curvature import (
+    Measure,
+    Measurement,
+    fisher_empirical,
+    fisher_exact,
+    gauss_newton,
+    hessian,
+    measure_all,
+)
+from pm_jax.perturbation import Perturbation, curvature_weight, perturbed
+from pm_jax.quadratics import DiagonalQuadratic, ExactQuadratic, Quadratic, SumQuadratic
+from pm_jax.rules import Evidence, MergeInfo, MergeRule
+from pm_jax.types import Batch, InvalidInput
+
+__all__ = [
+    "Batch",
+    "DiagonalQuadratic",
+    "Evidence",
+    "ExactQuadratic",
+    "InvalidInput",
+    "Measure",
+    "Measurement",
+    "MergeCoefficient",
+    "MergeInfo",
+    "MergeRule",
+    "Perturbation",
+    "Quadratic",
+    "SumQuadratic",
+    "coefficients",
+    "curvature",
+    "curvature_weight",
+    "fisher_empirical",
+    "fisher_exact",
+    "gauss_newton",
+    "hessian",
+    "lora",
+    "losses",
+    "matrix_products",
+    "measure_all",
+    "merge_coefficient",
+    "metrics",
+    "perturbation",
+    "perturbed",
+    "predicted_loss_change",
+    "quadratics",
+    "rules",
+    "squared_gradients",
+    "task_vectors",
+    "trees",
+]

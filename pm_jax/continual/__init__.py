@@ -1,0 +1,6 @@
+"""The experiment: configuration, jitted training, the task loop, checkpoints and results."""
+
+from pm_jax.continual.config import Config
+from pm_jax.continual.learner import Learner, TrainingDiverged
+
+__all__ = ["Config", "Learner", "TrainingDiverged"]

@@ -1,0 +1,237 @@
+"""What determines the numbers of a run: one frozen dataclass, checked when it is made."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+
+from pm_jax import models, perturbation, rules
+from pm_jax.data import stream
+from pm_jax.perturbation import Perturbation
+from pm_jax.rules import MergeRule
+from pm_jax.types import InvalidInput
+
+DATASETS = ("digits",)
+MODELS = ("mlp", "vit")
+ADAPTERS = ("full", "lora")
+OPTIMIZERS = ("adamw", "sgd")
+SCHEDULES = ("constant", "cosine", "linear")
+PERTURBATIONS = ("symmetric", "gaussian", "one_sided", "antithetic", "none")
+CURVATURES = ("fisher_empirical", "fisher_exact")
+SPLITS = ("test", "validation")
+DEFAULT_LORA_PATTERNS = {"mlp": r"hidden_\d+/kernel", "vit": r".*/attn/(key|value)/kernel"}
+
+
+def _option(default: Any, description: str, choices: tuple[str, ...] | None = None) -> Any:
+    return dataclasses.field(
+        default=default, metadata={"description": description, "choices": choices}
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of a run; the fields are the flags of `experiments.train`.
+
+    Raises:
+        InvalidInput: a value out of range; the message names the field, the value and the remedy.
+
+    Example:
+        >>> Config(rule="averaging", perturbation="none").merge_rule().needs
+        frozenset()
+    """
+
+    # Stream.
+    dataset: str = _option("digits", "Where the examples come from.", DATASETS)
+    scenario: str = _option(
+        "domain_incremental",
+        "domain_incremental: every task has every class (digits: each task turns the images "
+        "further). class_incremental: every task brings new classes.",
+        stream.SCENARIOS,
+    )
+    num_tasks: int = _option(
+        5, "Number of tasks; where the classes do not divide evenly, earlier tasks have one more."
+    )
+    base_classes: int = _option(
+        0, "Class-incremental: classes of the first task; 0 for an even share."
+    )
+    rotation_step: float = _option(20.0, "Domain-incremental digits: degrees from task to task.")
+    validation_fraction: float = _option(
+        0.15, "Share of each class's training data that is held out for validation."
+    )
+    evaluate_on: str = _option(
+        "test", "Split that accuracies are measured on; validation to choose settings.", SPLITS
+    )
+
+    # Model.
+    model: str = _option("mlp", "Architecture.", MODELS)
+    hidden_sizes: tuple[int, ...] = _option((256, 256), "mlp: width of each hidden layer.")
+    patch_size: int = _option(2, "vit: side of a patch in pixels; must divide the image.")
+    width: int = _option(64, "vit: width of the tokens.")
+    depth: int = _option(4, "vit: number of blocks.")
+    num_heads: int = _option(4, "vit: attention heads; must divide the width.")
+
+    # What trains.
+    adapter: str = _option(
+        "full",
+        "full: all parameters train and merge. lora: low-rank adapters do (from scratch, the first "
+        "task trains all parameters).",
+        ADAPTERS,
+    )
+    lora_rank: int = _option(10, "lora: rank of the adapters.")
+    lora_pattern: str = _option(
+        "",
+        "lora: regular expression over the paths of dense kernels, matched in full; empty for key "
+        "and value projections (vit) or hidden layers (mlp).",
+    )
+
+    # Training.
+    epochs: int = _option(3, "Passes over the data of a task.")
+    first_task_epochs: int = _option(9, "The same for the first task; 0 for as many as the others.")
+    batch_size: int = _option(32, "Examples per step.")
+    optimizer: str = _option("adamw", "Optimiser, from optax; restarts at each task.", OPTIMIZERS)
+    learning_rate: float = _option(1e-3, "Peak learning rate.")
+    head_learning_rate: float = _option(0.0, "The same for the classifier; 0 for equal.")
+    weight_decay: float = _option(0.0, "Decoupled weight decay (adamw).")
+    schedule: str = _option("constant", "Course of the learning rate over each task.", SCHEDULES)
+    warmup_fraction: float = _option(0.0, "Share of each task's steps with a linear warm-up.")
+    clip_norm: float = _option(0.0, "Bound on the gradient's global norm; 0 for none.")
+
+    # Perturbation.
+    perturbation: str = _option(
+        "symmetric",
+        "Where along the task vector, the displacement from the model that the task started from, "
+        "the training loss is taken.",
+        PERTURBATIONS,
+    )
+    epsilon: float = _option(0.5, "Radius of the perturbation over the task vector, in (0, 1].")
+    probabilities: tuple[float, ...] = _option(
+        (1 / 3, 1 / 3, 1 / 3), "symmetric: of 0, +epsilon and -epsilon; fractions may be given."
+    )
+    perturb_per: str = _option(
+        "batch", "One draw per batch or, with lora, per example.", ("batch", "example")
+    )
+
+    # Merging.
+    rule: str = _option("perturb_and_merge", "Merge rule.", tuple(rules.REGISTRY))
+    clip_alpha: bool = _option(True, "perturb_and_merge: restrict alpha to [0, 1].")
+    curvature: str = _option(
+        "fisher_empirical", "Curvature that a task leaves behind for the merge rule.", CURVATURES
+    )
+    curvature_samples: int = _option(
+        0, "fisher_exact: labels drawn per example; 0 for the sum over all classes."
+    )
+    curvature_examples: int = _option(
+        0, "Training examples that curvature is measured on; 0 for all of the task's."
+    )
+    curvature_memory_mb: float = _option(
+        0.0,
+        "Bound in MB on the per-example gradients in memory at a time; 0 for 8 on a CPU and 2048 "
+        "on accelerators.",
+    )
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            self._check_choice(field)
+        self._check_ranges()
+        try:
+            self.perturbation_law()
+        except ValueError as error:
+            raise InvalidInput(str(error)) from None
+        if self.perturb_per == "example":
+            if self.adapter != "lora":
+                raise InvalidInput("perturb_per=example: needs adapter=lora; use perturb_per=batch")
+            if self.scenario == "domain_incremental":
+                raise InvalidInput(
+                    "perturb_per=example: the classifier of a domain_incremental stream is "
+                    "perturbed as one; use perturb_per=batch"
+                )
+            if self.perturbation == "gaussian":
+                raise InvalidInput(
+                    "perturb_per=example: a Gaussian perturbs the weights, which examples share; "
+                    "use perturb_per=batch"
+                )
+
+    def _check_choice(self, field: dataclasses.Field) -> None:
+        value, choices = getattr(self, field.name), field.metadata["choices"]
+        if choices and value not in choices:
+            raise InvalidInput(f"{field.name}={value}: must be one of {', '.join(choices)}")
+
+    def _check_ranges(self) -> None:
+        at_least_one = (
+            *("num_tasks", "patch_size", "width", "depth", "num_heads", "lora_rank"),
+            *("epochs", "batch_size"),
+        )
+        not_negative = (
+            *("base_classes", "first_task_epochs", "head_learning_rate", "weight_decay"),
+            *("clip_norm", "curvature_samples", "curvature_examples", "curvature_memory_mb"),
+        )
+        conditions = [
+            *((name, getattr(self, name) >= 1, "must be at least 1") for name in at_least_one),
+            *((name, getattr(self, name) >= 0, "must not be negative") for name in not_negative),
+            ("learning_rate", self.learning_rate > 0, "must be above 0"),
+            ("warmup_fraction", 0 <= self.warmup_fraction < 1, "must lie in [0, 1)"),
+            ("validation_fraction", 0 < self.validation_fraction < 1, "must lie between 0 and 1"),
+            ("hidden_sizes", min(self.hidden_sizes, default=0) >= 1, "needs one width or more"),
+            (
+                "num_heads",
+                self.model != "vit" or self.width % self.num_heads == 0,
+                f"must divide width={self.width}",
+            ),
+        ]
+        for name, holds, remedy in conditions:
+            if not holds:
+                raise InvalidInput(f"{name}={getattr(self, name)}: {remedy}")
+
+    def perturbation_law(self) -> Perturbation:
+        """The perturbation of the training loss."""
+        match self.perturbation:
+            case "symmetric":
+                return perturbation.symmetric(self.epsilon, self.probabilities)
+            case "one_sided":
+                return perturbation.one_sided(self.epsilon)
+            case "gaussian":
+                return perturbation.gaussian(self.epsilon)
+            case "antithetic":
+                return perturbation.antithetic(self.epsilon)
+        return perturbation.none()
+
+    def merge_rule(self) -> MergeRule:
+        """The merge rule with its settings."""
+        settings = {"clip": self.clip_alpha} if self.rule == "perturb_and_merge" else {}
+        return rules.REGISTRY[self.rule](**settings)
+
+    def network(self, num_classes: int) -> nn.Module:
+        """The model for a number of classes."""
+        if self.model == "mlp":
+            return models.MLP(num_classes, self.hidden_sizes)
+        return models.VisionTransformer(
+            num_classes, self.patch_size, self.width, self.depth, self.num_heads
+        )
+
+    def kernel_pattern(self) -> str:
+        """Pattern of the kernels that get adapters."""
+        return self.lora_pattern or DEFAULT_LORA_PATTERNS[self.model]
+
+    def epochs_of(self, task: int) -> int:
+        """Passes over the data of a task, counted from 0."""
+        return (self.first_task_epochs or self.epochs) if task == 0 else self.epochs
+
+    def task_stream(self, seed: int) -> stream.TaskStream:
+        """The tasks, split by a seed."""
+        from pm_jax.data import digits
+
+        arrays = digits.load_digits()
+        if self.scenario == "class_incremental":
+            return stream.class_incremental(
+                arrays,
+                self.num_tasks,
+                seed,
+                base_classes=self.base_classes,
+                validation_fraction=self.validation_fraction,
+            )
+        angles = [self.rotation_step * task for task in range(self.num_tasks)]
+        return stream.domain_incremental(
+            [digits.rotated(arrays, angle) for angle in angles],
+            seed,
+            validation_fraction=self.validation_fraction,
+        )

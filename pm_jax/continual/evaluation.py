@@ -1,0 +1,86 @@
+"""Accuracy and loss of a model on the tasks of a stream, per example and in one compiled call."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from pm_jax.continual.training import DeviceData, logits_of
+from pm_jax.types import Array, Params
+
+
+def accuracy_fn(model: nn.Module, batch_size: int = 256) -> Callable[..., Array]:
+    """Accuracy on every task, over the classes seen and with the task known.
+
+    Args:
+        model: linen module.
+        batch_size: examples at a time; the result does not depend on it.
+
+    Returns:
+        Jitted `accuracy(params, data, seen_mask) -> float32 [2, T]`: first with the argmax over
+        `seen_mask` (bool [C]), then over the task's own classes.
+
+    Example:
+        >>> accuracy_fn(nn.Dense(2))
+        <PjitFunction of <function accuracy_fn.<locals>.accuracy at ...>>
+    """
+
+    @jax.jit
+    def accuracy(params: Params, data: DeviceData, seen_mask: Array) -> Array:
+        tasks, largest = data.positions.shape
+        total = tasks * largest
+        number = -(-total // batch_size)
+        position = jnp.arange(number * batch_size).reshape(number, batch_size)
+
+        def step(correct, position):
+            inside = position < total
+            task = jnp.where(inside, position // largest, 0)
+            place = position % largest
+            rows = data.positions[task, place]
+            labels = data.labels[rows]
+            logits = logits_of(model, params, data.inputs[rows], jnp.ones_like(seen_mask))
+            real = inside & (place < data.sizes[task])
+            hits = [
+                real & (jnp.argmax(jnp.where(mask, logits, -jnp.inf), axis=-1) == labels)
+                for mask in (seen_mask[None, :], data.class_masks[task])
+            ]
+            return correct.at[:, task].add(jnp.stack(hits).astype(jnp.int32)), None
+
+        correct, _ = jax.lax.scan(step, jnp.zeros((2, tasks), jnp.int32), position)
+        return correct / data.sizes[None, :]
+
+    return accuracy
+
+
+def mean_loss_fn(model: nn.Module, batch_size: int = 256) -> Callable[..., Array]:
+    """Mean cross-entropy on one task over its own classes, without perturbation.
+
+    Args:
+        model: linen module.
+        batch_size: examples at a time; the result depends on it by rounding only.
+
+    Returns:
+        Jitted `mean_loss(params, data, task) -> float32 scalar`, with `task` an int32 scalar.
+
+    Example:
+        >>> mean_loss_fn(nn.Dense(2))
+        <PjitFunction of <function mean_loss_fn.<locals>.mean_loss at ...>>
+    """
+
+    @jax.jit
+    def mean_loss(params: Params, data: DeviceData, task: Array) -> Array:
+        count, largest = data.sizes[task], data.positions.shape[1]
+
+        def step(number, total):
+            place = number * batch_size + jnp.arange(batch_size)
+            rows = data.positions[task, jnp.minimum(place, largest - 1)]
+            logits = logits_of(model, params, data.inputs[rows], data.class_masks[task])
+            values = optax.softmax_cross_entropy_with_integer_labels(logits, data.labels[rows])
+            return total + jnp.sum(jnp.where(place < count, values, 0.0))
+
+        batches = -(-count // batch_size)
+        return jax.lax.fori_loop(0, batches, step, jnp.zeros((), jnp.float32)) / count
+
+    return mean_loss

@@ -1,0 +1,128 @@
+"""What a finished task offers to the merge rule: its curvature at the trained model."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pm_jax import curvature, losses, task_vectors, trees
+from pm_jax.continual.config import Config
+from pm_jax.continual.training import CURVATURE, DeviceData, logits_of, purpose_key
+from pm_jax.rules import Evidence, MergeRule
+from pm_jax.types import Array, Batch, Key, Params, PyTree
+
+
+def evidence_fn(
+    config: Config,
+    model: nn.Module,
+    rule: MergeRule,
+    merging: tuple[str, ...],
+    dense_layers: tuple[str, ...] = (),
+) -> Callable[..., Evidence]:
+    """How the evidence that a rule needs is measured, in the coordinates that merge.
+
+    Curvature is that of the mean loss over the task's own classes, without perturbation, on the
+    task's training examples (or `config.curvature_examples` of them), at the trained model.
+
+    Args:
+        config: settings.
+        model: linen module.
+        rule: says what it needs; nothing else is computed.
+        merging: paths of the leaves that merge.
+        dense_layers: those of the model, for speed (see `dense_layers_of`).
+
+    Returns:
+        Jitted `measure(key, trained, previous, data, task) -> Evidence`: full parameter trees, the
+        stream, and the task's number as an int32 scalar.
+
+    Example:
+        >>> from pm_jax import rules
+        >>> measure = evidence_fn(Config(), nn.Dense(2), rules.averaging(), ())
+        >>> measure(None, {}, {}, None, 0).quadratic is None
+        True
+    """
+
+    @jax.jit
+    def measure(
+        key: Key, trained: Params, previous: Params, data: DeviceData, task: Array
+    ) -> Evidence:
+        if not rule.needs:
+            return Evidence()
+        leaves = trees.select(trained, merging)
+        delta = task_vectors.difference(leaves, trees.select(previous, merging))
+        mask = data.class_masks[task]
+
+        def logits_fn(leaves: Params, inputs: Array) -> Array:
+            return logits_of(model, trees.replace(trained, leaves), inputs, mask)
+
+        chunk = curvature.chunk_for_memory(leaves, _memory_bytes(config))
+        chunk = min(chunk, data.positions.shape[1])
+        if config.curvature == "fisher_empirical":
+            losses_fn = losses.cross_entropy(logits_fn)
+            how = curvature.fisher_empirical(losses_fn, chunk_size=chunk, dense_layers=dense_layers)
+        else:
+            how = curvature.fisher_exact(
+                logits_fn,
+                num_samples=config.curvature_samples or None,
+                chunk_size=chunk,
+                dense_layers=dense_layers,
+            )
+        key = purpose_key(key, CURVATURE, task)
+        order, count = _examples(config, key, data, task)
+
+        def step(number, state):
+            place = number * chunk + jnp.arange(chunk)
+            rows = order[jnp.minimum(place, order.shape[0] - 1)]
+            weights = (place < count).astype(jnp.float32)
+            return how.update(state, Batch(data.inputs[rows], data.labels[rows], weights))
+
+        start = how.init(leaves, delta, key)
+        state = jax.lax.fori_loop(0, -(-count // chunk), step, start)
+        found = how.finalize(state)
+        return Evidence(found.quadratic, found.standard_error)
+
+    return measure
+
+
+def dense_layers_of(model: nn.Module, inputs: PyTree) -> tuple[str, ...]:
+    """Paths of the linen Dense layers of a model that it calls exactly once.
+
+    Args:
+        model: linen module.
+        inputs: of the module; arrays or shapes.
+
+    Returns:
+        Module paths, "a/b".
+
+    Example:
+        >>> from pm_jax.models import MLP
+        >>> dense_layers_of(MLP(10, (5,)), jnp.ones((1, 4)))
+        ('hidden_0', 'head')
+    """
+    calls: list[str] = []
+
+    def interceptor(next_fn, args, kwargs, context):
+        if isinstance(context.module, nn.Dense) and context.method_name == "__call__":
+            calls.append("/".join(context.module.path))
+        return next_fn(*args, **kwargs)
+
+    with nn.intercept_methods(interceptor):
+        jax.eval_shape(model.init, jax.random.key(0), inputs)
+    return tuple(name for name in dict.fromkeys(calls) if calls.count(name) == 1)
+
+
+def _examples(config: Config, key: Key, data: DeviceData, task: Array) -> tuple[Array, Array]:
+    """Positions of the examples to measure on, and how many of them count."""
+    row, count = data.positions[task], data.sizes[task]
+    if not config.curvature_examples:
+        return row, count
+    draws = jax.random.uniform(key, row.shape)
+    order = jnp.argsort(jnp.where(jnp.arange(row.shape[0]) < count, draws, 2.0))
+    return row[order], jnp.minimum(count, config.curvature_examples)
+
+
+def _memory_bytes(config: Config) -> float:
+    """The bound of the flag; by default what fits a CPU's cache or is small on an accelerator."""
+    default = 8 if jax.default_backend() == "cpu" else 2048
+    return 1e6 * (config.curvature_memory_mb or default)

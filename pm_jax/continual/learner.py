@@ -1,0 +1,300 @@
+"""The task loop: train, measure curvature, merge, evaluate, save; one seed of one configuration."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pm_jax import metrics, trees
+from pm_jax.continual import training
+from pm_jax.continual.checkpoints import Checkpoints
+from pm_jax.continual.config import Config
+from pm_jax.continual.logs import RunLog
+from pm_jax.continual.programs import programs
+from pm_jax.continual.training import DeviceData, Segment, TaskProgram
+from pm_jax.rules import MergeInfo
+from pm_jax.types import Array, Params, PyTree
+
+MERGE_FIELDS = (*MergeInfo._fields, "actual_loss_change")
+PHASES = ("train", "curvature", "merge", "evaluate")
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is no longer finite; the message names task and step."""
+
+
+class Learner:
+    """A continual learner: one seed of one configuration.
+
+    Args:
+        config: settings.
+        seed: of everything random.
+        directory: of checkpoints and logs; `None` to keep nothing.
+        checkpoint_every: steps between checkpoints within a task; 0 for task boundaries only.
+        quiet: print nothing.
+
+    Attributes:
+        params: the merged model so far, full parameter tree.
+        stream: the tasks.
+
+    Raises:
+        InvalidInput: settings that do not fit the data or the model, or a damaged checkpoint.
+
+    Example:
+        >>> config = Config(num_tasks=2, epochs=1, first_task_epochs=1, hidden_sizes=(8,))
+        >>> results = Learner(config, seed=0, quiet=True).run()
+        >>> len(results["accuracy_matrix"]), results["merges"][0]["alpha"]
+        (2, 1.0)
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        seed: int,
+        directory: Path | None = None,
+        *,
+        checkpoint_every: int = 0,
+        quiet: bool = False,
+    ):
+        self.config, self.seed, self.directory = config, seed, directory
+        self._checkpoint_every, self._quiet = checkpoint_every, quiet
+        self.stream = config.task_stream(seed)
+        self._rule = config.merge_rule()
+        self._programs = programs(
+            config,
+            self.stream.num_classes,
+            self.stream.inputs.shape[1:],
+            self.stream.train.positions.shape[1],
+        )
+        self._key = jax.random.key(seed)
+        self._train = DeviceData.of(self.stream, self.stream.train)
+        held_out = self.stream.test if config.evaluate_on == "test" else self.stream.validation
+        self._held_out = DeviceData.of(self.stream, held_out)
+        per_epoch = -(-self.stream.train.sizes // config.batch_size)
+        epochs = np.asarray([config.epochs_of(task) for task in range(self.stream.num_tasks)])
+        self._steps_per_epoch = per_epoch.tolist()
+        self._bounds = [0, *np.cumsum(per_epoch * epochs).tolist()]
+        self._reset()
+
+    def _reset(self) -> None:
+        tasks = self.stream.num_tasks
+        self.params = self._programs.init(self._key)
+        self._start: dict[str, Array] = {}
+        if self._rule.next_task_from == "trained":
+            self._start = trees.select(self.params, self._programs.merging)
+        self._rule_state = self._fresh_rule_state(self.params)
+        self._records: dict[str, np.ndarray] = {
+            "accuracy": np.full((2, tasks, tasks), np.nan, np.float32),
+            "initial": np.full((2, tasks), np.nan, np.float32),
+            "merges": np.full((tasks, len(MERGE_FIELDS)), np.nan, np.float32),
+            "seconds": np.zeros(len(PHASES), np.float64),
+        }
+
+    def _fresh_rule_state(self, theta_0: Params) -> PyTree:
+        """The rule's state before any merge, in buffers of its own: merging donates them."""
+        leaves = trees.select(theta_0, self._programs.merging)
+        return self._rule.init(jax.tree.map(jnp.copy, leaves))
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of all tasks."""
+        return self._bounds[-1]
+
+    def run(self) -> dict[str, Any]:
+        """Learn all tasks, from the newest checkpoint on if there is one.
+
+        Returns:
+            What `results.json` holds, but for its configuration, manifest and environment.
+
+        Raises:
+            TrainingDiverged: the loss is no longer finite.
+            InvalidInput: a damaged checkpoint.
+        """
+        if self.directory is None:
+            return self._run(None)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with Checkpoints(self.directory / "checkpoints") as checkpoints:
+            return self._run(checkpoints)
+
+    def _run(self, checkpoints: Checkpoints | None) -> dict[str, Any]:
+        step = (checkpoints.latest() if checkpoints else None) or 0
+        training_state = self._restore(checkpoints, step) if checkpoints and step else None
+        log = RunLog(
+            self.directory,
+            f"{self.config.rule}, seed {self.seed}",
+            self.total_steps,
+            resume_step=step,
+            quiet=self._quiet,
+        )
+        try:
+            if step:
+                log.tell(f"going on from step {step} of {self.total_steps}")
+            else:
+                self._records["initial"] = self._accuracy(range(self.stream.num_tasks))
+            first_task = int(np.searchsorted(self._bounds, step, side="right")) - 1
+            for task in range(first_task, self.stream.num_tasks):
+                self._learn(task, step, training_state, checkpoints, log)
+                step, training_state = self._bounds[task + 1], None
+        finally:
+            log.close()
+        return self._results()
+
+    def _learn(
+        self,
+        task: int,
+        step: int,
+        training_state: tuple[PyTree, PyTree] | None,
+        checkpoints: Checkpoints | None,
+        log: RunLog,
+    ) -> None:
+        """One task from a step on, to its merge, evaluation and checkpoint."""
+        start = trees.replace(self.params, self._start)
+        trained = self._train_task(task, step, start, training_state, checkpoints, log)
+        info = self._merge_task(task, start, trained)
+        seen = range(task + 1)
+        if self.stream.scenario == "domain_incremental":
+            seen = range(self.stream.num_tasks)
+        self._records["accuracy"][:, task] = self._accuracy(seen)
+        end = self._bounds[task + 1]
+        mean = float(np.mean(self._records["accuracy"][0, task, : task + 1]))
+        log.write("merge", step=end, task=task + 1, **info)
+        log.write("evaluate", step=end, task=task + 1, accuracy=mean)
+        log.tell(
+            f"task {task + 1} of {self.stream.num_tasks}: alpha {info['alpha']:.3f}, "
+            f"accuracy on the tasks seen {100 * mean:.1f} %"
+        )
+        if checkpoints:
+            checkpoints.save(end, self._state(None))
+
+    def _train_task(self, task, step, start, training_state, checkpoints, log) -> Params:
+        program = self._program(task)
+        task_array = np.asarray(task, np.int32)
+        trainable, optimizer_state = training_state or program.begin(self._key, start, task_array)
+        epochs, begin = self.config.epochs_of(task), self._bounds[task]
+        per_epoch = self._steps_per_epoch[task]
+        pieces = training.segments(
+            step - begin, epochs * per_epoch, per_epoch, self._checkpoint_every
+        )
+        for epoch, first, stop in pieces:
+            clock = time.perf_counter()
+            segment = Segment.of(task, epoch, first, stop, epochs)
+            trainable, optimizer_state, step_losses = program.train(
+                self._key, trainable, optimizer_state, start, self._train, segment
+            )
+            values = np.asarray(step_losses)[first:stop]
+            seconds = self._time("train", clock)
+            self._check_finite(task, epoch * per_epoch + first, values)
+            within = epoch * per_epoch + stop
+            images = (stop - first) * self.config.batch_size
+            log.write(
+                "epoch",
+                step=begin + within,
+                task=task + 1,
+                epoch=epoch + 1,
+                loss=float(values.mean()),
+                images_per_second=round(images / seconds, 1),
+            )
+            due = self._checkpoint_every and within % self._checkpoint_every == 0
+            if checkpoints and due and within < epochs * per_epoch:
+                checkpoints.save(begin + within, self._state((trainable, optimizer_state)))
+        return self._programs.trained(start, trainable)
+
+    def _merge_task(self, task: int, start: Params, trained: Params) -> dict[str, float]:
+        """Merge, and say what came of it; the learner's model and rule state move on."""
+        run, task_array = self._programs, np.asarray(task, np.int32)
+        trained_loss = float(run.mean_loss(trained, self._train, task_array))
+        if not np.isfinite(trained_loss):
+            self._check_finite(task, self._bounds[task + 1] - self._bounds[task], [trained_loss])
+        if task == 0:
+            # From scratch the first task is the pre-training: theta_0 := theta_1*.
+            start = trained
+            self._rule_state = self._fresh_rule_state(trained)
+        clock = time.perf_counter()
+        evidence = jax.block_until_ready(
+            run.measure(self._key, trained, start, self._train, task_array)
+        )
+        self._time("curvature", clock)
+        clock = time.perf_counter()
+        self.params, self._rule_state, info = run.merge(self._rule_state, start, trained, evidence)
+        jax.block_until_ready(self.params)
+        self._time("merge", clock)
+        if self._rule.next_task_from == "trained":
+            self._start = trees.select(trained, run.merging)
+        change = float(run.mean_loss(self.params, self._train, task_array)) - trained_loss
+        figures = {name: float(value) for name, value in info._asdict().items()}
+        figures["actual_loss_change"] = change
+        self._records["merges"][task] = [figures[name] for name in MERGE_FIELDS]
+        return figures
+
+    def _accuracy(self, tasks: range) -> np.ndarray:
+        """Accuracies [2, T] of the merged model, NaN outside the tasks given."""
+        clock = time.perf_counter()
+        seen = self.stream.class_masks[list(tasks)].any(axis=0)
+        found = np.asarray(self._programs.accuracy(self.params, self._held_out, seen))
+        self._time("evaluate", clock)
+        return np.where(np.isin(np.arange(self.stream.num_tasks), list(tasks)), found, np.nan)
+
+    def _check_finite(self, task: int, first_step: int, values) -> None:
+        bad = np.flatnonzero(~np.isfinite(np.asarray(values)))
+        if bad.size:
+            kept = f"; what was saved is kept in {self.directory}" if self.directory else ""
+            raise TrainingDiverged(
+                f"task {task + 1}, step {first_step + int(bad[0]) + 1}: the loss is "
+                f"{np.asarray(values)[bad[0]]}; lower learning_rate={self.config.learning_rate} or "
+                f"set clip_norm, in another work directory{kept}"
+            )
+
+    def _time(self, phase: str, clock: float) -> float:
+        seconds = time.perf_counter() - clock
+        self._records["seconds"][PHASES.index(phase)] += seconds
+        return seconds
+
+    def _program(self, task: int) -> TaskProgram:
+        return self._programs.first if task == 0 else self._programs.later
+
+    def _state(self, training_state: tuple[PyTree, PyTree] | None) -> PyTree:
+        """All that a run needs to go on, for a step within a task or at its end."""
+        state = {
+            "params": self.params,
+            "start": self._start,
+            "rule": self._rule_state,
+            "records": self._records,
+        }
+        if training_state:
+            state["trainable"], state["optimizer"] = training_state
+        return state
+
+    def _restore(self, checkpoints: Checkpoints, step: int) -> tuple[PyTree, PyTree] | None:
+        """Go back to a checkpoint; returns the training state if it lies within a task."""
+        training_state = None
+        if step not in self._bounds:
+            task = int(np.searchsorted(self._bounds, step, side="right")) - 1
+            training_state = jax.eval_shape(
+                self._program(task).begin, self._key, self.params, np.asarray(task, np.int32)
+            )
+        state = checkpoints.restore(step, self._state(training_state))
+        self.params, self._start = state["params"], state["start"]
+        self._rule_state = state["rule"]
+        self._records = jax.tree.map(np.array, state["records"])
+        return (state["trainable"], state["optimizer"]) if training_state else None
+
+    def _results(self) -> dict[str, Any]:
+        seen, aware = self._records["accuracy"].astype(np.float64)
+        initial = self._records["initial"].astype(np.float64)
+        by_domain = self.stream.scenario == "domain_incremental"
+        return {
+            "accuracy_matrix": seen.tolist(),
+            **metrics.summarize(seen, initial[0] if by_domain else None),
+            "task_aware": {
+                "accuracy_matrix": aware.tolist(),
+                **metrics.summarize(aware, initial[1] if by_domain else None),
+            },
+            "merges": [
+                dict(zip(MERGE_FIELDS, row, strict=True))
+                for row in self._records["merges"].astype(np.float64).tolist()
+            ],
+            "seconds": dict(zip(PHASES, self._records["seconds"].tolist(), strict=True)),
+        }

@@ -1,0 +1,109 @@
+"""What a run writes while it goes: metrics.jsonl, metrics.csv, and progress for the eyes."""
+
+import csv
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import IO, Any
+
+COLUMNS = ("step", "event", "task", "epoch", "loss", "alpha", "accuracy", "images_per_second")
+
+
+class RunLog:
+    """Logs of one seed's run.
+
+    Lines after the step that a run resumes from are dropped, so that an interrupted run leaves the
+    same lines as an uninterrupted one.
+
+    Args:
+        directory: of metrics.jsonl and metrics.csv; `None` to write neither.
+        label: printed before each line, "seed 0".
+        total_steps: of the whole run, for the time left.
+        resume_step: the step the run goes on from.
+        quiet: print nothing.
+
+    Example:
+        >>> log = RunLog(None, "seed 0", total_steps=10, quiet=True)
+        >>> log.write("epoch", step=5, task=1, loss=0.5)
+        >>> log.close()
+    """
+
+    def __init__(
+        self,
+        directory: Path | None,
+        label: str,
+        total_steps: int,
+        resume_step: int = 0,
+        quiet: bool = False,
+    ):
+        from tqdm import tqdm
+
+        self._label, self._quiet, self._directory = label, quiet, directory
+        self._bar = tqdm(
+            total=total_steps,
+            initial=resume_step,
+            desc=label,
+            unit="step",
+            disable=quiet or not sys.stderr.isatty(),
+        )
+        self._step = resume_step
+        if directory:
+            self._jsonl, self._csv_file = _reopened(directory, resume_step)
+            self._csv = _csv_writer(self._csv_file)
+
+    def write(self, event: str, *, step: int, **figures: Any) -> None:
+        """Add a line; a figure that is not finite becomes null."""
+        self._bar.update(step - self._step)
+        self._step = step
+        if self._directory:
+            clean = {
+                key: None if isinstance(v, float) and not math.isfinite(v) else v
+                for key, v in figures.items()
+            }
+            self._append({"step": step, "event": event, **clean})
+
+    def tell(self, text: str) -> None:
+        """Print a line for a person, above the progress bar."""
+        if not self._quiet:
+            self._bar.write(f"{self._label}: {text}", file=sys.stderr)
+            sys.stderr.flush()
+
+    def close(self) -> None:
+        """Close files and bar."""
+        self._bar.close()
+        if self._directory:
+            self._jsonl.close()
+            self._csv_file.close()
+
+    def _append(self, line: dict[str, Any]) -> None:
+        self._jsonl.write(json.dumps(line) + "\n")
+        self._jsonl.flush()
+        self._csv.writerow(line)
+        self._csv_file.flush()
+
+
+def _csv_writer(file) -> csv.DictWriter:
+    return csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+
+
+def _reopened(directory: Path, resume_step: int) -> tuple[IO[str], IO[str]]:
+    """Both files, open to append, rewritten up to the step in one rename each."""
+    jsonl, table = directory / "metrics.jsonl", directory / "metrics.csv"
+    lines = []
+    for text in jsonl.read_text().splitlines() if jsonl.exists() else ():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:  # cut short by a kill
+            break
+    kept = [line for line in lines if line["step"] <= resume_step]
+    temporary = directory / "metrics.tmp"
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    os.replace(temporary, jsonl)
+    with temporary.open("w", newline="") as file:
+        writer = _csv_writer(file)
+        writer.writeheader()
+        writer.writerows(kept)
+    os.replace(temporary, table)
+    return jsonl.open("a"), table.open("a", newline="")

@@ -1,0 +1,168 @@
+"""The compiled functions of a run, made once per configuration and shape of stream."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pm_jax import trees
+from pm_jax.continual import evaluation, training
+from pm_jax.continual.config import Config
+from pm_jax.continual.evidence import dense_layers_of, evidence_fn
+from pm_jax.continual.partition import Partition, partition, trained_params
+from pm_jax.continual.training import TaskProgram
+from pm_jax.rules import MergeInfo
+from pm_jax.types import Array, InvalidInput, Key, Params, PyTree
+
+
+class Programs(NamedTuple):
+    """The compiled functions of a run, shared by seeds whose shapes agree.
+
+    Attributes:
+        init: `init(key) -> params`.
+        first: trains the first task of a run from scratch (all parameters).
+        later: trains the other tasks; the same object as `first` without adapters.
+        merging: paths of the leaves that merge.
+        measure: see `evidence_fn`.
+        merge: `merge(rule_state, previous, trained, evidence) -> (params, rule_state, info)` on
+            full parameter trees.
+        trained: `trained(start, trainable) -> params`.
+        accuracy: see `evaluation.accuracy_fn`.
+        mean_loss: see `evaluation.mean_loss_fn`.
+    """
+
+    init: Callable[[Key], Params]
+    first: TaskProgram
+    later: TaskProgram
+    merging: tuple[str, ...]
+    measure: Callable[..., Any]
+    merge: Callable[..., tuple[Params, PyTree, MergeInfo]]
+    trained: Callable[..., Params]
+    accuracy: Callable[..., Array]
+    mean_loss: Callable[..., Array]
+
+
+def partitions(config: Config, params: Params) -> tuple[Partition, Partition]:
+    """What trains in the first task of a run from scratch, and in the others.
+
+    Args:
+        config: settings.
+        params: of the model, arrays or shapes.
+
+    Returns:
+        Two `Partition`s, equal without adapters.
+
+    Raises:
+        InvalidInput: the adapter's pattern or rank does not fit the model.
+
+    Example:
+        >>> params = {"fc": {"kernel": jnp.ones((4, 4))}, "head": {"bias": jnp.ones(2)}}
+        >>> config = Config(adapter="lora", lora_pattern="fc/.*", lora_rank=2)
+        >>> [p.adapted for p in partitions(config, params)]
+        [(), ('fc/kernel',)]
+    """
+    by_class = config.scenario == "class_incremental"
+    everything = partition(params, class_incremental=by_class)
+    if config.adapter == "full":
+        return everything, everything
+    try:
+        return everything, partition(
+            params,
+            class_incremental=by_class,
+            lora_pattern=config.kernel_pattern(),
+            rank=config.lora_rank,
+        )
+    except ValueError as error:
+        raise InvalidInput(f"lora_{error}") from None
+
+
+def parameter_shapes(config: Config, num_classes: int, input_shape: tuple[int, ...]) -> Params:
+    """Shapes of the model's parameters, without making them.
+
+    Args:
+        config: settings.
+        num_classes: C.
+        input_shape: of one example.
+
+    Returns:
+        Pytree of `jax.ShapeDtypeStruct`.
+
+    Raises:
+        InvalidInput: the patch size does not divide the image.
+
+    Example:
+        >>> parameter_shapes(Config(hidden_sizes=(5,)), 10, (8, 8, 1))["head"]["kernel"].shape
+        (5, 10)
+    """
+    return jax.eval_shape(_init_fn(config, num_classes, input_shape), jax.random.key(0))
+
+
+def _init_fn(config: Config, num_classes: int, input_shape: tuple[int, ...]):
+    if config.model == "vit" and any(side % config.patch_size for side in input_shape[:2]):
+        raise InvalidInput(
+            f"patch_size={config.patch_size}: must divide the image of {input_shape[0]} x "
+            f"{input_shape[1]} pixels"
+        )
+    model = config.network(num_classes)
+
+    def init(key: Key) -> Params:
+        inputs = training.normalized(jnp.zeros((1, *input_shape), jnp.uint8))
+        return model.init(training.purpose_key(key, training.INITIALIZE), inputs)["params"]
+
+    return init
+
+
+@functools.lru_cache(maxsize=8)
+def programs(
+    config: Config, num_classes: int, input_shape: tuple[int, ...], largest_task: int
+) -> Programs:
+    """The compiled functions of a configuration on a stream of some shape.
+
+    Args:
+        config: settings.
+        num_classes: C.
+        input_shape: of one example.
+        largest_task: training examples of the largest task.
+
+    Returns:
+        `Programs`; the same ones for the same arguments.
+
+    Raises:
+        InvalidInput: settings that do not fit the model.
+
+    Example:
+        >>> programs(Config(), 10, (8, 8, 1), 100).merging[:2]
+        ('hidden_0/bias', 'hidden_0/kernel')
+    """
+    model, rule = config.network(num_classes), config.merge_rule()
+    init = _init_fn(config, num_classes, input_shape)
+    first, later = partitions(config, jax.eval_shape(init, jax.random.key(0)))
+    program = training.task_program(config, model, later, largest_task)
+    dense_layers = dense_layers_of(model, jnp.zeros((1, *input_shape)))
+
+    # The rule's state is replaced, so its buffers are donated.
+    @functools.partial(jax.jit, donate_argnums=0)
+    def merge(rule_state, previous, trained, evidence):
+        leaves, rule_state, info = rule.update(
+            rule_state,
+            previous=trees.select(previous, later.merging),
+            trained=trees.select(trained, later.merging),
+            evidence=evidence,
+        )
+        return trees.replace(trained, leaves), rule_state, info
+
+    return Programs(
+        init=jax.jit(init),
+        first=program
+        if first == later
+        else training.task_program(config, model, first, largest_task),
+        later=program,
+        merging=later.merging,
+        measure=evidence_fn(config, model, rule, later.merging, dense_layers),
+        merge=merge,
+        trained=jax.jit(trained_params),
+        accuracy=evaluation.accuracy_fn(model),
+        mean_loss=evaluation.mean_loss_fn(model),
+    )

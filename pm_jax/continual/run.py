@@ -1,0 +1,292 @@
+"""A configuration over several seeds: results per seed, their summary, and a table."""
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from pm_jax import lora, trees
+from pm_jax.continual.config import Config
+from pm_jax.continual.learner import Learner
+from pm_jax.continual.programs import parameter_shapes, partitions
+from pm_jax.continual.workdir import RESULTS_FILE, SUMMARY_FILE, check_claim, claim, write_json
+from pm_jax.types import InvalidInput
+
+METRICS = (
+    "final_average_accuracy",
+    "average_incremental_accuracy",
+    "forgetting",
+    "backward_transfer",
+    "forward_transfer",
+    "learning_accuracy",
+)
+PACKAGES = ("pm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scikit-learn")
+
+
+def run_seeds(
+    config: Config,
+    seeds: Sequence[int],
+    workdir: Path,
+    *,
+    checkpoint_every: int = 0,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Run a configuration for some seeds, going on where an earlier call was interrupted.
+
+    Writes `seed_<n>/results.json` with its checkpoints and logs, and `summary.json` over all seeds
+    that are finished in the directory.
+
+    Args:
+        config: settings.
+        seeds: one run each.
+        workdir: absent, empty, or of the same configuration.
+        checkpoint_every: steps between checkpoints within a task; 0 for task boundaries only.
+        quiet: print nothing.
+
+    Returns:
+        The summary: `{"seeds": [...], metric: {"mean", "standard_deviation", "n"}, ...}`.
+
+    Raises:
+        InvalidInput: settings that do not fit, or a work directory of something else.
+        TrainingDiverged: the loss is no longer finite.
+
+    Example:
+        >>> import tempfile
+        >>> config = Config(num_tasks=2, epochs=1, first_task_epochs=1, hidden_sizes=(8,))
+        >>> summary = run_seeds(config, [0], Path(tempfile.mkdtemp()), quiet=True)
+        >>> summary["final_average_accuracy"]["n"]
+        1
+    """
+    claim(workdir, config)
+    for seed in seeds:
+        directory = workdir / f"seed_{seed}"
+        if (directory / RESULTS_FILE).exists():
+            if not quiet:
+                print(f"seed {seed}: already finished, see {directory / RESULTS_FILE}", flush=True)
+            continue
+        clock = time.perf_counter()
+        learner = Learner(config, seed, directory, checkpoint_every=checkpoint_every, quiet=quiet)
+        results = learner.run()
+        results["seconds"]["this_process"] = time.perf_counter() - clock
+        content = {
+            "config": dataclasses.asdict(config),
+            "seed": seed,
+            **results,
+            "manifest": learner.stream.manifest(),
+            "environment": environment(),
+        }
+        write_json(directory / RESULTS_FILE, content)
+    summary = summarize_seeds(workdir)
+    write_json(workdir / SUMMARY_FILE, summary)
+    return summary
+
+
+def run_with_baseline(
+    config: Config,
+    baseline: Config | None,
+    seeds: Sequence[int],
+    workdir: Path,
+    *,
+    checkpoint_every: int = 0,
+    quiet: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """A configuration and, in `workdir/baseline`, another one to compare it with.
+
+    Both directories are checked before either run starts.
+
+    Args:
+        config: settings.
+        baseline: settings of the second run, or `None`.
+        seeds: one run each.
+        workdir: as for `run_seeds`.
+        checkpoint_every: as for `run_seeds`.
+        quiet: print nothing.
+
+    Returns:
+        `{label: summary}`, the label being the rule's name.
+
+    Raises:
+        InvalidInput: as `run_seeds`.
+        TrainingDiverged: the loss is no longer finite.
+
+    Example:
+        >>> import tempfile
+        >>> config = Config(num_tasks=2, epochs=1, first_task_epochs=1, hidden_sizes=(8,))
+        >>> list(run_with_baseline(config, None, [0], Path(tempfile.mkdtemp()), quiet=True))
+        ['perturb_and_merge']
+    """
+    runs = {config.rule: (workdir, config)}
+    if baseline:
+        runs[f"{baseline.rule} (baseline)"] = (workdir / "baseline", baseline)
+    for directory, settings in runs.values():
+        check_claim(directory, settings)
+    return {
+        label: run_seeds(settings, seeds, directory, checkpoint_every=checkpoint_every, quiet=quiet)
+        for label, (directory, settings) in runs.items()
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Versions and device of this process.
+
+    Returns:
+        Strings and numbers; no paths or names of machines.
+
+    Example:
+        >>> environment()["packages"]["jax"] == jax.__version__
+        True
+    """
+    versions: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
+            versions[package] = None
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "backend": jax.default_backend(),
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "packages": versions,
+    }
+
+
+def summarize_seeds(workdir: Path) -> dict[str, Any]:
+    """Mean, sample standard deviation and number of seeds of every figure.
+
+    Args:
+        workdir: with `seed_<n>/results.json`.
+
+    Returns:
+        The content of `summary.json`; NaN where a figure does not apply.
+
+    Raises:
+        InvalidInput: a results.json that cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> summarize_seeds(Path(tempfile.mkdtemp()))["seeds"]
+        []
+    """
+    results = [_read_results(path) for path in sorted(workdir.glob(f"seed_*/{RESULTS_FILE}"))]
+    results.sort(key=lambda result: result["seed"])
+
+    def figures(of: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return {name: _spread([result[name] for result in of]) for name in METRICS}
+
+    return {
+        "seeds": [result["seed"] for result in results],
+        **figures(results),
+        "task_aware": figures([result["task_aware"] for result in results]),
+    }
+
+
+def _read_results(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        raise InvalidInput(
+            f"workdir={path.parent.parent}: {path.parent.name}/{path.name} is damaged; move it "
+            "away to have it written again"
+        ) from None
+
+
+def _spread(values: Sequence[float | None]) -> dict[str, Any]:
+    known = [value for value in values if value is not None]
+    return {
+        "mean": float(np.mean(known)) if known else float("nan"),
+        "standard_deviation": float(np.std(known, ddof=1)) if len(known) > 1 else float("nan"),
+        "n": len(known),
+    }
+
+
+def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Summaries side by side, in percent, with the standard deviation over seeds.
+
+    Args:
+        rows: `{label: summary}`.
+
+    Returns:
+        Lines of text.
+
+    Example:
+        >>> figure = {"mean": 0.5, "standard_deviation": 0.01, "n": 2}
+        >>> summary = dict.fromkeys(METRICS, figure)
+        >>> print(table({"averaging": summary}))  # doctest: +ELLIPSIS
+        rule       final accuracy  AAA         forgetting  backward transfer  learning accuracy
+        averaging  50.0 +- 1.0     50.0 +- 1.0 ...
+    """
+    columns = {
+        "final accuracy": "final_average_accuracy",
+        "AAA": "average_incremental_accuracy",
+        "forgetting": "forgetting",
+        "backward transfer": "backward_transfer",
+        "learning accuracy": "learning_accuracy",
+    }
+    cells = [["rule", *columns]]
+    cells += [[label, *(_percent(row[name]) for name in columns.values())]
+              for label, row in rows.items()]  # fmt: skip
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    ]
+    return "\n".join(lines)
+
+
+def _percent(figure: Mapping[str, Any]) -> str:
+    mean, deviation = figure["mean"], figure["standard_deviation"]
+    if mean is None or not np.isfinite(mean):
+        return "-"
+    spread = "" if deviation is None or not np.isfinite(deviation) else f" +- {100 * deviation:.1f}"
+    return f"{100 * mean:.1f}{spread}"
+
+
+def describe(config: Config, seed: int = 0) -> str:
+    """What a run would do: resolved settings, tasks, and the parameters that train and merge.
+
+    Args:
+        config: settings.
+        seed: of the stream described.
+
+    Returns:
+        Lines of text.
+
+    Raises:
+        InvalidInput: settings that do not fit the data or the model.
+
+    Example:
+        >>> "merging parameters: 84042 of 84042" not in describe(Config(hidden_sizes=(8,)))
+        True
+    """
+    stream = config.task_stream(seed)
+    shapes = parameter_shapes(config, stream.num_classes, stream.inputs.shape[1:])
+    first, later = partitions(config, shapes)
+    total = lora.count(shapes)
+
+    def size(paths: Sequence[str]) -> int:
+        return lora.count(trees.select(shapes, tuple(paths)))
+
+    kernels = trees.select(shapes, later.adapted)
+    adapters = sum(config.lora_rank * sum(kernel.shape) for kernel in kernels.values())
+    lines = [f"{name}={value}" for name, value in dataclasses.asdict(config).items()]
+    lines += [
+        f"tasks: {stream.num_tasks}, training examples {stream.train.sizes.tolist()}, validation "
+        f"{stream.validation.sizes.tolist()}, test {stream.test.sizes.tolist()}",
+        f"parameters: {total}",
+        f"training in the first task: {size(first.direct + first.head)}",
+        f"training in a later task: {adapters + size(later.direct + later.head)} "
+        f"(adapters {adapters})",
+        f"merging: {size(later.merging)}",
+    ]
+    if later.adapted:
+        lines += [f"adapted by {config.kernel_pattern()!r}:", *(f"  {p}" for p in later.adapted)]
+    return "\n".join(lines)

@@ -1,0 +1,318 @@
+"""Training of one task: an optimiser step, and an epoch of them in one compiled loop."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from pm_jax import lora, losses, perturbation, task_vectors, trees
+from pm_jax.continual import optimizer
+from pm_jax.continual.config import Config
+from pm_jax.continual.partition import Partition, Trainable, fresh_trainable
+from pm_jax.data.stream import TaskIndices, TaskStream
+from pm_jax.types import Array, Batch, Key, Params, PyTree
+
+# Purposes of random numbers: each is folded into the run's key first.
+INITIALIZE, ADAPTERS, SHUFFLE, STEP, CURVATURE = range(5)
+
+
+class DeviceData(NamedTuple):
+    """A stream on the device.
+
+    Attributes:
+        inputs: uint8 [N, ...].
+        labels: int32 [N].
+        positions: int32 [T, M], examples of each task.
+        sizes: int32 [T], how many entries of each row are examples.
+        class_masks: bool [T, C].
+    """
+
+    inputs: Array
+    labels: Array
+    positions: Array
+    sizes: Array
+    class_masks: Array
+
+    @classmethod
+    def of(cls, stream: TaskStream, split: TaskIndices) -> "DeviceData":
+        """Put a stream and one of its splits on the device."""
+        arrays = (stream.inputs, stream.labels, split.positions, split.sizes, stream.class_masks)
+        return cls(*(jnp.asarray(array) for array in arrays))
+
+
+class Segment(NamedTuple):
+    """A piece of an epoch of a task; int32 scalars, so that every piece runs the same program.
+
+    Attributes:
+        task: counted from 0.
+        epoch: counted from 0.
+        first: first step within the epoch.
+        stop: one past the last step; no more steps are made than the task has batches.
+        epochs: of the task in all, for the schedule.
+    """
+
+    task: Array
+    epoch: Array
+    first: Array
+    stop: Array
+    epochs: Array
+
+    @classmethod
+    def of(cls, task: int, epoch: int, first: int, stop: int, epochs: int) -> "Segment":
+        """A segment from Python ints."""
+        return cls(*(jnp.asarray(value, jnp.int32) for value in (task, epoch, first, stop, epochs)))
+
+
+class TaskProgram(NamedTuple):
+    """Compiled functions that train one task.
+
+    Attributes:
+        begin: `begin(key, start, task) -> (trainable, optimizer_state)`.
+        train: `train(key, trainable, optimizer_state, start, data, segment) -> (trainable,
+            optimizer_state, losses)`, losses float32 [steps of the largest task]. The first two are
+            donated.
+    """
+
+    begin: Callable[..., tuple[Trainable, PyTree]]
+    train: Callable[..., tuple[Trainable, PyTree, Array]]
+
+
+def purpose_key(key: Key, purpose: int, *counters: Array | int) -> Key:
+    """The key of one purpose and place in the stream, by `fold_in`.
+
+    Args:
+        key: of the run.
+        purpose: one of the constants of this module.
+        *counters: task, epoch or step.
+
+    Returns:
+        A PRNG key.
+
+    Example:
+        >>> import jax
+        >>> key = jax.random.key(0)
+        >>> bool(purpose_key(key, STEP, 1) == purpose_key(key, STEP, 2))
+        False
+    """
+    for value in (purpose, *counters):
+        key = jax.random.fold_in(key, value)
+    return key
+
+
+def normalized(inputs: Array) -> Array:
+    """Images as the models read them: uint8 0..255 to float32 -1..1.
+
+    Args:
+        inputs: uint8 [N, ...].
+
+    Returns:
+        float32 [N, ...].
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> normalized(jnp.asarray([0, 255], jnp.uint8)).tolist()
+        [-1.0, 1.0]
+    """
+    return inputs.astype(jnp.float32) / 127.5 - 1.0
+
+
+def logits_of(model: nn.Module, params: Params, inputs: Array, class_mask: Array) -> Array:
+    """Masked logits of a model on uint8 images.
+
+    Args:
+        model: linen module.
+        params: its parameters.
+        inputs: uint8 [N, ...].
+        class_mask: bool [C].
+
+    Returns:
+        float32 [N, C].
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> params = {"kernel": jnp.ones((1, 2)), "bias": jnp.zeros(2)}
+        >>> logits_of(nn.Dense(2), params, jnp.asarray([[255]], jnp.uint8), jnp.ones(2)).tolist()
+        [[1.0, 1.0]]
+    """
+    logits = jnp.asarray(model.apply({"params": params}, normalized(inputs)))
+    return losses.mask_logits(logits, class_mask)
+
+
+def training_loss(
+    model: nn.Module,
+    law: perturbation.Perturbation,
+    trainable: Trainable,
+    start: Params,
+    batch: Batch,
+    class_mask: Array,
+    key: Key,
+    *,
+    per_example: bool = False,
+) -> Array:
+    """The loss of one step of Perturb-and-Merge: at a random point along the task vector.
+
+    Args:
+        model: linen module.
+        law: of the perturbation (static).
+        trainable: what is differentiated.
+        start: the model that the task started from, `theta_hat_{t-1}`.
+        batch: N examples.
+        class_mask: bool [C], classes that take part.
+        key: PRNG key of the draw.
+        per_example: one draw per example; adapters only.
+
+    Returns:
+        float32 scalar.
+
+    References:
+        Perturb-and-Merge, `arXiv 2505.22389 <https://arxiv.org/abs/2505.22389>`_, section 3.2
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> params = {"kernel": jnp.ones((1, 2)), "bias": jnp.zeros(2)}
+        >>> flat = trees.leaves_by_path(params)
+        >>> batch = Batch(jnp.zeros((1, 1), jnp.uint8), jnp.zeros(1, int))
+        >>> round(float(training_loss(nn.Dense(2), perturbation.symmetric(),
+        ...     Trainable({}, flat, {}), params, batch, jnp.ones(2), jax.random.key(0))), 4)
+        0.6931
+    """
+    step_key, direction_key = jax.random.split(key)
+    total = jnp.zeros((), jnp.float32)
+    for step, weight in law.draws(step_key, batch.labels.shape if per_example else ()):
+        leaves, scale = _displaced(law, direction_key, step, trainable, start)
+        params = trees.replace(start, {**leaves, **trainable.head})
+        with lora.branch(trainable.adapters, scale):
+            logits = logits_of(model, params, batch.inputs, class_mask)
+        values = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+        weights = losses.weights_of(batch)
+        total += weight * jnp.sum(weights * values) / jnp.maximum(jnp.sum(weights), 1.0)
+    return total
+
+
+def _displaced(
+    law: perturbation.Perturbation, key: Key, step: Array, trainable: Trainable, start: Params
+) -> tuple[dict[str, Array], Array | float]:
+    """Leaves to replace and scale of the adapter branches, for one draw."""
+    if law == perturbation.none():
+        return trainable.direct, 1.0
+    base = trees.select(start, tuple(trainable.direct))
+    if not law.gaussian:
+        # With adapters, theta + s Delta scales their branch by 1 + s: one factor only.
+        return perturbation.displace(key, law, step, trainable.direct, base), 1.0 + step
+    delta = task_vectors.difference(trainable.direct, base)
+    length = trees.safe_sqrt(trees.inner(delta, delta) + lora.squared_norm(trainable.adapters))
+    leaves = {**trees.select(start, tuple(trainable.adapters)), **trainable.direct}
+    noise = perturbation.noise_of_norm(key, leaves, step * length)
+    return task_vectors.apply(leaves, noise), 1.0
+
+
+def task_program(
+    config: Config, model: nn.Module, partition: Partition, largest_task: int
+) -> TaskProgram:
+    """Compile-once functions that train tasks of up to a number of examples.
+
+    Args:
+        config: settings.
+        model: linen module.
+        partition: which of its parameters train.
+        largest_task: M, examples of the largest task.
+
+    Returns:
+        A `TaskProgram`.
+
+    Example:
+        >>> task_program(Config(), Config().network(10), Partition((), (), ()), 64).train
+        <PjitFunction of <function task_program.<locals>.train at ...>>
+    """
+    law = config.perturbation_law()
+    transformation, rate = optimizer.transformation(config), optimizer.schedule(config)
+    batch_size = config.batch_size
+    steps = -(-largest_task // batch_size)
+    # Without adapters, as in the first task from scratch, examples share all that is perturbed.
+    per_example = config.perturb_per == "example" and bool(partition.adapted)
+
+    @jax.jit
+    def begin(key: Key, start: Params, task: Array) -> tuple[Trainable, PyTree]:
+        adapter_key = purpose_key(key, ADAPTERS, task)
+        trainable = fresh_trainable(adapter_key, partition, start, config.lora_rank)
+        # Copies: the next call donates them, and `start` must survive.
+        trainable = jax.tree.map(jnp.copy, trainable)
+        return trainable, transformation.init(trainable)
+
+    def train(key, trainable, optimizer_state, start, data, segment):
+        task, count = segment.task, data.sizes[segment.task]
+        shuffle_key = purpose_key(key, SHUFFLE, task, segment.epoch)
+        batches = _epoch_batches(shuffle_key, data, task, steps, batch_size)
+        steps_per_epoch = -(-count // batch_size)
+        class_mask = data.class_masks[task]
+
+        def step(position, carry):
+            trainable, optimizer_state, values = carry
+            rows = batches[position]
+            weights = position * batch_size + jnp.arange(batch_size) < count
+            batch = Batch(data.inputs[rows], data.labels[rows], weights.astype(jnp.float32))
+            number = segment.epoch * steps_per_epoch + position
+            value, gradients = jax.value_and_grad(
+                lambda t: training_loss(
+                    model,
+                    law,
+                    t,
+                    start,
+                    batch,
+                    class_mask,
+                    purpose_key(key, STEP, task, number),
+                    per_example=per_example,
+                )
+            )(trainable)
+            progress = number / (steps_per_epoch * segment.epochs)
+            updates, optimizer_state = transformation.update(gradients, optimizer_state, trainable)
+            updates = optimizer.scaled(config, updates, rate(progress), class_mask)
+            trainable = optax.apply_updates(trainable, updates)
+            return trainable, optimizer_state, values.at[position].set(value)
+
+        # A loop with a traced bound makes no step on padding alone, and stops where asked.
+        carry = (trainable, optimizer_state, jnp.zeros(steps, jnp.float32))
+        stop = jnp.minimum(segment.stop, steps_per_epoch)
+        return jax.lax.fori_loop(segment.first, stop, step, carry)
+
+    return TaskProgram(begin, jax.jit(train, donate_argnums=(1, 2)))
+
+
+def _epoch_batches(key: Key, data: DeviceData, task: Array, steps: int, batch_size: int) -> Array:
+    """Positions of the task's examples in random order, then padding, [steps, batch_size]."""
+    row = data.positions[task]
+    draws = jax.random.uniform(key, row.shape)
+    first = jnp.argsort(jnp.where(jnp.arange(row.shape[0]) < data.sizes[task], draws, 2.0))
+    padding = (0, steps * batch_size - row.shape[0])
+    return jnp.pad(row[first], padding).reshape(steps, batch_size)
+
+
+def segments(
+    first_step: int, total_steps: int, steps_per_epoch: int, every: int
+) -> list[tuple[int, int, int]]:
+    """Pieces (epoch, first, stop) that lead through a task, cut at epochs and at checkpoints.
+
+    Args:
+        first_step: where to begin, in steps of the task.
+        total_steps: steps of the task in all.
+        steps_per_epoch: of the task.
+        every: steps between checkpoints; 0 for none within the task.
+
+    Returns:
+        Pieces of one epoch or less, in order.
+
+    Example:
+        >>> segments(0, 6, 3, 2)
+        [(0, 0, 2), (0, 2, 3), (1, 0, 1), (1, 1, 3)]
+    """
+    cuts = set(range(0, total_steps + 1, steps_per_epoch))
+    if every:
+        cuts |= set(range(0, total_steps + 1, every))
+    bounds = [first_step, *sorted(cut for cut in cuts if cut > first_step)]
+    return [
+        (low // steps_per_epoch, low % steps_per_epoch, low % steps_per_epoch + high - low)
+        for low, high in zip(bounds[:-1], bounds[1:], strict=True)
+    ]

@@ -1,0 +1,131 @@
+"""The work directory: whose it is, and files that are written whole or not at all."""
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from pm_jax.continual.config import Config
+from pm_jax.types import InvalidInput
+
+CONFIG_FILE = "config.json"
+RESULTS_FILE = "results.json"
+SUMMARY_FILE = "summary.json"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON under a temporary name, then rename; NaN becomes null.
+
+    Args:
+        path: of the file.
+        content: dicts, lists, strings and numbers.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "x.json"
+        >>> write_json(path, {"a": float("nan")})
+        >>> json.loads(path.read_text())
+        {'a': None}
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n")
+    os.replace(temporary, path)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def claim(workdir: Path, config: Config) -> None:
+    """Make a directory the work directory of a configuration, or see that it already is.
+
+    Args:
+        workdir: a directory that is absent, empty, or claimed by the same configuration before.
+        config: settings.
+
+    Raises:
+        InvalidInput: the directory cannot be written, holds something else, or belongs to another
+            configuration (the differing flags are named). Nothing in it is touched then.
+
+    Example:
+        >>> import tempfile
+        >>> directory = Path(tempfile.mkdtemp())
+        >>> claim(directory, Config())
+        >>> claim(directory, Config(epochs=7))
+        Traceback (most recent call last):
+        pm_jax.types.InvalidInput: workdir=...: holds a run with epochs=3, not 7; ...
+    """
+    check_claim(workdir, config)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not (workdir / CONFIG_FILE).exists():
+            write_json(workdir / CONFIG_FILE, dataclasses.asdict(config))
+        elif not os.access(workdir, os.W_OK):
+            raise PermissionError("no permission to write")
+    except OSError as error:
+        reason = error.strerror or error
+        raise InvalidInput(
+            f"workdir={workdir}: cannot be written ({reason}); choose another directory"
+        ) from None
+
+
+def check_claim(workdir: Path, config: Config) -> None:
+    """Raise as `claim` would for what a directory holds, without writing anything.
+
+    Args:
+        workdir: a directory, present or not.
+        config: settings.
+
+    Raises:
+        InvalidInput: as `claim`.
+
+    Example:
+        >>> check_claim(Path("/nonexistent"), Config())
+    """
+    path = workdir / CONFIG_FILE
+    if workdir.exists() and not workdir.is_dir():
+        raise InvalidInput(f"workdir={workdir}: is not a directory; choose another path")
+    try:
+        if not path.exists():
+            if workdir.exists() and any(workdir.iterdir()):
+                raise InvalidInput(
+                    f"workdir={workdir}: is not empty and holds no run of this program; choose "
+                    "another directory"
+                )
+            return
+        saved = json.loads(path.read_text())
+        if not isinstance(saved, dict):
+            raise ValueError("not an object")
+    except OSError as error:
+        raise InvalidInput(
+            f"workdir={workdir}: cannot be read ({error.strerror}); choose another directory"
+        ) from None
+    except InvalidInput:
+        raise
+    except ValueError:
+        raise InvalidInput(
+            f"workdir={workdir}: its {CONFIG_FILE} is damaged; choose another directory"
+        ) from None
+    current = json.loads(json.dumps(dataclasses.asdict(config)))
+    differing = [
+        f"{name}={_shown(saved.get(name))}, not {_shown(current.get(name))}"
+        for name in sorted({*saved, *current})
+        if saved.get(name) != current.get(name)
+    ]
+    if differing:
+        raise InvalidInput(
+            f"workdir={workdir}: holds a run with {'; '.join(differing)}; choose another directory "
+            "or the same flags"
+        )
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)

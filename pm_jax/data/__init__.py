@@ -1,0 +1,20 @@
+"""Task streams and where they come from."""
+
+from pm_jax.data.digits import load_digits, rotated
+from pm_jax.data.stream import (
+    LabelledArrays,
+    TaskIndices,
+    TaskStream,
+    class_incremental,
+    domain_incremental,
+)
+
+__all__ = [
+    "LabelledArrays",
+    "TaskIndices",
+    "TaskStream",
+    "class_incremental",
+    "domain_incremental",
+    "load_digits",
+    "rotated",
+]

@@ -1,0 +1,257 @@
+"""A stream of tasks over arrays: who learns what when, and what is held out.
+
+All examples of all tasks lie in one array that can stay on the device; a task is a row of indices
+into it, padded to the largest task so that shapes never change along the stream.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from pm_jax.types import InvalidInput
+
+SCENARIOS = ("domain_incremental", "class_incremental")
+
+
+class LabelledArrays(NamedTuple):
+    """A data set in memory.
+
+    Attributes:
+        train_inputs: uint8 [N, ...].
+        train_labels: int [N], classes 0..C-1.
+        test_inputs: uint8 [M, ...].
+        test_labels: int [M].
+        name: prefix of the example ids, "name/train/17".
+    """
+
+    train_inputs: np.ndarray
+    train_labels: np.ndarray
+    test_inputs: np.ndarray
+    test_labels: np.ndarray
+    name: str = "data"
+
+
+class TaskIndices(NamedTuple):
+    """The examples of each task in one split.
+
+    Attributes:
+        positions: int32 [T, M], places in the stream's arrays; rows padded with 0.
+        sizes: int32 [T], how many entries of each row are examples.
+    """
+
+    positions: np.ndarray
+    sizes: np.ndarray
+
+    def rows(self) -> list[np.ndarray]:
+        """The unpadded rows."""
+        return [row[:size] for row, size in zip(self.positions, self.sizes, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskStream:
+    """Tasks to be learned one after another.
+
+    Attributes:
+        inputs: uint8 [N, ...], all examples of all tasks and splits.
+        labels: int32 [N].
+        example_ids: N strings that name the examples independently of seed and order.
+        train: what is trained on.
+        validation: held out of the training data; for choosing hyper-parameters.
+        test: for reporting, never for choosing.
+        class_masks: bool [T, C], the classes of each task.
+        scenario: "class_incremental" (tasks bring new classes) or "domain_incremental" (every task
+            has every class, its inputs differ).
+        class_order: the classes in the order in which they arrive.
+    """
+
+    inputs: np.ndarray
+    labels: np.ndarray
+    example_ids: tuple[str, ...]
+    train: TaskIndices
+    validation: TaskIndices
+    test: TaskIndices
+    class_masks: np.ndarray
+    scenario: str
+    class_order: tuple[int, ...]
+
+    @property
+    def num_tasks(self) -> int:
+        """T."""
+        return len(self.class_masks)
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return self.class_masks.shape[1]
+
+    def manifest(self) -> dict:
+        """What was split how: class order, and per task its classes, sizes and hashes of ids."""
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        tasks = []
+        for task, mask in enumerate(self.class_masks):
+            entry: dict = {"classes": np.flatnonzero(mask).tolist()}
+            for name, split in splits.items():
+                ids = "\n".join(self.example_ids[i] for i in split.rows()[task])
+                digest = hashlib.sha256(ids.encode()).hexdigest()
+                entry[name] = {"examples": int(split.sizes[task]), "sha256_of_ids": digest}
+            tasks.append(entry)
+        return {"scenario": self.scenario, "class_order": list(self.class_order), "tasks": tasks}
+
+
+def class_incremental(
+    arrays: LabelledArrays,
+    num_tasks: int,
+    seed: int,
+    *,
+    base_classes: int = 0,
+    validation_fraction: float = 0.15,
+) -> TaskStream:
+    """Tasks that each bring new classes, in an order drawn from the seed.
+
+    Where the classes do not divide evenly, the earlier tasks have one class more.
+
+    Args:
+        arrays: the data set.
+        num_tasks: T.
+        seed: of the class order and of the validation split.
+        base_classes: number of classes of the first task; 0 for an even share.
+        validation_fraction: share of the training data of each class to hold out, in (0, 1).
+
+    Returns:
+        A `TaskStream`.
+
+    Raises:
+        InvalidInput: a task without classes, or a split that leaves a class without examples.
+
+    Example:
+        >>> import numpy as np
+        >>> images, labels = np.zeros((20, 2), np.uint8), np.arange(20) % 4
+        >>> arrays = LabelledArrays(images, labels, images, labels)
+        >>> class_incremental(arrays, 2, seed=0).class_masks.sum(axis=1).tolist()
+        [2, 2]
+    """
+    num_classes = int(arrays.train_labels.max()) + 1
+    order = np.random.default_rng([seed, 0]).permutation(num_classes)
+    groups = _class_groups(order, num_tasks, base_classes)
+    train, validation = _hold_out(arrays.train_labels, seed, validation_fraction)
+    offset = len(arrays.train_labels)
+    return TaskStream(
+        inputs=np.concatenate([arrays.train_inputs, arrays.test_inputs]),
+        labels=np.concatenate([arrays.train_labels, arrays.test_labels]).astype(np.int32),
+        example_ids=_ids(arrays),
+        train=_padded([train[np.isin(arrays.train_labels[train], g)] for g in groups]),
+        validation=_padded(
+            [validation[np.isin(arrays.train_labels[validation], g)] for g in groups]
+        ),
+        test=_padded([offset + np.flatnonzero(np.isin(arrays.test_labels, g)) for g in groups]),
+        class_masks=np.stack([np.isin(np.arange(num_classes), g) for g in groups]),
+        scenario="class_incremental",
+        class_order=tuple(order.tolist()),
+    )
+
+
+def domain_incremental(
+    domains: Sequence[LabelledArrays], seed: int, *, validation_fraction: float = 0.15
+) -> TaskStream:
+    """Tasks with the same classes and different inputs, one per domain, in the order given.
+
+    Where domains are versions of the same examples (equal labels), the same ones are held out of
+    all of them.
+
+    Args:
+        domains: one data set per task.
+        seed: of the validation split.
+        validation_fraction: share of the training data of each class to hold out, in (0, 1).
+
+    Returns:
+        A `TaskStream`.
+
+    Raises:
+        InvalidInput: no domain, or a split that leaves a class without examples.
+
+    Example:
+        >>> import numpy as np
+        >>> images, labels = np.zeros((20, 2), np.uint8), np.arange(20) % 4
+        >>> arrays = LabelledArrays(images, labels, images, labels)
+        >>> domain_incremental([arrays, arrays], seed=0).train.sizes.tolist()
+        [16, 16]
+    """
+    if not domains:
+        raise InvalidInput("domains=[]: at least one is needed")
+    num_classes = 1 + max(int(domain.train_labels.max()) for domain in domains)
+    rows: dict[str, list[np.ndarray]] = {"train": [], "validation": [], "test": []}
+    offset = 0
+    for domain in domains:
+        train, validation = _hold_out(domain.train_labels, seed, validation_fraction)
+        rows["train"].append(offset + train)
+        rows["validation"].append(offset + validation)
+        offset += len(domain.train_labels)
+        rows["test"].append(offset + np.arange(len(domain.test_labels)))
+        offset += len(domain.test_labels)
+    return TaskStream(
+        inputs=np.concatenate([x for d in domains for x in (d.train_inputs, d.test_inputs)]),
+        labels=np.concatenate([y for d in domains for y in (d.train_labels, d.test_labels)]).astype(
+            np.int32
+        ),
+        example_ids=tuple(name for domain in domains for name in _ids(domain)),
+        train=_padded(rows["train"]),
+        validation=_padded(rows["validation"]),
+        test=_padded(rows["test"]),
+        class_masks=np.ones((len(domains), num_classes), bool),
+        scenario="domain_incremental",
+        class_order=tuple(range(num_classes)),
+    )
+
+
+def _class_groups(order: np.ndarray, num_tasks: int, base_classes: int) -> list[np.ndarray]:
+    rest = order[base_classes:]
+    later_tasks = num_tasks - (1 if base_classes else 0)
+    if num_tasks < 1 or len(rest) < later_tasks or (later_tasks == 0 and len(rest)):
+        first = f" after base_classes={base_classes}" if base_classes else ""
+        raise InvalidInput(
+            f"num_tasks={num_tasks}: {len(rest)} classes are left{first}, and every task needs "
+            f"at least one; choose 1..{len(rest) + (1 if base_classes else 0)} tasks"
+        )
+    groups = [order[:base_classes]] if base_classes else []
+    return groups + (np.array_split(rest, later_tasks) if later_tasks else [])
+
+
+def _hold_out(labels: np.ndarray, seed: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Positions to train on and to validate on, shuffled, the same share of every class."""
+    if not 0 < fraction < 1:
+        raise InvalidInput(f"validation_fraction={fraction}: must lie strictly between 0 and 1")
+    generator = np.random.default_rng([seed, 1])
+    train, validation = [], []
+    for label in np.unique(labels):
+        members = generator.permutation(np.flatnonzero(labels == label))
+        held_out = max(1, round(fraction * len(members)))
+        if held_out >= len(members):
+            raise InvalidInput(
+                f"validation_fraction={fraction}: class {label} has {len(members)} training "
+                "examples and none would be left; lower the fraction or add examples"
+            )
+        validation.append(members[:held_out])
+        train.append(members[held_out:])
+    return generator.permutation(np.concatenate(train)), np.sort(np.concatenate(validation))
+
+
+def _padded(rows: Sequence[np.ndarray]) -> TaskIndices:
+    sizes = np.asarray([len(row) for row in rows], np.int32)
+    if (sizes == 0).any():
+        raise InvalidInput(
+            f"task {int(np.argmin(sizes)) + 1} of {len(rows)}: has no examples in one of its "
+            "splits; use fewer tasks or more data"
+        )
+    positions = np.zeros((len(rows), int(sizes.max())), np.int32)
+    for row, values in zip(positions, rows, strict=True):
+        row[: len(values)] = values
+    return TaskIndices(positions, sizes)
+
+
+def _ids(arrays: LabelledArrays) -> tuple[str, ...]:
+    train = (f"{arrays.name}/train/{i}" for i in range(len(arrays.train_labels)))
+    test = (f"{arrays.name}/test/{i}" for i in range(len(arrays.test_labels)))
+    return (*train, *test)

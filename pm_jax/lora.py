@@ -1,0 +1,234 @@
+"""Low-rank adapters as pytrees, for the dense kernels of any parameter tree.
+
+Adapters are a flat dict `{path of a kernel: Adapter(a, b)}`. The adapted kernel is `W + scale A B`;
+it is formed by `fold`, or left implicit by `branch`, which adds `scale (x A) B` to the output of a
+linen `Dense` layer and so needs no gradient of the size of W.
+
+References:
+    Hu et al., `LoRA: Low-Rank Adaptation of Large Language Models
+    <https://arxiv.org/abs/2106.09685>`_, 2022
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pm_jax import trees
+from pm_jax.types import Array, Key, Params, PyTree
+
+
+class Adapter(NamedTuple):
+    """Factors of a low-rank displacement `a @ b`.
+
+    Attributes:
+        a: float32 [in, rank].
+        b: float32 [rank, out].
+    """
+
+    a: Array
+    b: Array
+
+
+Adapters = dict[str, Adapter]
+
+
+def adapted_paths(params: Params, pattern: str, rank: int) -> tuple[str, ...]:
+    """Paths of the dense kernels that a pattern selects for adapters of some rank.
+
+    Args:
+        params: any parameter tree.
+        pattern: regular expression over "a/b/c", matched in full.
+        rank: of the adapters.
+
+    Returns:
+        The matching paths in the tree's order.
+
+    Raises:
+        ValueError: no match, a matching leaf that is not [in, out], or a rank below 1 or above
+            the smaller side of a kernel.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> adapted_paths({"key": {"kernel": jnp.ones((4, 4))}}, ".*kernel", 2)
+        ('key/kernel',)
+    """
+    paths = trees.match_paths(params, pattern)
+    for path, kernel in trees.select(params, paths).items():
+        if jnp.ndim(kernel) != 2:
+            raise ValueError(
+                f"pattern={pattern!r}: matches {path} of shape {jnp.shape(kernel)}; adapters are "
+                "for dense kernels of shape (in, out)"
+            )
+        if not 1 <= rank <= min(kernel.shape):
+            raise ValueError(
+                f"rank={rank}: must lie in 1..{min(kernel.shape)}, the smaller side of {path}"
+            )
+    return paths
+
+
+def init(key: Key, params: Params, pattern: str, rank: int) -> Adapters:
+    """Fresh adapters, whose product is zero.
+
+    A is uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5), B is 0, and there is no alpha/rank
+    factor.
+
+    Args:
+        key: PRNG key, folded with each kernel's path.
+        params: any parameter tree.
+        pattern: regular expression over "a/b/c" that selects the dense kernels to adapt.
+        rank: of every adapter.
+
+    Returns:
+        `{path: Adapter}`.
+
+    Raises:
+        ValueError: as `adapted_paths`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> adapters = init(jax.random.key(0), {"key": {"kernel": jnp.ones((4, 6))}}, ".*", 2)
+        >>> adapters["key/kernel"].a.shape, adapters["key/kernel"].b.shape
+        ((4, 2), (2, 6))
+    """
+    kernels = trees.select(params, adapted_paths(params, pattern, rank))
+
+    def fresh(kernel_key: Key, kernel: Array) -> Adapter:
+        rows, columns = kernel.shape
+        bound = rows**-0.5
+        a = jax.random.uniform(kernel_key, (rows, rank), jnp.float32, -bound, bound)
+        return Adapter(a, jnp.zeros((rank, columns), jnp.float32))
+
+    return jax.tree.map(fresh, trees.leaf_keys(key, kernels), kernels)
+
+
+def displacement(adapters: Adapters) -> dict[str, Array]:
+    """The dense task vector that adapters stand for, `A B`.
+
+    Args:
+        adapters: `{path: Adapter}`.
+
+    Returns:
+        `{path: float32 [in, out]}`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> displacement({"k": Adapter(jnp.ones((1, 2)), jnp.ones((2, 1)))})["k"].tolist()
+        [[2.0]]
+    """
+    return {
+        path: jnp.matmul(adapter.a, adapter.b, precision="highest")
+        for path, adapter in adapters.items()
+    }
+
+
+def fold(params: Params, adapters: Adapters, coefficient: Array | float = 1.0) -> Params:
+    """The effective weights, `W + coefficient A B`, of the adapted kernels.
+
+    Args:
+        params: any parameter tree.
+        adapters: `{path: Adapter}`.
+        coefficient: scalar; 1 for the trained model, alpha for a merged one.
+
+    Returns:
+        The parameters with the adapted kernels replaced, each in its own type.
+
+    Raises:
+        ValueError: an adapter whose path the parameters do not have.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> adapters = {"k": Adapter(jnp.ones((1, 2)), jnp.ones((2, 1)))}
+        >>> fold({"k": jnp.ones((1, 1))}, adapters, 0.5)["k"].tolist()
+        [[2.0]]
+    """
+    kernels = trees.select(params, tuple(adapters))
+    steps = displacement(adapters)
+    folded = {
+        path: (kernel.astype(jnp.float32) + coefficient * steps[path]).astype(kernel.dtype)
+        for path, kernel in kernels.items()
+    }
+    return trees.replace(params, folded)
+
+
+def count(adapters: PyTree) -> int:
+    """Number of trainable numbers in adapters (or in any other tree of arrays).
+
+    Args:
+        adapters: `{path: Adapter}`.
+
+    Returns:
+        An int.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> count({"k": Adapter(jnp.ones((5, 2)), jnp.ones((2, 3)))})
+        16
+    """
+    return sum(leaf.size for leaf in jax.tree.leaves(adapters))
+
+
+def squared_norm(adapters: Adapters) -> Array:
+    """`sum ||A B||^2` over all adapters from rank-sized Gram matrices, without forming A B.
+
+    Args:
+        adapters: `{path: Adapter}`.
+
+    Returns:
+        float32 scalar.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> float(squared_norm({"k": Adapter(jnp.ones((1, 2)), jnp.ones((2, 3)))}))
+        12.0
+    """
+    total = jnp.zeros((), jnp.float32)
+    for a, b in adapters.values():
+        total += jnp.einsum("ir,is,ro,so->", a, a, b, b, precision="highest", optimize="greedy")
+    return total
+
+
+def branch(adapters: Mapping[str, Adapter], scale: Array | float = 1.0):
+    """Context in which adapted linen `Dense` layers add `scale (x A) B` to their output.
+
+    Equal to applying the model with `fold(params, adapters, scale)`, and cheaper to train: the
+    backward pass forms gradients of A and B only.
+
+    Args:
+        adapters: `{path of a kernel: Adapter}`, paths within the module that is applied.
+        scale: scalar, or [N] for one scale per example (the first axis of every layer's input).
+
+    Returns:
+        A context manager around `module.apply`.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> layer, x = nn.Dense(3, name="head"), jnp.ones((1, 2))
+        >>> params = layer.init(jax.random.key(0), x)
+        >>> adapters = {"kernel": Adapter(jnp.ones((2, 1)), jnp.ones((1, 3)))}
+        >>> with branch(adapters):
+        ...     adapted = layer.apply(params, x)
+        >>> (adapted - layer.apply(params, x)).round(4).tolist()
+        [[2.0, 2.0, 2.0]]
+    """
+
+    def interceptor(next_fn, args, kwargs, context):
+        output = next_fn(*args, **kwargs)
+        path = "/".join((*context.module.path, "kernel"))
+        if context.method_name != "__call__" or path not in adapters:
+            return output
+        if not isinstance(context.module, nn.Dense):
+            raise ValueError(
+                f"adapters={path}: belongs to a {type(context.module).__name__}; a branch is for "
+                "linen Dense layers, use fold for others"
+            )
+        adapter = adapters[path]
+        inputs = jnp.asarray(args[0], output.dtype)
+        low = inputs @ adapter.a.astype(output.dtype)
+        factor = jnp.asarray(scale, output.dtype)
+        factor = factor.reshape(factor.shape + (1,) * (low.ndim - factor.ndim))
+        return output + (factor * low) @ adapter.b.astype(output.dtype)
+
+    return nn.intercept_methods(interceptor)

@@ -1,0 +1,129 @@
+"""Vision transformer: pre-norm blocks, exact GELU, class token, learned positions."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pm_jax.types import Array
+
+LAYER_NORM_EPSILON = 1e-6
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with separate `query`, `key`, `value` and `proj` layers.
+
+    Attributes:
+        num_heads: must divide the width of the inputs.
+        dtype: type of computation.
+    """
+
+    num_heads: int
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Attention over tokens, [N, T, D] to [N, T, D]."""
+        width = x.shape[-1]
+        heads = (*x.shape[:-1], self.num_heads, width // self.num_heads)
+        query, key, value = (
+            nn.Dense(width, dtype=self.dtype, name=name)(x).reshape(heads)
+            for name in ("query", "key", "value")
+        )
+        mixed = jax.nn.dot_product_attention(query, key, value).reshape(x.shape)
+        return nn.Dense(width, dtype=self.dtype, name="proj")(mixed)
+
+
+class MlpBlock(nn.Module):
+    """Two dense layers, `fc1` and `fc2`, with exact GELU between them.
+
+    Attributes:
+        hidden_size: width of `fc1`.
+        dtype: type of computation.
+    """
+
+    hidden_size: int
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[N, T, D] to [N, T, D]."""
+        hidden = nn.Dense(self.hidden_size, dtype=self.dtype, name="fc1")(x)
+        return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(
+            nn.gelu(hidden, approximate=False)
+        )
+
+
+class Block(nn.Module):
+    """Transformer block: `norm1`, `attn`, `norm2`, `mlp`, with residual connections.
+
+    Attributes:
+        num_heads: of the attention.
+        mlp_size: hidden width of the MLP.
+        dtype: type of computation.
+    """
+
+    num_heads: int
+    mlp_size: int
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[N, T, D] to [N, T, D]."""
+
+        def normed(name):
+            return nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, dtype=self.dtype, name=name)(x)
+
+        x = x + Attention(self.num_heads, self.dtype, name="attn")(normed("norm1"))
+        return x + MlpBlock(self.mlp_size, self.dtype, name="mlp")(normed("norm2"))
+
+
+class VisionTransformer(nn.Module):
+    """ViT classifier; module names follow the public checkpoints of timm.
+
+    Attributes:
+        num_classes: C, width of the classifier `head`.
+        patch_size: side of a square patch in pixels; must divide both sides of the image.
+        width: D, of the tokens.
+        depth: number of blocks, named `blocks_0`, `blocks_1`, ...
+        num_heads: of every attention; must divide the width.
+        mlp_ratio: hidden width of the MLPs over D.
+        dtype: type of computation; parameters are float32.
+
+    References:
+        Dosovitskiy et al., `An Image is Worth 16x16 Words
+        <https://arxiv.org/abs/2010.11929>`_, 2021
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> model = VisionTransformer(10, patch_size=2, width=8, depth=1, num_heads=2)
+        >>> images = jnp.ones((3, 8, 8, 1))
+        >>> model.apply(model.init(jax.random.key(0), images), images).shape
+        (3, 10)
+    """
+
+    num_classes: int
+    patch_size: int = 16
+    width: int = 192
+    depth: int = 12
+    num_heads: int = 3
+    mlp_ratio: float = 4.0
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, images: Array) -> Array:
+        """Logits [N, C] of images [N, H, W, channels]."""
+        patch = (self.patch_size, self.patch_size)
+        x = nn.Conv(
+            self.width, patch, strides=patch, padding="VALID", dtype=self.dtype, name="patch_embed"
+        )(images)
+        x = x.reshape(x.shape[0], -1, self.width)
+        class_token = self.param("cls_token", nn.initializers.zeros, (1, 1, self.width))
+        start = jnp.broadcast_to(class_token.astype(x.dtype), (x.shape[0], 1, self.width))
+        x = jnp.concatenate([start, x], axis=1)
+        positions = self.param("pos_embed", nn.initializers.normal(0.02), (1, *x.shape[1:]))
+        x = x + positions.astype(x.dtype)
+        for layer in range(self.depth):
+            hidden = int(self.width * self.mlp_ratio)
+            x = Block(self.num_heads, hidden, self.dtype, name=f"blocks_{layer}")(x)
+        x = nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, dtype=self.dtype, name="norm")(x)
+        return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x[:, 0])

@@ -1,0 +1,262 @@
+"""Squares of per-example gradients, summed over a batch: the work of a diagonal Fisher.
+
+A *pass* is one backward pass of all examples at once: a cotangent for the model's outputs and a
+weight per example. The empirical Fisher is one pass; the exact one has a pass per label. Sums are
+`sum_passes sum_n weight_n (pulled-back cotangent_n)^2`, by one of two ways that agree:
+
+- `by_vmap`, for any parameters: the gradient of every example is formed.
+- `by_layers`, for linen Dense layers: from the inputs x of the layer and the gradients g of its
+  outputs, which one ordinary backward pass gives for the whole batch. A layer without token axes
+  needs no per-example gradient at all, since `sum_n (x_n g_n^T)^2 = (x^2)^T g^2`.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pm_jax import trees
+from pm_jax.types import Array, Batch, Key, Params, PyTree
+
+
+class Passes(NamedTuple):
+    """Backward passes to make.
+
+    Attributes:
+        cotangents: [P, N, ...], of the model's outputs.
+        weights: float32 [P, N].
+    """
+
+    cotangents: Array
+    weights: Array
+
+
+OutputsFn = Callable[[Params, Batch], Array]
+"""Outputs [N, ...] of a batch of N examples, each from its own example only."""
+
+PassesFn = Callable[[Array, Key | None], Passes]
+"""The passes for outputs [N, ...], with one key per example or none."""
+
+
+class SquaredGradients(NamedTuple):
+    """What a batch adds to a diagonal.
+
+    Attributes:
+        total: sum over passes and examples, pytree of the parameters' structure.
+        along: `sum_p squares_np d_p^2` of every example, [N]; NaN without a direction.
+    """
+
+    total: PyTree
+    along: Array
+
+
+def by_vmap(
+    outputs_fn: OutputsFn,
+    passes_fn: PassesFn,
+    params: Params,
+    batch: Batch,
+    *,
+    weights: Array,
+    keys: Key | None = None,
+    direction: PyTree | None = None,
+) -> SquaredGradients:
+    """Sum of squared gradients by forming the gradient of every example.
+
+    Args:
+        outputs_fn: of the model.
+        passes_fn: of the matrix that is measured.
+        params: pytree of floating-point arrays.
+        batch: N examples; N gradients are in memory at a time.
+        weights: of the examples, [N].
+        keys: one per example, or `None`.
+        direction: d, of the structure of the parameters, or `None`.
+
+    Returns:
+        `SquaredGradients`, float32 (float64 for float64 leaves).
+
+    Example:
+        >>> one_pass = lambda outputs, _: Passes(jnp.ones_like(outputs)[None], jnp.ones((1, 1)))
+        >>> batch = Batch(jnp.asarray([[1.0], [3.0]]), jnp.zeros(2, int))
+        >>> by_vmap(lambda w, b: b.inputs @ w, one_pass, jnp.ones(1), batch,
+        ...         weights=jnp.ones(2)).total
+        Array([10.], dtype=float32)
+    """
+
+    def squares_of(example: Batch, key: Key | None) -> PyTree:
+        single = jax.tree.map(lambda leaf: leaf[None], example)
+        outputs, pull_back = jax.vjp(lambda p: outputs_fn(p, single), params)
+        passes = passes_fn(outputs, None if key is None else key[None])
+
+        def add_pass(total, one):
+            gradient = pull_back(one.cotangents)[0]
+            squares = jax.tree.map(lambda g: g.astype(trees.compute_dtype(g)) ** 2, gradient)
+            return jax.tree.map(lambda t, s: t + one.weights[0] * s, total, squares), None
+
+        return jax.lax.scan(add_pass, _zeros(params), passes)[0]
+
+    squares = jax.vmap(squares_of, (0, None if keys is None else 0))(batch, keys)
+    # Products with vectors, not sums over an axis, and none of it fused into the outer products:
+    # XLA's CPU reductions over a leading axis are ten times slower.
+    squares = jax.lax.optimization_barrier(squares)
+    total = jax.tree.map(
+        lambda s: jnp.tensordot(weights.astype(s.dtype), s, 1, precision="highest"), squares
+    )
+    if direction is None:
+        return SquaredGradients(total, jnp.full(weights.shape, jnp.nan))
+    along = jax.tree.map(
+        lambda s, d: jnp.tensordot(s, d.astype(s.dtype) ** 2, d.ndim, precision="highest"),
+        squares,
+        direction,
+    )
+    return SquaredGradients(total, functools.reduce(jnp.add, jax.tree.leaves(along)))
+
+
+def by_layers(
+    outputs_fn: OutputsFn,
+    passes_fn: PassesFn,
+    params: Params,
+    batch: Batch,
+    *,
+    weights: Array,
+    keys: Key | None = None,
+    direction: PyTree | None = None,
+) -> SquaredGradients:
+    """Sum of squared gradients of linen Dense layers, from their inputs and output gradients.
+
+    Args:
+        outputs_fn: of the model, which applies a linen module.
+        passes_fn: of the matrix that is measured.
+        params: flat `{path: leaf}` of kernels and biases of Dense layers of that module, as given
+            by `trees.select`.
+        batch: N examples.
+        weights: of the examples, [N].
+        keys: one per example, or `None`.
+        direction: d, of the structure of the parameters, or `None`.
+
+    Returns:
+        `SquaredGradients`, float32.
+
+    Raises:
+        ValueError: a path that is no kernel or bias of a Dense layer that is called exactly once.
+
+    Example:
+        >>> layer = nn.Dense(1)
+        >>> params = {"kernel": jnp.ones((1, 1)), "bias": jnp.zeros(1)}
+        >>> batch = Batch(jnp.asarray([[1.0], [3.0]]), jnp.zeros(2, int))
+        >>> found = by_layers(
+        ...     lambda p, b: layer.apply({"params": p}, b.inputs)[:, 0],
+        ...     lambda outputs, _: Passes(jnp.ones_like(outputs)[None], jnp.ones((1, 2))),
+        ...     params, batch, weights=jnp.ones(2))
+        >>> found.total["kernel"].item(), found.total["bias"].item()
+        (10.0, 2.0)
+    """
+    layers = {path.rpartition("/")[0] for path in params}
+
+    def tapped(taps: dict[str, Array]) -> tuple[Array, dict[str, tuple[Array, Array]]]:
+        return _with_taps(outputs_fn, params, batch, layers, taps)
+
+    seen = jax.eval_shape(lambda: _with_taps(outputs_fn, params, batch, layers, None)[1])
+    if missing := sorted(layers - set(seen)):
+        raise ValueError(
+            f"dense_layers={missing}: are no linen Dense layers of the model that is applied"
+        )
+    taps = {name: jnp.zeros(output.shape, output.dtype) for name, (_, output) in seen.items()}
+    outputs, pull_back, seen = jax.vjp(tapped, taps, has_aux=True)
+    inputs = {name: x for name, (x, _) in seen.items()}
+    passes = passes_fn(outputs, keys)
+
+    def add_pass(carry, one):
+        gradients = pull_back(one.cotangents)[0]
+        total, along = carry
+        for path in params:
+            name, _, kind = path.rpartition("/")
+            added, values = _dense_squares(
+                inputs[name] if kind == "kernel" else None,
+                gradients[name],
+                one.weights * weights,
+                one.weights,
+                None if direction is None else direction[path],
+            )
+            total = {**total, path: total[path] + added}
+            along = along + values
+        return (total, along), None
+
+    start = (_zeros(params), jnp.zeros(weights.shape, jnp.float32))
+    (total, along), _ = jax.lax.scan(add_pass, start, passes)
+    return SquaredGradients(total, along if direction is not None else along * jnp.nan)
+
+
+def dense_paths(params: PyTree, layers: Sequence[str]) -> tuple[str, ...]:
+    """Paths among `params` of the kernels and biases of some layers.
+
+    Args:
+        params: flat `{path: leaf}`, or any other pytree.
+        layers: paths of layers, "a/b" for the kernel "a/b/kernel".
+
+    Returns:
+        Paths of leaves, in the tree's order.
+
+    Example:
+        >>> dense_paths({"fc/kernel": 0, "fc/bias": 0, "norm/bias": 0}, ("fc",))
+        ('fc/bias', 'fc/kernel')
+    """
+    return tuple(
+        path
+        for path in trees.leaves_by_path(params)
+        if path.rpartition("/")[0] in layers and path.rpartition("/")[2] in ("kernel", "bias")
+    )
+
+
+def _with_taps(outputs_fn, params, batch, layers, taps):
+    """Outputs with `taps` added to the layers' outputs, and each layer's (input, output)."""
+    seen: dict[str, tuple[Array, Array]] = {}
+
+    def interceptor(next_fn, args, kwargs, context):
+        output = next_fn(*args, **kwargs)
+        name = "/".join(context.module.path)
+        dense = isinstance(context.module, nn.Dense) and context.method_name == "__call__"
+        if not dense or name not in layers:
+            return output
+        if name in seen:
+            raise ValueError(f"dense_layers={name}: is called more than once; leave it out")
+        seen[name] = (args[0], output)
+        return output if taps is None else output + taps[name]
+
+    with nn.intercept_methods(interceptor):
+        outputs = outputs_fn(params, batch)
+    return outputs, seen
+
+
+def _dense_squares(inputs, gradients, weights, pass_weights, direction):
+    """Weighted sum of one leaf's squared gradients, and their values along d^2 per example.
+
+    `inputs` [N, ..., in] for a kernel and `None` for a bias, `gradients` [N, ..., out].
+    """
+    examples = gradients.shape[0]
+    g = gradients.astype(jnp.float32).reshape(examples, -1, gradients.shape[-1])
+    if inputs is None:
+        squares = jnp.sum(g, axis=1) ** 2
+        spec = "o"
+    elif g.shape[1] > 1:
+        x = inputs.astype(jnp.float32).reshape(examples, -1, inputs.shape[-1])
+        squares = jnp.einsum("nti,nto->nio", x, g, precision="highest") ** 2
+        spec = "io"
+    else:
+        x, g = inputs.astype(jnp.float32).reshape(examples, -1) ** 2, g[:, 0] ** 2
+        total = jnp.einsum("n,ni,no->io", weights, x, g, precision="highest")
+        if direction is None:
+            return total, 0.0
+        values = jnp.einsum("ni,io,no->n", x, direction**2, g, precision="highest")
+        return total, pass_weights * values
+    total = jnp.einsum(f"n,n{spec}->{spec}", weights, squares, precision="highest")
+    if direction is None:
+        return total, 0.0
+    values = jnp.einsum(f"n{spec},{spec}->n", squares, direction**2, precision="highest")
+    return total, pass_weights * values
+
+
+def _zeros(params: Params) -> PyTree:
+    return jax.tree.map(lambda p: jnp.zeros_like(p, trees.compute_dtype(p)), params)

@@ -1,0 +1,58 @@
+"""The shapes of things: what the functions of pm_jax take and return."""
+
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import jax
+
+Array: TypeAlias = jax.Array
+Key: TypeAlias = jax.Array
+"""A typed PRNG key, as made by `jax.random.key`."""
+
+PyTree: TypeAlias = Any
+Params: TypeAlias = Any
+"""Any pytree of floating-point arrays: linen params, `nnx.split` state, a plain dict."""
+
+
+class InvalidInput(ValueError):
+    """A mistake of the user's: one line that names the argument, its value and the remedy."""
+
+
+class Batch(NamedTuple):
+    """Labelled examples; every leaf has the example axis first.
+
+    Attributes:
+        inputs: pytree of arrays [N, ...], what the model reads.
+        labels: int32 [N], the class of each example.
+        weights: float32 [N], 1 for an example and 0 for padding; `None` means all ones.
+    """
+
+    inputs: PyTree
+    labels: Array
+    weights: Array | None = None
+
+
+class LogitsFn(Protocol):
+    """Logits float32 [N, C] exactly as the loss sees them: mask and temperature applied.
+
+    Each row may depend on its own example only; a masked logit is a finite -1e30.
+    """
+
+    def __call__(self, params: Params, inputs: PyTree, /) -> Array:
+        """Logits [N, C]."""
+        ...
+
+
+class LossesFn(Protocol):
+    """One loss per example, float32 [N], from parameters and a `Batch`."""
+
+    def __call__(self, params: Params, batch: Batch, /) -> Array:
+        """Losses [N]."""
+        ...
+
+
+class LossFn(Protocol):
+    """A scalar loss of parameters and whatever else the caller passes on."""
+
+    def __call__(self, params: Params, /, *args: Any) -> Array:
+        """The loss."""
+        ...

@@ -1,0 +1,99 @@
+import numpy as np
+import pytest
+
+from pm_jax import data
+from pm_jax.types import InvalidInput
+
+
+def arrays(classes=5, each=20, test_each=4):
+    def part(count):
+        labels = np.tile(np.arange(classes), count)
+        return np.arange(len(labels), dtype=np.uint8)[:, None], labels
+
+    return data.LabelledArrays(*part(each), *part(test_each), "toy")
+
+
+def test_class_incremental_tasks_part_the_classes_and_the_examples():
+    stream = data.class_incremental(arrays(), 3, seed=0, validation_fraction=0.2)
+    assert stream.class_masks.sum(axis=0).tolist() == [1] * 5
+    assert stream.class_masks.sum(axis=1).tolist() == [2, 2, 1]
+    seen = []
+    for split in (stream.train, stream.validation, stream.test):
+        for task, row in enumerate(split.rows()):
+            assert stream.class_masks[task][stream.labels[row]].all()
+            seen.extend(row.tolist())
+    assert sorted(seen) == list(range(120))
+    assert stream.validation.sizes.sum() == 20 and stream.test.sizes.sum() == 20
+    assert {stream.example_ids[i].split("/")[1] for i in stream.test.rows()[0]} == {"test"}
+
+
+def test_base_classes_and_class_order_come_from_the_settings_and_the_seed():
+    stream = data.class_incremental(arrays(), 3, seed=0, base_classes=3)
+    assert stream.class_masks.sum(axis=1).tolist() == [3, 1, 1]
+    orders = {data.class_incremental(arrays(), 2, seed=s).class_order for s in range(5)}
+    assert len(orders) > 1
+    again = data.class_incremental(arrays(), 3, seed=0, base_classes=3)
+    assert again.manifest() == stream.manifest()
+    first = np.flatnonzero(stream.class_masks[0])
+    assert sorted(stream.class_order[:3]) == first.tolist()
+
+
+def test_manifest_tells_splits_apart():
+    one = data.class_incremental(arrays(), 2, seed=0).manifest()
+    two = data.class_incremental(arrays(), 2, seed=1).manifest()
+    hashes = [task["train"]["sha256_of_ids"] for m in (one, two) for task in m["tasks"]]
+    assert len(set(hashes)) == 4
+    assert one["tasks"][0]["train"]["examples"] > 0 and one["scenario"] == "class_incremental"
+
+
+def test_domains_hold_out_the_same_images_and_never_train_on_test_images():
+    digits = data.load_digits()
+    stream = data.domain_incremental([data.rotated(digits, a) for a in (0, 30)], seed=1)
+
+    def numbers(split, task):
+        return [stream.example_ids[i].split("/", 1)[1] for i in split.rows()[task]]
+
+    for split in (stream.train, stream.validation, stream.test):
+        assert numbers(split, 0) == numbers(split, 1)
+    assert not set(numbers(stream.train, 0)) & set(numbers(stream.validation, 0))
+    counts = np.bincount(stream.labels[stream.validation.rows()[0]])
+    assert counts.min() >= 18  # 15 % of each class
+    assert stream.class_masks.all()
+    assert all("test" in name for name in numbers(stream.test, 1))
+
+
+def test_digits_are_the_real_ones_split_once_for_all():
+    digits = data.load_digits()
+    assert digits.train_inputs.dtype == np.uint8 and digits.train_inputs.max() == 255
+    assert len(digits.train_labels) + len(digits.test_labels) == 1797
+    from sklearn.datasets import load_digits
+
+    total = np.round(load_digits().images * (255 / 16)).sum()
+    assert digits.train_inputs.sum() + digits.test_inputs.sum() == total
+
+
+def test_rotation_turns_counter_clockwise_and_by_zero_changes_nothing():
+    digits = data.load_digits()
+    assert np.array_equal(data.rotated(digits, 0).train_inputs, digits.train_inputs)
+    small = data.rotated(digits, 20).test_inputs.astype(int)
+    quarter = np.rot90(digits.test_inputs, axes=(1, 2)).astype(int)
+    other = np.rot90(digits.test_inputs, k=-1, axes=(1, 2)).astype(int)
+    assert abs(small - quarter).mean() < abs(small - other).mean()
+
+
+@pytest.mark.parametrize(
+    "make,message",
+    [
+        (lambda: data.class_incremental(arrays(), 6, 0), "num_tasks=6.*1..5"),
+        (lambda: data.class_incremental(arrays(), 0, 0), "num_tasks=0"),
+        (lambda: data.class_incremental(arrays(), 4, 0, base_classes=3), "num_tasks=4.*1..3"),
+        (lambda: data.class_incremental(arrays(), 1, 0, base_classes=3), "num_tasks=1"),
+        (lambda: data.class_incremental(arrays(), 2, 0, validation_fraction=0.0), "between 0"),
+        (lambda: data.class_incremental(arrays(), 2, 0, validation_fraction=0.99), "class 0"),
+        (lambda: data.domain_incremental([], 0), "domains"),
+        (lambda: data.class_incremental(arrays(test_each=0), 2, 0), "no examples"),
+    ],
+)
+def test_streams_that_cannot_be_are_refused(make, message):
+    with pytest.raises(InvalidInput, match=message):
+        make()

@@ -1,0 +1,89 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import erf
+
+from pm_jax import losses, models, trees
+
+
+def numpy_vit(params, images, num_heads):
+    """The same network written out in NumPy, float64."""
+    p = {path: np.asarray(leaf, np.float64) for path, leaf in trees.leaves_by_path(params).items()}
+
+    def dense(x, name):
+        return x @ p[f"{name}/kernel"] + p[f"{name}/bias"]
+
+    def norm(x, name):
+        centred = x - x.mean(-1, keepdims=True)
+        scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
+        return scaled * p[f"{name}/scale"] + p[f"{name}/bias"]
+
+    def softmax(x):
+        exponent = np.exp(x - x.max(-1, keepdims=True))
+        return exponent / exponent.sum(-1, keepdims=True)
+
+    kernel = p["patch_embed/kernel"]
+    side, width = kernel.shape[0], kernel.shape[-1]
+    n, height, across, channels = images.shape
+    rows, columns = height // side, across // side
+    patches = images.reshape(n, rows, side, columns, side, channels).transpose(0, 1, 3, 2, 4, 5)
+    tokens = patches.reshape(n, rows * columns, -1) @ kernel.reshape(-1, width)
+    tokens = tokens + p["patch_embed/bias"]
+    x = np.concatenate([np.broadcast_to(p["cls_token"], (n, 1, width)), tokens], 1) + p["pos_embed"]
+    for layer in range(2):
+        block = f"blocks_{layer}"
+        y = norm(x, f"{block}/norm1")
+        q, k, v = (
+            dense(y, f"{block}/attn/{name}").reshape(n, -1, num_heads, width // num_heads)
+            for name in ("query", "key", "value")
+        )
+        weights = softmax(np.einsum("nqhd,nkhd->nhqk", q, k) / np.sqrt(width // num_heads))
+        mixed = np.einsum("nhqk,nkhd->nqhd", weights, v).reshape(n, -1, width)
+        x = x + dense(mixed, f"{block}/attn/proj")
+        hidden = dense(norm(x, f"{block}/norm2"), f"{block}/mlp/fc1")
+        hidden = 0.5 * hidden * (1 + erf(hidden / np.sqrt(2)))
+        x = x + dense(hidden, f"{block}/mlp/fc2")
+    return dense(norm(x, "norm")[:, 0], "head")
+
+
+def test_vit_agrees_with_the_same_network_in_numpy():
+    model = models.VisionTransformer(5, patch_size=2, width=12, depth=2, num_heads=3)
+    images = jax.random.normal(jax.random.key(1), (4, 6, 8, 3))
+    params = model.init(jax.random.key(0), images)["params"]
+    rng = np.random.default_rng(0)  # nothing at its initial zero or one
+    params = jax.tree.map(
+        lambda x: x + jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype), params
+    )
+    got = model.apply({"params": params}, images)
+    wanted = numpy_vit(params, np.asarray(images, np.float64), 3)
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", [models.MLP(3, (7, 5)), models.VisionTransformer(3, 2, 8, 1, 2)])
+def test_an_examples_logits_do_not_depend_on_the_batch(model):
+    images = jax.random.normal(jax.random.key(1), (6, 4, 4, 1))
+    params = model.init(jax.random.key(0), images)
+    whole = model.apply(params, images)
+    parts = jnp.concatenate([model.apply(params, images[n : n + 1]) for n in range(6)])
+    assert whole.shape == (6, 3)
+    np.testing.assert_allclose(whole, parts, rtol=1e-5, atol=1e-6)
+
+
+def test_names_of_the_vit():
+    model = models.VisionTransformer(3, 2, 8, 1, 2)
+    params = model.init(jax.random.key(0), jnp.ones((1, 4, 4, 1)))["params"]
+    names = set(trees.leaves_by_path(params))
+    assert {"cls_token", "pos_embed", "patch_embed/kernel", "norm/scale", "head/bias"} <= names
+    assert {"blocks_0/attn/key/kernel", "blocks_0/mlp/fc1/kernel"} <= names
+
+
+def test_a_masked_class_is_never_chosen_and_gets_no_gradient():
+    logits = jnp.asarray([[1.0, 9.0, 2.0]])
+    mask = jnp.asarray([True, False, True])
+    assert int(jnp.argmax(losses.mask_logits(logits, mask))) == 2
+    loss = losses.mean(losses.cross_entropy(lambda w, x: losses.mask_logits(w[None, :], mask)))
+    batch = losses.Batch(jnp.ones((1, 1)), jnp.zeros(1, int))
+    gradient = jax.grad(loss)(logits[0], batch)
+    assert float(gradient[1]) == 0.0 and bool(jnp.isfinite(gradient).all())
+    np.testing.assert_allclose(gradient[2], 1 / (1 + np.exp(-1.0)), rtol=1e-6)
