@@ -86,8 +86,11 @@ def define_baseline_flags() -> None:
         "A rule to run as well, unperturbed, in WORKDIR/baseline; sequential when --rule is not "
         "given, otherwise none. An empty value is none.",
     )
-    flags.DEFINE_float("baseline_learning_rate", 0.0, "Of the baseline; 0 for the same.")
-    flags.DEFINE_integer("baseline_epochs", 0, "Epochs of the baseline; 0 for the same.")
+    chosen = (
+        "0 for the same as the main run; the default is sequential's best on the default stream."
+    )
+    flags.DEFINE_float("baseline_learning_rate", 3e-4, f"Of the baseline. {chosen}")
+    flags.DEFINE_integer("baseline_epochs", 1, f"Passes over each later task. {chosen}")
 
 
 def baseline_from_flags(config: Config) -> Config | None:

@@ -20,7 +20,9 @@ flags.DEFINE_string("workdir", None, "Where results, checkpoints and logs go.")
 flags.DEFINE_integer(
     "checkpoint_every", 0, "Steps between checkpoints within a task; 0 for task boundaries only."
 )
+flags.DEFINE_boolean("tensorboard", False, "Write TensorBoard events beside the other logs.")
 flags.DEFINE_boolean("dry_run", False, "Print the resolved settings and parameter counts; stop.")
+flags.adopt_module_key_flags(experiment_flags)  # --help lists them
 
 
 def main(argv: Sequence[str]) -> None:
@@ -46,6 +48,7 @@ def main(argv: Sequence[str]) -> None:
             values.seeds,
             Path(values.workdir),
             checkpoint_every=values.checkpoint_every,
+            tensorboard=values.tensorboard,
         )
         print(table(summaries))
     except (InvalidInput, TrainingDiverged) as error:

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from pm_jax import curvature, lora, losses, perturbation, trees
+from pm_jax import curvature, lora, losses, perturbation, rules, trees
 from pm_jax.continual import Config, Learner, TrainingDiverged, training
 from pm_jax.continual import learner as learner_module
 from pm_jax.continual.evaluation import accuracy_fn, mean_loss_fn
@@ -350,6 +350,41 @@ def test_other_settings_run_and_learn(change):
     assert all(0 <= merge["alpha"] <= 1 for merge in results["merges"])
 
 
+def test_a_rule_that_merges_for_inference_only_keeps_training_from_the_trained_model(
+    tmp_path, monkeypatch
+):
+    """The trained models are those of sequential training, the merged ones are their average."""
+    plain = dataclasses.replace(SMALL, perturbation="none")
+    trained = {}
+
+    def models_of(learner, name):
+        original = learner._merge_task
+
+        def spy(task, start, params):
+            trained.setdefault(name, []).append(jax.tree.map(np.asarray, params))
+            return original(task, start, params)
+
+        learner._merge_task = spy
+        learner.run()
+        return trained[name]
+
+    sequential = Learner(dataclasses.replace(plain, rule="sequential"), 0, quiet=True)
+    wanted = models_of(sequential, "sequential")
+    rule = rules.averaging()._replace(next_task_from="trained")
+    monkeypatch.setattr(Config, "merge_rule", lambda self: rule)
+    programs.cache_clear()
+    config = dataclasses.replace(plain, rule="averaging")
+    learner = Learner(config, 0, tmp_path, quiet=True)
+    for got, want in zip(models_of(learner, "inference"), wanted, strict=True):
+        assert leaves_equal(got, want)
+    assert not leaves_equal(learner.params, wanted[-1])
+    merged = learner.params
+    again = Learner(config, 0, tmp_path, quiet=True)
+    again.run()  # restored from the last checkpoint
+    assert leaves_equal(again.params, merged) and leaves_equal(again._start, learner._start)
+    programs.cache_clear()
+
+
 # Interruption.
 
 
@@ -400,7 +435,7 @@ def test_a_run_killed_within_and_between_tasks_ends_with_the_same_numbers(
     assert steps[0] == steps[1]
 
 
-def test_a_checkpoint_cut_short_is_named_and_nothing_is_deleted(tmp_path):
+def test_a_checkpoint_cut_short_is_named_and_nothing_is_deleted(tmp_path, failed_restores):
     Learner(SMALL, 0, tmp_path, quiet=True).run()
     newest = max((tmp_path / "checkpoints").iterdir(), key=lambda p: int(p.name))
     largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)

@@ -30,6 +30,10 @@ def test_forgetting_looks_at_the_best_not_at_the_first_accuracy():
     assert metrics.backward_transfer(improved) == pytest.approx((0.1 + 0.0) / 2)
 
 
+def test_forgetting_is_negative_where_a_task_improved_to_the_end():
+    assert metrics.forgetting([[0.5, 0.0], [0.7, 0.9]]) == pytest.approx(-0.2)
+
+
 def test_figures_above_the_diagonal_count_only_in_the_forward_transfer():
     nan = float("nan")
     hidden = [[v if j <= i else nan for j, v in enumerate(row)] for i, row in enumerate(MATRIX)]

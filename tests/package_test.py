@@ -36,3 +36,36 @@ def test_notebooks_run(path):
     assert ended.returncode == 0, ended.stderr
     assert "task 2: alpha" in ended.stdout
     assert "# %%" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    "module,arguments,expected",
+    [
+        (
+            "training_step",
+            ["--repeats=1", "--depth=1", "--image_size=32", "--vit_examples=32"],
+            "Fisher / two plain epochs",
+        ),
+        (
+            "main_job",
+            ["--repeats=1", "--train_flags=--num_tasks=1,--epochs=1,--hidden_sizes=4"],
+            "peak resident MB",
+        ),
+    ],
+)
+def test_benchmarks_run_small(module, arguments, expected):
+    command = [sys.executable, "-m", f"experiments.benchmarks.{module}", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 0, ended.stderr
+    assert expected in ended.stdout
+
+
+def test_the_grid_study_runs_small(tmp_path):
+    command = [
+        *(sys.executable, "-m", "experiments.studies.digits_grid", f"--workdir={tmp_path}"),
+        *("--seeds=0", "--learning_rates=0.001", "--grid_epochs=1", "--arms=averaging,sequential"),
+        *("--num_tasks=2", "--first_task_epochs=1", "--hidden_sizes=4"),
+    ]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 0, ended.stderr
+    assert "sequential (learning_rate=0.001, epochs=1)" in ended.stdout

@@ -42,10 +42,12 @@ def results(workdir, seed=0):
 
 
 def test_default_is_perturb_and_merge_and_a_sequential_baseline(tmp_path, capsys):
-    run(f"--workdir={tmp_path}", "--seeds=0,1", *TINY, "--baseline_learning_rate=0.01")
+    run(f"--workdir={tmp_path}", "--seeds=0,1", *TINY, "--baseline_learning_rate=0.01",
+        "--baseline_epochs=2")  # fmt: skip
     table = capsys.readouterr().out.splitlines()[-3:]
     assert table[0].startswith("rule") and "final accuracy" in table[0]
-    assert table[1].startswith("perturb_and_merge") and table[2].startswith("sequential")
+    assert table[1].startswith("perturb_and_merge")
+    assert table[2].startswith("sequential (baseline, learning_rate=0.01, epochs=2)")
     assert re.search(r"\d+\.\d \+- \d+\.\d", table[1])
     summary = json.loads((tmp_path / "summary.json").read_text())
     accuracies = [results(tmp_path, seed)["final_average_accuracy"] for seed in (0, 1)]
@@ -105,7 +107,7 @@ def test_a_finished_run_says_so_and_other_settings_are_refused(tmp_path, capsys)
     assert (tmp_path / "seed_0" / "results.json").read_bytes() == before
     line = refused(capsys, *arguments, "--learning_rate=0.5", "--batch_size=16")
     assert f"--workdir={tmp_path}" in line
-    assert "batch_size=32, not 16" in line and "learning_rate=0.001, not 0.5" in line
+    assert "batch_size=32, not 16" in line and "learning_rate=0.003, not 0.5" in line
     run(*arguments, "--seeds=0,1", "--checkpoint_every=3")
     assert json.loads((tmp_path / "summary.json").read_text())["seeds"] == [0, 1]
 
@@ -121,6 +123,15 @@ def test_dry_run_prints_settings_counts_and_patterns_and_writes_nothing(tmp_path
     assert "(adapters 384)" in text  # 4 kernels, rank 3, 16 + 16
     assert "merging: 1024" in text  # 4 kernels of 16 x 16
     assert not (tmp_path / "x").exists()
+
+
+def test_tensorboard_events_are_written_when_asked_for(tmp_path, capsys, monkeypatch):
+    run(f"--workdir={tmp_path}", "--rule=averaging", "--tensorboard", *TINY)
+    assert len(list((tmp_path / "seed_0").glob("events.out.tfevents.*"))) == 1
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    other = tmp_path / "other"
+    line = refused(capsys, f"--workdir={other}", "--rule=averaging", "--tensorboard", *TINY)
+    assert "--tensorboard=True: needs tensorboardX" in line and not other.exists()
 
 
 @pytest.fixture
@@ -171,6 +182,10 @@ REFUSED = {
     "empty task": (
         ["--scenario=class_incremental", "--num_tasks=4", "--base_classes=8"],
         r"--num_tasks=4: 2 classes are left",
+    ),
+    "single class": (
+        ["--scenario=class_incremental", "--num_tasks=6"],
+        "--num_tasks=6: leaves a task with one class.*fewer tasks",
     ),
     "rank zero": (["--adapter=lora", "--lora_rank=0"], "--lora_rank=0: must be at least 1"),
     "rank too large": (["--adapter=lora", "--lora_rank=65"], r"--lora_rank=65: .*1\.\.64"),
@@ -223,7 +238,7 @@ def test_a_work_directory_that_cannot_be_written_is_refused(capsys):
     assert "--workdir=/proc/pm_jax: cannot be written" in line and "choose another" in line
 
 
-def test_divergence_and_a_damaged_checkpoint_end_with_one_line(tmp_path, capsys):
+def test_divergence_and_a_damaged_checkpoint_end_with_one_line(tmp_path, capsys, failed_restores):
     tiny = [f"--workdir={tmp_path / 'a'}", "--rule=averaging", *TINY]
     line = refused(capsys, *tiny, "--optimizer=sgd", "--learning_rate=1e38")
     assert "task 1, step" in line and "learning_rate" in line

@@ -19,35 +19,39 @@ from absl import app, flags
 from experiments import flags as experiment_flags
 from pm_jax.continual.run import run_seeds, table
 
-LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-EPOCHS = (1, 3, 9)
 ARMS: dict[str, dict[str, Any]] = {
     "perturb_and_merge": {"rule": "perturb_and_merge", "perturbation": "symmetric"},
-    "perturb_and_merge, exact Fisher": {"curvature": "fisher_exact"},
-    "perturb_and_merge, no perturbation": {"perturbation": "none"},
+    "perturb_and_merge with exact Fisher": {"curvature": "fisher_exact"},
+    "perturb_and_merge unperturbed": {"perturbation": "none"},
     "averaging": {"rule": "averaging", "perturbation": "none"},
-    "averaging, perturbed": {"rule": "averaging", "perturbation": "symmetric"},
+    "averaging perturbed": {"rule": "averaging", "perturbation": "symmetric"},
     "sequential": {"rule": "sequential", "perturbation": "none"},
 }
 
 experiment_flags.define_config_flags()
 experiment_flags.define_tuple("seeds", (0, 1, 2), "One run per seed.")
+experiment_flags.define_tuple("learning_rates", (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), "Of the grid.")
+experiment_flags.define_tuple("grid_epochs", (1, 3, 9), "Epochs a task, of the grid.")
+flags.DEFINE_list("arms", list(ARMS), "Arms to run.")
 flags.DEFINE_string("workdir", "runs/digits_grid", "Where the runs go; finished ones are kept.")
 
 
 def main(argv: Sequence[str]) -> None:
     """Run the grid, choose, test, and print two tables."""
     del argv
-    workdir, seeds = Path(flags.FLAGS.workdir), flags.FLAGS.seeds
+    values = flags.FLAGS
+    workdir, seeds = Path(values.workdir), values.seeds
     workdir.mkdir(parents=True, exist_ok=True)
     base = experiment_flags.config_from_flags()
     validated, tested = {}, {}
-    for arm, settings in ARMS.items():
-        folder = workdir / arm.replace(", ", "_").replace(" ", "_")
+    for arm in values.arms:
+        if arm not in ARMS:
+            experiment_flags.fail(f"arms={arm}: must be one of {', '.join(ARMS)}")
+        folder = workdir / arm.replace(" ", "_")
         found = {}
-        for rate, epochs in itertools.product(LEARNING_RATES, EPOCHS):
+        for rate, epochs in itertools.product(values.learning_rates, values.grid_epochs):
             config = dataclasses.replace(
-                base, **settings, learning_rate=rate, epochs=epochs, evaluate_on="validation"
+                base, **ARMS[arm], learning_rate=rate, epochs=epochs, evaluate_on="validation"
             )
             cell = folder / f"rate_{rate:g}_epochs_{epochs}"
             found[config] = run_seeds(config, seeds, cell, quiet=True)

@@ -89,7 +89,7 @@ class Config:
     first_task_epochs: int = _option(9, "The same for the first task; 0 for as many as the others.")
     batch_size: int = _option(32, "Examples per step.")
     optimizer: str = _option("adamw", "Optimiser, from optax; restarts at each task.", OPTIMIZERS)
-    learning_rate: float = _option(1e-3, "Peak learning rate.")
+    learning_rate: float = _option(3e-3, "Peak learning rate.")
     head_learning_rate: float = _option(0.0, "The same for the classifier; 0 for equal.")
     weight_decay: float = _option(0.0, "Decoupled weight decay (adamw).")
     schedule: str = _option("constant", "Course of the learning rate over each task.", SCHEDULES)
@@ -217,18 +217,24 @@ class Config:
         return (self.first_task_epochs or self.epochs) if task == 0 else self.epochs
 
     def task_stream(self, seed: int) -> stream.TaskStream:
-        """The tasks, split by a seed."""
+        """The tasks, split by a seed; raises `InvalidInput` where they cannot be formed."""
         from pm_jax.data import digits
 
         arrays = digits.load_digits()
         if self.scenario == "class_incremental":
-            return stream.class_incremental(
+            tasks = stream.class_incremental(
                 arrays,
                 self.num_tasks,
                 seed,
                 base_classes=self.base_classes,
                 validation_fraction=self.validation_fraction,
             )
+            if tasks.class_masks.sum(axis=1).min() < 2:
+                raise InvalidInput(
+                    f"num_tasks={self.num_tasks}: leaves a task with one class, whose loss over "
+                    "its own classes is constant; use fewer tasks"
+                )
+            return tasks
         angles = [self.rotation_step * task for task in range(self.num_tasks)]
         return stream.domain_incremental(
             [digits.rotated(arrays, angle) for angle in angles],

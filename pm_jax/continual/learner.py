@@ -35,6 +35,7 @@ class Learner:
         directory: of checkpoints and logs; `None` to keep nothing.
         checkpoint_every: steps between checkpoints within a task; 0 for task boundaries only.
         quiet: print nothing.
+        tensorboard: write TensorBoard events into the directory.
 
     Attributes:
         params: the merged model so far, full parameter tree.
@@ -58,9 +59,11 @@ class Learner:
         *,
         checkpoint_every: int = 0,
         quiet: bool = False,
+        tensorboard: bool = False,
     ):
         self.config, self.seed, self.directory = config, seed, directory
         self._checkpoint_every, self._quiet = checkpoint_every, quiet
+        self._tensorboard = tensorboard
         self.stream = config.task_stream(seed)
         self._rule = config.merge_rule()
         self._programs = programs(
@@ -72,7 +75,9 @@ class Learner:
         self._key = jax.random.key(seed)
         self._train = DeviceData.of(self.stream, self.stream.train)
         held_out = self.stream.test if config.evaluate_on == "test" else self.stream.validation
-        self._held_out = DeviceData.of(self.stream, held_out)
+        self._held_out = self._train._replace(
+            positions=jnp.asarray(held_out.positions), sizes=jnp.asarray(held_out.sizes)
+        )
         per_epoch = -(-self.stream.train.sizes // config.batch_size)
         epochs = np.asarray([config.epochs_of(task) for task in range(self.stream.num_tasks)])
         self._steps_per_epoch = per_epoch.tolist()
@@ -120,6 +125,7 @@ class Learner:
             return self._run(checkpoints)
 
     def _run(self, checkpoints: Checkpoints | None) -> dict[str, Any]:
+        self._reset()
         step = (checkpoints.latest() if checkpoints else None) or 0
         training_state = self._restore(checkpoints, step) if checkpoints and step else None
         log = RunLog(
@@ -128,6 +134,7 @@ class Learner:
             self.total_steps,
             resume_step=step,
             quiet=self._quiet,
+            tensorboard=self._tensorboard,
         )
         try:
             if step:
@@ -206,8 +213,8 @@ class Learner:
         """Merge, and say what came of it; the learner's model and rule state move on."""
         run, task_array = self._programs, np.asarray(task, np.int32)
         trained_loss = float(run.mean_loss(trained, self._train, task_array))
-        if not np.isfinite(trained_loss):
-            self._check_finite(task, self._bounds[task + 1] - self._bounds[task], [trained_loss])
+        # The last update can be what diverges.
+        self._check_finite(task, self._bounds[task + 1] - self._bounds[task] - 1, [trained_loss])
         if task == 0:
             # From scratch the first task is the pre-training: theta_0 := theta_1*.
             start = trained

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import IO, Any
 
+from pm_jax.types import InvalidInput
+
 COLUMNS = ("step", "event", "task", "epoch", "loss", "alpha", "accuracy", "images_per_second")
 
 
@@ -23,6 +25,10 @@ class RunLog:
         total_steps: of the whole run, for the time left.
         resume_step: the step the run goes on from.
         quiet: print nothing.
+        tensorboard: write TensorBoard events too (needs the extra `tensorboard`).
+
+    Raises:
+        InvalidInput: TensorBoard is asked for and tensorboardX is not installed.
 
     Example:
         >>> log = RunLog(None, "seed 0", total_steps=10, quiet=True)
@@ -37,6 +43,7 @@ class RunLog:
         total_steps: int,
         resume_step: int = 0,
         quiet: bool = False,
+        tensorboard: bool = False,
     ):
         from tqdm import tqdm
 
@@ -52,9 +59,15 @@ class RunLog:
         if directory:
             self._jsonl, self._csv_file = _reopened(directory, resume_step)
             self._csv = _csv_writer(self._csv_file)
+        self._events = None
+        if directory and tensorboard:
+            self._events = _summary_writer()(str(directory), purge_step=resume_step + 1)
 
     def write(self, event: str, *, step: int, **figures: Any) -> None:
         """Add a line; a figure that is not finite becomes null."""
+        if "images_per_second" in figures:
+            speed = f"{figures['images_per_second']:.0f} images/s"
+            self._bar.set_postfix_str(speed, refresh=False)
         self._bar.update(step - self._step)
         self._step = step
         if self._directory:
@@ -63,6 +76,10 @@ class RunLog:
                 for key, v in figures.items()
             }
             self._append({"step": step, "event": event, **clean})
+        if self._events:
+            for name, value in figures.items():
+                if isinstance(value, float):
+                    self._events.add_scalar(f"{event}/{name}", value, step)
 
     def tell(self, text: str) -> None:
         """Print a line for a person, above the progress bar."""
@@ -76,12 +93,36 @@ class RunLog:
         if self._directory:
             self._jsonl.close()
             self._csv_file.close()
+        if self._events:
+            self._events.close()
 
     def _append(self, line: dict[str, Any]) -> None:
         self._jsonl.write(json.dumps(line) + "\n")
         self._jsonl.flush()
         self._csv.writerow(line)
         self._csv_file.flush()
+
+
+def check_tensorboard() -> None:
+    """Raise `InvalidInput` where TensorBoard files cannot be written, before any work starts.
+
+    Raises:
+        InvalidInput: tensorboardX is not installed.
+
+    Example:
+        >>> check_tensorboard()
+    """
+    _summary_writer()
+
+
+def _summary_writer():
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise InvalidInput(
+            "tensorboard=True: needs tensorboardX; pip install 'pm_jax[tensorboard]'"
+        ) from None
+    return SummaryWriter
 
 
 def _csv_writer(file) -> csv.DictWriter:

@@ -15,6 +15,7 @@ import numpy as np
 from pm_jax import lora, trees
 from pm_jax.continual.config import Config
 from pm_jax.continual.learner import Learner
+from pm_jax.continual.logs import check_tensorboard
 from pm_jax.continual.programs import parameter_shapes, partitions
 from pm_jax.continual.workdir import RESULTS_FILE, SUMMARY_FILE, check_claim, claim, write_json
 from pm_jax.types import InvalidInput
@@ -37,6 +38,7 @@ def run_seeds(
     *,
     checkpoint_every: int = 0,
     quiet: bool = False,
+    tensorboard: bool = False,
 ) -> dict[str, Any]:
     """Run a configuration for some seeds, going on where an earlier call was interrupted.
 
@@ -49,6 +51,7 @@ def run_seeds(
         workdir: absent, empty, or of the same configuration.
         checkpoint_every: steps between checkpoints within a task; 0 for task boundaries only.
         quiet: print nothing.
+        tensorboard: write TensorBoard events beside the other logs.
 
     Returns:
         The summary: `{"seeds": [...], metric: {"mean", "standard_deviation", "n"}, ...}`.
@@ -72,7 +75,14 @@ def run_seeds(
                 print(f"seed {seed}: already finished, see {directory / RESULTS_FILE}", flush=True)
             continue
         clock = time.perf_counter()
-        learner = Learner(config, seed, directory, checkpoint_every=checkpoint_every, quiet=quiet)
+        learner = Learner(
+            config,
+            seed,
+            directory,
+            checkpoint_every=checkpoint_every,
+            quiet=quiet,
+            tensorboard=tensorboard,
+        )
         results = learner.run()
         results["seconds"]["this_process"] = time.perf_counter() - clock
         content = {
@@ -96,6 +106,7 @@ def run_with_baseline(
     *,
     checkpoint_every: int = 0,
     quiet: bool = False,
+    tensorboard: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """A configuration and, in `workdir/baseline`, another one to compare it with.
 
@@ -107,10 +118,11 @@ def run_with_baseline(
         seeds: one run each.
         workdir: as for `run_seeds`.
         checkpoint_every: as for `run_seeds`.
-        quiet: print nothing.
+        quiet: as for `run_seeds`.
+        tensorboard: as for `run_seeds`.
 
     Returns:
-        `{label: summary}`, the label being the rule's name.
+        `{label: summary}`, the label being the rule's name and what the baseline has of its own.
 
     Raises:
         InvalidInput: as `run_seeds`.
@@ -124,11 +136,28 @@ def run_with_baseline(
     """
     runs = {config.rule: (workdir, config)}
     if baseline:
-        runs[f"{baseline.rule} (baseline)"] = (workdir / "baseline", baseline)
+        own = [
+            f"{name}={getattr(baseline, name)}"
+            for name in ("learning_rate", "epochs")
+            if getattr(baseline, name) != getattr(config, name)
+        ]
+        runs[f"{baseline.rule} ({', '.join(['baseline', *own])})"] = (
+            workdir / "baseline",
+            baseline,
+        )
     for directory, settings in runs.values():
         check_claim(directory, settings)
+    if tensorboard:
+        check_tensorboard()
     return {
-        label: run_seeds(settings, seeds, directory, checkpoint_every=checkpoint_every, quiet=quiet)
+        label: run_seeds(
+            settings,
+            seeds,
+            directory,
+            checkpoint_every=checkpoint_every,
+            quiet=quiet,
+            tensorboard=tensorboard,
+        )
         for label, (directory, settings) in runs.items()
     }
 

@@ -2,9 +2,7 @@
 
 import jax.numpy as jnp
 
-from pm_jax import trees
-from pm_jax.rules.base import Evidence, MergeRule, TaskCount, fixed_coefficient
-from pm_jax.types import Params
+from pm_jax.rules.base import MergeRule, merge_by_count
 
 
 def averaging() -> MergeRule:
@@ -16,7 +14,6 @@ def averaging() -> MergeRule:
         A `MergeRule` without settings, needing no evidence.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> rule = averaging()
         >>> state = rule.init(jnp.zeros(1))
         >>> first, state, _ = rule.update(state, previous=jnp.zeros(1), trained=jnp.ones(1))
@@ -24,17 +21,4 @@ def averaging() -> MergeRule:
         >>> second.tolist()
         [2.0]
     """
-
-    def init(params: Params) -> TaskCount:
-        del params
-        return TaskCount(jnp.zeros((), jnp.int32))
-
-    def update(
-        state: TaskCount, *, previous: Params, trained: Params, evidence: Evidence | None = None
-    ):
-        del evidence
-        tasks = state.tasks + 1
-        alpha = 1 / tasks.astype(jnp.float32)
-        return trees.lerp(previous, trained, alpha), TaskCount(tasks), fixed_coefficient(alpha)
-
-    return MergeRule(init, update)
+    return merge_by_count(lambda tasks: 1 / tasks.astype(jnp.float32))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from pm_jax import trees
 from pm_jax.quadratics import Quadratic
 from pm_jax.types import Array, Params
 
@@ -74,19 +75,34 @@ class TaskCount(NamedTuple):
     tasks: Array
 
 
-def fixed_coefficient(alpha: Array) -> MergeInfo:
-    """The info of a merge whose coefficient needs no curvature.
+def merge_by_count(coefficient: Callable[[Array], Array]) -> MergeRule:
+    """A rule whose coefficient depends only on how many tasks were merged.
 
     Args:
-        alpha: the coefficient, scalar.
+        coefficient: from t, an int32 scalar counted from 1, to a float32 scalar.
 
     Returns:
-        A `MergeInfo` with NaN where curvature would be needed.
+        A `MergeRule` that needs no evidence; its info has NaN where curvature would be needed.
 
     Example:
-        >>> info = fixed_coefficient(0.5)
+        >>> rule = merge_by_count(lambda t: 1 / t)
+        >>> _, _, info = rule.update(rule.init(0.0), previous=jnp.zeros(1), trained=jnp.ones(1))
         >>> float(info.alpha), float(info.denominator)
-        (0.5, nan)
+        (1.0, nan)
     """
-    alpha, nan = jnp.asarray(alpha, jnp.float32), jnp.asarray(jnp.nan, jnp.float32)
-    return MergeInfo(alpha, alpha, nan, nan, nan, nan, jnp.zeros((), jnp.float32))
+
+    def init(params: Params) -> TaskCount:
+        del params
+        return TaskCount(jnp.zeros((), jnp.int32))
+
+    def update(
+        state: TaskCount, *, previous: Params, trained: Params, evidence: Evidence | None = None
+    ) -> tuple[Params, TaskCount, MergeInfo]:
+        del evidence
+        tasks = state.tasks + 1
+        alpha = jnp.asarray(coefficient(tasks), jnp.float32)
+        nan = jnp.full((), jnp.nan, jnp.float32)
+        info = MergeInfo(alpha, alpha, nan, nan, nan, nan, jnp.zeros((), jnp.float32))
+        return trees.lerp(previous, trained, alpha), TaskCount(tasks), info
+
+    return MergeRule(init, update)

@@ -2,9 +2,7 @@
 
 import jax.numpy as jnp
 
-from pm_jax import trees
-from pm_jax.rules.base import Evidence, MergeRule, TaskCount, fixed_coefficient
-from pm_jax.types import Params
+from pm_jax.rules.base import MergeRule, merge_by_count
 
 
 def sequential() -> MergeRule:
@@ -14,24 +12,8 @@ def sequential() -> MergeRule:
         A `MergeRule` without settings, needing no evidence.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> rule = sequential()
-        >>> merged, *_ = rule.update(rule.init(jnp.zeros(1)), previous=jnp.zeros(1),
-        ...                          trained=jnp.ones(1), evidence=None)
-        >>> merged.tolist()
+        >>> rule.update(rule.init(0.0), previous=jnp.zeros(1), trained=jnp.ones(1))[0].tolist()
         [1.0]
     """
-
-    def init(params: Params) -> TaskCount:
-        del params
-        return TaskCount(jnp.zeros((), jnp.int32))
-
-    def update(
-        state: TaskCount, *, previous: Params, trained: Params, evidence: Evidence | None = None
-    ):
-        del evidence
-        alpha = jnp.ones((), jnp.float32)
-        merged = trees.lerp(previous, trained, alpha)
-        return merged, TaskCount(state.tasks + 1), fixed_coefficient(alpha)
-
-    return MergeRule(init, update)
+    return merge_by_count(jnp.ones_like)
