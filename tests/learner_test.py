@@ -435,7 +435,7 @@ def test_a_run_killed_within_and_between_tasks_ends_with_the_same_numbers(
     assert steps[0] == steps[1]
 
 
-def test_a_checkpoint_cut_short_is_named_and_nothing_is_deleted(tmp_path, failed_restores):
+def test_a_checkpoint_cut_short_is_named_and_nothing_is_deleted(tmp_path):
     Learner(SMALL, 0, tmp_path, quiet=True).run()
     newest = max((tmp_path / "checkpoints").iterdir(), key=lambda p: int(p.name))
     largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)

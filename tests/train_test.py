@@ -238,7 +238,7 @@ def test_a_work_directory_that_cannot_be_written_is_refused(capsys):
     assert "--workdir=/proc/pm_jax: cannot be written" in line and "choose another" in line
 
 
-def test_divergence_and_a_damaged_checkpoint_end_with_one_line(tmp_path, capsys, failed_restores):
+def test_divergence_and_a_damaged_checkpoint_end_with_one_line(tmp_path, capsys):
     tiny = [f"--workdir={tmp_path / 'a'}", "--rule=averaging", *TINY]
     line = refused(capsys, *tiny, "--optimizer=sgd", "--learning_rate=1e38")
     assert "task 1, step" in line and "learning_rate" in line
