@@ -2,11 +2,13 @@
 
 import csv
 import json
+import os
 import pathlib
 import re
 import signal
 import subprocess
 import sys
+import termios
 
 import pytest
 from absl import flags
@@ -266,6 +268,28 @@ def test_the_process_exits_with_code_2_and_one_line():
     assert ended.returncode == 2 and ended.stdout == ""
     assert ended.stderr.splitlines()[-1].startswith("error: --rule=nonsense: must be one of")
     assert len(ended.stderr.splitlines()) == 1
+
+
+def test_a_terminal_shows_a_progress_bar(tmp_path):
+    pty = pytest.importorskip("pty", reason="needs pseudo-terminals")
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (40, 120))
+    with subprocess.Popen(
+        command(f"--workdir={tmp_path}", "--rule=averaging", *TINY), cwd=ROOT, stderr=theirs
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        while chunk := _read_until_closed(ours):
+            shown += chunk
+    assert process.returncode == 0
+    assert b"%|" in shown and b"images/s" in shown and b"task 2 of 2" in shown
+
+
+def _read_until_closed(descriptor):
+    try:
+        return os.read(descriptor, 4096)
+    except OSError:  # Linux's word for a terminal that nobody holds any more
+        return b""
 
 
 def test_a_killed_process_resumes_to_the_same_results(tmp_path):

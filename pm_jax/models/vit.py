@@ -6,8 +6,6 @@ import jax.numpy as jnp
 
 from pm_jax.types import Array
 
-LAYER_NORM_EPSILON = 1e-6
-
 
 class Attention(nn.Module):
     """Multi-head self-attention with separate `query`, `key`, `value` and `proj` layers.
@@ -59,11 +57,13 @@ class Block(nn.Module):
     Attributes:
         num_heads: of the attention.
         mlp_size: hidden width of the MLP.
+        layer_norm_epsilon: added to the variance.
         dtype: type of computation.
     """
 
     num_heads: int
     mlp_size: int
+    layer_norm_epsilon: float = 1e-6
     dtype: jnp.dtype | None = None
 
     @nn.compact
@@ -71,7 +71,8 @@ class Block(nn.Module):
         """[N, T, D] to [N, T, D]."""
 
         def normed(name):
-            return nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, dtype=self.dtype, name=name)(x)
+            epsilon = self.layer_norm_epsilon
+            return nn.LayerNorm(epsilon=epsilon, dtype=self.dtype, name=name)(x)
 
         x = x + Attention(self.num_heads, self.dtype, name="attn")(normed("norm1"))
         return x + MlpBlock(self.mlp_size, self.dtype, name="mlp")(normed("norm2"))
@@ -87,6 +88,7 @@ class VisionTransformer(nn.Module):
         depth: number of blocks, named `blocks_0`, `blocks_1`, ...
         num_heads: of every attention; must divide the width.
         mlp_ratio: hidden width of the MLPs over D.
+        layer_norm_epsilon: 1e-6 for timm's and AugReg's weights, 1e-12 for transformers'.
         dtype: type of computation; parameters are float32.
 
     References:
@@ -107,6 +109,7 @@ class VisionTransformer(nn.Module):
     depth: int = 12
     num_heads: int = 3
     mlp_ratio: float = 4.0
+    layer_norm_epsilon: float = 1e-6
     dtype: jnp.dtype | None = None
 
     @nn.compact
@@ -124,6 +127,13 @@ class VisionTransformer(nn.Module):
         x = x + positions.astype(x.dtype)
         for layer in range(self.depth):
             hidden = int(self.width * self.mlp_ratio)
-            x = Block(self.num_heads, hidden, self.dtype, name=f"blocks_{layer}")(x)
-        x = nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, dtype=self.dtype, name="norm")(x)
+            block = Block(
+                self.num_heads,
+                hidden,
+                self.layer_norm_epsilon,
+                self.dtype,
+                name=f"blocks_{layer}",
+            )
+            x = block(x)
+        x = nn.LayerNorm(epsilon=self.layer_norm_epsilon, dtype=self.dtype, name="norm")(x)
         return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x[:, 0])

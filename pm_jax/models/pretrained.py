@@ -1,0 +1,392 @@
+"""Public ViT checkpoints in, merged models out under the same names.
+
+Three layouts of the same network are known: timm's and transformers' safetensors, and the `.npz` of
+AugReg and the original ViT. A layout is a list of `Entry`, one per leaf of
+`models.VisionTransformer`, and is read in both directions.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pm_jax import trees
+from pm_jax.types import InvalidInput, Params
+
+Tensors = dict[str, np.ndarray]
+
+SHOWN = 6
+"""Names listed per kind of mismatch before the rest is counted."""
+
+
+class Entry(NamedTuple):
+    """Where one leaf of ours lies in a checkpoint.
+
+    Attributes:
+        path: of our leaf, "blocks_0/attn/key/kernel".
+        name: of their tensor, "blocks.0.attn.qkv.weight".
+        kind: how the arrays differ: "same"; "dense" and "conv", whose output axis comes first in
+            PyTorch; "heads_in", "heads_out" and "heads_bias", with an axis of heads in `.npz`.
+        part: (i, n) where our leaf is the i-th of n equal parts along their first axis.
+    """
+
+    path: str
+    name: str
+    kind: str = "same"
+    part: tuple[int, int] | None = None
+
+
+def _linear(path: str, name: str, part: tuple[int, int] | None = None) -> list[Entry]:
+    return [
+        Entry(f"{path}/kernel", f"{name}.weight", "dense", part),
+        Entry(f"{path}/bias", f"{name}.bias", "same", part),
+    ]
+
+
+def _norm(path: str, name: str) -> list[Entry]:
+    return [Entry(f"{path}/scale", f"{name}.weight"), Entry(f"{path}/bias", f"{name}.bias")]
+
+
+def _timm(depth: int) -> list[Entry]:
+    entries = [
+        Entry("cls_token", "cls_token"),
+        Entry("pos_embed", "pos_embed"),
+        Entry("patch_embed/kernel", "patch_embed.proj.weight", "conv"),
+        Entry("patch_embed/bias", "patch_embed.proj.bias"),
+        *_norm("norm", "norm"),
+        *_linear("head", "head"),
+    ]
+    for layer in range(depth):
+        ours, theirs = f"blocks_{layer}", f"blocks.{layer}"
+        for part, name in enumerate(("query", "key", "value")):
+            entries += _linear(f"{ours}/attn/{name}", f"{theirs}.attn.qkv", (part, 3))
+        entries += _linear(f"{ours}/attn/proj", f"{theirs}.attn.proj")
+        for name in ("fc1", "fc2"):
+            entries += _linear(f"{ours}/mlp/{name}", f"{theirs}.mlp.{name}")
+        for name in ("norm1", "norm2"):
+            entries += _norm(f"{ours}/{name}", f"{theirs}.{name}")
+    return entries
+
+
+def _transformers(depth: int) -> list[Entry]:
+    embeddings = "vit.embeddings"
+    entries = [
+        Entry("cls_token", f"{embeddings}.cls_token"),
+        Entry("pos_embed", f"{embeddings}.position_embeddings"),
+        Entry("patch_embed/kernel", f"{embeddings}.patch_embeddings.projection.weight", "conv"),
+        Entry("patch_embed/bias", f"{embeddings}.patch_embeddings.projection.bias"),
+        *_norm("norm", "vit.layernorm"),
+        *_linear("head", "classifier"),
+    ]
+    for layer in range(depth):
+        ours, theirs = f"blocks_{layer}", f"vit.encoder.layer.{layer}"
+        for name in ("query", "key", "value"):
+            entries += _linear(f"{ours}/attn/{name}", f"{theirs}.attention.attention.{name}")
+        entries += _linear(f"{ours}/attn/proj", f"{theirs}.attention.output.dense")
+        entries += _linear(f"{ours}/mlp/fc1", f"{theirs}.intermediate.dense")
+        entries += _linear(f"{ours}/mlp/fc2", f"{theirs}.output.dense")
+        entries += _norm(f"{ours}/norm1", f"{theirs}.layernorm_before")
+        entries += _norm(f"{ours}/norm2", f"{theirs}.layernorm_after")
+    return entries
+
+
+def _augreg(depth: int) -> list[Entry]:
+    def same(path: str, name: str) -> list[Entry]:
+        leaves = ("scale", "bias") if "norm" in path else ("kernel", "bias")
+        return [Entry(f"{path}/{leaf}", f"{name}/{leaf}") for leaf in leaves]
+
+    entries = [
+        Entry("cls_token", "cls"),
+        Entry("pos_embed", "Transformer/posembed_input/pos_embedding"),
+        *same("patch_embed", "embedding"),
+        *same("norm", "Transformer/encoder_norm"),
+        *same("head", "head"),
+    ]
+    for layer in range(depth):
+        ours, theirs = f"blocks_{layer}", f"Transformer/encoderblock_{layer}"
+        attention = f"{theirs}/MultiHeadDotProductAttention_1"
+        for name in ("query", "key", "value"):
+            entries += [
+                Entry(f"{ours}/attn/{name}/kernel", f"{attention}/{name}/kernel", "heads_in"),
+                Entry(f"{ours}/attn/{name}/bias", f"{attention}/{name}/bias", "heads_bias"),
+            ]
+        entries += [
+            Entry(f"{ours}/attn/proj/kernel", f"{attention}/out/kernel", "heads_out"),
+            Entry(f"{ours}/attn/proj/bias", f"{attention}/out/bias"),
+            *same(f"{ours}/mlp/fc1", f"{theirs}/MlpBlock_3/Dense_0"),
+            *same(f"{ours}/mlp/fc2", f"{theirs}/MlpBlock_3/Dense_1"),
+            *same(f"{ours}/norm1", f"{theirs}/LayerNorm_0"),
+            *same(f"{ours}/norm2", f"{theirs}/LayerNorm_2"),
+        ]
+    return entries
+
+
+LAYOUTS = {"timm": _timm, "transformers": _transformers, "augreg": _augreg}
+"""Names of the layouts, and their entries for a number of blocks."""
+
+_SIGNATURES = {
+    "timm": "blocks.0.attn.qkv.weight",
+    "transformers": "vit.encoder.layer.0.layernorm_before.weight",
+    "augreg": "Transformer/encoder_norm/scale",
+}
+
+
+def read_tensors(path: str | os.PathLike) -> Tensors:
+    """All tensors of a `.safetensors` or `.npz` file.
+
+    Args:
+        path: of the file. Nothing in it is unpickled.
+
+    Returns:
+        `{name: array}`.
+
+    Raises:
+        InvalidInput: the file is missing, damaged, or of another kind.
+
+    Example:
+        >>> read_tensors("weights.bin")
+        Traceback (most recent call last):
+        pm_jax.types.InvalidInput: pretrained=weights.bin: must end in .safetensors or .npz
+    """
+    path = Path(path)
+    if path.suffix not in (".safetensors", ".npz"):
+        raise InvalidInput(f"pretrained={path}: must end in .safetensors or .npz")
+    if not path.is_file():
+        raise InvalidInput(f"pretrained={path}: there is no such file")
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as archive:
+                return dict(archive)
+        from safetensors.numpy import load_file
+
+        return load_file(path)
+    except Exception as error:  # Rust, zip and NumPy raise many types for damaged files.
+        raise InvalidInput(
+            f"pretrained={path}: cannot be read ({type(error).__name__}: {error}); get it anew"
+        ) from error
+
+
+def layout_of(tensors: Mapping[str, np.ndarray]) -> str:
+    """The layout that a checkpoint's names follow.
+
+    Args:
+        tensors: `{name: array}`.
+
+    Returns:
+        A key of `LAYOUTS`.
+
+    Raises:
+        InvalidInput: the names are those of no known layout.
+
+    Example:
+        >>> layout_of({"blocks.0.attn.qkv.weight": np.zeros(1)})
+        'timm'
+    """
+    for layout, signature in _SIGNATURES.items():
+        if signature in tensors:
+            return layout
+    known = "; ".join(f"{layout} has {name}" for layout, name in _SIGNATURES.items())
+    raise InvalidInput(
+        f"pretrained: its tensors ({_listed(sorted(tensors))}) are not named as a ViT of a known "
+        f"layout: {known}"
+    )
+
+
+def load_vit(tensors: Mapping[str, np.ndarray], params: Params, *, head: bool = False) -> Params:
+    """Parameters of a `VisionTransformer` from the tensors of a public checkpoint.
+
+    Args:
+        tensors: of the checkpoint, as `read_tensors` gives them.
+        params: parameters or shapes of the model to fill; they say depth, widths and resolution.
+        head: take the checkpoint's classifier too; otherwise the model keeps its own.
+
+    Returns:
+        float32 parameters of the structure of `params`. Position embeddings are resized to the
+        model's resolution, bicubically.
+
+    Raises:
+        InvalidInput: tensors that are missing, left over or of another shape; they are listed.
+
+    Example:
+        >>> from pm_jax.models import VisionTransformer
+        >>> model = VisionTransformer(10, patch_size=2, width=8, depth=1, num_heads=2)
+        >>> params = model.init(jax.random.key(0), jnp.ones((1, 4, 4, 3)))["params"]
+        >>> again = load_vit(export_vit(params, "timm"), params, head=True)
+        >>> bool(jnp.array_equal(again["pos_embed"], params["pos_embed"]))
+        True
+    """
+    ours = trees.leaves_by_path(params)
+    all_entries = LAYOUTS[layout_of(tensors)](_depth(ours))
+    entries = [entry for entry in all_entries if head or not entry.path.startswith("head/")]
+    missing = sorted({entry.name for entry in entries} - set(tensors))
+    extra = sorted(set(tensors) - {entry.name for entry in all_entries})
+    leaves, misshapen = {}, []
+    for entry in entries:
+        if entry.name not in tensors:
+            continue
+        shape = ours[entry.path].shape
+        try:
+            leaf = _to_ours(entry, np.asarray(tensors[entry.name], np.float32))
+            if entry.path == "pos_embed":
+                leaf = resize_positions(leaf, shape[1])
+        except ValueError:
+            leaf = np.asarray(tensors[entry.name])
+        if leaf.shape != shape:
+            misshapen.append(f"{entry.name} gives {leaf.shape} for {entry.path} of {shape}")
+        leaves[entry.path] = jnp.asarray(leaf, jnp.float32)
+    problems = [
+        f"{kind} {_listed(names)}"
+        for kind, names in (("missing", missing), ("extra", extra), ("misshapen", misshapen))
+        if names
+    ]
+    if problems:
+        raise InvalidInput(
+            f"pretrained: does not fit the model: {'; '.join(problems)}; choose the architecture "
+            "that the weights are of"
+        )
+    return trees.replace(params, leaves)
+
+
+def export_vit(params: Params, layout: str, *, num_heads: int = 1) -> Tensors:
+    """The way back: tensors under the names of a layout, to be written with `write_tensors`.
+
+    Args:
+        params: of a `VisionTransformer`, for example a merged one.
+        layout: a key of `LAYOUTS`.
+        num_heads: of the model; only "augreg" has an axis of heads.
+
+    Returns:
+        `{name: float32 array}`, contiguous.
+
+    Raises:
+        ValueError: unknown layout.
+
+    Example:
+        >>> from pm_jax.models import VisionTransformer
+        >>> model = VisionTransformer(10, patch_size=2, width=8, depth=1, num_heads=2)
+        >>> params = model.init(jax.random.key(0), jnp.ones((1, 4, 4, 3)))["params"]
+        >>> export_vit(params, "timm")["blocks.0.attn.qkv.weight"].shape
+        (24, 8)
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r}: must be one of {', '.join(LAYOUTS)}")
+    ours = trees.leaves_by_path(params)
+    parts: dict[str, list[np.ndarray]] = {}
+    for entry in LAYOUTS[layout](_depth(ours)):
+        leaf = _to_theirs(entry, np.asarray(ours[entry.path], np.float32), num_heads)
+        parts.setdefault(entry.name, []).append(leaf)
+    return {
+        name: np.ascontiguousarray(np.concatenate(leaves) if len(leaves) > 1 else leaves[0])
+        for name, leaves in parts.items()
+    }
+
+
+def write_tensors(
+    tensors: Mapping[str, np.ndarray],
+    path: str | os.PathLike,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a safetensors file, whole or not at all.
+
+    Args:
+        tensors: `{name: array}`.
+        path: of the file, ending in .safetensors.
+        metadata: strings to keep with it.
+        overwrite: replace a file that is there.
+
+    Raises:
+        InvalidInput: the path exists or has another ending.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "merged.safetensors"
+        >>> write_tensors({"w": np.ones(2)}, path)
+        >>> read_tensors(path)["w"].tolist()
+        [1.0, 1.0]
+    """
+    from safetensors.numpy import save_file
+
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise InvalidInput(f"export={path}: must end in .safetensors")
+    if path.exists() and not overwrite:
+        raise InvalidInput(f"export={path}: exists; choose another name or set overwrite")
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(dict(tensors), temporary, {"format": "pt", **(metadata or {})})
+    os.replace(temporary, path)
+
+
+def resize_positions(positions: np.ndarray, tokens: int) -> np.ndarray:
+    """Position embeddings for another number of patches, resized bicubically on their square grid.
+
+    Args:
+        positions: float32 [1, 1 + g * g, D], the first for the class token.
+        tokens: 1 + h * h, of the model.
+
+    Returns:
+        float32 [1, tokens, D]; the same array where nothing changes.
+
+    Raises:
+        ValueError: a number of patches that is no square.
+
+    Example:
+        >>> resize_positions(np.ones((1, 5, 3), np.float32), 10).shape
+        (1, 10, 3)
+    """
+    if positions.shape[1] == tokens:
+        return positions
+    old, new = (round((count - 1) ** 0.5) for count in (positions.shape[1], tokens))
+    if old * old + 1 != positions.shape[1] or new * new + 1 != tokens:
+        raise ValueError(f"tokens={tokens}: positions are resized between square grids only")
+    grid = jnp.asarray(positions[:, 1:]).reshape(1, old, old, -1)
+    resized = jax.image.resize(grid, (1, new, new, grid.shape[-1]), "bicubic")
+    flat = np.asarray(resized).reshape(1, new * new, -1)
+    return np.concatenate([positions[:, :1], flat], axis=1)
+
+
+def _to_ours(entry: Entry, tensor: np.ndarray) -> np.ndarray:
+    if entry.part:
+        part, count = entry.part
+        tensor = np.split(tensor, count)[part]
+    match entry.kind:
+        case "dense":
+            return tensor.transpose(1, 0)
+        case "conv":
+            return tensor.transpose(2, 3, 1, 0)
+        case "heads_in":
+            return tensor.reshape(tensor.shape[0], -1)
+        case "heads_out":
+            return tensor.reshape(-1, tensor.shape[-1])
+        case "heads_bias":
+            return tensor.reshape(-1)
+    return tensor
+
+
+def _to_theirs(entry: Entry, leaf: np.ndarray, num_heads: int) -> np.ndarray:
+    match entry.kind:
+        case "dense":
+            return leaf.T
+        case "conv":
+            return leaf.transpose(3, 2, 0, 1)
+        case "heads_in":
+            return leaf.reshape(leaf.shape[0], num_heads, -1)
+        case "heads_out":
+            return leaf.reshape(num_heads, -1, leaf.shape[-1])
+        case "heads_bias":
+            return leaf.reshape(num_heads, -1)
+    return leaf
+
+
+def _depth(leaves: Mapping[str, object]) -> int:
+    return len({path.split("/")[0] for path in leaves if path.startswith("blocks_")})
+
+
+def _listed(names: Sequence[str]) -> str:
+    rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + rest

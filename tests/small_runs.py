@@ -1,0 +1,33 @@
+"""Configurations small enough for tests, and how runs are compared."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+
+from pm_jax.continual import Config
+from pm_jax.continual.training import Segment
+
+SMALL = Config(
+    num_tasks=3, epochs=1, first_task_epochs=2, hidden_sizes=(16,), batch_size=64,
+    learning_rate=3e-3,
+)  # fmt: skip
+BY_CLASS = dataclasses.replace(SMALL, scenario="class_incremental")
+VIT = dataclasses.replace(
+    BY_CLASS, model="vit", patch_size=4, width=16, depth=1, num_heads=2, adapter="lora",
+    lora_rank=2, weight_decay=0.1, num_tasks=2,
+)  # fmt: skip
+
+
+def comparable(results):
+    return json.dumps({k: v for k, v in results.items() if k != "seconds"}, sort_keys=True)
+
+
+def leaves_equal(left, right):
+    pairs = zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
+    return all(np.array_equal(a, b) for a, b in pairs)
+
+
+def segment(*values):
+    return Segment.of(*values)
