@@ -8,6 +8,7 @@ from pm_jax import rules, trees
 from pm_jax.continual import Config, Learner
 from pm_jax.continual.partition import partition
 from pm_jax.continual.programs import programs
+from pm_jax.models import pretrained
 from tests.small_runs import BY_CLASS, SMALL, VIT, comparable, leaves_equal
 
 
@@ -164,3 +165,27 @@ def test_a_rule_that_merges_for_inference_only_keeps_training_from_the_trained_m
     again.run()  # restored from the last checkpoint
     assert leaves_equal(again.params, merged) and leaves_equal(again._start, learner._start)
     programs.cache_clear()
+
+
+def test_a_run_from_pretrained_weights_starts_from_them_and_keeps_the_learned_head_apart(tmp_path):
+    scratch = Learner(VIT, seed=5, quiet=True)
+    weights = tmp_path / "weights.safetensors"
+    pretrained.write_tensors(pretrained.export_vit(scratch.params, "timm"), weights)
+    config = dataclasses.replace(VIT, pretrained=str(weights), first_task_epochs=7)
+    programs.cache_clear()
+    learner = Learner(config, seed=0, quiet=True)
+    body = tuple(p for p in trees.leaves_by_path(learner.params) if not p.startswith("head/"))
+    theta_0 = trees.select(scratch.params, body)
+    assert leaves_equal(trees.select(learner.params, body), theta_0)
+    assert not leaves_equal(learner.params["head"], scratch.params["head"])
+    results = learner.run()
+    run = learner._programs
+    assert run.first is run.later and run.later.train._cache_size() == 1
+    # The longer first task is for runs from scratch.
+    assert learner._bounds[1] == -(-int(learner.stream.train.sizes[0]) // config.batch_size)
+    first = results["merges"][0]
+    assert first["alpha"] == 1.0 and first["denominator"] > 0
+    center = learner._rule_state.memory.center
+    assert leaves_equal(center, {path: theta_0[path] for path in center})
+    frozen = tuple(path for path in body if path not in center)
+    assert leaves_equal(trees.select(learner.params, frozen), trees.select(theta_0, frozen))

@@ -60,7 +60,9 @@ def test_vit_agrees_with_the_same_network_in_numpy():
     np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("model", [models.MLP(3, (7, 5)), models.VisionTransformer(3, 2, 8, 1, 2)])
+@pytest.mark.parametrize(
+    "model", [models.MLP(3, (7, 5)), models.VisionTransformer(3, 2, width=8, depth=1, num_heads=2)]
+)
 def test_an_examples_logits_do_not_depend_on_the_batch(model):
     images = jax.random.normal(jax.random.key(1), (6, 4, 4, 1))
     params = model.init(jax.random.key(0), images)
@@ -71,7 +73,7 @@ def test_an_examples_logits_do_not_depend_on_the_batch(model):
 
 
 def test_names_of_the_vit():
-    model = models.VisionTransformer(3, 2, 8, 1, 2)
+    model = models.VisionTransformer(3, 2, width=8, depth=1, num_heads=2)
     params = model.init(jax.random.key(0), jnp.ones((1, 4, 4, 1)))["params"]
     names = set(trees.leaves_by_path(params))
     assert {"cls_token", "pos_embed", "patch_embed/kernel", "norm/scale", "head/bias"} <= names

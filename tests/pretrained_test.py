@@ -19,7 +19,9 @@ SIZE, PATCH, WIDTH, DEPTH, HEADS, CLASSES = 32, 8, 24, 2, 3, 5
 
 
 def vit(epsilon=1e-6):
-    return models.VisionTransformer(CLASSES, PATCH, WIDTH, DEPTH, HEADS, layer_norm_epsilon=epsilon)
+    return models.VisionTransformer(
+        CLASSES, PATCH, None, WIDTH, DEPTH, HEADS, layer_norm_epsilon=epsilon
+    )
 
 
 def random_params(seed=0, size=SIZE):
@@ -216,7 +218,7 @@ def test_logits_are_those_of_transformers_before_import_and_after_export(tmp_pat
 @needs_shared
 def test_real_weights_load_whole_and_go_back_bit_for_bit():
     tensors = pretrained.read_tensors(VIT_TINY)
-    model = models.VisionTransformer(1000, 16, 192, 12, 3)
+    model = models.VisionTransformer(1000, 16, None, 192, 12, 3)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 224, 224, 3)))["params"]
     params = pretrained.load_vit(tensors, shapes, head=True)
     again = pretrained.export_vit(params, "timm")
@@ -236,8 +238,8 @@ def test_real_weights_see_real_images():
             images.append(example["image"])
         if len(labels) == 200:
             break
-    model = models.VisionTransformer(1, 16, 192, 12, 3)
-    pixels = jax.image.resize(np.stack(images) / 127.5 - 1.0, (200, 96, 96, 3), "bicubic")
+    model = models.VisionTransformer(1, 16, 96, 192, 12, 3)
+    pixels = np.stack(images) / 127.5 - 1.0
     start = model.init(jax.random.key(0), pixels[:1])["params"]
     params = pretrained.load_vit(pretrained.read_tensors(VIT_TINY), start)
 

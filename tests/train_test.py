@@ -110,7 +110,7 @@ def test_a_finished_run_says_so_and_other_settings_are_refused(tmp_path, capsys)
     line = refused(capsys, *arguments, "--learning_rate=0.5", "--batch_size=16")
     assert f"--workdir={tmp_path}" in line
     assert "batch_size=32, not 16" in line and "learning_rate=0.003, not 0.5" in line
-    run(*arguments, "--seeds=0,1", "--checkpoint_every=3")
+    run(*arguments, "--seeds=0,1", "--checkpoint_every=3", "--data_dir=/elsewhere")
     assert json.loads((tmp_path / "summary.json").read_text())["seeds"] == [0, 1]
 
 
@@ -163,7 +163,24 @@ def test_every_preset_of_the_project_passes_a_dry_run(capsys):
 REFUSED = {
     "unknown rule": (["--rule=nonsense"], f"--rule=nonsense: .*{', '.join(rules.REGISTRY)}"),
     "unknown baseline": (["--baseline=x"], "--baseline=x: must be one of"),
-    "unknown dataset": (["--dataset=mnist"], "--dataset=mnist: must be one of digits"),
+    "no domains": (["--dataset=mnist"], "--scenario=domain_incremental: dataset=mnist has no dom"),
+    "unknown dataset": (
+        ["--dataset=mnists", "--scenario=class_incremental"],
+        "--dataset=mnists: is not in the catalogue",
+    ),
+    "unprepared dataset": (
+        ["--dataset=imagenet_r", "--scenario=class_incremental", "--data_dir=/nonexistent"],
+        "--dataset=imagenet_r: .*prepare it with: tfds build imagenet_r",
+    ),
+    "no archive": (
+        ["--dataset=none.npz", "--scenario=class_incremental"],
+        "--dataset=none.npz: there is no such file",
+    ),
+    "weights of an mlp": (["--pretrained=x.npz"], "--pretrained=x.npz: is for a ViT"),
+    "missing weights": (
+        ["--pretrained=none.npz", "--model=vit"],
+        "--pretrained=none.npz: there is no such file",
+    ),
     "unknown perturbation": (["--perturbation=x"], "--perturbation=x: must be one of symmetric"),
     "unknown preset": (["--preset=x"], "--preset=x: must be one of"),
     "unknown scenario": (["--scenario=x"], "--scenario=x: must be one of domain_incremental"),
@@ -199,7 +216,7 @@ REFUSED = {
         ["--adapter=lora", "--lora_pattern=("],
         r"--lora_pattern='\(': not a regular expression",
     ),
-    "patch": (["--model=vit", "--patch_size=3"], "--patch_size=3: must divide"),
+    "patch": (["--model=vit", "--patch_size=3"], "--image_size=0: patch_size=3 must divide"),
     "heads": (["--model=vit", "--num_heads=5"], "--num_heads=5: must divide width=64"),
     "per example": (["--perturb_per=example"], "--perturb_per=example: needs adapter=lora"),
     "no workdir": ([], "--workdir=: needs a directory"),

@@ -6,25 +6,33 @@ from typing import Any
 import flax.linen as nn
 
 from pm_jax import models, perturbation, rules
-from pm_jax.data import stream
+from pm_jax.data import digits, sources, stream
 from pm_jax.perturbation import Perturbation
 from pm_jax.rules import MergeRule
 from pm_jax.types import InvalidInput
 
-DATASETS = ("digits",)
-MODELS = ("mlp", "vit")
+MODELS = ("mlp", "vit", "vit_tiny_patch16", "vit_small_patch16", "vit_base_patch16")
+PUBLIC_WIDTHS = {"vit_tiny_patch16": 192, "vit_small_patch16": 384, "vit_base_patch16": 768}
 ADAPTERS = ("full", "lora")
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("constant", "cosine", "linear")
 PERTURBATIONS = ("symmetric", "gaussian", "one_sided", "antithetic", "none")
 CURVATURES = ("fisher_empirical", "fisher_exact")
 SPLITS = ("test", "validation")
-DEFAULT_LORA_PATTERNS = {"mlp": r"hidden_\d+/kernel", "vit": r".*/attn/(key|value)/kernel"}
+MLP_KERNELS, VIT_KERNELS = r"hidden_\d+/kernel", r".*/attn/(key|value)/kernel"
 
 
-def _option(default: Any, description: str, choices: tuple[str, ...] | None = None) -> Any:
+def _option(
+    default: Any,
+    description: str,
+    choices: tuple[str, ...] | None = None,
+    *,
+    identity: bool = True,
+) -> Any:
+    """A field; one without identity may differ between calls on the same work directory."""
     return dataclasses.field(
-        default=default, metadata={"description": description, "choices": choices}
+        default=default,
+        metadata={"description": description, "choices": choices, "identity": identity},
     )
 
 
@@ -41,7 +49,17 @@ class Config:
     """
 
     # Stream.
-    dataset: str = _option("digits", "Where the examples come from.", DATASETS)
+    dataset: str = _option(
+        "digits",
+        "digits (scikit-learn's), the path of an .npz with x_train, y_train, x_test and y_test, or "
+        "an image classification data set that tensorflow-datasets has prepared as array_record, "
+        "such as cifar100.",
+    )
+    data_dir: str = _option(
+        "", "Where tensorflow-datasets has its data; empty for its default.", identity=False
+    )
+    train_per_class: int = _option(0, "Training examples of each class to keep; 0 for all.")
+    test_per_class: int = _option(0, "Test examples of each class to keep; 0 for all.")
     scenario: str = _option(
         "domain_incremental",
         "domain_incremental: every task has every class (digits: each task turns the images "
@@ -63,7 +81,18 @@ class Config:
     )
 
     # Model.
-    model: str = _option("mlp", "Architecture.", MODELS)
+    model: str = _option("mlp", "Architecture; vit takes the sizes below.", MODELS)
+    pretrained: str = _option(
+        "",
+        "Weights to start from, .safetensors of timm or transformers or AugReg's .npz; empty to "
+        "start from scratch, with the first task as pre-training.",
+    )
+    image_size: int = _option(
+        0, "vit: side in pixels that images are resized to on the device; 0 to leave them."
+    )
+    layer_norm_epsilon: float = _option(
+        1e-6, "vit: of the layer norms; 1e-12 for weights of transformers."
+    )
     hidden_sizes: tuple[int, ...] = _option((256, 256), "mlp: width of each hidden layer.")
     patch_size: int = _option(2, "vit: side of a patch in pixels; must divide the image.")
     width: int = _option(64, "vit: width of the tokens.")
@@ -86,7 +115,9 @@ class Config:
 
     # Training.
     epochs: int = _option(3, "Passes over the data of a task.")
-    first_task_epochs: int = _option(9, "The same for the first task; 0 for as many as the others.")
+    first_task_epochs: int = _option(
+        9, "The same for the first task of a run from scratch; 0 for no more."
+    )
     batch_size: int = _option(32, "Examples per step.")
     optimizer: str = _option("adamw", "Optimiser, from optax; restarts at each task.", OPTIMIZERS)
     learning_rate: float = _option(3e-3, "Peak learning rate.")
@@ -164,6 +195,7 @@ class Config:
         not_negative = (
             *("base_classes", "first_task_epochs", "head_learning_rate", "weight_decay"),
             *("clip_norm", "curvature_samples", "curvature_examples", "curvature_memory_mb"),
+            *("train_per_class", "test_per_class", "image_size"),
         )
         conditions = [
             *((name, getattr(self, name) >= 1, "must be at least 1") for name in at_least_one),
@@ -172,6 +204,17 @@ class Config:
             ("warmup_fraction", 0 <= self.warmup_fraction < 1, "must lie in [0, 1)"),
             ("validation_fraction", 0 < self.validation_fraction < 1, "must lie between 0 and 1"),
             ("hidden_sizes", min(self.hidden_sizes, default=0) >= 1, "needs one width or more"),
+            ("layer_norm_epsilon", self.layer_norm_epsilon > 0, "must be above 0"),
+            (
+                "scenario",
+                self.dataset == "digits" or self.scenario == "class_incremental",
+                f"dataset={self.dataset} has no domains; use scenario=class_incremental",
+            ),
+            (
+                "pretrained",
+                not self.pretrained or self.model != "mlp",
+                "is for a ViT; name its architecture with model",
+            ),
             (
                 "num_heads",
                 self.model != "vit" or self.width % self.num_heads == 0,
@@ -204,23 +247,42 @@ class Config:
         """The model for a number of classes."""
         if self.model == "mlp":
             return models.MLP(num_classes, self.hidden_sizes)
+        patch, width, depth, heads = self.patch_size, self.width, self.depth, self.num_heads
+        if self.model in PUBLIC_WIDTHS:
+            width = PUBLIC_WIDTHS[self.model]
+            patch, depth, heads = 16, 12, width // 64
         return models.VisionTransformer(
-            num_classes, self.patch_size, self.width, self.depth, self.num_heads
+            num_classes,
+            patch,
+            self.image_size or None,
+            width,
+            depth,
+            heads,
+            layer_norm_epsilon=self.layer_norm_epsilon,
         )
 
     def kernel_pattern(self) -> str:
         """Pattern of the kernels that get adapters."""
-        return self.lora_pattern or DEFAULT_LORA_PATTERNS[self.model]
+        return self.lora_pattern or (MLP_KERNELS if self.model == "mlp" else VIT_KERNELS)
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether the first task is the pre-training."""
+        return not self.pretrained
 
     def epochs_of(self, task: int) -> int:
         """Passes over the data of a task, counted from 0."""
-        return (self.first_task_epochs or self.epochs) if task == 0 else self.epochs
+        longer = task == 0 and self.from_scratch and self.first_task_epochs
+        return self.first_task_epochs if longer else self.epochs
 
     def task_stream(self, seed: int) -> stream.TaskStream:
         """The tasks, split by a seed; raises `InvalidInput` where they cannot be formed."""
-        from pm_jax.data import digits
-
-        arrays = digits.load_digits()
+        arrays = sources.load(
+            self.dataset,
+            self.data_dir,
+            train_per_class=self.train_per_class,
+            test_per_class=self.test_per_class,
+        )
         if self.scenario == "class_incremental":
             tasks = stream.class_incremental(
                 arrays,

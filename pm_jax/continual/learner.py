@@ -13,7 +13,7 @@ from pm_jax.continual import training
 from pm_jax.continual.checkpoints import Checkpoints
 from pm_jax.continual.config import Config
 from pm_jax.continual.logs import RunLog
-from pm_jax.continual.programs import programs
+from pm_jax.continual.programs import programs, starting_params
 from pm_jax.continual.training import DeviceData, Segment, TaskProgram
 from pm_jax.rules import MergeInfo
 from pm_jax.types import Array, Params, PyTree
@@ -86,7 +86,7 @@ class Learner:
 
     def _reset(self) -> None:
         tasks = self.stream.num_tasks
-        self.params = self._programs.init(self._key)
+        self.params = starting_params(self.config, self._programs.init(self._key))
         self._start: dict[str, Array] = {}
         if self._rule.next_task_from == "trained":
             self._start = trees.select(self.params, self._programs.merging)
@@ -215,7 +215,7 @@ class Learner:
         trained_loss = float(run.mean_loss(trained, self._train, task_array))
         # The last update can be what diverges.
         self._check_finite(task, self._bounds[task + 1] - self._bounds[task] - 1, [trained_loss])
-        if task == 0:
+        if task == 0 and self.config.from_scratch:
             # From scratch the first task is the pre-training: theta_0 := theta_1*.
             start = trained
             self._rule_state = self._fresh_rule_state(trained)

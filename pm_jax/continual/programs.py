@@ -13,6 +13,7 @@ from pm_jax.continual.config import Config
 from pm_jax.continual.evidence import dense_layers_of, evidence_fn
 from pm_jax.continual.partition import Partition, partition, trained_params
 from pm_jax.continual.training import TaskProgram
+from pm_jax.models import pretrained
 from pm_jax.rules import MergeInfo
 from pm_jax.types import Array, InvalidInput, Key, Params, PyTree
 
@@ -90,22 +91,48 @@ def parameter_shapes(config: Config, num_classes: int, input_shape: tuple[int, .
         Pytree of `jax.ShapeDtypeStruct`.
 
     Raises:
-        InvalidInput: the patch size does not divide the image.
+        InvalidInput: the patch size does not divide the image, or the pre-trained weights do not
+            fit.
 
     Example:
         >>> parameter_shapes(Config(hidden_sizes=(5,)), 10, (8, 8, 1))["head"]["kernel"].shape
         (5, 10)
     """
-    return jax.eval_shape(_init_fn(config, num_classes, input_shape), jax.random.key(0))
+    shapes = jax.eval_shape(_init_fn(config, num_classes, input_shape), jax.random.key(0))
+    starting_params(config, shapes)
+    return shapes
+
+
+def starting_params(config: Config, params: Params) -> Params:
+    """The model before the first task: as initialised, or with pre-trained weights.
+
+    Args:
+        config: settings.
+        params: freshly initialised, or their shapes to check that the weights fit.
+
+    Returns:
+        `theta_0`; the classifier is always the fresh one.
+
+    Raises:
+        InvalidInput: the weights cannot be read or do not fit the model.
+
+    Example:
+        >>> starting_params(Config(), {"w": 1.0})
+        {'w': 1.0}
+    """
+    if config.from_scratch:
+        return params
+    return pretrained.load_vit(pretrained.read_tensors(config.pretrained), params)
 
 
 def _init_fn(config: Config, num_classes: int, input_shape: tuple[int, ...]):
-    if config.model == "vit" and any(side % config.patch_size for side in input_shape[:2]):
-        raise InvalidInput(
-            f"patch_size={config.patch_size}: must divide the image of {input_shape[0]} x "
-            f"{input_shape[1]} pixels"
-        )
     model = config.network(num_classes)
+    sides = (config.image_size,) * 2 if config.image_size else input_shape[:2]
+    if (patch := getattr(model, "patch_size", 1)) and any(side % patch for side in sides):
+        raise InvalidInput(
+            f"image_size={config.image_size}: patch_size={patch} must divide the image of "
+            f"{sides[0]} x {sides[1]} pixels"
+        )
 
     def init(key: Key) -> Params:
         inputs = training.normalized(jnp.zeros((1, *input_shape), jnp.uint8))
@@ -156,7 +183,7 @@ def programs(
     return Programs(
         init=jax.jit(init),
         first=program
-        if first == later
+        if first == later or not config.from_scratch
         else training.task_program(config, model, first, largest_task),
         later=program,
         merging=later.merging,

@@ -115,9 +115,10 @@ def check_claim(workdir: Path, config: Config) -> None:
             f"workdir={workdir}: its {CONFIG_FILE} is damaged; choose another directory"
         ) from None
     current = json.loads(json.dumps(dataclasses.asdict(config)))
+    free = {f.name for f in dataclasses.fields(Config) if not f.metadata["identity"]}
     differing = [
         f"{name}={_shown(saved.get(name))}, not {_shown(current.get(name))}"
-        for name in sorted({*saved, *current})
+        for name in sorted({*saved, *current} - free)
         if saved.get(name) != current.get(name)
     ]
     if differing:

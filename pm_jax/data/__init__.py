@@ -1,6 +1,7 @@
 """Task streams and where they come from."""
 
 from pm_jax.data.digits import load_digits, rotated
+from pm_jax.data.sources import load
 from pm_jax.data.stream import (
     LabelledArrays,
     TaskIndices,
@@ -15,6 +16,7 @@ __all__ = [
     "TaskStream",
     "class_incremental",
     "domain_incremental",
+    "load",
     "load_digits",
     "rotated",
 ]

@@ -84,6 +84,8 @@ class VisionTransformer(nn.Module):
     Attributes:
         num_classes: C, width of the classifier `head`.
         patch_size: side of a square patch in pixels; must divide both sides of the image.
+        image_size: side in pixels that images are resized to, bicubically; `None` to take them as
+            they are.
         width: D, of the tokens.
         depth: number of blocks, named `blocks_0`, `blocks_1`, ...
         num_heads: of every attention; must divide the width.
@@ -105,6 +107,7 @@ class VisionTransformer(nn.Module):
 
     num_classes: int
     patch_size: int = 16
+    image_size: int | None = None
     width: int = 192
     depth: int = 12
     num_heads: int = 3
@@ -115,6 +118,9 @@ class VisionTransformer(nn.Module):
     @nn.compact
     def __call__(self, images: Array) -> Array:
         """Logits [N, C] of images [N, H, W, channels]."""
+        if self.image_size and images.shape[1:3] != (self.image_size, self.image_size):
+            shape = (images.shape[0], self.image_size, self.image_size, images.shape[-1])
+            images = jax.image.resize(images, shape, "bicubic")
         patch = (self.patch_size, self.patch_size)
         x = nn.Conv(
             self.width, patch, strides=patch, padding="VALID", dtype=self.dtype, name="patch_embed"
