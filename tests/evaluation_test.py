@@ -12,7 +12,11 @@ from pm_jax.types import Batch
 from tests.small_runs import BY_CLASS, SMALL, VIT
 
 
-@pytest.mark.parametrize("config", [SMALL, BY_CLASS, VIT], ids=["domain", "class", "lora"])
+@pytest.mark.parametrize(
+    "config",
+    [SMALL, BY_CLASS, VIT, dataclasses.replace(SMALL, temperature=3.0)],
+    ids=["domain", "class", "lora", "temperature"],
+)
 def test_evidence_is_the_fisher_of_the_tasks_own_loss_over_dense_weights(config):
     config = dataclasses.replace(config, curvature_memory_mb=0.05)
     learner = Learner(config, seed=0, quiet=True)
@@ -26,7 +30,8 @@ def test_evidence_is_the_fisher_of_the_tasks_own_loss_over_dense_weights(config)
     model, mask = config.network(10), jnp.asarray(stream.class_masks[task])
 
     def logits_fn(leaves, inputs):
-        return training.logits_of(model, trees.replace(trained, leaves), inputs, mask)
+        logits = training.logits_of(model, trees.replace(trained, leaves), inputs, mask)
+        return jnp.where(mask[None, :], logits / config.temperature, -1e30)
 
     direct = curvature.measure_all(
         curvature.fisher_empirical(losses.cross_entropy(logits_fn)),

@@ -224,6 +224,8 @@ REFUSED = {
     "no seeds": (["--seeds="], "--seeds="),
     "checkpoint cadence": (["--checkpoint_every=-1"], "--checkpoint_every=-1: must not"),
     "learning rate": (["--learning_rate=0"], r"--learning_rate=0\.0: must be above 0"),
+    "temperature": (["--temperature=0"], r"--temperature=0\.0: must be above 0"),
+    "milestones": (["--milestones=0.8,0.5"], r"--milestones=\(0\.8, 0\.5\): .*rising order"),
     "validation": (["--validation_fraction=1"], r"--validation_fraction=1\.0"),
 }
 

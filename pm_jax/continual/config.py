@@ -1,6 +1,7 @@
 """What determines the numbers of a run: one frozen dataclass, checked when it is made."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +16,7 @@ MODELS = ("mlp", "vit", "vit_tiny_patch16", "vit_small_patch16", "vit_base_patch
 PUBLIC_WIDTHS = {"vit_tiny_patch16": 192, "vit_small_patch16": 384, "vit_base_patch16": 768}
 ADAPTERS = ("full", "lora")
 OPTIMIZERS = ("adamw", "sgd")
-SCHEDULES = ("constant", "cosine", "linear")
+SCHEDULES = ("constant", "cosine", "linear", "milestones")
 PERTURBATIONS = ("symmetric", "gaussian", "one_sided", "antithetic", "none")
 CURVATURES = ("fisher_empirical", "fisher_exact")
 SPLITS = ("test", "validation")
@@ -122,8 +123,15 @@ class Config:
     optimizer: str = _option("adamw", "Optimiser, from optax; restarts at each task.", OPTIMIZERS)
     learning_rate: float = _option(3e-3, "Peak learning rate.")
     head_learning_rate: float = _option(0.0, "The same for the classifier; 0 for equal.")
+    temperature: float = _option(
+        1.0, "Logits are divided by it in the loss, and so in its curvature."
+    )
     weight_decay: float = _option(0.0, "Decoupled weight decay (adamw).")
     schedule: str = _option("constant", "Course of the learning rate over each task.", SCHEDULES)
+    milestones: tuple[float, ...] = _option(
+        (0.5, 0.8),
+        "schedule=milestones: fractions of a task after each of which the rate is a tenth.",
+    )
     warmup_fraction: float = _option(0.0, "Share of each task's steps with a linear warm-up.")
     clip_norm: float = _option(0.0, "Bound on the gradient's global norm; 0 for none.")
 
@@ -201,6 +209,12 @@ class Config:
             *((name, getattr(self, name) >= 1, "must be at least 1") for name in at_least_one),
             *((name, getattr(self, name) >= 0, "must not be negative") for name in not_negative),
             ("learning_rate", self.learning_rate > 0, "must be above 0"),
+            ("temperature", self.temperature > 0, "must be above 0"),
+            (
+                "milestones",
+                all(a < b for a, b in itertools.pairwise((0.0, *self.milestones, 1.0))),
+                "must be fractions between 0 and 1 in rising order",
+            ),
             ("warmup_fraction", 0 <= self.warmup_fraction < 1, "must lie in [0, 1)"),
             ("validation_fraction", 0 < self.validation_fraction < 1, "must lie between 0 and 1"),
             ("hidden_sizes", min(self.hidden_sizes, default=0) >= 1, "needs one width or more"),

@@ -54,12 +54,15 @@ def accuracy_fn(model: nn.Module, batch_size: int = 256) -> Callable[..., Array]
     return accuracy
 
 
-def mean_loss_fn(model: nn.Module, batch_size: int = 256) -> Callable[..., Array]:
+def mean_loss_fn(
+    model: nn.Module, batch_size: int = 256, *, temperature: float = 1.0
+) -> Callable[..., Array]:
     """Mean cross-entropy on one task over its own classes, without perturbation.
 
     Args:
         model: linen module.
         batch_size: examples at a time; the result depends on it by rounding only.
+        temperature: that the logits are divided by, as in the training loss.
 
     Returns:
         Jitted `mean_loss(params, data, task) -> float32 scalar`, with `task` an int32 scalar.
@@ -76,7 +79,8 @@ def mean_loss_fn(model: nn.Module, batch_size: int = 256) -> Callable[..., Array
         def step(number, total):
             place = number * batch_size + jnp.arange(batch_size)
             rows = data.positions[task, jnp.minimum(place, largest - 1)]
-            logits = logits_of(model, params, data.inputs[rows], data.class_masks[task])
+            inputs, mask = data.inputs[rows], data.class_masks[task]
+            logits = logits_of(model, params, inputs, mask, temperature)
             values = optax.softmax_cross_entropy_with_integer_labels(logits, data.labels[rows])
             return total + jnp.sum(jnp.where(place < count, values, 0.0))
 

@@ -54,7 +54,8 @@ def evidence_fn(
         mask = data.class_masks[task]
 
         def logits_fn(leaves: Params, inputs: Array) -> Array:
-            return logits_of(model, trees.replace(trained, leaves), inputs, mask)
+            params = trees.replace(trained, leaves)
+            return logits_of(model, params, inputs, mask, config.temperature)
 
         chunk = curvature.chunk_for_memory(leaves, _memory_bytes(config))
         chunk = min(chunk, data.positions.shape[1])

@@ -57,6 +57,9 @@ def schedule(config: Config) -> Callable[[Array | float], Array]:
         "constant": optax.constant_schedule(1.0),
         "cosine": optax.cosine_decay_schedule(1.0, rest),
         "linear": optax.linear_schedule(1.0, 0.0, rest),
+        "milestones": optax.piecewise_constant_schedule(
+            1.0, {round(at * SCHEDULE_RESOLUTION) - warmup: 0.1 for at in config.milestones}
+        ),
     }[config.schedule]
     if warmup:
         rise = optax.linear_schedule(0.0, 1.0, warmup)

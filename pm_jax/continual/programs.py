@@ -191,5 +191,5 @@ def programs(
         merge=merge,
         trained=jax.jit(trained_params),
         accuracy=evaluation.accuracy_fn(model),
-        mean_loss=evaluation.mean_loss_fn(model),
+        mean_loss=evaluation.mean_loss_fn(model, temperature=config.temperature),
     )

@@ -119,14 +119,21 @@ def normalized(inputs: Array) -> Array:
     return inputs.astype(jnp.float32) / 127.5 - 1.0
 
 
-def logits_of(model: nn.Module, params: Params, inputs: Array, class_mask: Array) -> Array:
-    """Masked logits of a model on uint8 images.
+def logits_of(
+    model: nn.Module,
+    params: Params,
+    inputs: Array,
+    class_mask: Array,
+    temperature: float = 1.0,
+) -> Array:
+    """Masked logits of a model on uint8 images, as the loss sees them.
 
     Args:
         model: linen module.
         params: its parameters.
         inputs: uint8 [N, ...].
         class_mask: bool [C].
+        temperature: that the logits are divided by.
 
     Returns:
         float32 [N, C].
@@ -138,7 +145,7 @@ def logits_of(model: nn.Module, params: Params, inputs: Array, class_mask: Array
         [[1.0, 1.0]]
     """
     logits = jnp.asarray(model.apply({"params": params}, normalized(inputs)))
-    return losses.mask_logits(logits, class_mask)
+    return losses.mask_logits(logits.astype(jnp.float32) / temperature, class_mask)
 
 
 def training_loss(
@@ -151,6 +158,7 @@ def training_loss(
     key: Key,
     *,
     per_example: bool = False,
+    temperature: float = 1.0,
 ) -> Array:
     """The loss of one step of Perturb-and-Merge: at a random point along the task vector.
 
@@ -163,6 +171,7 @@ def training_loss(
         class_mask: bool [C], classes that take part.
         key: PRNG key of the draw.
         per_example: one draw per example; adapters only.
+        temperature: that the logits are divided by.
 
     Returns:
         float32 scalar.
@@ -185,7 +194,7 @@ def training_loss(
         leaves, scale = _displaced(law, direction_key, step, trainable, start)
         params = trees.replace(start, {**leaves, **trainable.head})
         with lora.branch(trainable.adapters, scale):
-            logits = logits_of(model, params, batch.inputs, class_mask)
+            logits = logits_of(model, params, batch.inputs, class_mask, temperature)
         values = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
         weights = losses.weights_of(batch)
         total += weight * jnp.sum(weights * values) / jnp.maximum(jnp.sum(weights), 1.0)
@@ -265,6 +274,7 @@ def task_program(
                     class_mask,
                     purpose_key(key, STEP, task, number),
                     per_example=per_example,
+                    temperature=config.temperature,
                 )
             )(trainable)
             progress = number / (steps_per_epoch * segment.epochs)
