@@ -1,6 +1,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -115,6 +116,8 @@ def test_same_seed_same_numbers_other_seed_other_numbers():
             "clip_norm": 1.0,
         },
         {"schedule": "linear", "head_learning_rate": 1e-2},
+        {"compute_dtype": "bfloat16"},
+        {"compute_dtype": "bfloat16", "adapter": "lora", "lora_rank": 4},
         {
             "adapter": "lora",
             "lora_rank": 4,
@@ -130,6 +133,15 @@ def test_other_settings_run_and_learn(change):
     results = Learner(config, seed=0, quiet=True).run()
     assert results["accuracy_matrix"][0][0] > 0.5  # chance is 10 to 33 %
     assert all(0 <= merge["alpha"] <= 1 for merge in results["merges"])
+
+
+def test_computation_in_bfloat16_keeps_float32_parameters_and_curvature():
+    learner = Learner(dataclasses.replace(SMALL, compute_dtype="bfloat16"), seed=0, quiet=True)
+    logits = learner.config.network(10).apply({"params": learner.params}, jnp.ones((1, 8, 8, 1)))
+    assert logits.dtype == jnp.bfloat16
+    learner.run()
+    for leaf in jax.tree.leaves((learner.params, learner._rule_state.memory)):
+        assert leaf.dtype == jnp.float32
 
 
 def test_a_rule_that_merges_for_inference_only_keeps_training_from_the_trained_model(
@@ -170,7 +182,7 @@ def test_a_rule_that_merges_for_inference_only_keeps_training_from_the_trained_m
 def test_a_run_from_pretrained_weights_starts_from_them_and_keeps_the_learned_head_apart(tmp_path):
     scratch = Learner(VIT, seed=5, quiet=True)
     weights = tmp_path / "weights.safetensors"
-    pretrained.write_tensors(pretrained.export_vit(scratch.params, "timm"), weights)
+    pretrained.write_tensors(pretrained.export_params(scratch.params, "timm"), weights)
     config = dataclasses.replace(VIT, pretrained=str(weights), first_task_epochs=7)
     programs.cache_clear()
     learner = Learner(config, seed=0, quiet=True)

@@ -15,6 +15,7 @@ VIT_TINY = SHARED / "vit_tiny" / "model.safetensors"
 CIFAR100 = SHARED / "tfds"
 needs_shared = pytest.mark.skipif(not VIT_TINY.exists(), reason="needs the shared ViT-Ti weights")
 
+VIT_LAYOUTS = ("timm", "transformers", "augreg")
 SIZE, PATCH, WIDTH, DEPTH, HEADS, CLASSES = 32, 8, 24, 2, 3, 5
 
 
@@ -38,39 +39,39 @@ def assert_same(left, right):
         assert jnp.array_equal(leaf, trees.leaves_by_path(right)[path]), path
 
 
-@pytest.mark.parametrize("layout", pretrained.LAYOUTS)
+@pytest.mark.parametrize("layout", VIT_LAYOUTS)
 def test_what_is_exported_is_recognised_and_read_back_bit_for_bit(layout, tmp_path):
     params = random_params()
-    tensors = pretrained.export_vit(params, layout, num_heads=HEADS)
+    tensors = pretrained.export_params(params, layout, num_heads=HEADS)
     assert pretrained.layout_of(tensors) == layout
     path = tmp_path / "model.safetensors"
     pretrained.write_tensors(tensors, path)
     read = pretrained.read_tensors(path)
-    assert_same(pretrained.load_vit(read, random_params(1), head=True), params)
+    assert_same(pretrained.load_params(read, random_params(1), head=True), params)
     np.savez(tmp_path / "model.npz", **tensors)
     read = pretrained.read_tensors(tmp_path / "model.npz")
-    assert_same(pretrained.load_vit(read, random_params(1), head=True), params)
+    assert_same(pretrained.load_params(read, random_params(1), head=True), params)
 
 
-@pytest.mark.parametrize("layout", pretrained.LAYOUTS)
+@pytest.mark.parametrize("layout", VIT_LAYOUTS)
 def test_every_leaf_of_the_model_has_a_place_in_every_layout(layout):
     paths = [entry.path for entry in pretrained.LAYOUTS[layout](DEPTH)]
     assert sorted(paths) == sorted(trees.leaves_by_path(random_params()))
 
 
 def test_without_its_head_a_checkpoint_fills_a_model_of_other_classes():
-    tensors = pretrained.export_vit(random_params(), "timm")
+    tensors = pretrained.export_params(random_params(), "timm")
     tensors["head.weight"] = np.zeros((1000, WIDTH), np.float32)
     tensors["head.bias"] = np.zeros(1000, np.float32)
     params = random_params(1)
-    loaded = pretrained.load_vit(tensors, params)
+    loaded = pretrained.load_params(tensors, params)
     assert_same(loaded["head"], params["head"])
     assert_same(loaded["norm"], random_params()["norm"])
 
 
 def test_fused_query_key_value_rows_go_where_they_belong():
     params = random_params()
-    fused = pretrained.export_vit(params, "timm")["blocks.1.attn.qkv.weight"]
+    fused = pretrained.export_params(params, "timm")["blocks.1.attn.qkv.weight"]
     attention = params["blocks_1"]["attn"]
     for part, name in enumerate(("query", "key", "value")):
         rows = fused[part * WIDTH : (part + 1) * WIDTH]
@@ -86,8 +87,8 @@ def test_position_embeddings_are_resized_and_the_class_token_kept():
     # Half-pixel centres: row r of 16 lies at (r + 0.5) / 2 - 0.5 of 8; a cubic keeps a ramp inside.
     rows = (np.arange(16) + 0.5) / 2 - 0.5
     np.testing.assert_allclose(grid[4:12], np.tile(rows[4:12, None], 16), rtol=1e-5)
-    tensors = pretrained.export_vit(random_params(), "timm")
-    assert pretrained.load_vit(tensors, random_params(1, size=64))["pos_embed"].shape[1] == 65
+    tensors = pretrained.export_params(random_params(), "timm")
+    assert pretrained.load_params(tensors, random_params(1, size=64))["pos_embed"].shape[1] == 65
     with pytest.raises(ValueError, match="square"):
         pretrained.resize_positions(positions, 12)
 
@@ -97,28 +98,28 @@ def without(tensors, *names):
 
 
 def test_what_does_not_fit_is_listed():
-    tensors = pretrained.export_vit(random_params(), "timm")
+    tensors = pretrained.export_params(random_params(), "timm")
     bad = without(tensors, "norm.weight", "blocks.1.mlp.fc1.bias")
     bad["dist_token"] = np.zeros(1)
     bad["blocks.0.norm1.bias"] = np.zeros(7, np.float32)
     with pytest.raises(InvalidInput) as refused:
-        pretrained.load_vit(bad, random_params())
+        pretrained.load_params(bad, random_params())
     text = str(refused.value)
     assert "missing blocks.1.mlp.fc1.bias, norm.weight" in text
     assert "extra dist_token" in text
     assert re.search(r"misshapen blocks.0.norm1.bias gives \(7,\) for .*\(24,\)", text)
     assert "\n" not in text
-    with pytest.raises(InvalidInput, match="not named as a ViT"):
-        pretrained.load_vit({"foo": np.zeros(1)}, random_params())
-    deeper = pretrained.export_vit(random_params(), "transformers")
+    with pytest.raises(InvalidInput, match="not named in a known"):
+        pretrained.load_params({"foo": np.zeros(1)}, random_params())
+    deeper = pretrained.export_params(random_params(), "transformers")
     extra = {f"vit.encoder.layer.{n}.output.dense.bias": np.zeros(WIDTH) for n in range(2, 20)}
     with pytest.raises(InvalidInput, match="and 12 more"):
-        pretrained.load_vit({**deeper, **extra}, random_params())
+        pretrained.load_params({**deeper, **extra}, random_params())
 
 
 def test_files_that_cannot_be_read_or_written_are_refused(tmp_path):
     path = tmp_path / "model.safetensors"
-    pretrained.write_tensors(pretrained.export_vit(random_params(), "timm"), path)
+    pretrained.write_tensors(pretrained.export_params(random_params(), "timm"), path)
     with pytest.raises(InvalidInput, match="exists"):
         pretrained.write_tensors({}, path)
     with pytest.raises(InvalidInput, match="must end in .safetensors"):
@@ -182,10 +183,10 @@ def test_logits_are_those_of_timm_before_import_and_after_export():
         )  # fmt: skip
 
     theirs = randomized(make())
-    params = pretrained.load_vit(numpy_state(theirs), random_params(), head=True)
+    params = pretrained.load_params(numpy_state(theirs), random_params(), head=True)
     close_to_torch(theirs, vit(), params, images_for())
     merged, again = random_params(7), make().eval()
-    again.load_state_dict(torch_state(pretrained.export_vit(merged, "timm")))
+    again.load_state_dict(torch_state(pretrained.export_params(merged, "timm")))
     close_to_torch(again, vit(), merged, images_for())
 
 
@@ -200,11 +201,11 @@ def test_logits_are_those_of_transformers_before_import_and_after_export(tmp_pat
     theirs = randomized(transformers.ViTForImageClassification(config))
     theirs.save_pretrained(tmp_path)
     tensors = pretrained.read_tensors(tmp_path / "model.safetensors")
-    params = pretrained.load_vit(tensors, random_params(), head=True)
+    params = pretrained.load_params(tensors, random_params(), head=True)
     close_to_torch(theirs, model, params, images_for())
     merged = random_params(7)
     pretrained.write_tensors(
-        pretrained.export_vit(merged, "transformers"),
+        pretrained.export_params(merged, "transformers"),
         tmp_path / "model.safetensors",
         overwrite=True,
     )
@@ -220,8 +221,8 @@ def test_real_weights_load_whole_and_go_back_bit_for_bit():
     tensors = pretrained.read_tensors(VIT_TINY)
     model = models.VisionTransformer(1000, 16, None, 192, 12, 3)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 224, 224, 3)))["params"]
-    params = pretrained.load_vit(tensors, shapes, head=True)
-    again = pretrained.export_vit(params, "timm")
+    params = pretrained.load_params(tensors, shapes, head=True)
+    again = pretrained.export_params(params, "timm")
     assert set(again) == set(tensors)
     assert all(np.array_equal(again[name], tensors[name]) for name in tensors)
 
@@ -241,7 +242,7 @@ def test_real_weights_see_real_images():
     model = models.VisionTransformer(1, 16, 96, 192, 12, 3)
     pixels = np.stack(images) / 127.5 - 1.0
     start = model.init(jax.random.key(0), pixels[:1])["params"]
-    params = pretrained.load_vit(pretrained.read_tensors(VIT_TINY), start)
+    params = pretrained.load_params(pretrained.read_tensors(VIT_TINY), start)
 
     @jax.jit
     def features(images):

@@ -5,6 +5,7 @@ import itertools
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 
 from pm_jax import models, perturbation, rules
 from pm_jax.data import digits, sources, stream
@@ -90,6 +91,11 @@ class Config:
     )
     image_size: int = _option(
         0, "vit: side in pixels that images are resized to on the device; 0 to leave them."
+    )
+    compute_dtype: str = _option(
+        "float32",
+        "Type of the models' computation; parameters, adapters, curvature and merges are float32.",
+        ("float32", "bfloat16"),
     )
     layer_norm_epsilon: float = _option(
         1e-6, "vit: of the layer norms; 1e-12 for weights of transformers."
@@ -259,8 +265,9 @@ class Config:
 
     def network(self, num_classes: int) -> nn.Module:
         """The model for a number of classes."""
+        dtype = jnp.dtype(self.compute_dtype)
         if self.model == "mlp":
-            return models.MLP(num_classes, self.hidden_sizes)
+            return models.MLP(num_classes, self.hidden_sizes, dtype)
         patch, width, depth, heads = self.patch_size, self.width, self.depth, self.num_heads
         if self.model in PUBLIC_WIDTHS:
             width = PUBLIC_WIDTHS[self.model]
@@ -273,6 +280,7 @@ class Config:
             depth,
             heads,
             layer_norm_epsilon=self.layer_norm_epsilon,
+            dtype=dtype,
         )
 
     def kernel_pattern(self) -> str:

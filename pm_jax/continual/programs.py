@@ -122,7 +122,7 @@ def starting_params(config: Config, params: Params) -> Params:
     """
     if config.from_scratch:
         return params
-    return pretrained.load_vit(pretrained.read_tensors(config.pretrained), params)
+    return pretrained.load_params(pretrained.read_tensors(config.pretrained), params)
 
 
 def _init_fn(config: Config, num_classes: int, input_shape: tuple[int, ...]):

@@ -1,8 +1,8 @@
-"""Public ViT checkpoints in, merged models out under the same names.
+"""Public checkpoints in, merged models out under the same names.
 
-Three layouts of the same network are known: timm's and transformers' safetensors, and the `.npz` of
-AugReg and the original ViT. A layout is a list of `Entry`, one per leaf of
-`models.VisionTransformer`, and is read in both directions.
+Of a ViT three layouts are known: timm's and transformers' safetensors, and the `.npz` of AugReg and
+the original ViT; of a text encoder that of BERT in transformers. A layout is a list of `Entry`, one
+per leaf of `models.VisionTransformer` or `models.TextEncoder`, and is read in both directions.
 """
 
 import os
@@ -125,14 +125,38 @@ def _augreg(depth: int) -> list[Entry]:
     return entries
 
 
-LAYOUTS = {"timm": _timm, "transformers": _transformers, "augreg": _augreg}
+def _bert(depth: int) -> list[Entry]:
+    embeddings = "embeddings"
+    entries = [
+        Entry("word_embed/embedding", f"{embeddings}.word_embeddings.weight"),
+        Entry("position_embed/embedding", f"{embeddings}.position_embeddings.weight"),
+        Entry("type_embed/embedding", f"{embeddings}.token_type_embeddings.weight"),
+        *_norm("embed_norm", f"{embeddings}.LayerNorm"),
+        *_linear("head", "classifier"),
+    ]
+    for layer in range(depth):
+        ours, theirs = f"blocks_{layer}", f"encoder.layer.{layer}"
+        for name in ("query", "key", "value"):
+            entries += _linear(f"{ours}/attn/{name}", f"{theirs}.attention.self.{name}")
+        entries += _linear(f"{ours}/attn/proj", f"{theirs}.attention.output.dense")
+        entries += _norm(f"{ours}/norm1", f"{theirs}.attention.output.LayerNorm")
+        entries += _linear(f"{ours}/mlp/fc1", f"{theirs}.intermediate.dense")
+        entries += _linear(f"{ours}/mlp/fc2", f"{theirs}.output.dense")
+        entries += _norm(f"{ours}/norm2", f"{theirs}.output.LayerNorm")
+    return entries
+
+
+LAYOUTS = {"timm": _timm, "transformers": _transformers, "augreg": _augreg, "bert": _bert}
 """Names of the layouts, and their entries for a number of blocks."""
 
 _SIGNATURES = {
     "timm": "blocks.0.attn.qkv.weight",
     "transformers": "vit.encoder.layer.0.layernorm_before.weight",
     "augreg": "Transformer/encoder_norm/scale",
+    "bert": "encoder.layer.0.attention.self.query.weight",
 }
+_UNUSED = ("embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias")
+"""Tensors of BERT that mean pooling has no use for."""
 
 
 def read_tensors(path: str | os.PathLike) -> Tensors:
@@ -191,13 +215,13 @@ def layout_of(tensors: Mapping[str, np.ndarray]) -> str:
             return layout
     known = "; ".join(f"{layout} has {name}" for layout, name in _SIGNATURES.items())
     raise InvalidInput(
-        f"pretrained: its tensors ({_listed(sorted(tensors))}) are not named as a ViT of a known "
+        f"pretrained: its tensors ({_listed(sorted(tensors))}) are not named in a known "
         f"layout: {known}"
     )
 
 
-def load_vit(tensors: Mapping[str, np.ndarray], params: Params, *, head: bool = False) -> Params:
-    """Parameters of a `VisionTransformer` from the tensors of a public checkpoint.
+def load_params(tensors: Mapping[str, np.ndarray], params: Params, *, head: bool = False) -> Params:
+    """Parameters of a ViT or a text encoder from the tensors of a public checkpoint.
 
     Args:
         tensors: of the checkpoint, as `read_tensors` gives them.
@@ -215,7 +239,7 @@ def load_vit(tensors: Mapping[str, np.ndarray], params: Params, *, head: bool = 
         >>> from pm_jax.models import VisionTransformer
         >>> model = VisionTransformer(10, patch_size=2, width=8, depth=1, num_heads=2)
         >>> params = model.init(jax.random.key(0), jnp.ones((1, 4, 4, 3)))["params"]
-        >>> again = load_vit(export_vit(params, "timm"), params, head=True)
+        >>> again = load_params(export_params(params, "timm"), params, head=True)
         >>> bool(jnp.array_equal(again["pos_embed"], params["pos_embed"]))
         True
     """
@@ -223,10 +247,11 @@ def load_vit(tensors: Mapping[str, np.ndarray], params: Params, *, head: bool = 
     all_entries = LAYOUTS[layout_of(tensors)](_depth(ours))
     entries = [entry for entry in all_entries if head or not entry.path.startswith("head/")]
     missing = sorted({entry.name for entry in entries} - set(tensors))
-    extra = sorted(set(tensors) - {entry.name for entry in all_entries})
+    extra = sorted(set(tensors) - {entry.name for entry in all_entries} - set(_UNUSED))
     leaves, misshapen = {}, []
     for entry in entries:
-        if entry.name not in tensors:
+        if entry.name not in tensors or entry.path not in ours:
+            missing += [] if entry.path in ours else [f"{entry.path} in the model"]
             continue
         shape = ours[entry.path].shape
         try:
@@ -251,11 +276,11 @@ def load_vit(tensors: Mapping[str, np.ndarray], params: Params, *, head: bool = 
     return trees.replace(params, leaves)
 
 
-def export_vit(params: Params, layout: str, *, num_heads: int = 1) -> Tensors:
+def export_params(params: Params, layout: str, *, num_heads: int = 1) -> Tensors:
     """The way back: tensors under the names of a layout, to be written with `write_tensors`.
 
     Args:
-        params: of a `VisionTransformer`, for example a merged one.
+        params: of a `VisionTransformer` or `TextEncoder`, for example merged ones.
         layout: a key of `LAYOUTS`.
         num_heads: of the model; only "augreg" has an axis of heads.
 
@@ -269,7 +294,7 @@ def export_vit(params: Params, layout: str, *, num_heads: int = 1) -> Tensors:
         >>> from pm_jax.models import VisionTransformer
         >>> model = VisionTransformer(10, patch_size=2, width=8, depth=1, num_heads=2)
         >>> params = model.init(jax.random.key(0), jnp.ones((1, 4, 4, 3)))["params"]
-        >>> export_vit(params, "timm")["blocks.0.attn.qkv.weight"].shape
+        >>> export_params(params, "timm")["blocks.0.attn.qkv.weight"].shape
         (24, 8)
     """
     if layout not in LAYOUTS:

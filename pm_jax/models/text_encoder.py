@@ -1,0 +1,117 @@
+"""Text encoder of the BERT family: post-norm blocks, exact GELU, mean pooling."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pm_jax.models.vit import MlpBlock
+from pm_jax.types import Array
+
+
+class MaskedAttention(nn.Module):
+    """Multi-head self-attention over real tokens, with `query`, `key`, `value` and `proj`.
+
+    Attributes:
+        num_heads: must divide the width of the inputs.
+        dtype: type of computation.
+    """
+
+    num_heads: int
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array) -> Array:
+        """[N, T, D] to [N, T, D]; `mask` bool [N, T], true for real tokens."""
+        width = x.shape[-1]
+        heads = (*x.shape[:-1], self.num_heads, width // self.num_heads)
+        query, key, value = (
+            nn.Dense(width, dtype=self.dtype, name=name)(x).reshape(heads)
+            for name in ("query", "key", "value")
+        )
+        mixed = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None, None, :])
+        return nn.Dense(width, dtype=self.dtype, name="proj")(mixed.reshape(x.shape))
+
+
+class PostNormBlock(nn.Module):
+    """Transformer block with the norms after the residual sums: `attn`, `norm1`, `mlp`, `norm2`.
+
+    Attributes:
+        num_heads: of the attention.
+        mlp_size: hidden width of the MLP.
+        layer_norm_epsilon: added to the variance.
+        dtype: type of computation.
+    """
+
+    num_heads: int
+    mlp_size: int
+    layer_norm_epsilon: float = 1e-12
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array) -> Array:
+        """[N, T, D] to [N, T, D]."""
+
+        def norm(name: str, inputs: Array) -> Array:
+            epsilon = self.layer_norm_epsilon
+            return nn.LayerNorm(epsilon=epsilon, dtype=self.dtype, name=name)(inputs)
+
+        attention = MaskedAttention(self.num_heads, self.dtype, name="attn")(x, mask)
+        x = norm("norm1", x + attention)
+        return norm("norm2", x + MlpBlock(self.mlp_size, self.dtype, name="mlp")(x))
+
+
+class TextEncoder(nn.Module):
+    """BERT encoder with mean pooling over real tokens and a linear classifier.
+
+    Attributes:
+        num_classes: C, width of the classifier `head`.
+        vocabulary: number of token ids.
+        positions: longest text in tokens.
+        width: D, of the tokens.
+        depth: number of blocks, named `blocks_0`, `blocks_1`, ...
+        num_heads: of every attention; must divide the width.
+        mlp_ratio: hidden width of the MLPs over D.
+        padding_id: token id that stands for no token.
+        layer_norm_epsilon: of all norms.
+        dtype: type of computation; parameters are float32.
+
+    References:
+        Devlin et al., `BERT <https://arxiv.org/abs/1810.04805>`_, 2019
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> model = TextEncoder(3, vocabulary=50, positions=8, width=8, depth=1, num_heads=2)
+        >>> ids = jnp.asarray([[5, 7, 0], [9, 0, 0]])
+        >>> model.apply(model.init(jax.random.key(0), ids), ids).shape
+        (2, 3)
+    """
+
+    num_classes: int
+    vocabulary: int = 30522
+    positions: int = 512
+    width: int = 384
+    depth: int = 6
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    padding_id: int = 0
+    layer_norm_epsilon: float = 1e-12
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, ids: Array) -> Array:
+        """Logits [N, C] of token ids, int [N, T]."""
+        mask = ids != self.padding_id
+        words = nn.Embed(self.vocabulary, self.width, dtype=self.dtype, name="word_embed")(ids)
+        places = nn.Embed(self.positions, self.width, dtype=self.dtype, name="position_embed")
+        kinds = nn.Embed(2, self.width, dtype=self.dtype, name="type_embed")
+        x = words + places(jnp.arange(ids.shape[1]))[None] + kinds(jnp.zeros_like(ids))
+        epsilon, hidden = self.layer_norm_epsilon, int(self.width * self.mlp_ratio)
+        x = nn.LayerNorm(epsilon=epsilon, dtype=self.dtype, name="embed_norm")(x)
+        for layer in range(self.depth):
+            block = PostNormBlock(
+                self.num_heads, hidden, epsilon, self.dtype, name=f"blocks_{layer}"
+            )
+            x = block(x, mask)
+        real = mask[:, :, None].astype(x.dtype)
+        pooled = jnp.sum(x * real, axis=1) / jnp.maximum(jnp.sum(real, axis=1), 1)
+        return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(pooled)
