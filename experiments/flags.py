@@ -15,6 +15,16 @@ from pm_jax.types import InvalidInput
 
 PRESETS = Path(__file__).parent / "presets"
 
+SEQUENTIAL_ON_DEFAULT_STREAM: dict[str, Any] = {"learning_rate": 3e-4, "epochs": 1}
+"""Chosen by validation accuracy: experiments/studies/digits_grid.py."""
+
+NOT_OF_SEQUENTIAL = (
+    *("learning_rate", "epochs", "data_dir", "evaluate_on", "rule", "clip_alpha"),
+    *("perturbation", "epsilon", "probabilities", "perturb_per"),
+    *("curvature", "curvature_samples", "curvature_examples", "curvature_memory_mb"),
+)
+"""Settings that sequential training does not depend on, and those that it has of its own."""
+
 
 class _TupleParser(flags.ArgumentParser):
     """Comma-separated numbers; floats may be given as fractions."""
@@ -86,11 +96,12 @@ def define_baseline_flags() -> None:
         "A rule to run as well, unperturbed, in WORKDIR/baseline; sequential when --rule is not "
         "given, otherwise none. An empty value is none.",
     )
-    chosen = (
-        "0 for the same as the main run; the default is sequential's best on the default stream."
+    default = (
+        "By default sequential's best one where stream, model and optimiser are the default ones, "
+        "and that of the main run otherwise."
     )
-    flags.DEFINE_float("baseline_learning_rate", 3e-4, f"Of the baseline. {chosen}")
-    flags.DEFINE_integer("baseline_epochs", 1, f"Passes over each later task. {chosen}")
+    flags.DEFINE_float("baseline_learning_rate", None, f"Of the baseline. {default}")
+    flags.DEFINE_integer("baseline_epochs", None, f"Of the baseline, a task. {default}")
 
 
 def baseline_from_flags(config: Config) -> Config | None:
@@ -103,13 +114,25 @@ def baseline_from_flags(config: Config) -> Config | None:
         return None
     if rule not in rules.REGISTRY:
         raise InvalidInput(f"baseline={rule}: must be one of {', '.join(rules.REGISTRY)}")
-    return dataclasses.replace(
-        config,
-        rule=rule,
-        perturbation="none",
-        perturb_per="batch",
-        learning_rate=values.baseline_learning_rate or config.learning_rate,
-        epochs=values.baseline_epochs or config.epochs,
+    own = {"learning_rate": config.learning_rate, "epochs": config.epochs}
+    if rule == "sequential" and _is_default_stream(config):
+        own = dict(SEQUENTIAL_ON_DEFAULT_STREAM)
+    for name in own:
+        given = values[f"baseline_{name}"].value
+        if given is not None and given <= 0:
+            raise InvalidInput(f"baseline_{name}={given}: must be above 0")
+        own[name] = given or own[name]
+    settings: dict[str, Any] = {"perturbation": "none", "perturb_per": "batch", **own}
+    return dataclasses.replace(config, rule=rule, **settings)
+
+
+def _is_default_stream(config: Config) -> bool:
+    """Whether all that sequential training depends on, but for rate and epochs, is the default."""
+    default = Config()
+    return all(
+        getattr(config, field.name) == getattr(default, field.name)
+        for field in dataclasses.fields(Config)
+        if field.name not in NOT_OF_SEQUENTIAL
     )
 
 

@@ -64,6 +64,23 @@ def test_default_is_perturb_and_merge_and_a_sequential_baseline(tmp_path, capsys
     assert baseline["learning_rate"] == 0.01
 
 
+def test_the_baseline_has_its_own_best_rate_only_where_that_was_chosen():
+    def baseline(*arguments):
+        flags.FLAGS.unparse_flags()
+        experiment_flags.parse(["train", *arguments])
+        return experiment_flags.baseline_from_flags(experiment_flags.config_from_flags())
+
+    for arguments in ([], ["--curvature=fisher_exact", "--epsilon=0.3", "--learning_rate=0.01"]):
+        own = baseline(*arguments)
+        assert (own.learning_rate, own.epochs) == (3e-4, 1)
+    for arguments in (["--num_tasks=3"], ["--batch_size=64"], ["--baseline=averaging"]):
+        same = baseline(*arguments, "--epochs=7")
+        assert (same.learning_rate, same.epochs) == (3e-3, 7)
+    given = baseline("--baseline_learning_rate=0.5", "--baseline_epochs=4")
+    assert (given.learning_rate, given.epochs) == (0.5, 4)
+    assert baseline("--rule=averaging") is None and baseline("--baseline=") is None
+
+
 def test_results_hold_what_is_promised(tmp_path):
     run(f"--workdir={tmp_path}", "--rule=perturb_and_merge", *TINY)
     assert not (tmp_path / "baseline").exists()
@@ -164,6 +181,10 @@ REFUSED = {
     "unknown rule": (["--rule=nonsense"], f"--rule=nonsense: .*{', '.join(rules.REGISTRY)}"),
     "unknown baseline": (["--baseline=x"], "--baseline=x: must be one of"),
     "no domains": (["--dataset=mnist"], "--scenario=domain_incremental: dataset=mnist has no dom"),
+    "baseline rate": (
+        ["--baseline_learning_rate=0"],
+        r"--baseline_learning_rate=0\.0: must be above 0",
+    ),
     "unknown dataset": (
         ["--dataset=mnists", "--scenario=class_incremental"],
         "--dataset=mnists: is not in the catalogue",
