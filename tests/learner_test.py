@@ -9,6 +9,7 @@ from pm_jax import rules, trees
 from pm_jax.continual import Config, Learner
 from pm_jax.continual.partition import partition
 from pm_jax.continual.programs import programs
+from pm_jax.continual.run import describe
 from pm_jax.models import pretrained
 from tests.small_runs import BY_CLASS, SMALL, VIT, comparable, leaves_equal
 
@@ -184,6 +185,9 @@ def test_a_run_from_pretrained_weights_starts_from_them_and_keeps_the_learned_he
     weights = tmp_path / "weights.safetensors"
     pretrained.write_tensors(pretrained.export_params(scratch.params, "timm"), weights)
     config = dataclasses.replace(VIT, pretrained=str(weights), first_task_epochs=7)
+    trains = [line.split(": ")[1].split()[0] for line in describe(config).splitlines()
+              if line.startswith("training in")]  # fmt: skip
+    assert trains == ["298", "298"]  # two adapters of 16 x 2 twice, and a head of 16 x 10 + 10
     programs.cache_clear()
     learner = Learner(config, seed=0, quiet=True)
     body = tuple(p for p in trees.leaves_by_path(learner.params) if not p.startswith("head/"))

@@ -46,14 +46,14 @@ class Programs(NamedTuple):
 
 
 def partitions(config: Config, params: Params) -> tuple[Partition, Partition]:
-    """What trains in the first task of a run from scratch, and in the others.
+    """What trains in the first task, and in the others.
 
     Args:
         config: settings.
         params: of the model, arrays or shapes.
 
     Returns:
-        Two `Partition`s, equal without adapters.
+        Two `Partition`s; they differ for adapters from scratch, where the first task trains all.
 
     Raises:
         InvalidInput: the adapter's pattern or rank does not fit the model.
@@ -69,7 +69,7 @@ def partitions(config: Config, params: Params) -> tuple[Partition, Partition]:
     if config.adapter == "full":
         return everything, everything
     try:
-        return everything, partition(
+        adapted = partition(
             params,
             class_incremental=by_class,
             lora_pattern=config.kernel_pattern(),
@@ -77,6 +77,7 @@ def partitions(config: Config, params: Params) -> tuple[Partition, Partition]:
         )
     except ValueError as error:
         raise InvalidInput(f"lora_{error}") from None
+    return (everything if config.from_scratch else adapted), adapted
 
 
 def parameter_shapes(config: Config, num_classes: int, input_shape: tuple[int, ...]) -> Params:
@@ -183,7 +184,7 @@ def programs(
     return Programs(
         init=jax.jit(init),
         first=program
-        if first == later or not config.from_scratch
+        if first == later
         else training.task_program(config, model, first, largest_task),
         later=program,
         merging=later.merging,

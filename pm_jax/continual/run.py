@@ -16,6 +16,7 @@ from pm_jax import lora, trees
 from pm_jax.continual.config import Config
 from pm_jax.continual.learner import Learner
 from pm_jax.continual.logs import check_tensorboard
+from pm_jax.continual.partition import Partition
 from pm_jax.continual.programs import parameter_shapes, partitions
 from pm_jax.continual.workdir import RESULTS_FILE, SUMMARY_FILE, check_claim, claim, write_json
 from pm_jax.types import InvalidInput
@@ -306,14 +307,18 @@ def describe(config: Config, seed: int = 0) -> str:
 
     kernels = trees.select(shapes, later.adapted)
     adapters = sum(config.lora_rank * sum(kernel.shape) for kernel in kernels.values())
+
+    def trained(partition: Partition) -> int:
+        own = adapters if partition.adapted else 0
+        return own + size(partition.direct + partition.head)
+
     lines = [f"{name}={value}" for name, value in dataclasses.asdict(config).items()]
     lines += [
         f"tasks: {stream.num_tasks}, training examples {stream.train.sizes.tolist()}, validation "
         f"{stream.validation.sizes.tolist()}, test {stream.test.sizes.tolist()}",
         f"parameters: {total}",
-        f"training in the first task: {size(first.direct + first.head)}",
-        f"training in a later task: {adapters + size(later.direct + later.head)} "
-        f"(adapters {adapters})",
+        f"training in the first task: {trained(first)}",
+        f"training in a later task: {trained(later)} (adapters {adapters})",
         f"merging: {size(later.merging)}",
     ]
     if later.adapted:
