@@ -1,20 +1,20 @@
 """Public checkpoints in, merged models out under the same names.
 
 Of a ViT three layouts are known: timm's and transformers' safetensors, and the `.npz` of AugReg and
-the original ViT; of a text encoder that of BERT in transformers. A layout is a list of `Entry`, one
-per leaf of `models.VisionTransformer` or `models.TextEncoder`, and is read in both directions.
+the original ViT; of a text encoder that of BERT in transformers. They are tables
+in `checkpoint_layouts`, read here in both directions.
 """
 
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pm_jax import trees
+from pm_jax.models.checkpoint_layouts import LAYOUTS, Entry
 from pm_jax.types import InvalidInput, Params
 
 Tensors = dict[str, np.ndarray]
@@ -22,132 +22,6 @@ Tensors = dict[str, np.ndarray]
 SHOWN = 6
 """Names listed per kind of mismatch before the rest is counted."""
 
-
-class Entry(NamedTuple):
-    """Where one leaf of ours lies in a checkpoint.
-
-    Attributes:
-        path: of our leaf, "blocks_0/attn/key/kernel".
-        name: of their tensor, "blocks.0.attn.qkv.weight".
-        kind: how the arrays differ: "same"; "dense" and "conv", whose output axis comes first in
-            PyTorch; "heads_in", "heads_out" and "heads_bias", with an axis of heads in `.npz`.
-        part: (i, n) where our leaf is the i-th of n equal parts along their first axis.
-    """
-
-    path: str
-    name: str
-    kind: str = "same"
-    part: tuple[int, int] | None = None
-
-
-def _linear(path: str, name: str, part: tuple[int, int] | None = None) -> list[Entry]:
-    return [
-        Entry(f"{path}/kernel", f"{name}.weight", "dense", part),
-        Entry(f"{path}/bias", f"{name}.bias", "same", part),
-    ]
-
-
-def _norm(path: str, name: str) -> list[Entry]:
-    return [Entry(f"{path}/scale", f"{name}.weight"), Entry(f"{path}/bias", f"{name}.bias")]
-
-
-def _timm(depth: int) -> list[Entry]:
-    entries = [
-        Entry("cls_token", "cls_token"),
-        Entry("pos_embed", "pos_embed"),
-        Entry("patch_embed/kernel", "patch_embed.proj.weight", "conv"),
-        Entry("patch_embed/bias", "patch_embed.proj.bias"),
-        *_norm("norm", "norm"),
-        *_linear("head", "head"),
-    ]
-    for layer in range(depth):
-        ours, theirs = f"blocks_{layer}", f"blocks.{layer}"
-        for part, name in enumerate(("query", "key", "value")):
-            entries += _linear(f"{ours}/attn/{name}", f"{theirs}.attn.qkv", (part, 3))
-        entries += _linear(f"{ours}/attn/proj", f"{theirs}.attn.proj")
-        for name in ("fc1", "fc2"):
-            entries += _linear(f"{ours}/mlp/{name}", f"{theirs}.mlp.{name}")
-        for name in ("norm1", "norm2"):
-            entries += _norm(f"{ours}/{name}", f"{theirs}.{name}")
-    return entries
-
-
-def _transformers(depth: int) -> list[Entry]:
-    embeddings = "vit.embeddings"
-    entries = [
-        Entry("cls_token", f"{embeddings}.cls_token"),
-        Entry("pos_embed", f"{embeddings}.position_embeddings"),
-        Entry("patch_embed/kernel", f"{embeddings}.patch_embeddings.projection.weight", "conv"),
-        Entry("patch_embed/bias", f"{embeddings}.patch_embeddings.projection.bias"),
-        *_norm("norm", "vit.layernorm"),
-        *_linear("head", "classifier"),
-    ]
-    for layer in range(depth):
-        ours, theirs = f"blocks_{layer}", f"vit.encoder.layer.{layer}"
-        for name in ("query", "key", "value"):
-            entries += _linear(f"{ours}/attn/{name}", f"{theirs}.attention.attention.{name}")
-        entries += _linear(f"{ours}/attn/proj", f"{theirs}.attention.output.dense")
-        entries += _linear(f"{ours}/mlp/fc1", f"{theirs}.intermediate.dense")
-        entries += _linear(f"{ours}/mlp/fc2", f"{theirs}.output.dense")
-        entries += _norm(f"{ours}/norm1", f"{theirs}.layernorm_before")
-        entries += _norm(f"{ours}/norm2", f"{theirs}.layernorm_after")
-    return entries
-
-
-def _augreg(depth: int) -> list[Entry]:
-    def same(path: str, name: str) -> list[Entry]:
-        leaves = ("scale", "bias") if "norm" in path else ("kernel", "bias")
-        return [Entry(f"{path}/{leaf}", f"{name}/{leaf}") for leaf in leaves]
-
-    entries = [
-        Entry("cls_token", "cls"),
-        Entry("pos_embed", "Transformer/posembed_input/pos_embedding"),
-        *same("patch_embed", "embedding"),
-        *same("norm", "Transformer/encoder_norm"),
-        *same("head", "head"),
-    ]
-    for layer in range(depth):
-        ours, theirs = f"blocks_{layer}", f"Transformer/encoderblock_{layer}"
-        attention = f"{theirs}/MultiHeadDotProductAttention_1"
-        for name in ("query", "key", "value"):
-            entries += [
-                Entry(f"{ours}/attn/{name}/kernel", f"{attention}/{name}/kernel", "heads_in"),
-                Entry(f"{ours}/attn/{name}/bias", f"{attention}/{name}/bias", "heads_bias"),
-            ]
-        entries += [
-            Entry(f"{ours}/attn/proj/kernel", f"{attention}/out/kernel", "heads_out"),
-            Entry(f"{ours}/attn/proj/bias", f"{attention}/out/bias"),
-            *same(f"{ours}/mlp/fc1", f"{theirs}/MlpBlock_3/Dense_0"),
-            *same(f"{ours}/mlp/fc2", f"{theirs}/MlpBlock_3/Dense_1"),
-            *same(f"{ours}/norm1", f"{theirs}/LayerNorm_0"),
-            *same(f"{ours}/norm2", f"{theirs}/LayerNorm_2"),
-        ]
-    return entries
-
-
-def _bert(depth: int) -> list[Entry]:
-    embeddings = "embeddings"
-    entries = [
-        Entry("word_embed/embedding", f"{embeddings}.word_embeddings.weight"),
-        Entry("position_embed/embedding", f"{embeddings}.position_embeddings.weight"),
-        Entry("type_embed/embedding", f"{embeddings}.token_type_embeddings.weight"),
-        *_norm("embed_norm", f"{embeddings}.LayerNorm"),
-        *_linear("head", "classifier"),
-    ]
-    for layer in range(depth):
-        ours, theirs = f"blocks_{layer}", f"encoder.layer.{layer}"
-        for name in ("query", "key", "value"):
-            entries += _linear(f"{ours}/attn/{name}", f"{theirs}.attention.self.{name}")
-        entries += _linear(f"{ours}/attn/proj", f"{theirs}.attention.output.dense")
-        entries += _norm(f"{ours}/norm1", f"{theirs}.attention.output.LayerNorm")
-        entries += _linear(f"{ours}/mlp/fc1", f"{theirs}.intermediate.dense")
-        entries += _linear(f"{ours}/mlp/fc2", f"{theirs}.output.dense")
-        entries += _norm(f"{ours}/norm2", f"{theirs}.output.LayerNorm")
-    return entries
-
-
-LAYOUTS = {"timm": _timm, "transformers": _transformers, "augreg": _augreg, "bert": _bert}
-"""Names of the layouts, and their entries for a number of blocks."""
 
 _SIGNATURES = {
     "timm": "blocks.0.attn.qkv.weight",

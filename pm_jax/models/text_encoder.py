@@ -1,35 +1,10 @@
 """Text encoder of the BERT family: post-norm blocks, exact GELU, mean pooling."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
-from pm_jax.models.vit import MlpBlock
+from pm_jax.models.vit import Attention, MlpBlock
 from pm_jax.types import Array
-
-
-class MaskedAttention(nn.Module):
-    """Multi-head self-attention over real tokens, with `query`, `key`, `value` and `proj`.
-
-    Attributes:
-        num_heads: must divide the width of the inputs.
-        dtype: type of computation.
-    """
-
-    num_heads: int
-    dtype: jnp.dtype | None = None
-
-    @nn.compact
-    def __call__(self, x: Array, mask: Array) -> Array:
-        """[N, T, D] to [N, T, D]; `mask` bool [N, T], true for real tokens."""
-        width = x.shape[-1]
-        heads = (*x.shape[:-1], self.num_heads, width // self.num_heads)
-        query, key, value = (
-            nn.Dense(width, dtype=self.dtype, name=name)(x).reshape(heads)
-            for name in ("query", "key", "value")
-        )
-        mixed = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None, None, :])
-        return nn.Dense(width, dtype=self.dtype, name="proj")(mixed.reshape(x.shape))
 
 
 class PostNormBlock(nn.Module):
@@ -55,7 +30,7 @@ class PostNormBlock(nn.Module):
             epsilon = self.layer_norm_epsilon
             return nn.LayerNorm(epsilon=epsilon, dtype=self.dtype, name=name)(inputs)
 
-        attention = MaskedAttention(self.num_heads, self.dtype, name="attn")(x, mask)
+        attention = Attention(self.num_heads, self.dtype, name="attn")(x, mask)
         x = norm("norm1", x + attention)
         return norm("norm2", x + MlpBlock(self.mlp_size, self.dtype, name="mlp")(x))
 

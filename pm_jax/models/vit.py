@@ -19,16 +19,17 @@ class Attention(nn.Module):
     dtype: jnp.dtype | None = None
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Attention over tokens, [N, T, D] to [N, T, D]."""
+    def __call__(self, x: Array, mask: Array | None = None) -> Array:
+        """[N, T, D] to [N, T, D], attending to the tokens where `mask` (bool [N, T]) is true."""
         width = x.shape[-1]
         heads = (*x.shape[:-1], self.num_heads, width // self.num_heads)
         query, key, value = (
             nn.Dense(width, dtype=self.dtype, name=name)(x).reshape(heads)
             for name in ("query", "key", "value")
         )
-        mixed = jax.nn.dot_product_attention(query, key, value).reshape(x.shape)
-        return nn.Dense(width, dtype=self.dtype, name="proj")(mixed)
+        seen = None if mask is None else mask[:, None, None, :]
+        mixed = jax.nn.dot_product_attention(query, key, value, mask=seen)
+        return nn.Dense(width, dtype=self.dtype, name="proj")(mixed.reshape(x.shape))
 
 
 class MlpBlock(nn.Module):
