@@ -16,7 +16,7 @@ from pm_jax.types import InvalidInput
 PRESETS = Path(__file__).parent / "presets"
 
 SEQUENTIAL_ON_DEFAULT_STREAM: dict[str, Any] = {"learning_rate": 3e-4, "epochs": 1}
-"""Chosen by validation accuracy: experiments/studies/digits_grid.py."""
+"""Chosen by validation accuracy: experiments/studies/ablation.py."""
 
 NOT_OF_SEQUENTIAL = (
     *("learning_rate", "epochs", "data_dir", "evaluate_on", "rule", "clip_alpha"),
@@ -51,11 +51,10 @@ class _TupleSerializer(flags.ArgumentSerializer):
         return ",".join(map(str, value))
 
 
-def define_tuple(name: str, default: tuple, description: str) -> None:
-    """Define a flag of comma-separated numbers, of the type of the default's entries."""
-    flags.DEFINE(
-        _TupleParser(type(default[0])), name, default, description, serializer=_TupleSerializer()
-    )
+def define_tuple(name: str, default: tuple, description: str, number: type | None = None) -> None:
+    """Define a flag of comma-separated numbers, of the type given or that of the default's."""
+    parser = _TupleParser(number or type(default[0]))
+    flags.DEFINE(parser, name, default, description, serializer=_TupleSerializer())
 
 
 def define_config_flags() -> None:

@@ -1,3 +1,4 @@
+import json
 import pathlib
 import subprocess
 import sys
@@ -62,10 +63,26 @@ def test_benchmarks_run_small(module, arguments, expected):
 
 def test_the_grid_study_runs_small(tmp_path):
     command = [
-        *(sys.executable, "-m", "experiments.studies.digits_grid", f"--workdir={tmp_path}"),
+        *(sys.executable, "-m", "experiments.studies.ablation", f"--workdir={tmp_path}"),
         *("--seeds=0", "--learning_rates=0.001", "--grid_epochs=1", "--arms=averaging,sequential"),
         *("--num_tasks=2", "--first_task_epochs=1", "--hidden_sizes=4"),
     ]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert ended.returncode == 0, ended.stderr
     assert "sequential (learning_rate=0.001, epochs=1)" in ended.stdout
+
+
+def test_the_map_of_where_merging_pays_runs_small(tmp_path):
+    command = [
+        *(sys.executable, "-m", "experiments.studies.merging_map", f"--workdir={tmp_path}"),
+        *("--learning_rates=0.001", "--map_epochs=1", "--temperatures=1", "--rules=averaging"),
+        *("--num_tasks=2", "--first_task_epochs=1", "--hidden_sizes=4"),
+    ]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 0, ended.stderr
+    gains = {}
+    for rule in ("sequential", "averaging"):
+        path = tmp_path / "epochs_1_rate_0.001_temp_1" / rule / "summary.json"
+        gains[rule] = 100 * json.loads(path.read_text())["final_average_accuracy"]["mean"]
+    head, gain = f"| {gains['sequential']:.1f} |", gains["averaging"] - gains["sequential"]
+    assert f"| 0.001 | 1 {head} {gain:+.1f} |" in ended.stdout

@@ -1,0 +1,101 @@
+"""Every arm at its own best learning rate and epochs, chosen on validation data; then tested.
+
+One grid for all arms. An arm's setting is the one with the highest mean final average accuracy on
+the validation split over the grid's seeds; test data is read only after that, for that setting
+alone. Finished runs are kept: the same command goes on where it was interrupted.
+
+python -m experiments.studies.ablation --workdir=runs/digits_grid --grid_epochs=1,3,9
+python -m experiments.studies.ablation --workdir=runs/digits_grid_classes --grid_epochs=1,3,9 \
+    --scenario=class_incremental
+python -m experiments.studies.ablation --workdir=runs/clinc150 --preset=clinc150_10_minilm_study \
+    --data_dir=DIR --pretrained=DIR/model.safetensors
+"""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+
+from experiments import flags as experiment_flags
+from pm_jax.continual import Config
+from pm_jax.continual.run import run_seeds, table
+from pm_jax.types import InvalidInput
+
+ARMS: dict[str, dict[str, Any]] = {
+    "sequential": {"rule": "sequential", "perturbation": "none"},
+    "averaging": {"rule": "averaging", "perturbation": "none"},
+    "averaging perturbed": {"rule": "averaging"},
+    "merge only": {"perturbation": "none"},
+    "merge with Gaussian noise": {"perturbation": "gaussian"},
+    "perturb and merge": {},
+    "perturb and merge per example": {"perturb_per": "example"},
+    "perturb and merge with exact Fisher": {"curvature": "fisher_exact"},
+}
+DEFAULT_ARMS = [arm for arm in ARMS if "Gaussian" not in arm and "per example" not in arm]
+
+experiment_flags.define_config_flags()
+experiment_flags.define_tuple("seeds", (0, 1, 2), "One run per seed.")
+experiment_flags.define_tuple("grid_seeds", (), "Seeds of the grid; empty for all.", int)
+experiment_flags.define_tuple("learning_rates", (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), "Of the grid.")
+experiment_flags.define_tuple(
+    "grid_epochs", (), "Epochs a task, of the grid; empty for --epochs.", int
+)
+flags.DEFINE_list("arms", DEFAULT_ARMS, f"Arms to run, of {', '.join(ARMS)}.")
+flags.DEFINE_string("workdir", "runs/ablation", "Where the runs go; finished ones are kept.")
+
+
+def alphas(directory: Path) -> str:
+    """Merge coefficients of the tasks, mean over the seeds in a work directory."""
+    results = [json.loads(path.read_text()) for path in directory.glob("seed_*/results.json")]
+    found = [[merge["alpha"] for merge in result["merges"]] for result in results]
+    return " ".join(f"{value:.2f}" for value in np.mean(found, axis=0))
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the grid, choose, test, and print the tables."""
+    del argv
+    values = flags.FLAGS
+    try:
+        base = experiment_flags.config_from_flags()
+        for arm in values.arms:
+            if arm not in ARMS:
+                raise InvalidInput(f"arms={arm}: must be one of {', '.join(ARMS)}")
+        configs = {arm: dataclasses.replace(base, **ARMS[arm]) for arm in values.arms}
+        _study(configs, Path(values.workdir))
+    except InvalidInput as error:
+        experiment_flags.fail(str(error))
+
+
+def _study(arms: dict[str, Config], workdir: Path) -> None:
+    values = flags.FLAGS
+    workdir.mkdir(parents=True, exist_ok=True)
+    grid_seeds = values.grid_seeds or values.seeds
+    validated, tested, coefficients = {}, {}, []
+    for arm, config in arms.items():
+        folder = workdir / arm.replace(" ", "_")
+        found = {}
+        grid = itertools.product(values.learning_rates, values.grid_epochs or (config.epochs,))
+        for rate, epochs in grid:
+            cell = dataclasses.replace(
+                config, learning_rate=rate, epochs=epochs, evaluate_on="validation"
+            )
+            directory = folder / f"rate_{rate:g}_epochs_{epochs}"
+            found[cell] = run_seeds(cell, grid_seeds, directory, quiet=True)
+            validated[f"{arm}, rate {rate:g}, {epochs} epochs"] = found[cell]
+        best = max(found, key=lambda cell: found[cell]["final_average_accuracy"]["mean"])
+        chosen = dataclasses.replace(best, evaluate_on="test")
+        label = f"{arm} (learning_rate={best.learning_rate:g}, epochs={best.epochs})"
+        tested[label] = run_seeds(chosen, values.seeds, folder / "test", quiet=True)
+        coefficients.append(f"{arm}: {alphas(folder / 'test')}")
+    print("Validation\n" + table(validated))
+    print("\nTest, at each arm's best validation setting\n" + table(tested))
+    print("\nMerge coefficients, task by task\n" + "\n".join(coefficients))
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=experiment_flags.parse)
