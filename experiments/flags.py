@@ -11,6 +11,7 @@ from absl import flags, logging
 
 from pm_jax import rules
 from pm_jax.continual import Config
+from pm_jax.continual.export import Destinations
 from pm_jax.types import InvalidInput
 
 PRESETS = Path(__file__).parent / "presets"
@@ -123,6 +124,32 @@ def baseline_from_flags(config: Config) -> Config | None:
         own[name] = given or own[name]
     settings: dict[str, Any] = {"perturbation": "none", "perturb_per": "batch", **own}
     return dataclasses.replace(config, rule=rule, **settings)
+
+
+def define_export_flags() -> None:
+    """Define where the merged model goes."""
+    flags.DEFINE_string(
+        "export",
+        None,
+        "A .safetensors to write the merged model to, at the run's resolution, under the names of "
+        "the pre-trained weights, or timm's where there are none or AugReg's. A run that is "
+        "finished is not trained again.",
+    )
+    flags.DEFINE_string(
+        "export_adapter",
+        None,
+        "A folder to write the merged model's displacement from the pre-trained weights to, as a "
+        "LoRA adapter for PEFT. Needs adapter=lora and pretrained.",
+    )
+    flags.DEFINE_boolean("overwrite", False, "Let exports replace what is there.")
+
+
+def export_from_flags() -> Destinations:
+    """Where the parsed flags want the merged model."""
+    values = flags.FLAGS
+    model, adapter = (Path(path) if path else None
+                      for path in (values.export, values.export_adapter))  # fmt: skip
+    return Destinations(model, adapter, values.overwrite)
 
 
 def _is_default_stream(config: Config) -> bool:

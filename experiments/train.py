@@ -9,12 +9,13 @@ from pathlib import Path
 from absl import app, flags
 
 from experiments import flags as experiment_flags
-from pm_jax.continual import TrainingDiverged
+from pm_jax.continual import TrainingDiverged, export
 from pm_jax.continual.run import describe, run_with_baseline, table
 from pm_jax.types import InvalidInput
 
 experiment_flags.define_config_flags()
 experiment_flags.define_baseline_flags()
+experiment_flags.define_export_flags()
 experiment_flags.define_tuple("seeds", (0,), "One run per seed.")
 flags.DEFINE_string("workdir", None, "Where results, checkpoints and logs go.")
 flags.DEFINE_integer(
@@ -36,21 +37,25 @@ def main(argv: Sequence[str]) -> None:
             raise InvalidInput(f"seeds={values.seeds}: needs one or more whole numbers from 0 on")
         if values.checkpoint_every < 0:
             raise InvalidInput(f"checkpoint_every={values.checkpoint_every}: must not be negative")
+        workdir = Path(values.workdir) if values.workdir else None
+        destinations = experiment_flags.export_from_flags()
+        export.check(destinations, config, values.seeds, workdir)
         description = describe(config, values.seeds[0])
         if values.dry_run:
             print(description)
             return
-        if not values.workdir:
+        if not workdir:
             raise InvalidInput("workdir=: needs a directory, as --workdir=runs/digits")
         summaries = run_with_baseline(
             config,
             baseline,
             values.seeds,
-            Path(values.workdir),
+            workdir,
             checkpoint_every=values.checkpoint_every,
             tensorboard=values.tensorboard,
         )
         print(table(summaries))
+        export.write(destinations, config, values.seeds[0], workdir)
     except (InvalidInput, TrainingDiverged) as error:
         experiment_flags.fail(str(error))
 

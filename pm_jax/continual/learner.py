@@ -16,7 +16,7 @@ from pm_jax.continual.logs import RunLog
 from pm_jax.continual.programs import programs, starting_params
 from pm_jax.continual.training import DeviceData, Segment, TaskProgram
 from pm_jax.rules import MergeInfo
-from pm_jax.types import Array, Params, PyTree
+from pm_jax.types import Array, InvalidInput, Params, PyTree
 
 MERGE_FIELDS = (*MergeInfo._fields, "actual_loss_change")
 PHASES = ("train", "curvature", "merge", "evaluate")
@@ -123,6 +123,26 @@ class Learner:
         self.directory.mkdir(parents=True, exist_ok=True)
         with Checkpoints(self.directory / "checkpoints") as checkpoints:
             return self._run(checkpoints)
+
+    def finished_params(self) -> Params:
+        """The merged model of a run that is finished, from its last checkpoint.
+
+        Returns:
+            Full parameter tree, as in `params`.
+
+        Raises:
+            InvalidInput: there is no checkpoint of the end, or it is damaged.
+        """
+        if self.directory is None:
+            raise InvalidInput("workdir=: a run without one keeps no checkpoint")
+        with Checkpoints(self.directory / "checkpoints") as checkpoints:
+            if checkpoints.latest() != self.total_steps:
+                raise InvalidInput(
+                    f"workdir={self.directory}: has no checkpoint of the end of its run; move its "
+                    "results.json away to have it run again"
+                )
+            self._restore(checkpoints, self.total_steps)
+        return self.params
 
     def _run(self, checkpoints: Checkpoints | None) -> dict[str, Any]:
         self._reset()

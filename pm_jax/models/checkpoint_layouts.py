@@ -1,5 +1,6 @@
 """Where each leaf of our models lies in public checkpoints: one list of `Entry` per layout."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 
@@ -128,3 +129,13 @@ def _bert(depth: int) -> list[Entry]:
 
 LAYOUTS = {"timm": _timm, "transformers": _transformers, "augreg": _augreg, "bert": _bert}
 """Names of the layouts, and their entries for a number of blocks."""
+
+
+def depth_of(paths: Iterable[str]) -> int:
+    """Number of blocks of a model from the paths of its leaves.
+
+    Example:
+        >>> depth_of(["blocks_0/attn/key/bias", "blocks_1/attn/key/bias", "head/bias"])
+        2
+    """
+    return len({path.split("/")[0] for path in paths if path.startswith("blocks_")})

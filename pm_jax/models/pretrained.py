@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pm_jax import trees
-from pm_jax.models.checkpoint_layouts import LAYOUTS, Entry
+from pm_jax.models.checkpoint_layouts import LAYOUTS, Entry, depth_of
 from pm_jax.types import InvalidInput, Params
 
 Tensors = dict[str, np.ndarray]
@@ -118,7 +118,7 @@ def load_params(tensors: Mapping[str, np.ndarray], params: Params, *, head: bool
         True
     """
     ours = trees.leaves_by_path(params)
-    all_entries = LAYOUTS[layout_of(tensors)](_depth(ours))
+    all_entries = LAYOUTS[layout_of(tensors)](depth_of(ours))
     entries = [entry for entry in all_entries if head or not entry.path.startswith("head/")]
     missing = sorted({entry.name for entry in entries} - set(tensors))
     extra = sorted(set(tensors) - {entry.name for entry in all_entries} - set(_UNUSED))
@@ -175,7 +175,7 @@ def export_params(params: Params, layout: str, *, num_heads: int = 1) -> Tensors
         raise ValueError(f"layout={layout!r}: must be one of {', '.join(LAYOUTS)}")
     ours = trees.leaves_by_path(params)
     parts: dict[str, list[np.ndarray]] = {}
-    for entry in LAYOUTS[layout](_depth(ours)):
+    for entry in LAYOUTS[layout](depth_of(ours)):
         leaf = _to_theirs(entry, np.asarray(ours[entry.path], np.float32), num_heads)
         parts.setdefault(entry.name, []).append(leaf)
     return {
@@ -200,7 +200,7 @@ def write_tensors(
         overwrite: replace a file that is there.
 
     Raises:
-        InvalidInput: the path exists or has another ending.
+        InvalidInput: the path exists, has another ending or cannot be written.
 
     Example:
         >>> import tempfile
@@ -209,6 +209,7 @@ def write_tensors(
         >>> read_tensors(path)["w"].tolist()
         [1.0, 1.0]
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     path = Path(path)
@@ -217,8 +218,12 @@ def write_tensors(
     if path.exists() and not overwrite:
         raise InvalidInput(f"export={path}: exists; choose another name or set overwrite")
     temporary = path.with_name(path.name + ".tmp")
-    save_file(dict(tensors), temporary, {"format": "pt", **(metadata or {})})
-    os.replace(temporary, path)
+    try:
+        save_file(dict(tensors), temporary, {"format": "pt", **(metadata or {})})
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise InvalidInput(f"export={path}: cannot be written ({error})") from error
 
 
 def resize_positions(positions: np.ndarray, tokens: int) -> np.ndarray:
@@ -280,10 +285,6 @@ def _to_theirs(entry: Entry, leaf: np.ndarray, num_heads: int) -> np.ndarray:
         case "heads_bias":
             return leaf.reshape(num_heads, -1)
     return leaf
-
-
-def _depth(leaves: Mapping[str, object]) -> int:
-    return len({path.split("/")[0] for path in leaves if path.startswith("blocks_")})
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -1,0 +1,186 @@
+"""The merged model of a run as files that timm, transformers and PEFT load."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from pm_jax import models
+from pm_jax.continual.config import Config
+from pm_jax.continual.learner import Learner
+from pm_jax.continual.programs import partitions
+from pm_jax.continual.run import environment
+from pm_jax.models import peft_adapter, pretrained
+from pm_jax.types import InvalidInput
+
+
+@dataclasses.dataclass(frozen=True)
+class Destinations:
+    """Where a merged model goes.
+
+    Attributes:
+        model: of the whole model, ending in .safetensors; `None` not to write it.
+        adapter: directory of the LoRA adapter; `None` not to write it.
+        overwrite: replace what is there.
+    """
+
+    model: Path | None = None
+    adapter: Path | None = None
+    overwrite: bool = False
+
+
+def check(
+    destinations: Destinations, config: Config, seeds: Sequence[int], workdir: Path | None
+) -> None:
+    """Raise for what cannot be exported, before anything is trained.
+
+    Args:
+        destinations: where to.
+        config: settings of the run.
+        seeds: of the call; one, where something is exported.
+        workdir: of the call; it may be made by the run and then hold the files.
+
+    Raises:
+        InvalidInput: a path that exists, has the wrong ending or lies nowhere; several seeds; a
+            model that no layout is known for; an adapter of a run that trains no adapter.
+
+    Example:
+        >>> check(Destinations(Path("merged.bin")), Config(model="vit"), [0], None)
+        Traceback (most recent call last):
+        pm_jax.types.InvalidInput: export=merged.bin: must end in .safetensors
+    """
+    model, adapter = destinations.model, destinations.adapter
+    for flag, path in (("export", model), ("export_adapter", adapter)):
+        if path is None:
+            continue
+        if len(seeds) > 1:
+            raise InvalidInput(
+                f"{flag}={path}: takes the model of one seed; give one of seeds="
+                f"{','.join(map(str, seeds))} a call, which does not train a finished run again"
+            )
+        _check_path(flag, path, is_file=path is model, overwrite=destinations.overwrite)
+        if not path.parent.is_dir() and path.parent.absolute() != (workdir and workdir.absolute()):
+            raise InvalidInput(f"{flag}={path}: the folder {path.parent} does not exist; make it")
+        if path.parent.is_dir() and not os.access(path.parent, os.W_OK):
+            raise InvalidInput(f"{flag}={path}: the folder {path.parent} cannot be written")
+        layout_for(config)
+    if adapter and (config.adapter != "lora" or config.from_scratch):
+        raise InvalidInput(
+            f"export_adapter={adapter}: needs adapter=lora and pretrained; export writes the whole "
+            "model"
+        )
+    if model and model.exists() and config.pretrained and model.samefile(config.pretrained):
+        raise InvalidInput(f"export={model}: is what the run starts from; choose another name")
+
+
+def _check_path(flag: str, path: Path, *, is_file: bool, overwrite: bool) -> None:
+    if is_file and path.suffix != ".safetensors":
+        raise InvalidInput(f"{flag}={path}: must end in .safetensors")
+    if not is_file and path.suffix == ".safetensors":
+        raise InvalidInput(f"{flag}={path}: is a folder of two files; leave the ending out")
+    if path.exists():
+        if path.is_dir() == is_file:
+            kind = "a folder" if is_file else "a file"
+            raise InvalidInput(f"{flag}={path}: is {kind} already; choose another name")
+        if not overwrite:
+            raise InvalidInput(f"{flag}={path}: exists; choose another name or set overwrite")
+
+
+def layout_for(config: Config) -> str:
+    """The layout that the weights of a run go out in.
+
+    Args:
+        config: settings.
+
+    Returns:
+        A key of `LAYOUTS`: that of the pre-trained weights; timm's for AugReg's, which have none
+        in safetensors, and for a ViT from scratch.
+
+    Raises:
+        InvalidInput: there is none for the model.
+
+    Example:
+        >>> layout_for(Config(model="vit"))
+        'timm'
+    """
+    if config.pretrained:
+        layout = pretrained.layout_of(pretrained.read_tensors(config.pretrained))
+        return "timm" if layout == "augreg" else layout
+    network = config.network(num_classes=1)
+    if isinstance(network, models.VisionTransformer):
+        return "timm"
+    if isinstance(network, models.TextEncoder):
+        return "bert"
+    raise InvalidInput(f"model={config.model}: has no public layout to be exported in; use a ViT")
+
+
+def write(destinations: Destinations, config: Config, seed: int, workdir: Path) -> None:
+    """Write the merged model of a finished run, from its last checkpoint.
+
+    The whole model has the classifier over all classes, column c for label c of the data, and
+    position embeddings at the run's resolution. Its metadata says how it was made and what a reader
+    needs to build it. The adapter is theta_hat_T - theta_0 of the adapted kernels.
+
+    Args:
+        destinations: where to, checked by `check`.
+        config: settings of the run.
+        seed: which of its runs.
+        workdir: of the run.
+
+    Raises:
+        InvalidInput: no finished run, a path that cannot be written, or a displacement that the
+            rule gave no low rank.
+
+    Example:
+        >>> write(Destinations(), Config(), 0, Path("runs/digits"))
+    """
+    if not (destinations.model or destinations.adapter):
+        return
+    learner = Learner(config, seed, workdir / f"seed_{seed}", quiet=True)
+    start = learner.params
+    merged = learner.finished_params()
+    if path := destinations.model:
+        layout = layout_for(config)
+        tensors = pretrained.export_params(merged, layout)
+        metadata = _metadata(learner, layout)
+        pretrained.write_tensors(tensors, path, metadata=metadata, overwrite=destinations.overwrite)
+    if path := destinations.adapter:
+        layout = layout_for(config)
+        _, later = partitions(config, merged)
+        rank = config.lora_rank * learner.stream.num_tasks
+        try:
+            adapter = peft_adapter.peft_adapter(start, merged, later.adapted, layout, rank)
+        except ValueError as error:
+            raise InvalidInput(
+                f"export_adapter={path}: {error}, with rule={config.rule}; export writes the whole "
+                "model"
+            ) from error
+        _check_path("export_adapter", path, is_file=False, overwrite=destinations.overwrite)
+        peft_adapter.write_adapter(adapter, path)
+
+
+def _metadata(learner: Learner, layout: str) -> dict[str, str]:
+    config, stream = learner.config, learner.stream
+    network = config.network(stream.num_classes)
+    sizes = {
+        field.name: getattr(network, field.name)
+        for field in dataclasses.fields(network)
+        if isinstance(getattr(network, field.name), (int, float))
+    }
+    if isinstance(network, models.VisionTransformer):
+        height, width = stream.inputs.shape[1:3]
+        side = config.image_size or height
+        sizes["image_size"] = side if config.image_size or height == width else f"{height}x{width}"
+        sizes["inputs"] = "pixels 0..255 as x / 127.5 - 1"
+    content = {
+        "made_by": f"pm_jax {environment()['packages']['pm_jax']}",
+        "layout": layout,
+        "model": config.model,
+        **sizes,
+        "rule": config.rule,
+        "dataset": Path(config.dataset).name,
+        "num_tasks": stream.num_tasks,
+        "seed": learner.seed,
+        "classes": "column c of the classifier is label c of the data",
+    }
+    return {name: str(value) for name, value in content.items()}
