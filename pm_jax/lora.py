@@ -225,10 +225,12 @@ def branch(adapters: Mapping[str, Adapter], scale: Array | float = 1.0):
                 "linen Dense layers, use fold for others"
             )
         adapter = adapters[path]
-        inputs = jnp.asarray(args[0], output.dtype)
-        low = inputs @ adapter.a.astype(output.dtype)
+        a, b = (factor.astype(output.dtype) for factor in adapter)
+        # Matrices, because a CPU differentiates products of more axes with slow copies.
+        low = jnp.asarray(args[0], output.dtype).reshape(-1, a.shape[0]) @ a
+        low = low.reshape(*output.shape[:-1], a.shape[1])
         factor = jnp.asarray(scale, output.dtype)
-        factor = factor.reshape(factor.shape + (1,) * (low.ndim - factor.ndim))
-        return output + (factor * low) @ adapter.b.astype(output.dtype)
+        low *= factor.reshape(factor.shape + (1,) * (low.ndim - factor.ndim))
+        return output + (low.reshape(-1, a.shape[1]) @ b).reshape(output.shape)
 
     return nn.intercept_methods(interceptor)

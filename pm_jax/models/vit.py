@@ -1,10 +1,59 @@
 """Vision transformer: pre-norm blocks, exact GELU, class token, learned positions."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from pm_jax.types import Array
+
+
+def attend(query: Array, key: Array, value: Array, mask: Array | None = None) -> Array:
+    """Scaled dot-product attention, its softmax in float32.
+
+    As `jax.nn.dot_product_attention`, whose products on a CPU take a third longer.
+
+    Args:
+        query: [N, T, heads, H].
+        key: [N, S, heads, H].
+        value: [N, S, heads, H].
+        mask: bool, broadcast to [N, heads, T, S]; false where a key is not seen.
+
+    Returns:
+        [N, T, heads, H] in the type of the value.
+
+    Example:
+        >>> values = jnp.asarray([1.0, 3.0]).reshape(1, 2, 1, 1)
+        >>> attend(jnp.zeros((1, 1, 1, 1)), jnp.ones((1, 2, 1, 1)), values).item()
+        2.0
+    """
+    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+    logits = jnp.matmul(query, jnp.swapaxes(key, 2, 3), preferred_element_type=jnp.float32)
+    logits = logits / math.sqrt(query.shape[-1])
+    if mask is not None:
+        logits = jnp.where(mask, logits, -1e30)
+    weights = jax.nn.softmax(logits).astype(value.dtype)
+    return jnp.swapaxes(weights @ value, 1, 2)
+
+
+def gelu(x: Array) -> Array:
+    """Exact GELU, in float32.
+
+    Through erf: `jax.nn.gelu` takes erfc, which on a CPU costs twice as much.
+
+    Args:
+        x: floating-point array.
+
+    Returns:
+        The same shape and type.
+
+    Example:
+        >>> round(gelu(jnp.asarray(1.0)).item(), 4)
+        0.8413
+    """
+    wide = x.astype(jnp.float32)
+    return (0.5 * wide * (1.0 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 
 
 class Attention(nn.Module):
@@ -28,7 +77,7 @@ class Attention(nn.Module):
             for name in ("query", "key", "value")
         )
         seen = None if mask is None else mask[:, None, None, :]
-        mixed = jax.nn.dot_product_attention(query, key, value, mask=seen)
+        mixed = attend(query, key, value, seen)
         return nn.Dense(width, dtype=self.dtype, name="proj")(mixed.reshape(x.shape))
 
 
@@ -47,9 +96,7 @@ class MlpBlock(nn.Module):
     def __call__(self, x: Array) -> Array:
         """[N, T, D] to [N, T, D]."""
         hidden = nn.Dense(self.hidden_size, dtype=self.dtype, name="fc1")(x)
-        return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(
-            nn.gelu(hidden, approximate=False)
-        )
+        return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(gelu(hidden))
 
 
 class Block(nn.Module):
