@@ -298,6 +298,10 @@ REFUSED = {
         lambda: {"train": labelled(6)},
         r"has images of several sizes, \d+x\d+ and \d+x\d+ pixels; set stored_size",
     ),
+    "sizes of train and test": (
+        lambda: {"test": labelled(3, size=(5, 5))},
+        r"images of the shapes \(5, 5, 3\) and \(5, 6, 3\); set stored_size",
+    ),
     "no image": (lambda: without("image"), "has no feature 'image' of type Image; it has label"),
     "no label": (lambda: without("label"), "no feature 'label' of type ClassLabel; it has image"),
     "no training example": (
@@ -375,7 +379,6 @@ def test_settings_that_do_not_fit_the_data_are_refused(settings, message):
 
 
 @pytest.mark.skipif(not CMATERDB.exists(), reason="needs the shared CMATERdb")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_both_formats_of_a_real_data_set_read_the_same(tmp_path):
     pytest.importorskip("tensorflow", reason="needs TensorFlow")
     found = []

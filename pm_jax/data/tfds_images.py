@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import tqdm
 
 from pm_jax.data import stored_images
 from pm_jax.data.stream import LabelledArrays, first_of_each_class
@@ -82,6 +83,12 @@ def load_images(
             *_read(name, builder, test, stored_size, cache_dir),
         )
         found.append(LabelledArrays(*arrays, name=name))
+    shapes = {images.shape[1:] for arrays in found for images in (arrays[0], arrays[2])}
+    if len(shapes) > 1:
+        raise InvalidInput(
+            f"dataset={names[0]}: its parts have images of the shapes "
+            f"{' and '.join(map(str, sorted(shapes)))}; set stored_size to bring them to one size"
+        )
     return _renumbered(found, builders[0].info.features["label"])
 
 
@@ -155,8 +162,9 @@ def _read(
     channels = builder.info.features["image"].shape[-1] or 3
     shape = (stored_size, stored_size, channels)
     stem, folders = _stem(builder, part), _folders(builder, stored_size, cache_dir)
-    if stored_size and (found := stored_images.cached(folders, stem, shape)):
-        return found
+    kept = stored_images.cached(folders, stem, shape) if stored_size else None
+    if kept:
+        return kept
     positions = _positions(name, builder, part)
     count = builder.info.splits[part.split].num_examples if positions is None else len(positions)
     labels: list[int] = []
@@ -168,7 +176,8 @@ def _read(
 
     images = stored_images.decoded(encoded(), name, channels, stored_size)
     if stored_size:
-        return stored_images.keep(folders, stem, images, labels, count, shape)
+        shown = tqdm.tqdm(images, f"{name}, {part.split}: resizing", count, disable=None)
+        return stored_images.keep(folders, stem, shown, labels, count, shape)
     return stored_images.gathered(images, name, count), np.asarray(labels, np.int64)
 
 
