@@ -45,7 +45,7 @@ def test_the_first_examples_of_each_class_are_kept(tmp_path):
         ({"y_test": None}, "lacks y_test"),
         ({"x_train": np.zeros((12, 6, 6, 3), np.float32)}, "x_train is float32"),
         ({"x_train": np.zeros((12, 6), np.uint8)}, "x_train is uint8"),
-        ({"y_train": np.zeros(11, int)}, "y_train is int64 .*12 images"),
+        ({"y_train": np.zeros(11, int)}, "y_train is int64 .*12 examples"),
         ({"y_train": np.zeros(12, np.float32)}, "y_train is float32"),
         ({"y_train": np.full(12, -1)}, "whole number from 0 on"),
         ({"x_test": np.zeros((8, 5, 6, 3), np.uint8)}, "different shapes"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,20 +10,29 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from pm_jax import models, perturbation, rules
-from pm_jax.data import digits, sources, stream
+from pm_jax.data import digits, sources, stream, texts
 from pm_jax.perturbation import Perturbation
 from pm_jax.rules import MergeRule
 from pm_jax.types import InvalidInput
 
-MODELS = ("mlp", "vit", "vit_tiny_patch16", "vit_small_patch16", "vit_base_patch16")
-PUBLIC_WIDTHS = {"vit_tiny_patch16": 192, "vit_small_patch16": 384, "vit_base_patch16": 768}
+PUBLIC_SIZES = {
+    "vit_tiny_patch16": (192, 12, 3),
+    "vit_small_patch16": (384, 12, 6),
+    "vit_base_patch16": (768, 12, 12),
+    "minilm_l6": (384, 6, 12),
+    "bert_base": (768, 12, 12),
+}
+"""Width, depth and heads of architectures with public weights."""
+TEXT_POSITIONS = 512
+TEXT_MODELS = ("text_encoder", "minilm_l6", "bert_base")
+MODELS = ("mlp", "vit", "text_encoder", *PUBLIC_SIZES)
 ADAPTERS = ("full", "lora")
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("constant", "cosine", "linear", "milestones")
 PERTURBATIONS = ("symmetric", "gaussian", "one_sided", "antithetic", "none")
 CURVATURES = ("fisher_empirical", "fisher_exact")
 SPLITS = ("test", "validation")
-MLP_KERNELS, VIT_KERNELS = r"hidden_\d+/kernel", r".*/attn/(key|value)/kernel"
+MLP_KERNELS, ATTENTION_KERNELS = r"hidden_\d+/kernel", r".*/attn/(key|value)/kernel"
 
 
 def _option(
@@ -55,8 +65,8 @@ class Config:
     dataset: str = _option(
         "digits",
         "digits (scikit-learn's), the path of an .npz with x_train, y_train, x_test and y_test, or "
-        "an image classification data set that tensorflow-datasets has prepared, such as cifar100 "
-        "or imagenet_r.",
+        "an image or text classification data set that tensorflow-datasets has prepared, such as "
+        "cifar100, imagenet_r or clinc_oos.",
     )
     data_dir: str = _option(
         "", "Where tensorflow-datasets has its data; empty for its default.", identity=False
@@ -84,6 +94,12 @@ class Config:
     num_tasks: int = _option(
         5, "Number of tasks; where the classes do not divide evenly, earlier tasks have one more."
     )
+    class_order: str = _option(
+        "random",
+        "Class-incremental: random by the seed, given (by their numbers), or groups: one group of "
+        "classes that the data set names a task, such as the domains of clinc_oos.",
+        stream.CLASS_ORDERS,
+    )
     base_classes: int = _option(
         0, "Class-incremental: classes of the first task; 0 for an even share."
     )
@@ -96,12 +112,17 @@ class Config:
     )
 
     # Model.
-    model: str = _option("mlp", "Architecture; vit takes the sizes below.", MODELS)
+    model: str = _option("mlp", "Architecture; vit and text_encoder take the sizes below.", MODELS)
     pretrained: str = _option(
         "",
         "Weights to start from, .safetensors of timm or transformers or AugReg's .npz; empty to "
         "start from scratch, with the first task as pre-training.",
     )
+    tokenizer: str = _option(
+        "", "Text: a tokenizer.json; empty for the one beside the pre-trained weights."
+    )
+    max_tokens: int = _option(32, "Text: tokens that texts are cut or padded to.")
+    vocabulary: int = _option(30522, "text_encoder: number of token ids.")
     image_size: int = _option(
         0, "vit: side in pixels that images are resized to on the device; 0 to leave them."
     )
@@ -111,13 +132,15 @@ class Config:
         ("float32", "bfloat16"),
     )
     layer_norm_epsilon: float = _option(
-        1e-6, "vit: of the layer norms; 1e-12 for weights of transformers."
+        0.0,
+        "Of the layer norms; 0 for 1e-6 in a vit, which is timm's and AugReg's, and 1e-12 in text "
+        "encoders. transformers' ViT weights need 1e-12.",
     )
     hidden_sizes: tuple[int, ...] = _option((256, 256), "mlp: width of each hidden layer.")
     patch_size: int = _option(2, "vit: side of a patch in pixels; must divide the image.")
-    width: int = _option(64, "vit: width of the tokens.")
-    depth: int = _option(4, "vit: number of blocks.")
-    num_heads: int = _option(4, "vit: attention heads; must divide the width.")
+    width: int = _option(64, "vit, text_encoder: width of the tokens.")
+    depth: int = _option(4, "vit, text_encoder: number of blocks.")
+    num_heads: int = _option(4, "vit, text_encoder: attention heads; must divide the width.")
 
     # What trains.
     adapter: str = _option(
@@ -130,7 +153,7 @@ class Config:
     lora_pattern: str = _option(
         "",
         "lora: regular expression over the paths of dense kernels, matched in full; empty for key "
-        "and value projections (vit) or hidden layers (mlp).",
+        "and value projections, or an mlp's hidden layers.",
     )
 
     # Training.
@@ -217,12 +240,13 @@ class Config:
     def _check_ranges(self) -> None:
         at_least_one = (
             *("num_tasks", "patch_size", "width", "depth", "num_heads", "lora_rank"),
-            *("epochs", "batch_size"),
+            *("epochs", "batch_size", "max_tokens", "vocabulary"),
         )
         not_negative = (
             *("base_classes", "first_task_epochs", "head_learning_rate", "weight_decay"),
             *("clip_norm", "curvature_samples", "curvature_examples", "curvature_memory_mb"),
             *("train_per_class", "test_per_class", "image_size", "stored_size"),
+            "layer_norm_epsilon",
         )
         conditions = [
             *((name, getattr(self, name) >= 1, "must be at least 1") for name in at_least_one),
@@ -237,7 +261,6 @@ class Config:
             ("warmup_fraction", 0 <= self.warmup_fraction < 1, "must lie in [0, 1)"),
             ("validation_fraction", 0 < self.validation_fraction < 1, "must lie between 0 and 1"),
             ("hidden_sizes", min(self.hidden_sizes, default=0) >= 1, "needs one width or more"),
-            ("layer_norm_epsilon", self.layer_norm_epsilon > 0, "must be above 0"),
             (
                 "scenario",
                 self.dataset in ("digits", *sources.DOMAINS)
@@ -253,11 +276,26 @@ class Config:
             (
                 "pretrained",
                 not self.pretrained or self.model != "mlp",
-                "is for a ViT; name its architecture with model",
+                "is for a transformer; name its architecture with model",
+            ),
+            (
+                "model",
+                not self.reads_text or self.dataset not in ("digits", *sources.DOMAINS),
+                f"reads texts and dataset={self.dataset} has images; choose a dataset of texts",
+            ),
+            (
+                "max_tokens",
+                not self.reads_text or self.max_tokens <= TEXT_POSITIONS,
+                f"must be at most {TEXT_POSITIONS}, the positions of the model",
+            ),
+            (
+                "tokenizer",
+                not self.reads_text or bool(self.tokenizer or self.pretrained),
+                f"model={self.model} needs one; give the path of its tokenizer.json",
             ),
             (
                 "num_heads",
-                self.model != "vit" or self.width % self.num_heads == 0,
+                self.model not in ("vit", "text_encoder") or self.width % self.num_heads == 0,
                 f"must divide width={self.width}",
             ),
         ]
@@ -288,24 +326,33 @@ class Config:
         dtype = jnp.dtype(self.compute_dtype)
         if self.model == "mlp":
             return models.MLP(num_classes, self.hidden_sizes, dtype)
-        patch, width, depth, heads = self.patch_size, self.width, self.depth, self.num_heads
-        if self.model in PUBLIC_WIDTHS:
-            width = PUBLIC_WIDTHS[self.model]
-            patch, depth, heads = 16, 12, width // 64
+        sizes = PUBLIC_SIZES.get(self.model, (self.width, self.depth, self.num_heads))
+        if self.reads_text:
+            return models.TextEncoder(
+                num_classes,
+                self.vocabulary,
+                TEXT_POSITIONS,
+                *sizes,
+                layer_norm_epsilon=self.layer_norm_epsilon or 1e-12,
+                dtype=dtype,
+            )
         return models.VisionTransformer(
             num_classes,
-            patch,
+            16 if self.model in PUBLIC_SIZES else self.patch_size,
             self.image_size or None,
-            width,
-            depth,
-            heads,
-            layer_norm_epsilon=self.layer_norm_epsilon,
+            *sizes,
+            layer_norm_epsilon=self.layer_norm_epsilon or 1e-6,
             dtype=dtype,
         )
 
     def kernel_pattern(self) -> str:
         """Pattern of the kernels that get adapters."""
-        return self.lora_pattern or (MLP_KERNELS if self.model == "mlp" else VIT_KERNELS)
+        return self.lora_pattern or (MLP_KERNELS if self.model == "mlp" else ATTENTION_KERNELS)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether examples are token ids instead of images."""
+        return self.model in TEXT_MODELS
 
     @property
     def from_scratch(self) -> bool:
@@ -321,9 +368,10 @@ class Config:
         """The tasks, split by a seed; raises `InvalidInput` where they cannot be formed."""
         if self.scenario == "class_incremental":
             tasks = stream.class_incremental(
-                sources.load(self.dataset, **self._reading()),
+                self._texts() if self.reads_text else self._images(),
                 self.num_tasks,
                 seed,
+                class_order=self.class_order,
                 base_classes=self.base_classes,
                 validation_fraction=self.validation_fraction,
             )
@@ -337,10 +385,13 @@ class Config:
             self._domains(), seed, validation_fraction=self.validation_fraction
         )
 
+    def _images(self) -> stream.LabelledArrays:
+        return sources.load(self.dataset, **self._reading())
+
     def _domains(self) -> Sequence[stream.LabelledArrays]:
         if self.dataset != "digits":
             return sources.load_domains(self.dataset, self.num_tasks, **self._reading())
-        arrays = sources.load(self.dataset, **self._reading())
+        arrays = self._images()
         angles = [self.rotation_step * task for task in range(self.num_tasks)]
         return [digits.rotated(arrays, angle) for angle in angles]
 
@@ -348,3 +399,20 @@ class Config:
         names = ("data_dir", "train_per_class", "test_per_class", "stored_size", "cache_dir")
         settings = {name: getattr(self, name) for name in names}
         return {**settings, "rgb": bool(self.pretrained)}
+
+    def _texts(self) -> stream.LabelledArrays:
+        beside = str(pathlib.Path(self.pretrained).parent / "tokenizer.json")
+        arrays = texts.load(
+            self.dataset,
+            self.data_dir,
+            self.tokenizer or beside,
+            self.max_tokens,
+            train_per_class=self.train_per_class,
+            test_per_class=self.test_per_class,
+        )
+        if (largest := int(arrays.train_inputs.max())) >= self.vocabulary:
+            raise InvalidInput(
+                f"vocabulary={self.vocabulary}: the tokenizer gives ids up to {largest}; raise the "
+                "vocabulary or give the tokenizer of the model"
+            )
+        return arrays

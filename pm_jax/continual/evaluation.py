@@ -12,15 +12,16 @@ from pm_jax.types import Array, Params
 
 
 def accuracy_fn(model: nn.Module, batch_size: int = 256) -> Callable[..., Array]:
-    """Accuracy on every task, over the classes seen and with the task known.
+    """Accuracy on the first tasks, over the classes seen and with the task known.
 
     Args:
         model: linen module.
         batch_size: examples at a time; the result does not depend on it.
 
     Returns:
-        Jitted `accuracy(params, data, seen_mask) -> float32 [2, T]`: first with the argmax over
-        `seen_mask` (bool [C]), then over the task's own classes.
+        Jitted `accuracy(params, data, seen_mask, count) -> float32 [2, T]`: first with the argmax
+        over `seen_mask` (bool [C]), then over the task's own classes; 0 from task `count` (int32
+        scalar) on, which is not looked at.
 
     Example:
         >>> accuracy_fn(nn.Dense(2))
@@ -28,13 +29,12 @@ def accuracy_fn(model: nn.Module, batch_size: int = 256) -> Callable[..., Array]
     """
 
     @jax.jit
-    def accuracy(params: Params, data: DeviceData, seen_mask: Array) -> Array:
+    def accuracy(params: Params, data: DeviceData, seen_mask: Array, count: Array) -> Array:
         tasks, largest = data.positions.shape
-        total = tasks * largest
-        number = -(-total // batch_size)
-        position = jnp.arange(number * batch_size).reshape(number, batch_size)
+        total = count * largest
 
-        def step(correct, position):
+        def step(number, correct):
+            position = number * batch_size + jnp.arange(batch_size)
             inside = position < total
             task = jnp.where(inside, position // largest, 0)
             place = position % largest
@@ -46,9 +46,10 @@ def accuracy_fn(model: nn.Module, batch_size: int = 256) -> Callable[..., Array]
                 real & (jnp.argmax(jnp.where(mask, logits, -jnp.inf), axis=-1) == labels)
                 for mask in (seen_mask[None, :], data.class_masks[task])
             ]
-            return correct.at[:, task].add(jnp.stack(hits).astype(jnp.int32)), None
+            return correct.at[:, task].add(jnp.stack(hits).astype(jnp.int32))
 
-        correct, _ = jax.lax.scan(step, jnp.zeros((2, tasks), jnp.int32), position)
+        start = jnp.zeros((2, tasks), jnp.int32)
+        correct = jax.lax.fori_loop(0, -(-total // batch_size), step, start)
         return correct / data.sizes[None, :]
 
     return accuracy

@@ -139,8 +139,8 @@ class Learner:
         try:
             if step:
                 log.tell(f"going on from step {step} of {self.total_steps}")
-            else:
-                self._records["initial"] = self._accuracy(range(self.stream.num_tasks))
+            elif self.stream.scenario == "domain_incremental":  # for the forward transfer
+                self._records["initial"] = self._accuracy(self.stream.num_tasks)
             first_task = int(np.searchsorted(self._bounds, step, side="right")) - 1
             for task in range(first_task, self.stream.num_tasks):
                 self._learn(task, step, training_state, checkpoints, log)
@@ -161,9 +161,8 @@ class Learner:
         start = trees.replace(self.params, self._start)
         trained = self._train_task(task, step, start, training_state, checkpoints, log)
         info = self._merge_task(task, start, trained)
-        seen = range(task + 1)
-        if self.stream.scenario == "domain_incremental":
-            seen = range(self.stream.num_tasks)
+        by_domain = self.stream.scenario == "domain_incremental"
+        seen = self.stream.num_tasks if by_domain else task + 1
         self._records["accuracy"][:, task] = self._accuracy(seen)
         end = self._bounds[task + 1]
         mean = float(np.mean(self._records["accuracy"][0, task, : task + 1]))
@@ -236,13 +235,16 @@ class Learner:
         self._records["merges"][task] = [figures[name] for name in MERGE_FIELDS]
         return figures
 
-    def _accuracy(self, tasks: range) -> np.ndarray:
-        """Accuracies [2, T] of the merged model, NaN outside the tasks given."""
+    def _accuracy(self, count: int) -> np.ndarray:
+        """Accuracies [2, T] of the merged model on the first tasks, NaN for the others."""
         clock = time.perf_counter()
-        seen = self.stream.class_masks[list(tasks)].any(axis=0)
-        found = np.asarray(self._programs.accuracy(self.params, self._held_out, seen))
+        seen = self.stream.class_masks[:count].any(axis=0)
+        found = np.array(
+            self._programs.accuracy(self.params, self._held_out, seen, np.asarray(count, np.int32))
+        )
         self._time("evaluate", clock)
-        return np.where(np.isin(np.arange(self.stream.num_tasks), list(tasks)), found, np.nan)
+        found[:, count:] = np.nan
+        return found
 
     def _check_finite(self, task: int, first_step: int, values) -> None:
         bad = np.flatnonzero(~np.isfinite(np.asarray(values)))

@@ -127,7 +127,7 @@ def starting_params(config: Config, params: Params) -> Params:
 
 
 def _init_fn(config: Config, num_classes: int, input_shape: tuple[int, ...]):
-    model = config.network(num_classes)
+    model, blank = config.network(num_classes), _blank(config, input_shape)
     sides = (config.image_size,) * 2 if config.image_size else input_shape[:2]
     if (patch := getattr(model, "patch_size", 1)) and any(side % patch for side in sides):
         raise InvalidInput(
@@ -136,10 +136,15 @@ def _init_fn(config: Config, num_classes: int, input_shape: tuple[int, ...]):
         )
 
     def init(key: Key) -> Params:
-        inputs = training.normalized(jnp.zeros((1, *input_shape), jnp.uint8))
-        return model.init(training.purpose_key(key, training.INITIALIZE), inputs)["params"]
+        return model.init(training.purpose_key(key, training.INITIALIZE), blank)["params"]
 
     return init
+
+
+def _blank(config: Config, input_shape: tuple[int, ...]) -> Array:
+    """One example as the model reads it."""
+    dtype = jnp.int32 if config.reads_text else jnp.uint8
+    return training.normalized(jnp.zeros((1, *input_shape), dtype))
 
 
 @functools.lru_cache(maxsize=8)
@@ -168,7 +173,7 @@ def programs(
     init = _init_fn(config, num_classes, input_shape)
     first, later = partitions(config, jax.eval_shape(init, jax.random.key(0)))
     program = training.task_program(config, model, later, largest_task)
-    dense_layers = dense_layers_of(model, jnp.zeros((1, *input_shape)))
+    dense_layers = dense_layers_of(model, _blank(config, input_shape))
 
     # The rule's state is replaced, so its buffers are donated.
     @functools.partial(jax.jit, donate_argnums=0)

@@ -23,7 +23,7 @@ class DeviceData(NamedTuple):
     """A stream on the device.
 
     Attributes:
-        inputs: uint8 [N, ...].
+        inputs: uint8 images or int32 token ids [N, ...].
         labels: int32 [N].
         positions: int32 [T, M], examples of each task.
         sizes: int32 [T], how many entries of each row are examples.
@@ -103,19 +103,21 @@ def purpose_key(key: Key, purpose: int, *counters: Array | int) -> Key:
 
 
 def normalized(inputs: Array) -> Array:
-    """Images as the models read them: uint8 0..255 to float32 -1..1.
+    """Examples as the models read them: images from 0..255 to -1..1, token ids as they are.
 
     Args:
-        inputs: uint8 [N, ...].
+        inputs: uint8 images or int32 token ids [N, ...].
 
     Returns:
-        float32 [N, ...].
+        float32 images or int32 token ids [N, ...].
 
     Example:
         >>> import jax.numpy as jnp
         >>> normalized(jnp.asarray([0, 255], jnp.uint8)).tolist()
         [-1.0, 1.0]
     """
+    if inputs.dtype != jnp.uint8:
+        return inputs
     return inputs.astype(jnp.float32) / 127.5 - 1.0
 
 
@@ -126,12 +128,12 @@ def logits_of(
     class_mask: Array,
     temperature: float = 1.0,
 ) -> Array:
-    """Masked logits of a model on uint8 images, as the loss sees them.
+    """Masked logits of a model on examples as they are stored, as the loss sees them.
 
     Args:
         model: linen module.
         params: its parameters.
-        inputs: uint8 [N, ...].
+        inputs: uint8 images or int32 token ids [N, ...].
         class_mask: bool [C].
         temperature: that the logits are divided by.
 

@@ -52,14 +52,7 @@ def load(
     """
     if dataset == "digits" or dataset.endswith(".npz"):
         arrays = load_digits() if dataset == "digits" else load_archive(Path(dataset))
-        train = first_of_each_class(arrays.train_labels, train_per_class)
-        test = first_of_each_class(arrays.test_labels, test_per_class)
-        arrays = arrays._replace(
-            train_inputs=arrays.train_inputs[train],
-            train_labels=arrays.train_labels[train],
-            test_inputs=arrays.test_inputs[test],
-            test_labels=arrays.test_labels[test],
-        )
+        arrays = keep_first(arrays, train_per_class, test_per_class)
     else:
         domains = load_images(
             [f"{dataset}/{domain}" for domain in DOMAINS.get(dataset, ())] or [dataset],
@@ -126,9 +119,36 @@ def load_domains(
     return tuple(_as_rgb(domain) if rgb else domain for domain in domains)
 
 
+def keep_first(arrays: LabelledArrays, train_per_class: int, test_per_class: int) -> LabelledArrays:
+    """The first examples of each class, in the data's order.
+
+    Args:
+        arrays: a data set.
+        train_per_class: training examples of each class to keep; 0 for all.
+        test_per_class: the same for test examples.
+
+    Returns:
+        A smaller data set.
+
+    Example:
+        >>> x, y = np.zeros((4, 2), np.uint8), np.asarray([0, 1, 0, 1])
+        >>> keep_first(LabelledArrays(x, y, x, y), 1, 0).train_labels.tolist()
+        [0, 1]
+    """
+    train = first_of_each_class(arrays.train_labels, train_per_class)
+    test = first_of_each_class(arrays.test_labels, test_per_class)
+    return arrays._replace(
+        train_inputs=arrays.train_inputs[train],
+        train_labels=arrays.train_labels[train],
+        test_inputs=arrays.test_inputs[test],
+        test_labels=arrays.test_labels[test],
+    )
+
+
 def _pooled(domains: list[LabelledArrays], name: str) -> LabelledArrays:
     parts = zip(*(domain[:4] for domain in domains), strict=True)
-    return LabelledArrays._make([*map(np.concatenate, parts), name])
+    x_train, y_train, x_test, y_test = (np.concatenate(part) for part in parts)
+    return LabelledArrays(x_train, y_train, x_test, y_test, name)
 
 
 def _as_rgb(arrays: LabelledArrays) -> LabelledArrays:
@@ -159,6 +179,40 @@ def load_archive(path: Path) -> LabelledArrays:
         >>> load_archive(path).train_inputs.shape
         (4, 8, 8, 1)
     """
+    fields = read_archive(path)
+    for part in ("train", "test"):
+        images, labels = fields[f"x_{part}"], fields[f"y_{part}"]
+        if images.dtype != np.uint8 or images.ndim not in (3, 4):
+            raise InvalidInput(
+                f"dataset={path}: x_{part} is {images.dtype} {images.shape}; it must be uint8 "
+                "[N, H, W] or [N, H, W, channels]"
+            )
+        check_labels(path, part, labels, len(images))
+        if images.ndim == 3:
+            fields[f"x_{part}"] = images[..., None]
+    if fields["x_train"].shape[1:] != fields["x_test"].shape[1:]:
+        raise InvalidInput(f"dataset={path}: x_train and x_test have images of different shapes")
+    x_train, y_train, x_test, y_test = (fields[name] for name in ARCHIVE_FIELDS)
+    return LabelledArrays(x_train, y_train, x_test, y_test, path.stem)
+
+
+def read_archive(path: Path) -> dict[str, np.ndarray]:
+    """The fields of an `.npz`, whatever they hold.
+
+    Args:
+        path: of the file. Nothing in it is unpickled.
+
+    Returns:
+        `{name: array}` with `ARCHIVE_FIELDS`.
+
+    Raises:
+        InvalidInput: the file is missing or damaged, or lacks a field.
+
+    Example:
+        >>> read_archive(Path("none.npz"))
+        Traceback (most recent call last):
+        pm_jax.types.InvalidInput: dataset=none.npz: there is no such file
+    """
     if not path.is_file():
         raise InvalidInput(f"dataset={path}: there is no such file")
     try:
@@ -170,21 +224,26 @@ def load_archive(path: Path) -> LabelledArrays:
         ) from error
     if missing := [name for name in ARCHIVE_FIELDS if name not in fields]:
         raise InvalidInput(f"dataset={path}: lacks {', '.join(missing)}")
-    for part in ("train", "test"):
-        images, labels = fields[f"x_{part}"], fields[f"y_{part}"]
-        if images.dtype != np.uint8 or images.ndim not in (3, 4):
-            raise InvalidInput(
-                f"dataset={path}: x_{part} is {images.dtype} {images.shape}; it must be uint8 "
-                "[N, H, W] or [N, H, W, channels]"
-            )
-        if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or min(labels) < 0:
-            raise InvalidInput(
-                f"dataset={path}: y_{part} is {labels.dtype} {labels.shape}; it must hold a whole "
-                f"number from 0 on for each of {len(images)} images"
-            )
-        if images.ndim == 3:
-            fields[f"x_{part}"] = images[..., None]
-    if fields["x_train"].shape[1:] != fields["x_test"].shape[1:]:
-        raise InvalidInput(f"dataset={path}: x_train and x_test have images of different shapes")
-    x_train, y_train, x_test, y_test = (fields[name] for name in ARCHIVE_FIELDS)
-    return LabelledArrays(x_train, y_train, x_test, y_test, path.stem)
+    return fields
+
+
+def check_labels(path: Path, part: str, labels: np.ndarray, examples: int) -> None:
+    """Raise unless an archive's labels are whole numbers from 0 on, one per example.
+
+    Args:
+        path: of the archive.
+        part: "train" or "test".
+        labels: its y.
+        examples: how many it has in x.
+
+    Raises:
+        InvalidInput: they are not.
+
+    Example:
+        >>> check_labels(Path("mine.npz"), "train", np.asarray([0, 1]), 2)
+    """
+    if labels.shape != (examples,) or labels.dtype.kind not in "iu" or min(labels) < 0:
+        raise InvalidInput(
+            f"dataset={path}: y_{part} is {labels.dtype} {labels.shape}; it must hold a whole "
+            f"number from 0 on for each of {examples} examples"
+        )

@@ -14,17 +14,19 @@ import numpy as np
 from pm_jax.types import InvalidInput
 
 SCENARIOS = ("domain_incremental", "class_incremental")
+CLASS_ORDERS = ("random", "given", "groups")
 
 
 class LabelledArrays(NamedTuple):
     """A data set in memory.
 
     Attributes:
-        train_inputs: uint8 [N, ...].
+        train_inputs: uint8 images [N, H, W, channels] or int32 token ids [N, tokens].
         train_labels: int [N], classes 0..C-1.
-        test_inputs: uint8 [M, ...].
+        test_inputs: the same [M, ...].
         test_labels: int [M].
         name: prefix of the example ids, "name/train/17".
+        class_groups: int [C], the group of each class (a domain of intents); `None` without groups.
     """
 
     train_inputs: np.ndarray
@@ -32,6 +34,7 @@ class LabelledArrays(NamedTuple):
     test_inputs: np.ndarray
     test_labels: np.ndarray
     name: str = "data"
+    class_groups: np.ndarray | None = None
 
 
 class TaskIndices(NamedTuple):
@@ -55,7 +58,7 @@ class TaskStream:
     """Tasks to be learned one after another.
 
     Attributes:
-        inputs: uint8 [N, ...], all examples of all tasks and splits.
+        inputs: uint8 or int32 [N, ...], all examples of all tasks and splits.
         labels: int32 [N].
         example_ids: N strings that name the examples independently of seed and order.
         train: what is trained on.
@@ -106,10 +109,11 @@ def class_incremental(
     num_tasks: int,
     seed: int,
     *,
+    class_order: str = "random",
     base_classes: int = 0,
     validation_fraction: float = 0.15,
 ) -> TaskStream:
-    """Tasks that each bring new classes, in an order drawn from the seed.
+    """Tasks that each bring new classes.
 
     Where the classes do not divide evenly, the earlier tasks have one class more.
 
@@ -117,6 +121,8 @@ def class_incremental(
         arrays: the data set.
         num_tasks: T.
         seed: of the class order and of the validation split.
+        class_order: "random", drawn from the seed; "given", by their numbers; "groups", one group
+            of `arrays.class_groups` a task, the groups in an order drawn from the seed.
         base_classes: number of classes of the first task; 0 for an even share.
         validation_fraction: share of the training data of each class to hold out, in (0, 1).
 
@@ -124,8 +130,8 @@ def class_incremental(
         A `TaskStream`.
 
     Raises:
-        InvalidInput: a task without classes, a class without training examples, or a split that
-            leaves one without.
+        InvalidInput: a task without classes, a class without training examples, a split that
+            leaves one without, or groups that are not there or not as many as tasks.
 
     Example:
         >>> import numpy as np
@@ -135,8 +141,13 @@ def class_incremental(
         [2, 2]
     """
     num_classes = _count_classes([arrays])
-    order = np.random.default_rng([seed, 0]).permutation(num_classes)
-    groups = _class_groups(order, num_tasks, base_classes)
+    generator = np.random.default_rng([seed, 0])
+    if class_order == "groups":
+        groups = _given_groups(generator, arrays.class_groups, num_tasks, base_classes)
+    else:
+        order = np.arange(num_classes)
+        order = generator.permutation(order) if class_order == "random" else order
+        groups = _class_groups(order, num_tasks, base_classes)
     train, validation = _hold_out(arrays.train_labels, seed, validation_fraction)
     offset = len(arrays.train_labels)
     return TaskStream(
@@ -150,7 +161,7 @@ def class_incremental(
         test=_padded([offset + np.flatnonzero(np.isin(arrays.test_labels, g)) for g in groups]),
         class_masks=np.stack([np.isin(np.arange(num_classes), g) for g in groups]),
         scenario="class_incremental",
-        class_order=tuple(order.tolist()),
+        class_order=tuple(np.concatenate(groups).tolist()),
     )
 
 
@@ -254,6 +265,22 @@ def _class_groups(order: np.ndarray, num_tasks: int, base_classes: int) -> list[
         )
     groups = [order[:base_classes]] if base_classes else []
     return groups + (np.array_split(rest, later_tasks) if later_tasks else [])
+
+
+def _given_groups(
+    generator: np.random.Generator, of_class: np.ndarray | None, num_tasks: int, base_classes: int
+) -> list[np.ndarray]:
+    if of_class is None:
+        raise InvalidInput(
+            "class_order=groups: the data set names no groups of classes; use random or given"
+        )
+    names = generator.permutation(np.unique(of_class))
+    if base_classes or len(names) != num_tasks:
+        raise InvalidInput(
+            f"num_tasks={num_tasks}: class_order=groups makes one task of each of {len(names)} "
+            f"groups; use num_tasks={len(names)} and base_classes=0"
+        )
+    return [np.flatnonzero(of_class == name) for name in names]
 
 
 def _hold_out(labels: np.ndarray, seed: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:

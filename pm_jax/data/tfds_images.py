@@ -1,8 +1,7 @@
-"""Image classification data sets of tensorflow-datasets, read with or without TensorFlow."""
+"""Image classification data sets of tensorflow-datasets."""
 
 import contextlib
 import hashlib
-import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tqdm
 
-from pm_jax.data import stored_images
+from pm_jax.data import prepared, stored_images
 from pm_jax.data.stream import LabelledArrays, first_of_each_class
 from pm_jax.types import InvalidInput
 
@@ -93,29 +92,10 @@ def load_images(
 
 
 def _builder(name: str, data_dir: str) -> Any:
-    """The reader of a data set that is prepared, in a form that can be read here."""
+    """The reader of a data set that is prepared and has labelled uint8 images."""
     import tensorflow_datasets as tfds
 
-    where = {"data_dir": data_dir} if data_dir else {}
-    try:
-        builder = tfds.builder(name, **where)
-    except (tfds.core.DatasetNotFoundError, ValueError, ImportError):
-        raise InvalidInput(
-            f"dataset={name}: is not in the catalogue of tensorflow-datasets, nor 'digits' or the "
-            "path of an .npz"
-        ) from None
-    command = f"tfds build {name} --file_format=array_record"
-    command += f" --data_dir={data_dir}" if data_dir else ""
-    if not builder.is_prepared():
-        raise InvalidInput(
-            f"dataset={name}: is not prepared in {builder.data_path.parent}; prepare it with: "
-            f"{command}"
-        )
-    if not _has_random_access(builder) and not importlib.util.find_spec("tensorflow"):
-        raise InvalidInput(
-            f"dataset={name}: is prepared as {builder.info.file_format.value}, which takes "
-            f"TensorFlow; pip install 'pm_jax[tensorflow]', or prepare it elsewhere with: {command}"
-        )
+    builder = prepared.find(name, data_dir)
     features = dict(builder.info.features.items())
     for field, kind in (("image", tfds.features.Image), ("label", tfds.features.ClassLabel)):
         if not isinstance(features.get(field), kind):
@@ -130,13 +110,6 @@ def _builder(name: str, data_dir: str) -> Any:
             "(height, width, channels) is needed"
         )
     return builder
-
-
-def _has_random_access(builder: Any) -> bool:
-    import tensorflow_datasets as tfds
-
-    formats = tfds.core.FileFormat.with_random_access()
-    return bool(builder.info.available_file_formats() & formats)
 
 
 def _parts(name: str, builder: Any, train_per_class: int, test_per_class: int) -> list[_Part]:
@@ -170,7 +143,7 @@ def _read(
     labels: list[int] = []
 
     def encoded() -> Iterator[bytes]:
-        for example in _examples(name, builder, part.split, positions):
+        for example in prepared.examples(builder, part.split, ("image", "label"), positions):
             labels.append(int(example["label"]))
             yield example["image"]
 
@@ -185,8 +158,8 @@ def _positions(name: str, builder: Any, part: _Part) -> np.ndarray | None:
     """Places in the split, rising; `None` for all."""
     if not part.side and not part.per_class:
         return None
-    found = (example["label"] for example in _examples(name, builder, part.split))
-    labels = np.fromiter(found, np.int64)
+    found = prepared.examples(builder, part.split, ("label",))
+    labels = np.fromiter((example["label"] for example in found), np.int64)
     positions = np.arange(len(labels))
     if part.side:
         positions = _divided(name, labels)[part.side]
@@ -205,50 +178,6 @@ def _divided(name: str, labels: np.ndarray) -> dict[str, np.ndarray]:
             f"dataset={name}: its only split cannot be divided to train and to test ({error})"
         ) from None
     return {"train": np.sort(sides[0]), "test": np.sort(sides[1])}
-
-
-def _examples(
-    name: str, builder: Any, split: str, positions: np.ndarray | None = None
-) -> Iterator[dict[str, Any]]:
-    """The examples at rising positions of a split, or all, their images still encoded."""
-    import tensorflow_datasets as tfds
-
-    try:
-        if not _has_random_access(builder):
-            yield from _tensorflow_examples(builder, split, positions)
-            return
-        encoded = {
-            field: tfds.decode.SkipDecoding()
-            for field, feature in builder.info.features.items()
-            if isinstance(feature, tfds.features.Image)
-        }
-        source = builder.as_data_source(split=split, decoders=encoded)
-        for position in range(len(source)) if positions is None else positions.tolist():
-            yield source[position]
-    except Exception as error:  # The readers raise many types for damaged files.
-        raise InvalidInput(
-            f"dataset={name}: split {split} cannot be read ({type(error).__name__}: {error}); "
-            "prepare it again"
-        ) from error
-
-
-def _tensorflow_examples(
-    builder: Any, split: str, positions: np.ndarray | None
-) -> Iterator[dict[str, Any]]:
-    import tensorflow as tf
-    import tensorflow_datasets as tfds
-
-    with contextlib.suppress(RuntimeError):  # Too late where TensorFlow has been used before.
-        tf.config.set_visible_devices([], "GPU")  # It would take all of its memory.
-    decoders = tfds.decode.PartialDecoding(
-        {"image": True, "label": True}, decoders={"image": tfds.decode.SkipDecoding()}
-    )
-    in_order = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
-    dataset = builder.as_dataset(split=split, decoders=decoders, read_config=in_order)
-    wanted = None if positions is None else set(positions.tolist())
-    for position, example in enumerate(tfds.as_numpy(dataset)):
-        if wanted is None or position in wanted:
-            yield example
 
 
 def _stem(builder: Any, part: _Part) -> str:
@@ -270,10 +199,10 @@ def _folders(builder: Any, stored_size: int, cache_dir: str) -> list[Path]:
         return [Path(cache_dir) / inside]
     own = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     places = [own / "pm_jax" / inside]
-    prepared = Path(os.fspath(builder.data_path))
-    if prepared.is_dir():  # It may lie in a bucket.
+    version = Path(os.fspath(builder.data_path))
+    if version.is_dir():  # It may lie in a bucket.
         depth = len(Path(builder.info.full_name).parts)
-        places.insert(0, prepared.parents[depth - 1] / "pm_jax_images" / inside)
+        places.insert(0, version.parents[depth - 1] / "pm_jax_images" / inside)
     return places
 
 

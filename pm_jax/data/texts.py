@@ -1,0 +1,125 @@
+"""Labelled texts as token ids: a data set of tensorflow-datasets, or a NumPy archive of strings."""
+
+import functools
+from pathlib import Path
+
+import numpy as np
+
+from pm_jax.data import prepared, sources
+from pm_jax.data.stream import LabelledArrays
+from pm_jax.types import InvalidInput
+
+LABELS = ("label", "intent")
+"""Names of the feature that holds the class; the first that the data set has is taken."""
+GROUPS = "domain"
+"""Name of the feature that groups classes, where there is one."""
+
+
+@functools.lru_cache(maxsize=1)  # seeds and baselines share one decoding
+def load(
+    dataset: str,
+    data_dir: str,
+    tokenizer: str,
+    max_tokens: int,
+    *,
+    train_per_class: int = 0,
+    test_per_class: int = 0,
+) -> LabelledArrays:
+    """Texts in memory, as token ids.
+
+    Args:
+        dataset: the path of an `.npz` with strings x_train, x_test and labels y_train, y_test, or
+            the name of a text classification data set of tensorflow-datasets, "clinc_oos".
+        data_dir: where tensorflow-datasets has prepared it; empty for its own default.
+        tokenizer: path of a `tokenizer.json` of the library `tokenizers`.
+        max_tokens: length that texts are cut or padded to, special tokens included.
+        train_per_class: training examples of each class to keep, the first in the data's order;
+            0 for all.
+        test_per_class: the same for test examples.
+
+    Returns:
+        int32 token ids [N, max_tokens] and labels; `class_groups` where every class belongs to one
+        domain.
+
+    Raises:
+        InvalidInput: data or tokenizer are missing, damaged or of another kind.
+
+    Example:
+        >>> load("clinc_oos", "", "none.json", 32)
+        Traceback (most recent call last):
+        pm_jax.types.InvalidInput: tokenizer=none.json: there is no such file; ...
+    """
+    encode = _encoder(tokenizer, max_tokens)
+    if dataset.endswith(".npz"):
+        arrays = _archive(Path(dataset))
+    else:
+        arrays = _prepared(dataset, data_dir)
+    arrays = sources.keep_first(arrays, train_per_class, test_per_class)
+    return arrays._replace(
+        train_inputs=encode(arrays.train_inputs), test_inputs=encode(arrays.test_inputs)
+    )
+
+
+def _encoder(path: str, max_tokens: int):
+    if not Path(path).is_file():
+        raise InvalidInput(
+            f"tokenizer={path}: there is no such file; give the tokenizer.json of the model"
+        )
+    try:
+        import tokenizers
+    except ImportError:
+        raise InvalidInput(
+            "tokenizer: the package tokenizers is not installed; pip install 'pm_jax[text]'"
+        ) from None
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(path)
+    except Exception as error:  # a Rust error without a type of its own
+        raise InvalidInput(
+            f"tokenizer={path}: cannot be read ({error}); give the tokenizer.json of the model"
+        ) from error
+    tokenizer.enable_truncation(max_tokens)
+    padding = tokenizer.token_to_id("[PAD]") or 0
+    tokenizer.enable_padding(length=max_tokens, pad_id=padding)
+
+    def encode(texts: np.ndarray) -> np.ndarray:
+        return np.asarray([found.ids for found in tokenizer.encode_batch(list(texts))], np.int32)
+
+    return encode
+
+
+def _archive(path: Path) -> LabelledArrays:
+    fields = sources.read_archive(path)
+    for part in ("train", "test"):
+        texts, labels = fields[f"x_{part}"], fields[f"y_{part}"]
+        if texts.dtype.kind != "U" or texts.ndim != 1:
+            raise InvalidInput(
+                f"dataset={path}: x_{part} is {texts.dtype} {texts.shape}; a text model needs "
+                "strings [N]"
+            )
+        sources.check_labels(path, part, labels, len(texts))
+    x_train, y_train, x_test, y_test = (fields[name] for name in sources.ARCHIVE_FIELDS)
+    return LabelledArrays(x_train, y_train, x_test, y_test, path.stem)
+
+
+def _prepared(name: str, data_dir: str) -> LabelledArrays:
+    builder = prepared.find(name, data_dir, ("train", "test"))
+    features = builder.info.features
+    label = next((feature for feature in LABELS if feature in features), None)
+    if "text" not in features or label is None:
+        raise InvalidInput(
+            f"dataset={name}: has the features {', '.join(features)}; a text model needs text and "
+            f"{' or '.join(LABELS)}"
+        )
+    parts: list[tuple[np.ndarray, np.ndarray]] = []
+    groups: dict[int, int] = {}
+    fields = [field for field in ("text", label, GROUPS) if field in features]
+    for split in ("train", "test"):
+        texts, labels = [], []
+        for example in prepared.examples(builder, split, fields):
+            texts.append(example["text"].decode())
+            labels.append(int(example[label]))
+            if GROUPS in features:
+                groups.setdefault(labels[-1], int(example[GROUPS]))
+        parts.append((np.asarray(texts), np.asarray(labels, np.int64)))
+    of_class = np.asarray([groups[c] for c in range(len(groups))]) if groups else None
+    return LabelledArrays(*parts[0], *parts[1], name=name, class_groups=of_class)
