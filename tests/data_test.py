@@ -81,9 +81,39 @@ def test_rotation_turns_counter_clockwise_and_by_zero_changes_nothing():
     assert abs(small - quarter).mean() < abs(small - other).mean()
 
 
+def test_a_class_may_be_missing_from_a_domain_and_its_only_example_is_for_training():
+    few = data.LabelledArrays(
+        np.zeros((5, 1), np.uint8), np.asarray([0, 0, 1, 1, 2]),
+        np.zeros((1, 1), np.uint8), np.asarray([3]),
+    )  # fmt: skip
+    stream = data.domain_incremental([arrays(4), few], seed=0)
+    assert stream.num_classes == 4
+    assert stream.labels[stream.train.rows()[1]].tolist().count(2) == 1
+    assert sorted(stream.labels[stream.validation.rows()[1]].tolist()) == [0, 1]
+
+
+def relabelled(**changes):
+    found = arrays()
+    return found._replace(
+        **{name: change(getattr(found, name)) for name, change in changes.items()}
+    )
+
+
 @pytest.mark.parametrize(
     "make,message",
     [
+        (
+            lambda: data.class_incremental(relabelled(train_labels=lambda y: y + (y > 2)), 2, 0),
+            "dataset=toy: class 3 of 6 has no training example",
+        ),
+        (
+            lambda: data.class_incremental(relabelled(test_labels=lambda y: y + 1), 2, 0),
+            "dataset=toy: class 5 of 6 has no training example",
+        ),
+        (
+            lambda: data.domain_incremental([relabelled(train_labels=lambda y: 2 * y)] * 2, 0),
+            "dataset=toy: class 1 of 9 has no training example",
+        ),
         (lambda: data.class_incremental(arrays(), 6, 0), "num_tasks=6.*1..5"),
         (lambda: data.class_incremental(arrays(), 0, 0), "num_tasks=0"),
         (lambda: data.class_incremental(arrays(), 4, 0, base_classes=3), "num_tasks=4.*1..3"),

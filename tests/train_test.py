@@ -197,7 +197,7 @@ REFUSED = {
         ["--dataset=none.npz", "--scenario=class_incremental"],
         "--dataset=none.npz: there is no such file",
     ),
-    "weights of an mlp": (["--pretrained=x.npz"], "--pretrained=x.npz: is for a ViT"),
+    "weights of an mlp": (["--pretrained=x.npz"], "--pretrained=x.npz: is for a transformer"),
     "missing weights": (
         ["--pretrained=none.npz", "--model=vit"],
         "--pretrained=none.npz: there is no such file",

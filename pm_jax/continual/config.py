@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -64,18 +65,30 @@ class Config:
     dataset: str = _option(
         "digits",
         "digits (scikit-learn's), the path of an .npz with x_train, y_train, x_test and y_test, or "
-        "an image or text classification data set that tensorflow-datasets has prepared as "
-        "array_record, such as cifar100 or clinc_oos.",
+        "an image or text classification data set that tensorflow-datasets has prepared, such as "
+        "cifar100, imagenet_r or clinc_oos.",
     )
     data_dir: str = _option(
         "", "Where tensorflow-datasets has its data; empty for its default.", identity=False
+    )
+    stored_size: int = _option(
+        0,
+        "tensorflow-datasets: side in pixels of the square that images are resized to, once, and "
+        "kept as; for images of several sizes. 0 to leave them.",
+    )
+    cache_dir: str = _option(
+        "",
+        "Where resized images are kept; empty for beside the prepared data or, where that cannot "
+        "be written, the user's cache directory.",
+        identity=False,
     )
     train_per_class: int = _option(0, "Training examples of each class to keep; 0 for all.")
     test_per_class: int = _option(0, "Test examples of each class to keep; 0 for all.")
     scenario: str = _option(
         "domain_incremental",
         "domain_incremental: every task has every class (digits: each task turns the images "
-        "further). class_incremental: every task brings new classes.",
+        "further; domainnet: the first domains in alphabetical order). class_incremental: every "
+        "task brings new classes.",
         stream.SCENARIOS,
     )
     num_tasks: int = _option(
@@ -232,7 +245,8 @@ class Config:
         not_negative = (
             *("base_classes", "first_task_epochs", "head_learning_rate", "weight_decay"),
             *("clip_norm", "curvature_samples", "curvature_examples", "curvature_memory_mb"),
-            *("train_per_class", "test_per_class", "image_size", "layer_norm_epsilon"),
+            *("train_per_class", "test_per_class", "image_size", "stored_size"),
+            "layer_norm_epsilon",
         )
         conditions = [
             *((name, getattr(self, name) >= 1, "must be at least 1") for name in at_least_one),
@@ -249,8 +263,15 @@ class Config:
             ("hidden_sizes", min(self.hidden_sizes, default=0) >= 1, "needs one width or more"),
             (
                 "scenario",
-                self.dataset == "digits" or self.scenario == "class_incremental",
+                self.dataset in ("digits", *sources.DOMAINS)
+                or self.scenario == "class_incremental",
                 f"dataset={self.dataset} has no domains; use scenario=class_incremental",
+            ),
+            (
+                "stored_size",
+                not self.stored_size
+                or (self.dataset != "digits" and not self.dataset.endswith(".npz")),
+                f"dataset={self.dataset} has images of one size; use 0",
             ),
             (
                 "pretrained",
@@ -259,8 +280,8 @@ class Config:
             ),
             (
                 "model",
-                not self.reads_text or self.dataset != "digits",
-                "reads texts and dataset=digits has images; choose a dataset of texts",
+                not self.reads_text or self.dataset not in ("digits", *sources.DOMAINS),
+                f"reads texts and dataset={self.dataset} has images; choose a dataset of texts",
             ),
             (
                 "max_tokens",
@@ -345,10 +366,9 @@ class Config:
 
     def task_stream(self, seed: int) -> stream.TaskStream:
         """The tasks, split by a seed; raises `InvalidInput` where they cannot be formed."""
-        arrays = self._texts() if self.reads_text else self._images()
         if self.scenario == "class_incremental":
             tasks = stream.class_incremental(
-                arrays,
+                self._texts() if self.reads_text else self._images(),
                 self.num_tasks,
                 seed,
                 class_order=self.class_order,
@@ -361,20 +381,24 @@ class Config:
                     "its own classes is constant; use fewer tasks"
                 )
             return tasks
-        angles = [self.rotation_step * task for task in range(self.num_tasks)]
         return stream.domain_incremental(
-            [digits.rotated(arrays, angle) for angle in angles],
-            seed,
-            validation_fraction=self.validation_fraction,
+            self._domains(), seed, validation_fraction=self.validation_fraction
         )
 
     def _images(self) -> stream.LabelledArrays:
-        return sources.load(
-            self.dataset,
-            self.data_dir,
-            train_per_class=self.train_per_class,
-            test_per_class=self.test_per_class,
-        )
+        return sources.load(self.dataset, **self._reading())
+
+    def _domains(self) -> Sequence[stream.LabelledArrays]:
+        if self.dataset != "digits":
+            return sources.load_domains(self.dataset, self.num_tasks, **self._reading())
+        arrays = self._images()
+        angles = [self.rotation_step * task for task in range(self.num_tasks)]
+        return [digits.rotated(arrays, angle) for angle in angles]
+
+    def _reading(self) -> dict[str, Any]:
+        names = ("data_dir", "train_per_class", "test_per_class", "stored_size", "cache_dir")
+        settings = {name: getattr(self, name) for name in names}
+        return {**settings, "rgb": bool(self.pretrained)}
 
     def _texts(self) -> stream.LabelledArrays:
         beside = str(pathlib.Path(self.pretrained).parent / "tokenizer.json")

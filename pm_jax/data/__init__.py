@@ -1,7 +1,7 @@
 """Task streams and where they come from."""
 
 from pm_jax.data.digits import load_digits, rotated
-from pm_jax.data.sources import load
+from pm_jax.data.sources import load, load_domains
 from pm_jax.data.stream import (
     LabelledArrays,
     TaskIndices,
@@ -18,5 +18,6 @@ __all__ = [
     "domain_incremental",
     "load",
     "load_digits",
+    "load_domains",
     "rotated",
 ]

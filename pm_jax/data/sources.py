@@ -1,14 +1,14 @@
-"""Labelled arrays by name: digits, a NumPy archive, or a data set of tensorflow-datasets."""
+"""Labelled arrays by name: digits, a NumPy archive, or data sets of tensorflow-datasets."""
 
 import functools
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from pm_jax.data import stored_images
 from pm_jax.data.digits import load_digits
-from pm_jax.data.stream import LabelledArrays
+from pm_jax.data.stream import LabelledArrays, first_of_each_class
+from pm_jax.data.tfds_images import DOMAINS, load_images
 from pm_jax.types import InvalidInput
 
 ARCHIVE_FIELDS = ("x_train", "y_train", "x_test", "y_test")
@@ -16,17 +16,29 @@ ARCHIVE_FIELDS = ("x_train", "y_train", "x_test", "y_test")
 
 @functools.lru_cache(maxsize=1)  # seeds and baselines share one decoding
 def load(
-    dataset: str, data_dir: str = "", *, train_per_class: int = 0, test_per_class: int = 0
+    dataset: str,
+    data_dir: str = "",
+    *,
+    train_per_class: int = 0,
+    test_per_class: int = 0,
+    stored_size: int = 0,
+    cache_dir: str = "",
+    rgb: bool = False,
 ) -> LabelledArrays:
     """A data set in memory.
 
     Args:
         dataset: "digits", the path of an `.npz` with x_train, y_train, x_test and y_test, or the
-            name of an image classification data set of tensorflow-datasets.
+            name of an image classification data set of tensorflow-datasets; "domainnet" for its
+            six domains in one.
         data_dir: where tensorflow-datasets has prepared it; empty for its own default.
-        train_per_class: training examples of each class to keep, the first in the data's order;
-            0 for all.
+        train_per_class: training examples of each class to keep, the first in the data's order
+            (of every domain); 0 for all.
         test_per_class: the same for test examples.
+        stored_size: tensorflow-datasets: side in pixels of the square that images are resized to
+            and kept as; 0 to leave them.
+        cache_dir: where they are kept; empty for beside the prepared data.
+        rgb: whether to convert images of another number of channels to three.
 
     Returns:
         uint8 images [N, H, W, channels] and labels.
@@ -38,13 +50,73 @@ def load(
         >>> load("digits", train_per_class=5).train_inputs.shape
         (50, 8, 8, 1)
     """
-    if dataset == "digits":
-        arrays = load_digits()
-    elif dataset.endswith(".npz"):
-        arrays = load_archive(Path(dataset))
+    if dataset == "digits" or dataset.endswith(".npz"):
+        arrays = load_digits() if dataset == "digits" else load_archive(Path(dataset))
+        arrays = keep_first(arrays, train_per_class, test_per_class)
     else:
-        arrays = load_tfds(dataset, data_dir)
-    return keep_first(arrays, train_per_class, test_per_class)
+        domains = load_images(
+            [f"{dataset}/{domain}" for domain in DOMAINS.get(dataset, ())] or [dataset],
+            data_dir,
+            train_per_class=train_per_class,
+            test_per_class=test_per_class,
+            stored_size=stored_size,
+            cache_dir=cache_dir,
+        )
+        arrays = domains[0] if len(domains) == 1 else _pooled(domains, dataset)
+    return _as_rgb(arrays) if rgb else arrays
+
+
+@functools.lru_cache(maxsize=1)
+def load_domains(
+    dataset: str,
+    num_domains: int,
+    data_dir: str = "",
+    *,
+    train_per_class: int = 0,
+    test_per_class: int = 0,
+    stored_size: int = 0,
+    cache_dir: str = "",
+    rgb: bool = False,
+) -> tuple[LabelledArrays, ...]:
+    """The domains of a data set in memory: the same classes, different images.
+
+    Args:
+        dataset: "domainnet".
+        num_domains: how many, the first in alphabetical order: clipart, infograph, painting,
+            quickdraw, real, sketch.
+        data_dir: as in `load`.
+        train_per_class: training examples of each class of each domain; 0 for all.
+        test_per_class: the same for test examples.
+        stored_size: as in `load`.
+        cache_dir: as in `load`.
+        rgb: as in `load`.
+
+    Returns:
+        A data set for each domain.
+
+    Raises:
+        InvalidInput: more domains than there are, and as in `load`.
+
+    Example:
+        >>> load_domains("domainnet", 7)
+        Traceback (most recent call last):
+        pm_jax.types.InvalidInput: num_tasks=7: domainnet has 6 domains; choose 1..6 tasks
+    """
+    known = DOMAINS[dataset]
+    if not 1 <= num_domains <= len(known):
+        raise InvalidInput(
+            f"num_tasks={num_domains}: {dataset} has {len(known)} domains; "
+            f"choose 1..{len(known)} tasks"
+        )
+    domains = load_images(
+        [f"{dataset}/{domain}" for domain in known[:num_domains]],
+        data_dir,
+        train_per_class=train_per_class,
+        test_per_class=test_per_class,
+        stored_size=stored_size,
+        cache_dir=cache_dir,
+    )
+    return tuple(_as_rgb(domain) if rgb else domain for domain in domains)
 
 
 def keep_first(arrays: LabelledArrays, train_per_class: int, test_per_class: int) -> LabelledArrays:
@@ -63,13 +135,26 @@ def keep_first(arrays: LabelledArrays, train_per_class: int, test_per_class: int
         >>> keep_first(LabelledArrays(x, y, x, y), 1, 0).train_labels.tolist()
         [0, 1]
     """
-    train = _first_of_each_class(arrays.train_labels, train_per_class)
-    test = _first_of_each_class(arrays.test_labels, test_per_class)
+    train = first_of_each_class(arrays.train_labels, train_per_class)
+    test = first_of_each_class(arrays.test_labels, test_per_class)
     return arrays._replace(
         train_inputs=arrays.train_inputs[train],
         train_labels=arrays.train_labels[train],
         test_inputs=arrays.test_inputs[test],
         test_labels=arrays.test_labels[test],
+    )
+
+
+def _pooled(domains: list[LabelledArrays], name: str) -> LabelledArrays:
+    parts = zip(*(domain[:4] for domain in domains), strict=True)
+    x_train, y_train, x_test, y_test = (np.concatenate(part) for part in parts)
+    return LabelledArrays(x_train, y_train, x_test, y_test, name)
+
+
+def _as_rgb(arrays: LabelledArrays) -> LabelledArrays:
+    return arrays._replace(
+        train_inputs=stored_images.as_rgb(arrays.train_inputs, arrays.name),
+        test_inputs=stored_images.as_rgb(arrays.test_inputs, arrays.name),
     )
 
 
@@ -162,90 +247,3 @@ def check_labels(path: Path, part: str, labels: np.ndarray, examples: int) -> No
             f"dataset={path}: y_{part} is {labels.dtype} {labels.shape}; it must hold a whole "
             f"number from 0 on for each of {examples} examples"
         )
-
-
-def prepared_builder(name: str, data_dir: str, splits: Sequence[str]) -> Any:
-    """A data set of tensorflow-datasets that is prepared on disk.
-
-    Args:
-        name: in the catalogue, "cifar100".
-        data_dir: where it is prepared; empty for the default of tensorflow-datasets.
-        splits: that it must have.
-
-    Returns:
-        Its `tfds.core.DatasetBuilder`.
-
-    Raises:
-        InvalidInput: unknown, not prepared, or without these splits.
-
-    Example:
-        >>> prepared_builder("no_such_data_set", "", ("train",))
-        Traceback (most recent call last):
-        pm_jax.types.InvalidInput: dataset=no_such_data_set: is not in the catalogue of ...
-    """
-    import tensorflow_datasets as tfds
-
-    where = {"data_dir": data_dir} if data_dir else {}
-    try:
-        builder = tfds.builder(name, **where)
-    except (tfds.core.DatasetNotFoundError, ValueError, ImportError):
-        raise InvalidInput(
-            f"dataset={name}: is not in the catalogue of tensorflow-datasets, nor 'digits' or the "
-            "path of an .npz"
-        ) from None
-    lacking = [split for split in splits if split not in builder.info.splits]
-    if lacking:
-        command = f"tfds build {name} --file_format=array_record"
-        command += f" --data_dir={data_dir}" if data_dir else ""
-        raise InvalidInput(
-            f"dataset={name}: split {lacking[0]} is not prepared in {builder.data_path.parent}; "
-            f"prepare it with: {command}"
-        )
-    return builder
-
-
-def load_tfds(name: str, data_dir: str = "") -> LabelledArrays:
-    """An image classification data set that tensorflow-datasets has prepared as array_record.
-
-    It is read through `tfds.data_source`, without TensorFlow. Examples keep the order of the files.
-
-    Args:
-        name: in the catalogue, "cifar100".
-        data_dir: where it is prepared; empty for the default of tensorflow-datasets.
-
-    Returns:
-        `LabelledArrays` of its splits train and test.
-
-    Raises:
-        InvalidInput: unknown, not prepared, without these splits or fields, or images that differ
-            in size.
-
-    Example:
-        >>> load_tfds("no_such_data_set")
-        Traceback (most recent call last):
-        pm_jax.types.InvalidInput: dataset=no_such_data_set: is not in the catalogue of ...
-    """
-    builder = prepared_builder(name, data_dir, ("train", "test"))
-    parts = []
-    for split in ("train", "test"):
-        try:
-            source = builder.as_data_source(split=split)
-            examples = [(example["image"], example["label"]) for example in source]
-        except (KeyError, NotImplementedError, ValueError, OSError) as error:
-            raise InvalidInput(
-                f"dataset={name}: cannot be read as labelled images in array_record "
-                f"({type(error).__name__}: {error})"
-            ) from error
-        shapes = {image.shape for image, _ in examples}
-        if len(shapes) > 1:
-            raise InvalidInput(f"dataset={name}: has images of {len(shapes)} sizes; one is needed")
-        images = np.stack([image for image, _ in examples])
-        parts.append((images, np.asarray([label for _, label in examples], np.int64)))
-    return LabelledArrays(*parts[0], *parts[1], name=name)
-
-
-def _first_of_each_class(labels: np.ndarray, count: int) -> np.ndarray:
-    if not count:
-        return np.arange(len(labels))
-    firsts = [np.flatnonzero(labels == label)[:count] for label in np.unique(labels)]
-    return np.sort(np.concatenate(firsts))

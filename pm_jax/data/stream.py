@@ -130,8 +130,8 @@ def class_incremental(
         A `TaskStream`.
 
     Raises:
-        InvalidInput: a task without classes, a split that leaves a class without examples, or
-            groups that are not there or not as many as tasks.
+        InvalidInput: a task without classes, a class without training examples, a split that
+            leaves one without, or groups that are not there or not as many as tasks.
 
     Example:
         >>> import numpy as np
@@ -140,7 +140,7 @@ def class_incremental(
         >>> class_incremental(arrays, 2, seed=0).class_masks.sum(axis=1).tolist()
         [2, 2]
     """
-    num_classes = int(arrays.train_labels.max()) + 1
+    num_classes = _count_classes([arrays])
     generator = np.random.default_rng([seed, 0])
     if class_order == "groups":
         groups = _given_groups(generator, arrays.class_groups, num_tasks, base_classes)
@@ -182,7 +182,8 @@ def domain_incremental(
         A `TaskStream`.
 
     Raises:
-        InvalidInput: no domain, or a split that leaves a class without examples.
+        InvalidInput: no domain, a class without training examples in any of them, or a split that
+            leaves one without.
 
     Example:
         >>> import numpy as np
@@ -193,7 +194,7 @@ def domain_incremental(
     """
     if not domains:
         raise InvalidInput("domains=[]: at least one is needed")
-    num_classes = 1 + max(int(domain.train_labels.max()) for domain in domains)
+    num_classes = _count_classes(domains)
     rows: dict[str, list[np.ndarray]] = {"train": [], "validation": [], "test": []}
     offset = 0
     for domain in domains:
@@ -216,6 +217,41 @@ def domain_incremental(
         scenario="domain_incremental",
         class_order=tuple(range(num_classes)),
     )
+
+
+def first_of_each_class(labels: np.ndarray, count: int) -> np.ndarray:
+    """Places of the first examples of each class.
+
+    Args:
+        labels: int [N].
+        count: examples of each class, as far as there are so many; 0 for all.
+
+    Returns:
+        int [M], rising.
+
+    Example:
+        >>> import numpy as np
+        >>> first_of_each_class(np.asarray([1, 0, 1, 1, 0]), 2).tolist()
+        [0, 1, 2, 4]
+    """
+    if not count:
+        return np.arange(len(labels))
+    firsts = [np.flatnonzero(labels == label)[:count] for label in np.unique(labels)]
+    return np.sort(np.concatenate(firsts))
+
+
+def _count_classes(domains: Sequence[LabelledArrays]) -> int:
+    """C, where every class 0..C-1 has a training example and no test example is of another."""
+    trained = np.unique(np.concatenate([domain.train_labels for domain in domains]))
+    tested = np.unique(np.concatenate([domain.test_labels for domain in domains]))
+    known = max([*trained, *tested], default=-1) + 1
+    missing = np.setdiff1d(np.arange(known), trained)
+    if len(missing) or not known:
+        raise InvalidInput(
+            f"dataset={domains[0].name}: class {missing[0] if known else 0} of {known} has no "
+            "training example; number the classes from 0 on without gaps"
+        )
+    return int(known)
 
 
 def _class_groups(order: np.ndarray, num_tasks: int, base_classes: int) -> list[np.ndarray]:
@@ -255,7 +291,8 @@ def _hold_out(labels: np.ndarray, seed: int, fraction: float) -> tuple[np.ndarra
     train, validation = [], []
     for label in np.unique(labels):
         members = generator.permutation(np.flatnonzero(labels == label))
-        held_out = max(1, round(fraction * len(members)))
+        # The only example of a class, as in some domains, is for training.
+        held_out = max(1, round(fraction * len(members))) if len(members) > 1 else 0
         if held_out >= len(members):
             raise InvalidInput(
                 f"validation_fraction={fraction}: class {label} has {len(members)} training "

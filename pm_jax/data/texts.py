@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pm_jax.data import sources
+from pm_jax.data import prepared, sources
 from pm_jax.data.stream import LabelledArrays
 from pm_jax.types import InvalidInput
 
@@ -102,7 +102,7 @@ def _archive(path: Path) -> LabelledArrays:
 
 
 def _prepared(name: str, data_dir: str) -> LabelledArrays:
-    builder = sources.prepared_builder(name, data_dir, ("train", "test"))
+    builder = prepared.find(name, data_dir, ("train", "test"))
     features = builder.info.features
     label = next((feature for feature in LABELS if feature in features), None)
     if "text" not in features or label is None:
@@ -112,9 +112,10 @@ def _prepared(name: str, data_dir: str) -> LabelledArrays:
         )
     parts: list[tuple[np.ndarray, np.ndarray]] = []
     groups: dict[int, int] = {}
+    fields = [field for field in ("text", label, GROUPS) if field in features]
     for split in ("train", "test"):
         texts, labels = [], []
-        for example in builder.as_data_source(split=split):
+        for example in prepared.examples(builder, split, fields):
             texts.append(example["text"].decode())
             labels.append(int(example[label]))
             if GROUPS in features:
