@@ -168,15 +168,6 @@ def test_flags_override_a_preset_wherever_they_stand(preset, capsys, spelling):
     assert "\nepochs=2\n" in text and "rule=averaging" in text
 
 
-def test_every_preset_of_the_project_passes_a_dry_run(capsys):
-    presets = sorted(experiment_flags.PRESETS.glob("*.flags"))
-    assert presets
-    for path in presets:
-        assert path.read_text().startswith("#")
-        run("--dry_run", f"--preset={path.stem}")
-        assert "merging:" in capsys.readouterr().out
-
-
 REFUSED = {
     "unknown rule": (["--rule=nonsense"], f"--rule=nonsense: .*{', '.join(rules.REGISTRY)}"),
     "unknown baseline": (["--baseline=x"], "--baseline=x: must be one of"),
