@@ -14,7 +14,10 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("config", [SMALL, VIT], ids=["full", "lora"])
+ACCUMULATED = dataclasses.replace(SMALL, batch_size=32, accumulation_steps=3)
+
+
+@pytest.mark.parametrize("config", [SMALL, VIT, ACCUMULATED], ids=["full", "lora", "accumulated"])
 def test_a_run_killed_within_and_between_tasks_ends_with_the_same_numbers(
     config, tmp_path, monkeypatch
 ):

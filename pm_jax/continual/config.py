@@ -125,7 +125,13 @@ class Config:
     first_task_epochs: int = _option(
         9, "The same for the first task of a run from scratch; 0 for no more."
     )
+    epoch_repeats: int = _option(1, "Passes over the data that count as one epoch.")
     batch_size: int = _option(32, "Examples per step.")
+    accumulation_steps: int = _option(
+        1,
+        "Steps whose gradients make one update, in less memory what batch_size times as large "
+        "does; an epoch's last update may be of fewer.",
+    )
     optimizer: str = _option("adamw", "Optimiser, from optax; restarts at each task.", OPTIMIZERS)
     learning_rate: float = _option(3e-3, "Peak learning rate.")
     head_learning_rate: float = _option(0.0, "The same for the classifier; 0 for equal.")
@@ -204,7 +210,7 @@ class Config:
     def _check_ranges(self) -> None:
         at_least_one = (
             *("num_tasks", "patch_size", "width", "depth", "num_heads", "lora_rank"),
-            *("epochs", "batch_size"),
+            *("epochs", "epoch_repeats", "batch_size", "accumulation_steps"),
         )
         not_negative = (
             *("base_classes", "first_task_epochs", "head_learning_rate", "weight_decay"),
@@ -295,7 +301,7 @@ class Config:
     def epochs_of(self, task: int) -> int:
         """Passes over the data of a task, counted from 0."""
         longer = task == 0 and self.from_scratch and self.first_task_epochs
-        return self.first_task_epochs if longer else self.epochs
+        return self.epoch_repeats * (self.first_task_epochs if longer else self.epochs)
 
     def task_stream(self, seed: int) -> stream.TaskStream:
         """The tasks, split by a seed; raises `InvalidInput` where they cannot be formed."""
