@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from pm_jax import models, perturbation, rules
-from pm_jax.data import digits, sources, stream
+from pm_jax.data import augmentation, digits, sources, stream
 from pm_jax.perturbation import Perturbation
 from pm_jax.rules import MergeRule
 from pm_jax.types import InvalidInput
@@ -147,6 +147,24 @@ class Config:
     warmup_fraction: float = _option(0.0, "Share of each task's steps with a linear warm-up.")
     clip_norm: float = _option(0.0, "Bound on the gradient's global norm; 0 for none.")
 
+    # Images.
+    augmentation: str = _option(
+        "none",
+        "Of the training images, on the device: crop_flip is a random resized crop and a flip; "
+        "randaugment and autoaugment (ImageNet's policy) come before both.",
+        augmentation.AUGMENTATIONS,
+    )
+    crop_scale: tuple[float, ...] = _option(
+        (0.08, 1.0), "Least and greatest area of a random crop over that of the image."
+    )
+    randaugment_layers: int = _option(2, "randaugment: operations for each image.")
+    randaugment_magnitude: float = _option(9.0, "randaugment: strength of each, 0 to 10.")
+    evaluation_resize: float = _option(
+        1.0,
+        "Evaluation, curvature and training without crops see the middle of images resized to this "
+        "multiple of what the model reads; 256/224 is common, 1 is the whole image.",
+    )
+
     # Perturbation.
     perturbation: str = _option(
         "symmetric",
@@ -211,6 +229,7 @@ class Config:
         at_least_one = (
             *("num_tasks", "patch_size", "width", "depth", "num_heads", "lora_rank"),
             *("epochs", "epoch_repeats", "batch_size", "accumulation_steps"),
+            *("randaugment_layers", "evaluation_resize"),
         )
         not_negative = (
             *("base_classes", "first_task_epochs", "head_learning_rate", "weight_decay"),
@@ -227,6 +246,12 @@ class Config:
                 all(a < b for a, b in itertools.pairwise((0.0, *self.milestones, 1.0))),
                 "must be fractions between 0 and 1 in rising order",
             ),
+            (
+                "crop_scale",
+                len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1,
+                "must be two numbers in (0, 1] in rising order",
+            ),
+            ("randaugment_magnitude", 0 <= self.randaugment_magnitude <= 10, "must lie in [0, 10]"),
             ("warmup_fraction", 0 <= self.warmup_fraction < 1, "must lie in [0, 1)"),
             ("validation_fraction", 0 < self.validation_fraction < 1, "must lie between 0 and 1"),
             ("hidden_sizes", min(self.hidden_sizes, default=0) >= 1, "needs one width or more"),

@@ -11,12 +11,13 @@ import optax
 from pm_jax import lora, losses, perturbation, task_vectors, trees
 from pm_jax.continual import optimizer
 from pm_jax.continual.config import Config
+from pm_jax.continual.image_transforms import training_transform
 from pm_jax.continual.partition import Partition, Trainable, fresh_trainable
 from pm_jax.data.stream import TaskIndices, TaskStream
 from pm_jax.types import Array, Batch, Key, Params, PyTree
 
 # Purposes of random numbers: each is folded into the run's key first.
-INITIALIZE, ADAPTERS, SHUFFLE, STEP, CURVATURE = range(5)
+INITIALIZE, ADAPTERS, SHUFFLE, STEP, CURVATURE, AUGMENT = range(6)
 
 
 class DeviceData(NamedTuple):
@@ -237,6 +238,7 @@ def task_program(
         <PjitFunction of <function task_program.<locals>.train at ...>>
     """
     law = config.perturbation_law()
+    transform = training_transform(config)
     transformation, rate = optimizer.transformation(config), optimizer.schedule(config)
     batch_size = config.batch_size
     steps = -(-largest_task // batch_size)
@@ -263,8 +265,9 @@ def task_program(
             trainable, optimizer_state, values = carry
             rows = batches[position]
             weights = position * batch_size + jnp.arange(batch_size) < count
-            batch = Batch(data.inputs[rows], data.labels[rows], weights.astype(jnp.float32))
             number = segment.epoch * steps_per_epoch + position
+            inputs = transform(purpose_key(key, AUGMENT, task, number), data.inputs[rows])
+            batch = Batch(inputs, data.labels[rows], weights.astype(jnp.float32))
             update = segment.epoch * updates_per_epoch + position // config.accumulation_steps
             # What a batch shares, so do the batches of an update.
             draw = number if per_example else update
