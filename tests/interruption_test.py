@@ -14,12 +14,16 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("config", [SMALL, VIT], ids=["full", "lora"])
+AUGMENTED = dataclasses.replace(SMALL, accumulation_steps=3, augmentation="crop_flip")
+
+
+@pytest.mark.parametrize("config", [SMALL, VIT, AUGMENTED], ids=["full", "lora", "augmented"])
 def test_a_run_killed_within_and_between_tasks_ends_with_the_same_numbers(
     config, tmp_path, monkeypatch
 ):
     straight = Learner(config, 0, tmp_path / "straight", checkpoint_every=7, quiet=True)
     wanted = straight.run()
+    assert straight._programs.later.train._cache_size() == 1
     saves = learner_module.Checkpoints.save
     survived = []
 

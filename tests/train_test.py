@@ -238,6 +238,11 @@ REFUSED = {
     "learning rate": (["--learning_rate=0"], r"--learning_rate=0\.0: must be above 0"),
     "temperature": (["--temperature=0"], r"--temperature=0\.0: must be above 0"),
     "milestones": (["--milestones=0.8,0.5"], r"--milestones=\(0\.8, 0\.5\): .*rising order"),
+    "accumulation": (["--accumulation_steps=0"], "--accumulation_steps=0: must be at least 1"),
+    "augmentation": (["--augmentation=x"], "--augmentation=x: must be one of none, flip, crop"),
+    "crop": (["--crop_scale=0.5,0.2"], r"--crop_scale=\(0\.5, 0\.2\): .*rising order"),
+    "magnitude": (["--randaugment_magnitude=11"], r"--randaugment_magnitude=11\.0: .*\[0, 10\]"),
+    "evaluation view": (["--evaluation_resize=0.9"], "--evaluation_resize=0.9: must be at least 1"),
     "validation": (["--validation_fraction=1"], r"--validation_fraction=1\.0"),
 }
 

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,6 +88,49 @@ def test_segments_lead_through_the_task_from_any_step():
         steps = [e * 10 + s for e, low, high in pieces for s in range(low, high)]
         assert steps == list(range(first, 30))
         assert all(0 <= low < high <= 10 for _, low, high in pieces)
+
+
+# Accumulation.
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": "sgd", "learning_rate": 0.05, "perturbation": "none"},
+        {"optimizer": "adamw", "weight_decay": 0.1, "schedule": "cosine", "clip_norm": 0.5},
+        {"optimizer": "sgd", "perturbation": "gaussian", "schedule": "milestones"},
+    ],
+    ids=["sgd", "adamw", "gaussian"],
+)
+def test_accumulated_steps_are_one_step_on_the_larger_batch(settings):
+    """Also where the last update of an epoch has fewer steps, and its last step fewer examples."""
+    whole = dataclasses.replace(BY_CLASS, batch_size=80, **settings)
+    parts = dataclasses.replace(whole, batch_size=16, accumulation_steps=5)
+    ends = []
+    for config in (whole, parts):
+        learner = Learner(config, seed=0, quiet=True)
+        run, count = learner._programs, int(learner.stream.train.sizes[1])
+        state = run.later.begin(learner._key, learner.params, np.asarray(1, np.int32))
+        if config is parts:
+            steps = -(-count // 16)
+            assert steps % 5 and count % 16  # both are incomplete at the end
+        for epoch in range(2):
+            *state, _ = run.later.train(
+                learner._key, *state, learner.params, learner._train, segment(1, epoch, 0, 99, 2)
+            )
+        ends.append(state)
+    for wanted, got in zip(*(jax.tree.leaves(end[0]) for end in ends), strict=True):
+        # Adam divides by the root of small second moments: rounding grows where they vanish.
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=2e-6)
+    assert int(ends[1][1].gradient_step) == 2 * -(-count // 80)
+    assert int(ends[1][1].mini_step) == 0
+
+
+def test_epoch_repeats_are_epochs():
+    config = dataclasses.replace(SMALL, epochs=2, first_task_epochs=3, epoch_repeats=4)
+    same = dataclasses.replace(SMALL, epochs=8, first_task_epochs=12)
+    assert [config.epochs_of(task) for task in range(3)] == [12, 8, 8]
+    assert [same.epochs_of(task) for task in range(3)] == [12, 8, 8]
 
 
 # What trains, and on which loss.

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from pm_jax import models, perturbation, rules
-from pm_jax.data import digits, sources, stream, texts
+from pm_jax.data import augmentation, digits, sources, stream, texts
 from pm_jax.perturbation import Perturbation
 from pm_jax.rules import MergeRule
 from pm_jax.types import InvalidInput
@@ -161,7 +161,13 @@ class Config:
     first_task_epochs: int = _option(
         9, "The same for the first task of a run from scratch; 0 for no more."
     )
+    epoch_repeats: int = _option(1, "Passes over the data that count as one epoch.")
     batch_size: int = _option(32, "Examples per step.")
+    accumulation_steps: int = _option(
+        1,
+        "Steps whose gradients make one update, in less memory what batch_size times as large "
+        "does; an epoch's last update may be of fewer.",
+    )
     optimizer: str = _option("adamw", "Optimiser, from optax; restarts at each task.", OPTIMIZERS)
     learning_rate: float = _option(3e-3, "Peak learning rate.")
     head_learning_rate: float = _option(0.0, "The same for the classifier; 0 for equal.")
@@ -176,6 +182,24 @@ class Config:
     )
     warmup_fraction: float = _option(0.0, "Share of each task's steps with a linear warm-up.")
     clip_norm: float = _option(0.0, "Bound on the gradient's global norm; 0 for none.")
+
+    # Images.
+    augmentation: str = _option(
+        "none",
+        "Of the training images, on the device: crop_flip is a random resized crop and a flip; "
+        "randaugment and autoaugment (ImageNet's policy) come before both.",
+        augmentation.AUGMENTATIONS,
+    )
+    crop_scale: tuple[float, ...] = _option(
+        (0.08, 1.0), "Least and greatest area of a random crop over that of the image."
+    )
+    randaugment_layers: int = _option(2, "randaugment: operations for each image.")
+    randaugment_magnitude: float = _option(9.0, "randaugment: strength of each, 0 to 10.")
+    evaluation_resize: float = _option(
+        1.0,
+        "Evaluation, curvature and training without crops see the middle of images resized to this "
+        "multiple of what the model reads; 256/224 is common, 1 is the whole image.",
+    )
 
     # Perturbation.
     perturbation: str = _option(
@@ -240,7 +264,8 @@ class Config:
     def _check_ranges(self) -> None:
         at_least_one = (
             *("num_tasks", "patch_size", "width", "depth", "num_heads", "lora_rank"),
-            *("epochs", "batch_size", "max_tokens", "vocabulary"),
+            *("epochs", "epoch_repeats", "batch_size", "accumulation_steps"),
+            *("max_tokens", "vocabulary", "randaugment_layers", "evaluation_resize"),
         )
         not_negative = (
             *("base_classes", "first_task_epochs", "head_learning_rate", "weight_decay"),
@@ -258,6 +283,12 @@ class Config:
                 all(a < b for a, b in itertools.pairwise((0.0, *self.milestones, 1.0))),
                 "must be fractions between 0 and 1 in rising order",
             ),
+            (
+                "crop_scale",
+                len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1,
+                "must be two numbers in (0, 1] in rising order",
+            ),
+            ("randaugment_magnitude", 0 <= self.randaugment_magnitude <= 10, "must lie in [0, 10]"),
             ("warmup_fraction", 0 <= self.warmup_fraction < 1, "must lie in [0, 1)"),
             ("validation_fraction", 0 < self.validation_fraction < 1, "must lie between 0 and 1"),
             ("hidden_sizes", min(self.hidden_sizes, default=0) >= 1, "needs one width or more"),
@@ -362,7 +393,7 @@ class Config:
     def epochs_of(self, task: int) -> int:
         """Passes over the data of a task, counted from 0."""
         longer = task == 0 and self.from_scratch and self.first_task_epochs
-        return self.first_task_epochs if longer else self.epochs
+        return self.epoch_repeats * (self.first_task_epochs if longer else self.epochs)
 
     def task_stream(self, seed: int) -> stream.TaskStream:
         """The tasks, split by a seed; raises `InvalidInput` where they cannot be formed."""

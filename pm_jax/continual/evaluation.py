@@ -11,12 +11,22 @@ from pm_jax.continual.training import DeviceData, logits_of
 from pm_jax.types import Array, Params
 
 
-def accuracy_fn(model: nn.Module, batch_size: int = 256) -> Callable[..., Array]:
+def _as_they_are(inputs: Array) -> Array:
+    return inputs
+
+
+def accuracy_fn(
+    model: nn.Module,
+    batch_size: int = 256,
+    *,
+    transform: Callable[[Array], Array] = _as_they_are,
+) -> Callable[..., Array]:
     """Accuracy on the first tasks, over the classes seen and with the task known.
 
     Args:
         model: linen module.
         batch_size: examples at a time; the result does not depend on it.
+        transform: of the inputs.
 
     Returns:
         Jitted `accuracy(params, data, seen_mask, count) -> float32 [2, T]`: first with the argmax
@@ -40,7 +50,8 @@ def accuracy_fn(model: nn.Module, batch_size: int = 256) -> Callable[..., Array]
             place = position % largest
             rows = data.positions[task, place]
             labels = data.labels[rows]
-            logits = logits_of(model, params, data.inputs[rows], jnp.ones_like(seen_mask))
+            inputs = transform(data.inputs[rows])
+            logits = logits_of(model, params, inputs, jnp.ones_like(seen_mask))
             real = inside & (place < data.sizes[task])
             hits = [
                 real & (jnp.argmax(jnp.where(mask, logits, -jnp.inf), axis=-1) == labels)
@@ -56,7 +67,11 @@ def accuracy_fn(model: nn.Module, batch_size: int = 256) -> Callable[..., Array]
 
 
 def mean_loss_fn(
-    model: nn.Module, batch_size: int = 256, *, temperature: float = 1.0
+    model: nn.Module,
+    batch_size: int = 256,
+    *,
+    temperature: float = 1.0,
+    transform: Callable[[Array], Array] = _as_they_are,
 ) -> Callable[..., Array]:
     """Mean cross-entropy on one task over its own classes, without perturbation.
 
@@ -64,6 +79,7 @@ def mean_loss_fn(
         model: linen module.
         batch_size: examples at a time; the result depends on it by rounding only.
         temperature: that the logits are divided by, as in the training loss.
+        transform: of the inputs.
 
     Returns:
         Jitted `mean_loss(params, data, task) -> float32 scalar`, with `task` an int32 scalar.
@@ -80,7 +96,7 @@ def mean_loss_fn(
         def step(number, total):
             place = number * batch_size + jnp.arange(batch_size)
             rows = data.positions[task, jnp.minimum(place, largest - 1)]
-            inputs, mask = data.inputs[rows], data.class_masks[task]
+            inputs, mask = transform(data.inputs[rows]), data.class_masks[task]
             logits = logits_of(model, params, inputs, mask, temperature)
             values = optax.softmax_cross_entropy_with_integer_labels(logits, data.labels[rows])
             return total + jnp.sum(jnp.where(place < count, values, 0.0))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from pm_jax import curvature, losses, task_vectors, trees
 from pm_jax.continual.config import Config
+from pm_jax.continual.image_transforms import evaluation_transform
 from pm_jax.continual.training import CURVATURE, DeviceData, logits_of, purpose_key
 from pm_jax.rules import Evidence, MergeRule
 from pm_jax.types import Array, Batch, Key, Params, PyTree
@@ -42,6 +43,7 @@ def evidence_fn(
         >>> measure(None, {}, {}, None, 0).quadratic is None
         True
     """
+    transform = evaluation_transform(config)
 
     @jax.jit
     def measure(
@@ -76,7 +78,9 @@ def evidence_fn(
             place = number * chunk + jnp.arange(chunk)
             rows = order[jnp.minimum(place, order.shape[0] - 1)]
             weights = (place < count).astype(jnp.float32)
-            return how.update(state, Batch(data.inputs[rows], data.labels[rows], weights))
+            return how.update(
+                state, Batch(transform(data.inputs[rows]), data.labels[rows], weights)
+            )
 
         start = how.init(leaves, delta, key)
         state = jax.lax.fori_loop(0, -(-count // chunk), step, start)

@@ -38,6 +38,43 @@ def transformation(config: Config) -> optax.GradientTransformation:
     return optax.chain(clip, optax.adamw(1.0, weight_decay=config.weight_decay))
 
 
+def accumulated(
+    config: Config,
+    inner: optax.GradientTransformation,
+    position: Array | int = 0,
+    count: Array | int = 1,
+) -> tuple[optax.GradientTransformation, Array | float]:
+    """The optimiser of one step of an epoch, which updates when its accumulation is complete.
+
+    An accumulation ends after `config.accumulation_steps` steps, and with the epoch. Each example
+    in it weighs the same, so that updates are those of one batch of all its examples.
+
+    Args:
+        config: settings.
+        inner: the optimiser of an update.
+        position: of the step within the epoch, int32 scalar.
+        count: examples of the task, int32 scalar.
+
+    Returns:
+        A transformation, and the factor of the gradient of the step's mean loss. The state does not
+        depend on position and count.
+
+    Example:
+        >>> config = Config(batch_size=2, accumulation_steps=2)
+        >>> [float(accumulated(config, optax.sgd(1.0), step, 7)[1]) for step in range(4)]
+        [1.0, 1.0, 1.3333333730697632, 0.6666666865348816]
+    """
+    steps, size = config.accumulation_steps, config.batch_size
+    if steps == 1:
+        return inner, 1.0
+    first = position - position % steps
+    examples = jnp.minimum(count - first * size, steps * size)
+    own = jnp.minimum(count - position * size, size)
+    number = -(-examples // size)
+    wrapped = optax.MultiSteps(inner, lambda _: number)
+    return wrapped.gradient_transformation(), own * number / examples
+
+
 def schedule(config: Config) -> Callable[[Array | float], Array]:
     """Factor of the learning rate over a task.
 

@@ -11,6 +11,7 @@ from pm_jax import trees
 from pm_jax.continual import evaluation, training
 from pm_jax.continual.config import Config
 from pm_jax.continual.evidence import dense_layers_of, evidence_fn
+from pm_jax.continual.image_transforms import check_images, evaluation_transform
 from pm_jax.continual.partition import Partition, partition, trained_params
 from pm_jax.continual.training import TaskProgram
 from pm_jax.models import pretrained
@@ -127,6 +128,7 @@ def starting_params(config: Config, params: Params) -> Params:
 
 
 def _init_fn(config: Config, num_classes: int, input_shape: tuple[int, ...]):
+    check_images(config, input_shape)
     model, blank = config.network(num_classes), _blank(config, input_shape)
     sides = (config.image_size,) * 2 if config.image_size else input_shape[:2]
     if (patch := getattr(model, "patch_size", 1)) and any(side % patch for side in sides):
@@ -173,6 +175,7 @@ def programs(
     init = _init_fn(config, num_classes, input_shape)
     first, later = partitions(config, jax.eval_shape(init, jax.random.key(0)))
     program = training.task_program(config, model, later, largest_task)
+    transform = evaluation_transform(config)
     dense_layers = dense_layers_of(model, _blank(config, input_shape))
 
     # The rule's state is replaced, so its buffers are donated.
@@ -196,6 +199,8 @@ def programs(
         measure=evidence_fn(config, model, rule, later.merging, dense_layers),
         merge=merge,
         trained=jax.jit(trained_params),
-        accuracy=evaluation.accuracy_fn(model),
-        mean_loss=evaluation.mean_loss_fn(model, temperature=config.temperature),
+        accuracy=evaluation.accuracy_fn(model, transform=transform),
+        mean_loss=evaluation.mean_loss_fn(
+            model, temperature=config.temperature, transform=transform
+        ),
     )

@@ -11,12 +11,13 @@ import optax
 from pm_jax import lora, losses, perturbation, task_vectors, trees
 from pm_jax.continual import optimizer
 from pm_jax.continual.config import Config
+from pm_jax.continual.image_transforms import training_transform
 from pm_jax.continual.partition import Partition, Trainable, fresh_trainable
 from pm_jax.data.stream import TaskIndices, TaskStream
 from pm_jax.types import Array, Batch, Key, Params, PyTree
 
 # Purposes of random numbers: each is folded into the run's key first.
-INITIALIZE, ADAPTERS, SHUFFLE, STEP, CURVATURE = range(5)
+INITIALIZE, ADAPTERS, SHUFFLE, STEP, CURVATURE, AUGMENT = range(6)
 
 
 class DeviceData(NamedTuple):
@@ -239,6 +240,7 @@ def task_program(
         <PjitFunction of <function task_program.<locals>.train at ...>>
     """
     law = config.perturbation_law()
+    transform = training_transform(config)
     transformation, rate = optimizer.transformation(config), optimizer.schedule(config)
     batch_size = config.batch_size
     steps = -(-largest_task // batch_size)
@@ -251,21 +253,26 @@ def task_program(
         trainable = fresh_trainable(adapter_key, partition, start, config.lora_rank)
         # Copies: the next call donates them, and `start` must survive.
         trainable = jax.tree.map(jnp.copy, trainable)
-        return trainable, transformation.init(trainable)
+        return trainable, optimizer.accumulated(config, transformation)[0].init(trainable)
 
     def train(key, trainable, optimizer_state, start, data, segment):
         task, count = segment.task, data.sizes[segment.task]
         shuffle_key = purpose_key(key, SHUFFLE, task, segment.epoch)
         batches = _epoch_batches(shuffle_key, data, task, steps, batch_size)
         steps_per_epoch = -(-count // batch_size)
+        updates_per_epoch = -(-steps_per_epoch // config.accumulation_steps)
         class_mask = data.class_masks[task]
 
         def step(position, carry):
             trainable, optimizer_state, values = carry
             rows = batches[position]
             weights = position * batch_size + jnp.arange(batch_size) < count
-            batch = Batch(data.inputs[rows], data.labels[rows], weights.astype(jnp.float32))
             number = segment.epoch * steps_per_epoch + position
+            inputs = transform(purpose_key(key, AUGMENT, task, number), data.inputs[rows])
+            batch = Batch(inputs, data.labels[rows], weights.astype(jnp.float32))
+            update = segment.epoch * updates_per_epoch + position // config.accumulation_steps
+            # What a batch shares, so do the batches of an update.
+            draw = number if per_example else update
             value, gradients = jax.value_and_grad(
                 lambda t: training_loss(
                     model,
@@ -274,13 +281,16 @@ def task_program(
                     start,
                     batch,
                     class_mask,
-                    purpose_key(key, STEP, task, number),
+                    purpose_key(key, STEP, task, draw),
                     per_example=per_example,
                     temperature=config.temperature,
                 )
             )(trainable)
-            progress = number / (steps_per_epoch * segment.epochs)
-            updates, optimizer_state = transformation.update(gradients, optimizer_state, trainable)
+            progress = update / (updates_per_epoch * segment.epochs)
+            step_optimizer, share = optimizer.accumulated(config, transformation, position, count)
+            if config.accumulation_steps > 1:
+                gradients = jax.tree.map(lambda g: share * g, gradients)
+            updates, optimizer_state = step_optimizer.update(gradients, optimizer_state, trainable)
             updates = optimizer.scaled(config, updates, rate(progress), class_mask)
             trainable = optax.apply_updates(trainable, updates)
             return trainable, optimizer_state, values.at[position].set(value)
