@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from experiments.benchmarks import peer
+
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "experiments" / "notebooks").glob("*.py"))
 HEAVY = ("tensorflow", "tensorflow_datasets", "orbax", "matplotlib", "sklearn", "absl.flags")
@@ -59,6 +61,15 @@ def test_benchmarks_run_small(module, arguments, expected):
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert ended.returncode == 0, ended.stderr
     assert expected in ended.stdout
+
+
+@pytest.mark.skipif(not peer.missing_package(), reason="the peer is installed")
+def test_a_benchmark_without_the_peer_is_one_line():
+    command = [sys.executable, "-m", "experiments.benchmarks.peer"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 2
+    line = f"error: {peer.missing_package()} is not installed; pip install 'pm_jax[benchmark]'\n"
+    assert ended.stderr == line
 
 
 def test_the_grid_study_runs_small(tmp_path):

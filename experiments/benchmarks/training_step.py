@@ -1,31 +1,34 @@
-"""Ratios of a training step and of measuring curvature, on a ViT with adapters and on the MLP.
+r"""Ratios of a training step and of measuring curvature, on a ViT with adapters and on the MLP.
 
 python -m experiments.benchmarks.training_step
+python -m experiments.benchmarks.training_step --model=vit_base_patch16 --image_size=224 \
+    --vit_examples=16 --batch_size=8 --repeats=3
 
 Everything that is compared runs in one process, in turns; the ratio is that of the medians.
 """
 
 import dataclasses
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from absl import app, flags
 
-from pm_jax import lora, rules
+from experiments.benchmarks.workloads import Workload, interleaved, random_data
+from pm_jax import lora
 from pm_jax.continual import Config
-from pm_jax.continual.evidence import dense_layers_of, evidence_fn
-from pm_jax.continual.partition import partition, trained_params
-from pm_jax.continual.training import DeviceData, Segment, logits_of, task_program
+from pm_jax.continual.training import logits_of
 
+flags.DEFINE_enum(
+    "model", "vit", ["vit", "vit_tiny_patch16", "vit_base_patch16"], "vit is a ViT-Ti/16."
+)
 flags.DEFINE_integer("image_size", 96, "Side of the ViT's images in pixels.")
 flags.DEFINE_integer("repeats", 11, "Turns of each measurement.")
 flags.DEFINE_integer("vit_examples", 128, "Examples of the ViT's task.")
-flags.DEFINE_integer("depth", 12, "Blocks of the ViT.")
+flags.DEFINE_integer("depth", 12, "Blocks of the ViT, with model=vit.")
+flags.DEFINE_integer("batch_size", 32, "Images of the ViT's step.")
+flags.DEFINE_float("curvature_memory_mb", 0.0, "As for a run.")
 
 VIT = Config(
     model="vit",
@@ -37,65 +40,11 @@ VIT = Config(
 )
 
 
-def interleaved(candidates: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each candidate, measured in turns after one warm-up call."""
-    for call in candidates.values():
-        jax.block_until_ready(call())
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(repeats):
-        for name, call in candidates.items():
-            clock = time.perf_counter()
-            jax.block_until_ready(call())
-            seconds[name].append(time.perf_counter() - clock)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def random_data(config: Config, shape: tuple[int, ...], examples: int) -> DeviceData:
-    """One task of random images after another that is empty of meaning: task 1 is perturbed."""
-    rng = np.random.default_rng(0)
-    return DeviceData(
-        jnp.asarray(rng.integers(256, size=(examples, *shape)), jnp.uint8),
-        jnp.asarray(rng.integers(10, size=examples), jnp.int32),
-        jnp.tile(jnp.arange(examples, dtype=jnp.int32)[None], (2, 1)),
-        jnp.full(2, examples, jnp.int32),
-        jnp.ones((2, 10), bool),
-    )
-
-
 def ratios(config: Config, shape: tuple[int, ...], examples: int, repeats: int) -> dict[str, float]:
     """Perturbed over plain epoch, and Fisher over two plain epochs, of one task."""
-    data, key = random_data(config, shape, examples), jax.random.key(0)
-    model = config.network(10)
-    params = model.init(key, jnp.zeros((1, *shape)))["params"]
-    pattern = config.kernel_pattern() if config.adapter == "lora" else None
-    parts = partition(
-        params, class_incremental=pattern is not None, lora_pattern=pattern, rank=config.lora_rank
-    )
-    task = np.asarray(1, np.int32)
-    segment = Segment.of(1, 0, 0, 1_000_000, 1)
-
-    def epoch(perturbation: str) -> Callable[[], object]:
-        settings = dataclasses.replace(config, perturbation=perturbation)
-        program = task_program(settings, model, parts, examples)
-        state = list(program.begin(key, params, task))
-
-        def run():
-            *state[:], values = program.train(key, *state, params, data, segment)
-            return values
-
-        return run
-
-    trainable, _ = task_program(config, model, parts, examples).begin(key, params, task)
-    trained = trained_params(params, trainable)
-    layers = dense_layers_of(model, jnp.zeros((1, *shape)))
-    measure = evidence_fn(config, model, rules.perturb_and_merge(), parts.merging, layers)
+    work = Workload(config, shape, examples)
     seconds = interleaved(
-        {
-            "plain": epoch("none"),
-            "perturbed": epoch("symmetric"),
-            "fisher": lambda: measure(key, trained, params, data, task),
-        },
-        repeats,
+        {"plain": work.epoch("none"), "perturbed": work.epoch(), "fisher": work.fisher}, repeats
     )
     return {
         "perturbed / plain epoch": seconds["perturbed"] / seconds["plain"],
@@ -106,7 +55,7 @@ def ratios(config: Config, shape: tuple[int, ...], examples: int, repeats: int) 
 
 def adapter_forms(config: Config, shape: tuple[int, ...], repeats: int) -> dict[str, float]:
     """Gradient of one batch's loss in the adapters: as a branch, and through folded weights."""
-    data, key = random_data(config, shape, config.batch_size), jax.random.key(0)
+    data, key = random_data(shape, config.batch_size), jax.random.key(0)
     model = config.network(10)
     params = model.init(key, jnp.zeros((1, *shape)))["params"]
     adapters = lora.init(key, params, config.kernel_pattern(), config.lora_rank)
@@ -144,10 +93,11 @@ def main(argv: Sequence[str]) -> None:
     """Print the ratios."""
     del argv
     values = flags.FLAGS
-    vit = dataclasses.replace(VIT, depth=values.depth)
+    names = ("model", "depth", "batch_size", "curvature_memory_mb")
+    vit = dataclasses.replace(VIT, **{name: getattr(values, name) for name in names})
     shape = (values.image_size, values.image_size, 3)
     tables = {
-        f"ViT, {values.image_size} px, LoRA rank 10 on key and value, batch 32": {
+        f"{vit.model}, {shape[0]} px, LoRA rank 10 on key and value, batch {vit.batch_size}": {
             **adapter_forms(vit, shape, values.repeats),
             **ratios(vit, shape, values.vit_examples, values.repeats),
         },
