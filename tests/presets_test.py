@@ -65,8 +65,8 @@ def dry_run(capsys, preset, *arguments):
 
 @pytest.mark.parametrize("preset", WITHOUT_DATA)
 def test_presets_that_need_no_data_pass_a_dry_run(capsys, preset):
-    own = ["--dataset=digits", "--num_tasks=5", "--stored_size=0"] if preset == "paper_recipe" else []
-    dry_run(capsys, preset, *own)
+    own = ["--dataset=digits", "--num_tasks=5", "--stored_size=0"]
+    dry_run(capsys, preset, *(own if preset == "paper_recipe" else []))
 
 
 @pytest.mark.parametrize("preset", IMAGES)
