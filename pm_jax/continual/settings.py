@@ -1,0 +1,334 @@
+"""The settings of a run: a frozen dataclass whose fields become flags, checked when it is made."""
+
+import dataclasses
+import itertools
+from typing import Any
+
+from pm_jax import rules
+from pm_jax.data import augmentation, sources, stream
+from pm_jax.types import InvalidInput
+
+PUBLIC_SIZES = {
+    "vit_tiny_patch16": (192, 12, 3),
+    "vit_small_patch16": (384, 12, 6),
+    "vit_base_patch16": (768, 12, 12),
+    "minilm_l6": (384, 6, 12),
+    "bert_base": (768, 12, 12),
+}
+"""Width, depth and heads of architectures with public weights."""
+TEXT_POSITIONS = 512
+TEXT_MODELS = ("text_encoder", "minilm_l6", "bert_base")
+MODELS = ("mlp", "vit", "text_encoder", *PUBLIC_SIZES)
+ADAPTERS = ("full", "lora")
+OPTIMIZERS = ("adamw", "sgd")
+SCHEDULES = ("constant", "cosine", "linear", "milestones")
+PERTURBATIONS = ("symmetric", "gaussian", "one_sided", "antithetic", "none")
+CURVATURES = ("fisher_empirical", "fisher_exact")
+SPLITS = ("test", "validation")
+
+
+def _option(
+    default: Any,
+    description: str,
+    choices: tuple[str, ...] | None = None,
+    *,
+    identity: bool = True,
+) -> Any:
+    """A field; one without identity may differ between calls on the same work directory."""
+    return dataclasses.field(
+        default=default,
+        metadata={"description": description, "choices": choices, "identity": identity},
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What determines the numbers of a run; the fields are the flags of `experiments.train`.
+
+    Raises:
+        InvalidInput: a value out of range; the message names the field, the value and the remedy.
+
+    Example:
+        >>> Settings(num_tasks=0)
+        Traceback (most recent call last):
+        pm_jax.types.InvalidInput: num_tasks=0: must be at least 1
+    """
+
+    # Stream.
+    dataset: str = _option(
+        "digits",
+        "digits (scikit-learn's), the path of an .npz with x_train, y_train, x_test and y_test, or "
+        "an image or text classification data set that tensorflow-datasets has prepared, such as "
+        "cifar100, imagenet_r or clinc_oos.",
+    )
+    data_dir: str = _option(
+        "", "Where tensorflow-datasets has its data; empty for its default.", identity=False
+    )
+    stored_size: int = _option(
+        0,
+        "tensorflow-datasets: side in pixels of the square that images are resized to, once, and "
+        "kept as; for images of several sizes. 0 to leave them.",
+    )
+    cache_dir: str = _option(
+        "",
+        "Where resized images are kept; empty for beside the prepared data or, where that cannot "
+        "be written, the user's cache directory.",
+        identity=False,
+    )
+    train_per_class: int = _option(0, "Training examples of each class to keep; 0 for all.")
+    test_per_class: int = _option(0, "Test examples of each class to keep; 0 for all.")
+    scenario: str = _option(
+        "domain_incremental",
+        "domain_incremental: every task has every class (digits: each task turns the images "
+        "further; domainnet: the first domains in alphabetical order). class_incremental: every "
+        "task brings new classes.",
+        stream.SCENARIOS,
+    )
+    num_tasks: int = _option(
+        5, "Number of tasks; where the classes do not divide evenly, earlier tasks have one more."
+    )
+    class_order: str = _option(
+        "random",
+        "Class-incremental: random by the seed, given (by their numbers), or groups: one group of "
+        "classes that the data set names a task, such as the domains of clinc_oos.",
+        stream.CLASS_ORDERS,
+    )
+    base_classes: int = _option(
+        0, "Class-incremental: classes of the first task; 0 for an even share."
+    )
+    rotation_step: float = _option(20.0, "Domain-incremental digits: degrees from task to task.")
+    validation_fraction: float = _option(
+        0.15, "Share of each class's training data that is held out for validation."
+    )
+    evaluate_on: str = _option(
+        "test", "Split that accuracies are measured on; validation to choose settings.", SPLITS
+    )
+
+    # Model.
+    model: str = _option("mlp", "Architecture; vit and text_encoder take the sizes below.", MODELS)
+    pretrained: str = _option(
+        "",
+        "Weights to start from, .safetensors of timm or transformers or AugReg's .npz; empty to "
+        "start from scratch, with the first task as pre-training.",
+    )
+    tokenizer: str = _option(
+        "", "Text: a tokenizer.json; empty for the one beside the pre-trained weights."
+    )
+    max_tokens: int = _option(32, "Text: tokens that texts are cut or padded to.")
+    vocabulary: int = _option(30522, "text_encoder: number of token ids.")
+    image_size: int = _option(
+        0, "vit: side in pixels that images are resized to on the device; 0 to leave them."
+    )
+    compute_dtype: str = _option(
+        "float32",
+        "Type of the models' computation; parameters, adapters, curvature and merges are float32.",
+        ("float32", "bfloat16"),
+    )
+    layer_norm_epsilon: float = _option(
+        0.0,
+        "Of the layer norms; 0 for 1e-6 in a vit, which is timm's and AugReg's, and 1e-12 in text "
+        "encoders. transformers' ViT weights need 1e-12.",
+    )
+    hidden_sizes: tuple[int, ...] = _option((256, 256), "mlp: width of each hidden layer.")
+    patch_size: int = _option(2, "vit: side of a patch in pixels; must divide the image.")
+    width: int = _option(64, "vit, text_encoder: width of the tokens.")
+    depth: int = _option(4, "vit, text_encoder: number of blocks.")
+    num_heads: int = _option(4, "vit, text_encoder: attention heads; must divide the width.")
+
+    # What trains.
+    adapter: str = _option(
+        "full",
+        "full: all parameters train and merge. lora: low-rank adapters do (from scratch, the first "
+        "task trains all parameters).",
+        ADAPTERS,
+    )
+    lora_rank: int = _option(10, "lora: rank of the adapters.")
+    lora_pattern: str = _option(
+        "",
+        "lora: regular expression over the paths of dense kernels, matched in full; empty for key "
+        "and value projections, or an mlp's hidden layers.",
+    )
+
+    # Training.
+    epochs: int = _option(3, "Passes over the data of a task.")
+    first_task_epochs: int = _option(
+        9, "The same for the first task of a run from scratch; 0 for no more."
+    )
+    epoch_repeats: int = _option(1, "Passes over the data that count as one epoch.")
+    batch_size: int = _option(32, "Examples per step.")
+    accumulation_steps: int = _option(
+        1,
+        "Steps whose gradients make one update, in less memory what batch_size times as large "
+        "does; an epoch's last update may be of fewer.",
+    )
+    optimizer: str = _option("adamw", "Optimiser, from optax; restarts at each task.", OPTIMIZERS)
+    learning_rate: float = _option(3e-3, "Peak learning rate.")
+    head_learning_rate: float = _option(0.0, "The same for the classifier; 0 for equal.")
+    temperature: float = _option(
+        1.0, "Logits are divided by it in the loss, and so in its curvature."
+    )
+    weight_decay: float = _option(0.0, "Decoupled weight decay (adamw).")
+    schedule: str = _option("constant", "Course of the learning rate over each task.", SCHEDULES)
+    milestones: tuple[float, ...] = _option(
+        (0.5, 0.8),
+        "schedule=milestones: fractions of a task after each of which the rate is a tenth.",
+    )
+    warmup_fraction: float = _option(0.0, "Share of each task's steps with a linear warm-up.")
+    clip_norm: float = _option(0.0, "Bound on the gradient's global norm; 0 for none.")
+
+    # Images.
+    augmentation: str = _option(
+        "none",
+        "Of the training images, on the device: crop_flip is a random resized crop and a flip; "
+        "randaugment and autoaugment (ImageNet's policy) come before both.",
+        augmentation.AUGMENTATIONS,
+    )
+    crop_scale: tuple[float, ...] = _option(
+        (0.08, 1.0), "Least and greatest area of a random crop over that of the image."
+    )
+    randaugment_layers: int = _option(2, "randaugment: operations for each image.")
+    randaugment_magnitude: float = _option(9.0, "randaugment: strength of each, 0 to 10.")
+    evaluation_resize: float = _option(
+        1.0,
+        "Evaluation, curvature and training without crops see the middle of images resized to this "
+        "multiple of what the model reads; 256/224 is common, 1 is the whole image.",
+    )
+
+    # Perturbation.
+    perturbation: str = _option(
+        "symmetric",
+        "Where along the task vector, the displacement from the model that the task started from, "
+        "the training loss is taken.",
+        PERTURBATIONS,
+    )
+    epsilon: float = _option(0.5, "Radius of the perturbation over the task vector, in (0, 1].")
+    probabilities: tuple[float, ...] = _option(
+        (1 / 3, 1 / 3, 1 / 3), "symmetric: of 0, +epsilon and -epsilon; fractions may be given."
+    )
+    perturb_per: str = _option(
+        "batch", "One draw per batch or, with lora, per example.", ("batch", "example")
+    )
+
+    # Merging.
+    rule: str = _option("perturb_and_merge", "Merge rule.", tuple(rules.REGISTRY))
+    clip_alpha: bool = _option(True, "perturb_and_merge: restrict alpha to [0, 1].")
+    curvature: str = _option(
+        "fisher_empirical", "Curvature that a task leaves behind for the merge rule.", CURVATURES
+    )
+    curvature_samples: int = _option(
+        0, "fisher_exact: labels drawn per example; 0 for the sum over all classes."
+    )
+    curvature_examples: int = _option(
+        0, "Training examples that curvature is measured on; 0 for all of the task's."
+    )
+    curvature_memory_mb: float = _option(
+        0.0,
+        "Bound in MB on the per-example gradients in memory at a time; 0 for 8 on a CPU and 2048 "
+        "on accelerators.",
+    )
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            self._check_choice(field)
+        self._check_ranges()
+        if self.perturb_per == "example":
+            if self.adapter != "lora":
+                raise InvalidInput("perturb_per=example: needs adapter=lora; use perturb_per=batch")
+            if self.scenario == "domain_incremental":
+                raise InvalidInput(
+                    "perturb_per=example: the classifier of a domain_incremental stream is "
+                    "perturbed as one; use perturb_per=batch"
+                )
+            if self.perturbation == "gaussian":
+                raise InvalidInput(
+                    "perturb_per=example: a Gaussian perturbs the weights, which examples share; "
+                    "use perturb_per=batch"
+                )
+
+    def _check_choice(self, field: dataclasses.Field) -> None:
+        value, choices = getattr(self, field.name), field.metadata["choices"]
+        if choices and value not in choices:
+            raise InvalidInput(f"{field.name}={value}: must be one of {', '.join(choices)}")
+
+    def _check_ranges(self) -> None:
+        at_least_one = (
+            *("num_tasks", "patch_size", "width", "depth", "num_heads", "lora_rank"),
+            *("epochs", "epoch_repeats", "batch_size", "accumulation_steps"),
+            *("max_tokens", "vocabulary", "randaugment_layers", "evaluation_resize"),
+        )
+        not_negative = (
+            *("base_classes", "first_task_epochs", "head_learning_rate", "weight_decay"),
+            *("clip_norm", "curvature_samples", "curvature_examples", "curvature_memory_mb"),
+            *("train_per_class", "test_per_class", "image_size", "stored_size"),
+            "layer_norm_epsilon",
+        )
+        conditions = [
+            *((name, getattr(self, name) >= 1, "must be at least 1") for name in at_least_one),
+            *((name, getattr(self, name) >= 0, "must not be negative") for name in not_negative),
+            ("learning_rate", self.learning_rate > 0, "must be above 0"),
+            ("temperature", self.temperature > 0, "must be above 0"),
+            (
+                "milestones",
+                all(a < b for a, b in itertools.pairwise((0.0, *self.milestones, 1.0))),
+                "must be fractions between 0 and 1 in rising order",
+            ),
+            (
+                "crop_scale",
+                len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1,
+                "must be two numbers in (0, 1] in rising order",
+            ),
+            ("randaugment_magnitude", 0 <= self.randaugment_magnitude <= 10, "must lie in [0, 10]"),
+            ("warmup_fraction", 0 <= self.warmup_fraction < 1, "must lie in [0, 1)"),
+            ("validation_fraction", 0 < self.validation_fraction < 1, "must lie between 0 and 1"),
+            ("hidden_sizes", min(self.hidden_sizes, default=0) >= 1, "needs one width or more"),
+            (
+                "scenario",
+                self.dataset in ("digits", *sources.DOMAINS)
+                or self.scenario == "class_incremental",
+                f"dataset={self.dataset} has no domains; use scenario=class_incremental",
+            ),
+            (
+                "stored_size",
+                not self.stored_size
+                or (self.dataset != "digits" and not self.dataset.endswith(".npz")),
+                f"dataset={self.dataset} has images of one size; use 0",
+            ),
+            (
+                "pretrained",
+                not self.pretrained or self.model != "mlp",
+                "is for a transformer; name its architecture with model",
+            ),
+            (
+                "model",
+                not self.reads_text or self.dataset not in ("digits", *sources.DOMAINS),
+                f"reads texts and dataset={self.dataset} has images; choose a dataset of texts",
+            ),
+            (
+                "max_tokens",
+                not self.reads_text or self.max_tokens <= TEXT_POSITIONS,
+                f"must be at most {TEXT_POSITIONS}, the positions of the model",
+            ),
+            (
+                "tokenizer",
+                not self.reads_text or bool(self.tokenizer or self.pretrained),
+                f"model={self.model} needs one; give the path of its tokenizer.json",
+            ),
+            (
+                "num_heads",
+                self.model not in ("vit", "text_encoder") or self.width % self.num_heads == 0,
+                f"must divide width={self.width}",
+            ),
+        ]
+        for name, holds, remedy in conditions:
+            if not holds:
+                raise InvalidInput(f"{name}={getattr(self, name)}: {remedy}")
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether examples are token ids instead of images."""
+        return self.model in TEXT_MODELS
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether the first task is the pre-training."""
+        return not self.pretrained
