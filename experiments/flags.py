@@ -19,7 +19,7 @@ SEQUENTIAL_ON_DEFAULT_STREAM: dict[str, Any] = {"learning_rate": 3e-4, "epochs":
 """Chosen by validation accuracy: experiments/studies/digits_grid.py."""
 
 NOT_OF_SEQUENTIAL = (
-    *("learning_rate", "epochs", "data_dir", "evaluate_on", "rule", "clip_alpha"),
+    *("learning_rate", "epochs", "data_dir", "evaluate_on", "rule", "clip_alpha", "resident_mb"),
     *("perturbation", "epsilon", "probabilities", "perturb_per"),
     *("curvature", "curvature_samples", "curvature_examples", "curvature_memory_mb"),
 )
