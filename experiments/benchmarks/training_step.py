@@ -6,9 +6,7 @@ Everything that is compared runs in one process, in turns; the ratio is that of 
 """
 
 import dataclasses
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +14,12 @@ import numpy as np
 import optax
 from absl import app, flags
 
+from experiments.benchmarks.interleaved import interleaved, random_data
 from pm_jax import lora, rules
 from pm_jax.continual import Config
 from pm_jax.continual.evidence import dense_layers_of, evidence_fn
 from pm_jax.continual.partition import partition, trained_params
-from pm_jax.continual.training import DeviceData, Segment, logits_of, task_program
+from pm_jax.continual.training import Segment, logits_of, task_program
 
 flags.DEFINE_integer("image_size", 96, "Side of the ViT's images in pixels.")
 flags.DEFINE_integer("repeats", 11, "Turns of each measurement.")
@@ -35,31 +34,6 @@ VIT = Config(
     adapter="lora",
     scenario="class_incremental",
 )
-
-
-def interleaved(candidates: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each candidate, measured in turns after one warm-up call."""
-    for call in candidates.values():
-        jax.block_until_ready(call())
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(repeats):
-        for name, call in candidates.items():
-            clock = time.perf_counter()
-            jax.block_until_ready(call())
-            seconds[name].append(time.perf_counter() - clock)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def random_data(config: Config, shape: tuple[int, ...], examples: int) -> DeviceData:
-    """One task of random images after another that is empty of meaning: task 1 is perturbed."""
-    rng = np.random.default_rng(0)
-    return DeviceData(
-        jnp.asarray(rng.integers(256, size=(examples, *shape)), jnp.uint8),
-        jnp.asarray(rng.integers(10, size=examples), jnp.int32),
-        jnp.tile(jnp.arange(examples, dtype=jnp.int32)[None], (2, 1)),
-        jnp.full(2, examples, jnp.int32),
-        jnp.ones((2, 10), bool),
-    )
 
 
 def ratios(config: Config, shape: tuple[int, ...], examples: int, repeats: int) -> dict[str, float]:
