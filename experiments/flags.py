@@ -20,7 +20,8 @@ SEQUENTIAL_ON_DEFAULT_STREAM: dict[str, Any] = {"learning_rate": 3e-4, "epochs":
 """Chosen by validation accuracy: experiments/studies/ablation.py."""
 
 NOT_OF_SEQUENTIAL = (
-    *("learning_rate", "epochs", "data_dir", "cache_dir", "evaluate_on", "rule", "clip_alpha"),
+    *("learning_rate", "epochs", "data_dir", "cache_dir", "resident_mb", "evaluate_on"),
+    *("rule", "clip_alpha"),
     *("perturbation", "epsilon", "probabilities", "perturb_per"),
     *("curvature", "curvature_samples", "curvature_examples", "curvature_memory_mb"),
 )

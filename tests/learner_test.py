@@ -22,8 +22,8 @@ def test_every_function_compiles_once_for_the_whole_stream(config):
     learner.run()
     run = learner._programs
     for function in (
-        run.first.begin, run.first.train, run.later.begin, run.later.train, run.measure, run.merge,
-        run.accuracy, run.mean_loss,
+        run.first.begin, run.first.train, run.later.begin, run.later.train, run.measure.resident,
+        run.merge, run.accuracy.resident, run.mean_loss.resident,
     ):  # fmt: skip
         assert function._cache_size() == 1
     assert (run.first is run.later) == (config.adapter == "full")

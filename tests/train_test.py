@@ -127,7 +127,8 @@ def test_a_finished_run_says_so_and_other_settings_are_refused(tmp_path, capsys)
     line = refused(capsys, *arguments, "--learning_rate=0.5", "--batch_size=16")
     assert f"--workdir={tmp_path}" in line
     assert "batch_size=32, not 16" in line and "learning_rate=0.003, not 0.5" in line
-    run(*arguments, "--seeds=0,1", "--checkpoint_every=3", "--data_dir=/elsewhere")
+    run(*arguments, "--seeds=0,1", "--checkpoint_every=3", "--data_dir=/elsewhere",
+        "--resident_mb=0.1")  # fmt: skip
     assert json.loads((tmp_path / "summary.json").read_text())["seeds"] == [0, 1]
 
 

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import optax
 
+from pm_jax.continual.feed import Pass
 from pm_jax.continual.training import DeviceData, logits_of
 from pm_jax.types import Array, Params
 
@@ -20,7 +20,7 @@ def accuracy_fn(
     batch_size: int = 256,
     *,
     transform: Callable[[Array], Array] = _as_they_are,
-) -> Callable[..., Array]:
+) -> Pass:
     """Accuracy on the first tasks, over the classes seen and with the task known.
 
     Args:
@@ -29,41 +29,42 @@ def accuracy_fn(
         transform: of the inputs.
 
     Returns:
-        Jitted `accuracy(params, data, seen_mask, count) -> float32 [2, T]`: first with the argmax
+        A pass `accuracy(params, data, seen_mask, count) -> float32 [2, T]`: first with the argmax
         over `seen_mask` (bool [C]), then over the task's own classes; 0 from task `count` (int32
         scalar) on, which is not looked at.
 
     Example:
-        >>> accuracy_fn(nn.Dense(2))
-        <PjitFunction of <function accuracy_fn.<locals>.accuracy at ...>>
+        >>> type(accuracy_fn(nn.Dense(2))).__name__
+        'Pass'
     """
 
-    @jax.jit
-    def accuracy(params: Params, data: DeviceData, seen_mask: Array, count: Array) -> Array:
-        tasks, largest = data.positions.shape
-        total = count * largest
+    def begin(params: Params, data: DeviceData, seen_mask: Array, count: Array):
+        del params, seen_mask
+        rows, largest = data.positions.ravel(), data.positions.shape[1]
+        correct = jnp.zeros((2, data.positions.shape[0]), jnp.int32)
+        return correct, rows, -(-count * largest // batch_size)
 
-        def step(number, correct):
-            position = number * batch_size + jnp.arange(batch_size)
-            inside = position < total
-            task = jnp.where(inside, position // largest, 0)
-            place = position % largest
-            rows = data.positions[task, place]
-            labels = data.labels[rows]
-            inputs = transform(data.inputs[rows])
-            logits = logits_of(model, params, inputs, jnp.ones_like(seen_mask))
-            real = inside & (place < data.sizes[task])
-            hits = [
-                real & (jnp.argmax(jnp.where(mask, logits, -jnp.inf), axis=-1) == labels)
-                for mask in (seen_mask[None, :], data.class_masks[task])
-            ]
-            return correct.at[:, task].add(jnp.stack(hits).astype(jnp.int32))
+    def step(number, correct, rows, params: Params, data: DeviceData, seen_mask: Array, count):
+        places = number * batch_size + jnp.arange(batch_size)
+        largest = data.positions.shape[1]
+        inside = places < count * largest
+        task = jnp.where(inside, places // largest, 0)
+        rows = rows[jnp.minimum(places, rows.shape[0] - 1)]
+        labels = data.labels[rows]
+        inputs = transform(data.take(rows, places))
+        logits = logits_of(model, params, inputs, jnp.ones_like(seen_mask))
+        real = inside & (places % largest < data.sizes[task])
+        hits = [
+            real & (jnp.argmax(jnp.where(mask, logits, -jnp.inf), axis=-1) == labels)
+            for mask in (seen_mask[None, :], data.class_masks[task])
+        ]
+        return correct.at[:, task].add(jnp.stack(hits).astype(jnp.int32))
 
-        start = jnp.zeros((2, tasks), jnp.int32)
-        correct = jax.lax.fori_loop(0, -(-total // batch_size), step, start)
+    def finish(correct, params: Params, data: DeviceData, seen_mask: Array, count) -> Array:
+        del params, seen_mask, count
         return correct / data.sizes[None, :]
 
-    return accuracy
+    return Pass(begin=begin, step=step, finish=finish, batch_size=lambda *_: batch_size)
 
 
 def mean_loss_fn(
@@ -72,7 +73,7 @@ def mean_loss_fn(
     *,
     temperature: float = 1.0,
     transform: Callable[[Array], Array] = _as_they_are,
-) -> Callable[..., Array]:
+) -> Pass:
     """Mean cross-entropy on one task over its own classes, without perturbation.
 
     Args:
@@ -82,26 +83,28 @@ def mean_loss_fn(
         transform: of the inputs.
 
     Returns:
-        Jitted `mean_loss(params, data, task) -> float32 scalar`, with `task` an int32 scalar.
+        A pass `mean_loss(params, data, task) -> float32 scalar`, with `task` an int32 scalar.
 
     Example:
-        >>> mean_loss_fn(nn.Dense(2))
-        <PjitFunction of <function mean_loss_fn.<locals>.mean_loss at ...>>
+        >>> type(mean_loss_fn(nn.Dense(2))).__name__
+        'Pass'
     """
 
-    @jax.jit
-    def mean_loss(params: Params, data: DeviceData, task: Array) -> Array:
-        count, largest = data.sizes[task], data.positions.shape[1]
+    def begin(params: Params, data: DeviceData, task: Array):
+        del params
+        batches = -(-data.sizes[task] // batch_size)
+        return jnp.zeros((), jnp.float32), data.positions[task], batches
 
-        def step(number, total):
-            place = number * batch_size + jnp.arange(batch_size)
-            rows = data.positions[task, jnp.minimum(place, largest - 1)]
-            inputs, mask = transform(data.inputs[rows]), data.class_masks[task]
-            logits = logits_of(model, params, inputs, mask, temperature)
-            values = optax.softmax_cross_entropy_with_integer_labels(logits, data.labels[rows])
-            return total + jnp.sum(jnp.where(place < count, values, 0.0))
+    def step(number, total, rows, params: Params, data: DeviceData, task: Array):
+        places = number * batch_size + jnp.arange(batch_size)
+        rows = rows[jnp.minimum(places, rows.shape[0] - 1)]
+        inputs, mask = transform(data.take(rows, places)), data.class_masks[task]
+        logits = logits_of(model, params, inputs, mask, temperature)
+        values = optax.softmax_cross_entropy_with_integer_labels(logits, data.labels[rows])
+        return total + jnp.sum(jnp.where(places < data.sizes[task], values, 0.0))
 
-        batches = -(-count // batch_size)
-        return jax.lax.fori_loop(0, batches, step, jnp.zeros((), jnp.float32)) / count
+    def finish(total, params: Params, data: DeviceData, task: Array) -> Array:
+        del params
+        return total / data.sizes[task]
 
-    return mean_loss
+    return Pass(begin=begin, step=step, finish=finish, batch_size=lambda *_: batch_size)

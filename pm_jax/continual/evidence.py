@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from pm_jax import curvature, losses, task_vectors, trees
 from pm_jax.continual.config import Config
+from pm_jax.continual.feed import Pass
 from pm_jax.continual.image_transforms import evaluation_transform
 from pm_jax.continual.training import CURVATURE, DeviceData, logits_of, purpose_key
 from pm_jax.rules import Evidence, MergeRule
@@ -34,7 +35,7 @@ def evidence_fn(
         dense_layers: those of the model, for speed (see `dense_layers_of`).
 
     Returns:
-        Jitted `measure(key, trained, previous, data, task) -> Evidence`: full parameter trees, the
+        A pass `measure(key, trained, previous, data, task) -> Evidence`: full parameter trees, the
         stream, and the task's number as an int32 scalar.
 
     Example:
@@ -43,51 +44,59 @@ def evidence_fn(
         >>> measure(None, {}, {}, None, 0).quadratic is None
         True
     """
+    if not rule.needs:
+        return lambda *_: Evidence()
     transform = evaluation_transform(config)
 
-    @jax.jit
-    def measure(
-        key: Key, trained: Params, previous: Params, data: DeviceData, task: Array
-    ) -> Evidence:
-        if not rule.needs:
-            return Evidence()
+    def chunk_of(key: Key, trained: Params, previous: Params, data: DeviceData, task: Array) -> int:
+        del key, previous, task
         leaves = trees.select(trained, merging)
-        delta = task_vectors.difference(leaves, trees.select(previous, merging))
+        chunk = curvature.chunk_for_memory(leaves, _memory_bytes(config))
+        return min(chunk, data.positions.shape[1])
+
+    def estimator(trained: Params, data: DeviceData, task: Array, chunk: int):
         mask = data.class_masks[task]
 
         def logits_fn(leaves: Params, inputs: Array) -> Array:
             params = trees.replace(trained, leaves)
             return logits_of(model, params, inputs, mask, config.temperature)
 
-        chunk = curvature.chunk_for_memory(leaves, _memory_bytes(config))
-        chunk = min(chunk, data.positions.shape[1])
         if config.curvature == "fisher_empirical":
             losses_fn = losses.cross_entropy(logits_fn)
-            how = curvature.fisher_empirical(losses_fn, chunk_size=chunk, dense_layers=dense_layers)
-        else:
-            how = curvature.fisher_exact(
-                logits_fn,
-                num_samples=config.curvature_samples or None,
-                chunk_size=chunk,
-                dense_layers=dense_layers,
+            return curvature.fisher_empirical(
+                losses_fn, chunk_size=chunk, dense_layers=dense_layers
             )
+        return curvature.fisher_exact(
+            logits_fn,
+            num_samples=config.curvature_samples or None,
+            chunk_size=chunk,
+            dense_layers=dense_layers,
+        )
+
+    def begin(key: Key, trained: Params, previous: Params, data: DeviceData, task: Array):
+        chunk = chunk_of(key, trained, previous, data, task)
         key = purpose_key(key, CURVATURE, task)
+        leaves = trees.select(trained, merging)
+        delta = task_vectors.difference(leaves, trees.select(previous, merging))
         order, count = _examples(config, key, data, task)
+        state = estimator(trained, data, task, chunk).init(leaves, delta, key)
+        return (state, count), order, -(-count // chunk)
 
-        def step(number, state):
-            place = number * chunk + jnp.arange(chunk)
-            rows = order[jnp.minimum(place, order.shape[0] - 1)]
-            weights = (place < count).astype(jnp.float32)
-            return how.update(
-                state, Batch(transform(data.inputs[rows]), data.labels[rows], weights)
-            )
+    def step(number, carry, order, *arguments):
+        (state, count), chunk = carry, chunk_of(*arguments)
+        _, trained, _, data, task = arguments
+        places = number * chunk + jnp.arange(chunk)
+        rows = order[jnp.minimum(places, order.shape[0] - 1)]
+        weights = (places < count).astype(jnp.float32)
+        batch = Batch(transform(data.take(rows, places)), data.labels[rows], weights)
+        return estimator(trained, data, task, chunk).update(state, batch), count
 
-        start = how.init(leaves, delta, key)
-        state = jax.lax.fori_loop(0, -(-count // chunk), step, start)
-        found = how.finalize(state)
+    def finish(carry, *arguments) -> Evidence:
+        _, trained, _, data, task = arguments
+        found = estimator(trained, data, task, chunk_of(*arguments)).finalize(carry[0])
         return Evidence(found.quadratic, found.standard_error)
 
-    return measure
+    return Pass(begin=begin, step=step, finish=finish, batch_size=chunk_of)
 
 
 def dense_layers_of(model: nn.Module, inputs: PyTree) -> tuple[str, ...]:

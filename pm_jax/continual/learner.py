@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pm_jax import metrics, trees
-from pm_jax.continual import training
+from pm_jax.continual import feed, training
 from pm_jax.continual.checkpoints import Checkpoints
 from pm_jax.continual.config import Config
 from pm_jax.continual.logs import RunLog
 from pm_jax.continual.programs import programs, starting_params
-from pm_jax.continual.training import DeviceData, Segment, TaskProgram
+from pm_jax.continual.training import Segment, TaskProgram
 from pm_jax.rules import MergeInfo
 from pm_jax.types import Array, InvalidInput, Params, PyTree
 
@@ -73,11 +73,9 @@ class Learner:
             self.stream.train.positions.shape[1],
         )
         self._key = jax.random.key(seed)
-        self._train = DeviceData.of(self.stream, self.stream.train)
+        self._train = feed.placed(config, self.stream, self.stream.train)
         held_out = self.stream.test if config.evaluate_on == "test" else self.stream.validation
-        self._held_out = self._train._replace(
-            positions=jnp.asarray(held_out.positions), sizes=jnp.asarray(held_out.sizes)
-        )
+        self._held_out = feed.of_split(self._train, held_out)
         per_epoch = -(-self.stream.train.sizes // config.batch_size)
         epochs = np.asarray([config.epochs_of(task) for task in range(self.stream.num_tasks)])
         self._steps_per_epoch = per_epoch.tolist()
@@ -206,11 +204,20 @@ class Learner:
         )
         for epoch, first, stop in pieces:
             clock = time.perf_counter()
-            segment = Segment.of(task, epoch, first, stop, epochs)
-            trainable, optimizer_state, step_losses = program.train(
-                self._key, trainable, optimizer_state, start, self._train, segment
-            )
-            values = np.asarray(step_losses)[first:stop]
+            found = []
+
+            def order(data, epoch=epoch):
+                return program.order(self._key, data, task_array, epoch)
+
+            stretches = feed.stretches(self._train, order, self.config.batch_size, first, stop)
+            for low, high, data in stretches:
+                segment = Segment.of(task, epoch, low, high, epochs)
+                trainable, optimizer_state, step_losses = program.train(
+                    self._key, trainable, optimizer_state, start, data, segment
+                )
+                # Waits, so that no more windows than planned are on the device.
+                found.append(np.asarray(step_losses)[low:high])
+            values = np.concatenate(found)
             seconds = self._time("train", clock)
             self._check_finite(task, epoch * per_epoch + first, values)
             within = epoch * per_epoch + stop

@@ -188,6 +188,12 @@ class Settings:
     )
     randaugment_layers: int = _option(2, "randaugment: operations for each image.")
     randaugment_magnitude: float = _option(9.0, "randaugment: strength of each, 0 to 10.")
+    resident_mb: float = _option(
+        0.0,
+        "Inputs of more than so many MB stay in the host's memory and are streamed, with the same "
+        "numbers; 0 for half of the device's memory and, on a CPU, no bound.",
+        identity=False,
+    )
     evaluation_resize: float = _option(
         1.0,
         "Evaluation, curvature and training without crops see the middle of images resized to this "
@@ -260,7 +266,7 @@ class Settings:
             *("base_classes", "first_task_epochs", "head_learning_rate", "weight_decay"),
             *("clip_norm", "curvature_samples", "curvature_examples", "curvature_memory_mb"),
             *("train_per_class", "test_per_class", "image_size", "stored_size"),
-            "layer_norm_epsilon",
+            *("layer_norm_epsilon", "resident_mb"),
         )
         conditions = [
             *((name, getattr(self, name) >= 1, "must be at least 1") for name in at_least_one),

@@ -20,18 +20,30 @@ from pm_jax.types import Array, Batch, Key, Params, PyTree
 INITIALIZE, ADAPTERS, SHUFFLE, STEP, CURVATURE, AUGMENT = range(6)
 
 
+class Window(NamedTuple):
+    """The inputs of a stretch of a pass over examples, in the order of the pass.
+
+    Attributes:
+        values: uint8 [W, ...].
+        first: place of the first of them in the pass, int32 scalar.
+    """
+
+    values: Array
+    first: Array
+
+
 class DeviceData(NamedTuple):
     """A stream on the device.
 
     Attributes:
-        inputs: uint8 images or int32 token ids [N, ...].
+        inputs: uint8 images or int32 token ids [N, ...], or what is there of them.
         labels: int32 [N].
         positions: int32 [T, M], examples of each task.
         sizes: int32 [T], how many entries of each row are examples.
         class_masks: bool [T, C].
     """
 
-    inputs: Array
+    inputs: Array | Window | None
     labels: Array
     positions: Array
     sizes: Array
@@ -42,6 +54,13 @@ class DeviceData(NamedTuple):
         """Put a stream and one of its splits on the device."""
         arrays = (stream.inputs, stream.labels, split.positions, split.sizes, stream.class_masks)
         return cls(*(jnp.asarray(array) for array in arrays))
+
+    def take(self, rows: Array, places: Array) -> Array:
+        """Inputs of the examples in some rows, which are at these places of a pass."""
+        if isinstance(self.inputs, Window):
+            return self.inputs.values[places - self.inputs.first]
+        assert self.inputs is not None
+        return self.inputs[rows]
 
 
 class Segment(NamedTuple):
@@ -75,10 +94,12 @@ class TaskProgram(NamedTuple):
         train: `train(key, trainable, optimizer_state, start, data, segment) -> (trainable,
             optimizer_state, losses)`, losses float32 [steps of the largest task]. The first two are
             donated.
+        order: `order(key, data, task, epoch) -> rows`, int32, the examples of an epoch in order.
     """
 
     begin: Callable[..., tuple[Trainable, PyTree]]
     train: Callable[..., tuple[Trainable, PyTree, Array]]
+    order: Callable[..., Array]
 
 
 def purpose_key(key: Key, purpose: int, *counters: Array | int) -> Key:
@@ -255,10 +276,17 @@ def task_program(
         trainable = jax.tree.map(jnp.copy, trainable)
         return trainable, optimizer.accumulated(config, transformation)[0].init(trainable)
 
+    def batches_of(key: Key, data: DeviceData, task: Array, epoch: Array) -> Array:
+        shuffle_key = purpose_key(key, SHUFFLE, task, epoch)
+        return _epoch_batches(shuffle_key, data, task, steps, batch_size)
+
+    @jax.jit
+    def order(key: Key, data: DeviceData, task: Array, epoch: Array) -> Array:
+        return batches_of(key, data, task, epoch).ravel()
+
     def train(key, trainable, optimizer_state, start, data, segment):
         task, count = segment.task, data.sizes[segment.task]
-        shuffle_key = purpose_key(key, SHUFFLE, task, segment.epoch)
-        batches = _epoch_batches(shuffle_key, data, task, steps, batch_size)
+        batches = batches_of(key, data, task, segment.epoch)
         steps_per_epoch = -(-count // batch_size)
         updates_per_epoch = -(-steps_per_epoch // config.accumulation_steps)
         class_mask = data.class_masks[task]
@@ -266,9 +294,11 @@ def task_program(
         def step(position, carry):
             trainable, optimizer_state, values = carry
             rows = batches[position]
-            weights = position * batch_size + jnp.arange(batch_size) < count
+            places = position * batch_size + jnp.arange(batch_size)
+            weights = places < count
             number = segment.epoch * steps_per_epoch + position
-            inputs = transform(purpose_key(key, AUGMENT, task, number), data.inputs[rows])
+            image_key = purpose_key(key, AUGMENT, task, number)
+            inputs = transform(image_key, data.take(rows, places))
             batch = Batch(inputs, data.labels[rows], weights.astype(jnp.float32))
             update = segment.epoch * updates_per_epoch + position // config.accumulation_steps
             # What a batch shares, so do the batches of an update.
@@ -300,7 +330,7 @@ def task_program(
         stop = jnp.minimum(segment.stop, steps_per_epoch)
         return jax.lax.fori_loop(segment.first, stop, step, carry)
 
-    return TaskProgram(begin, jax.jit(train, donate_argnums=(1, 2)))
+    return TaskProgram(begin, jax.jit(train, donate_argnums=(1, 2)), order)
 
 
 def _epoch_batches(key: Key, data: DeviceData, task: Array, steps: int, batch_size: int) -> Array:

@@ -1,0 +1,95 @@
+"""Time of an epoch with each augmentation over that without, and of a streamed over a resident one.
+
+python -m experiments.benchmarks.augmentation
+
+A ViT with adapters on random images. Everything that is compared runs in one process, in turns; the
+ratio is that of the medians.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from experiments.benchmarks.workloads import interleaved, random_data
+from pm_jax.continual import Config
+from pm_jax.continual.feed import HostData, stretches
+from pm_jax.continual.partition import partition
+from pm_jax.continual.training import DeviceData, Segment, task_program
+from pm_jax.data.augmentation import AUGMENTATIONS
+
+flags.DEFINE_integer("image_size", 160, "Side in pixels that the model reads.")
+flags.DEFINE_integer("stored_size", 160, "Side in pixels of the images in memory.")
+flags.DEFINE_integer("repeats", 7, "Turns of each measurement.")
+flags.DEFINE_integer("steps", 4, "Steps of an epoch.")
+flags.DEFINE_integer("batch_size", 32, "Examples per step.")
+flags.DEFINE_string("model", "vit_tiny_patch16", "Architecture.")
+
+
+def epoch(
+    config: Config, examples: int, stored_size: int, *, streamed: bool = False
+) -> Callable[[], object]:
+    """A call that trains one epoch of one task; streamed, every batch is a window of its own."""
+    shape = (stored_size, stored_size, 3)
+    data, key = random_data(shape, examples), jax.random.key(0)
+    model = config.network(10)
+    params = model.init(key, jnp.zeros((1, *shape)))["params"]
+    parts = partition(
+        params,
+        class_incremental=True,
+        lora_pattern=config.kernel_pattern(),
+        rank=config.lora_rank,
+    )
+    program = task_program(config, model, parts, examples)
+    state = list(program.begin(key, params, np.asarray(1, np.int32)))
+
+    steps = -(-examples // config.batch_size)
+    source: DeviceData | HostData = data
+    if streamed:
+        images = np.asarray(data.inputs)
+        source = HostData(images, data._replace(inputs=None), images[: config.batch_size].nbytes)
+
+    def run() -> object:
+        pieces = stretches(
+            source, lambda rest: program.order(key, rest, 1, 0), config.batch_size, 0, steps
+        )
+        for first, stop, part in pieces:
+            segment = Segment.of(1, 0, first, stop, 1)
+            *state[:], values = program.train(key, *state, params, part, segment)
+            jax.block_until_ready(values)
+        return values
+
+    return run
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print the ratios."""
+    del argv
+    values = flags.FLAGS
+    config = Config(
+        model=values.model,
+        image_size=values.image_size,
+        adapter="lora",
+        scenario="class_incremental",
+        batch_size=values.batch_size,
+    )
+    examples = values.steps * values.batch_size
+    epochs = {
+        name: epoch(dataclasses.replace(config, augmentation=name), examples, values.stored_size)
+        for name in AUGMENTATIONS
+    }
+    epochs["streamed"] = epoch(config, examples, values.stored_size, streamed=True)
+    seconds = interleaved(epochs, values.repeats)
+    print(
+        f"{values.model}, images of {values.stored_size} px read at {values.image_size} px, batch "
+        f"{values.batch_size}; without augmentation {examples / seconds['none']:.1f} images/s"
+    )
+    for name in (*AUGMENTATIONS[1:], "streamed"):
+        print(f"  {name:12s} / none {seconds[name] / seconds['none']:8.3f}")
+
+
+if __name__ == "__main__":
+    app.run(main)
