@@ -11,8 +11,9 @@ from pm_jax.continual.config import Config
 from pm_jax.continual.feed import Pass
 from pm_jax.continual.image_transforms import evaluation_transform
 from pm_jax.continual.training import CURVATURE, DeviceData, logits_of, purpose_key
+from pm_jax.curvature import Measure
 from pm_jax.rules import Evidence, MergeRule
-from pm_jax.types import Array, Batch, Key, Params, PyTree
+from pm_jax.types import Array, Batch, Key, LogitsFn, Params, PyTree
 
 
 def evidence_fn(
@@ -54,24 +55,12 @@ def evidence_fn(
         chunk = curvature.chunk_for_memory(leaves, _memory_bytes(config))
         return min(chunk, data.positions.shape[1])
 
-    def estimator(trained: Params, data: DeviceData, task: Array, chunk: int):
-        mask = data.class_masks[task]
-
+    def estimator(trained: Params, data: DeviceData, task: Array, chunk: int) -> Measure:
         def logits_fn(leaves: Params, inputs: Array) -> Array:
             params = trees.replace(trained, leaves)
-            return logits_of(model, params, inputs, mask, config.temperature)
+            return logits_of(model, params, inputs, data.class_masks[task], config.temperature)
 
-        if config.curvature == "fisher_empirical":
-            losses_fn = losses.cross_entropy(logits_fn)
-            return curvature.fisher_empirical(
-                losses_fn, chunk_size=chunk, dense_layers=dense_layers
-            )
-        return curvature.fisher_exact(
-            logits_fn,
-            num_samples=config.curvature_samples or None,
-            chunk_size=chunk,
-            dense_layers=dense_layers,
-        )
+        return _fisher(config, logits_fn, chunk, dense_layers)
 
     def begin(key: Key, trained: Params, previous: Params, data: DeviceData, task: Array):
         chunk = chunk_of(key, trained, previous, data, task)
@@ -97,6 +86,21 @@ def evidence_fn(
         return Evidence(found.quadratic, found.standard_error)
 
     return Pass(begin=begin, step=step, finish=finish, batch_size=chunk_of)
+
+
+def _fisher(
+    config: Config, logits_fn: LogitsFn, chunk: int, dense_layers: tuple[str, ...]
+) -> Measure:
+    """The curvature that the settings name."""
+    if config.curvature == "fisher_empirical":
+        losses_fn = losses.cross_entropy(logits_fn)
+        return curvature.fisher_empirical(losses_fn, chunk_size=chunk, dense_layers=dense_layers)
+    return curvature.fisher_exact(
+        logits_fn,
+        num_samples=config.curvature_samples or None,
+        chunk_size=chunk,
+        dense_layers=dense_layers,
+    )
 
 
 def dense_layers_of(model: nn.Module, inputs: PyTree) -> tuple[str, ...]:
