@@ -109,7 +109,7 @@ class Settings:
     pretrained: str = _option(
         "",
         "Weights to start from, .safetensors of timm or transformers or AugReg's .npz; empty to "
-        "start from scratch, with the first task as pre-training.",
+        "start from scratch, with the first task as pre-training. Grey images become RGB for them.",
     )
     tokenizer: str = _option(
         "", "Text: a tokenizer.json; empty for the one beside the pre-trained weights."
