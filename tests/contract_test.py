@@ -18,7 +18,6 @@ VARIANTS = {
     "cofima": "cap=0.5",
     "ties": "trim=tensor",
     "dare": "on=ties",
-    "tunable_magmax": "preference=0.5:0.3:0.2:0:0:0",
 }
 """Settings of registered rules that take other paths than the default ones."""
 
@@ -111,6 +110,8 @@ def test_state_is_a_pytree_of_arrays_of_fixed_shapes(name):
         state, previous=model(0), trained=model(1), evidence=evidence_for(model(1), 0)
     )[1]
     assert jax.tree.structure(state) == jax.tree.structure(after)
+    # Merging donates them, which the same buffer cannot be twice.
+    assert len(set(map(id, jax.tree.leaves(state)))) == len(jax.tree.leaves(state))
     for before, now in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
         assert (before.shape, before.dtype) == (now.shape, now.dtype)
 

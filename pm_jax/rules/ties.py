@@ -75,9 +75,10 @@ def ties(*, scale: float = 0.55, keep: float = 0.2, trim: str = "global") -> Mer
 
     def init(params: Params) -> TiesState:
         origin = origin_of(params)
-        zeros = task_vectors.difference(origin, origin)
-        none = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.uint16), zeros)
-        return TiesState(origin, zeros, zeros, none, none)
+        # Trees of their own, as the buffers may be donated.
+        sums = [task_vectors.difference(origin, origin) for _ in range(2)]
+        counts = [jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.uint16), s) for s in sums]
+        return TiesState(origin, *sums, *counts)
 
     def by_group(function: Callable[[list], list], tree: PyTree) -> PyTree:
         """Map lists of the leaves that share a threshold and a balance of signs."""
