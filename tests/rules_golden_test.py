@@ -107,10 +107,10 @@ def test_cofima_caps_the_fisher_where_asked():
 
 
 def test_fisher_averaging_is_the_weighted_mean_where_there_is_curvature():
-    fishers = [[3, 1, 0], [1, 1, 0]]
-    merged, info = stream(rules.fisher_averaging(), np.ones(3), [2.0, 6.0], fishers)
-    np.testing.assert_allclose(merged[-1], [3, 4, 1], rtol=1e-6)
-    np.testing.assert_allclose([info.alpha, info.degenerate], [0.25, 1 / 3], rtol=1e-6)
+    fishers = [[3, 1, 0, 1e-37], [1, 1, 0, 1e-37]]
+    merged, info = stream(rules.fisher_averaging(), np.ones(4), [2.0, 6.0], fishers)
+    np.testing.assert_allclose(merged[-1], [3, 4, 1, 1], rtol=1e-6)
+    np.testing.assert_allclose([info.alpha, info.degenerate], [0.1875, 0.5], rtol=1e-6)
 
 
 @pytest.mark.parametrize("factor", [1e-10, 1e10])
@@ -167,7 +167,7 @@ def test_random_mix_gives_every_task_the_same_share():
     [
         (8, [0.25, 0.25, 0.5], [2, 2, 4]),
         (8, [1 / 3, 1 / 3, 1 / 3], [3, 3, 2]),
-        (49, [1 / 49] * 49, [1] * 49),
+        (49, [48 / 49, 1 / 49], [48, 1]),
         (5, [0, 0, 1], [0, 0, 5]),
         (2, [0.25] * 4, [1, 1, 0, 0]),
     ],

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 
 from pm_jax.quadratics import DiagonalQuadratic
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, diagonal_of, mean_of_entries
-from pm_jax.trees import compute_dtype
 from pm_jax.types import Params
+
+NEGLIGIBLE = 1e-30
+"""Curvature below which its product with a displacement may underflow."""
 
 
 def fisher_averaging() -> MergeRule:
@@ -42,21 +44,19 @@ def fisher_averaging() -> MergeRule:
         quadratic = diagonal_of(evidence)
         memory = state.plus(quadratic)
 
-        def minimum(center, diagonal, gradient, last, new):
-            step = gradient / diagonal
-            usable = (diagonal > jnp.finfo(diagonal.dtype).tiny) & jnp.isfinite(step)
-            dtype = compute_dtype(center, diagonal)
-            found = jnp.asarray(center, dtype) - step
-            return jnp.where(usable, found, jnp.asarray(last, dtype)).astype(new.dtype)
+        def minimum(center, total, gradient, last, new):
+            step = jnp.where(total > NEGLIGIBLE, gradient / total, jnp.nan)
+            center, last = center.astype(step.dtype), last.astype(step.dtype)
+            return jnp.where(jnp.isfinite(step), center - step, last).astype(new.dtype)
 
         total = memory.diagonal
         merged = jax.tree.map(minimum, memory.center, total, memory.gradient, previous, trained)
         shares = jax.tree.map(
-            lambda own, all_tasks: jnp.nan_to_num(own / all_tasks, posinf=0.0, neginf=0.0),
+            lambda own, all_tasks: jnp.where(all_tasks > NEGLIGIBLE, own / all_tasks, 0.0),
             quadratic.diagonal,
             total,
         )
-        without = jax.tree.map(lambda s: ~(s > jnp.finfo(s.dtype).tiny), total)
+        without = jax.tree.map(lambda curvature: ~(curvature > NEGLIGIBLE), total)
         info = MergeInfo.of(mean_of_entries(shares), mean_of_entries(without))
         return merged, memory, info
 
