@@ -1,0 +1,42 @@
+"""Every registered rule through the binary, on a tiny run of three tasks."""
+
+import functools
+import json
+import tempfile
+
+import pytest
+from absl import flags
+
+from experiments import flags as experiment_flags
+from experiments import train
+from pm_jax import rules
+
+TINY = ["--num_tasks=3", "--epochs=1", "--first_task_epochs=1", "--hidden_sizes=8",
+        "--batch_size=128", "--perturbation=none"]  # fmt: skip
+
+
+@functools.cache
+def results(rule):
+    """Results and training losses by task."""
+    with tempfile.TemporaryDirectory() as directory:
+        flags.FLAGS.unparse_flags()
+        arguments = [f"--rule={rule}", f"--workdir={directory}/run", *TINY]
+        train.main(experiment_flags.parse(["train", *arguments]))
+        seed = f"{directory}/run/seed_0"
+        with open(f"{seed}/metrics.jsonl") as log, open(f"{seed}/results.json") as found:
+            losses = [line["loss"] for line in map(json.loads, log) if line["event"] == "epoch"]
+            return json.load(found), losses
+
+
+@pytest.mark.parametrize("name", rules.REGISTRY)
+def test_a_run_trains_as_the_rule_says_and_is_measured_on_the_merged_model(name):
+    found, losses = results(name)
+    sequential, its_losses = results("sequential")
+    # From scratch the first task is the pre-training, so the second starts alike in all.
+    assert losses[:2] == its_losses[:2]
+    goes_on = name == "sequential" or rules.make(name).next_task_from == "trained"
+    assert (losses[2] == its_losses[2]) == goes_on
+    accuracies, its_accuracies = found["accuracy_matrix"], sequential["accuracy_matrix"]
+    assert accuracies[0] == its_accuracies[0]
+    assert (accuracies[1] == its_accuracies[1]) == (name == "sequential")
+    assert all(merge["alpha"] is not None for merge in found["merges"])
