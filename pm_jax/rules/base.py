@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from pm_jax import trees
 from pm_jax.quadratics import Quadratic
-from pm_jax.types import Array, Params
+from pm_jax.types import Array, Key, Params
 
 
 class Evidence(NamedTuple):
@@ -21,10 +21,12 @@ class Evidence(NamedTuple):
     Attributes:
         quadratic: curvature of the task's loss at the trained model.
         curvature_error: standard error of `Delta^T H_t Delta` over the task's examples, scalar.
+        key: PRNG key of this merge; what is random in a leaf folds in its path.
     """
 
     quadratic: Quadratic | None = None
     curvature_error: Array | float = float("nan")
+    key: Key | None = None
 
 
 class MergeInfo(NamedTuple):
