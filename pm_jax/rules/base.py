@@ -59,12 +59,15 @@ class MergeRule(NamedTuple):
         update: `update(state, *, previous, trained, evidence) -> (params, state, info)`.
         needs: names of the fields of `Evidence` that `update` reads.
         next_task_from: "merged" or "trained", the model that the next task starts from.
+        scope: how much of a model `update` must see at once to give the same parameters: any
+            "element" by itself, each "tensor" by itself, or the whole "model".
     """
 
     init: Callable[[Params], Any]
     update: Callable[..., tuple[Params, Any, MergeInfo]]
     needs: frozenset[str] = frozenset()
     next_task_from: str = "merged"
+    scope: str = "model"
 
 
 class TaskCount(NamedTuple):
@@ -107,4 +110,4 @@ def merge_by_count(coefficient: Callable[[Array], Array]) -> MergeRule:
         info = MergeInfo(alpha, alpha, nan, nan, nan, nan, jnp.zeros((), jnp.float32))
         return trees.lerp(previous, trained, alpha), TaskCount(tasks), info
 
-    return MergeRule(init, update)
+    return MergeRule(init, update, scope="element")

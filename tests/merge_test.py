@@ -1,0 +1,258 @@
+"""Offline merging: arithmetic against NumPy in float64, streaming, and what is refused."""
+
+import hashlib
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors
+from absl import flags
+from safetensors.numpy import load_file, save_file
+
+from experiments import flags as experiment_flags
+from experiments import merge
+from pm_jax import offline_merging, rules, tensor_files
+from pm_jax.quadratics import DiagonalQuadratic
+from pm_jax.rules import Evidence
+
+SHAPES = {"blocks.0.attn.qkv": (40, 75), "blocks.0.mlp": (7, 3, 2), "scale": (), "empty": (0, 4)}
+BLOCK = 1000
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(offline_merging, "BLOCK", BLOCK)
+
+
+def run(*arguments):
+    """Parse and run as `app.run` would, with flags of its own."""
+    values = flags.FlagValues()
+    merge.define_flags(values)
+    merge.main(experiment_flags.parse(["merge", *map(str, arguments)], values), values)
+
+
+def refused(capsys, *arguments):
+    """The single line of a call that ends with code 2."""
+    with pytest.raises(SystemExit) as ended:
+        run(*arguments)
+    assert ended.value.code == 2
+    text = capsys.readouterr().err
+    assert text.startswith("error: ") and text.count("\n") == 1, text
+    return text.rstrip()
+
+
+def tensors(seed, dtype=np.float32, positive=False):
+    rng = np.random.default_rng(seed)
+
+    def values(shape):
+        drawn = rng.normal(size=shape)
+        return np.asarray(abs(drawn) if positive else drawn, dtype)
+
+    return {name: values(shape) for name, shape in SHAPES.items()}
+
+
+def written(folder, name, content):
+    path = folder / f"{name}.safetensors"
+    save_file(content, path, {"format": "pt"})
+    return path
+
+
+def call(folder, models, *more, base=None, output="out", fishers=()):
+    """Arguments of a merge of models that are written here."""
+    base = written(folder, "base", tensors(0) if base is None else base)
+    paths = [written(folder, f"m{n}", content) for n, content in enumerate(models)]
+    evidence = [written(folder, f"f{n}", content) for n, content in enumerate(fishers)]
+    given = [f"--base={base}", f"--models={','.join(map(str, paths))}"]
+    given += [f"--fishers={','.join(map(str, evidence))}"] if fishers else []
+    return [*given, f"--output={folder / output}.safetensors", *more]
+
+
+def merged(folder, *arguments, **options):
+    run(*call(folder, *arguments, **options))
+    return load_file(folder / "out.safetensors")
+
+
+@pytest.mark.parametrize("count", [2, 10])
+def test_averaging_agrees_with_float64(count, tmp_path):
+    models = [tensors(1 + n) for n in range(count)]
+    found = merged(tmp_path, models)
+    assert set(found) == set(SHAPES)
+    for name in SHAPES:
+        wanted = np.mean([model[name].astype(np.float64) for model in models], axis=0)
+        assert found[name].dtype == np.float32 and found[name].shape == SHAPES[name]
+        np.testing.assert_allclose(found[name], wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16, np.float64])
+def test_the_average_of_copies_is_the_model_bit_for_bit(dtype, tmp_path):
+    model = tensors(1, dtype)
+    tiny = float(jnp.finfo(dtype).smallest_subnormal)
+    model["blocks.0.mlp"].reshape(-1)[:4] = [-0.0, tiny, -3 * tiny, 1 / 3]
+    found = merged(tmp_path, [model] * 5, base=tensors(0, dtype))
+    assert all(found[name].tobytes() == model[name].tobytes() for name in SHAPES)
+
+
+def test_float64_is_merged_in_float64(tmp_path):
+    models = [tensors(1, np.float64), tensors(2, np.float64)]
+    found = merged(tmp_path, models, base=tensors(0, np.float64))
+    wanted = (models[0]["scale"] + models[1]["scale"]) / 2
+    np.testing.assert_allclose(found["scale"], wanted, rtol=1e-15)
+
+
+def in_memory(rule, base, models, fishers):
+    """The rule over whole models, as in training."""
+    state, previous = rule.init(base), base
+    for task, (trained, fisher) in enumerate(zip(models, fishers, strict=True)):
+        key = jax.random.fold_in(jax.random.key(0), task)
+        evidence = Evidence(quadratic=DiagonalQuadratic.at(trained, fisher), key=key)
+        params, state, _ = rule.update(state, previous=previous, trained=trained, evidence=evidence)
+        previous = params if rule.next_task_from == "merged" else trained
+    return params
+
+
+@pytest.mark.parametrize("name", sorted(rules.REGISTRY))
+def test_every_rule_merges_in_pieces_as_in_memory(name, tmp_path, capsys):
+    """And so its `scope` is true; a rule that cannot work on files is refused."""
+    rule = rules.make(name, max_tasks=3)
+    models = [tensors(1 + n) for n in range(3)]
+    fishers = [tensors(11 + n, positive=True) for n in range(3)]
+    given = {"fishers": fishers} if rule.needs & offline_merging.OF_FISHERS else {}
+    if rule.needs - offline_merging.OF_FISHERS - {"key"}:
+        line = refused(capsys, *call(tmp_path, models, f"--rule={name}", **given))
+        assert re.search(f"--rule={name}: needs .* from training", line)
+        return
+    found = merged(tmp_path, models, f"--rule={name}", **given)
+    assert {key: value.shape for key, value in found.items()} == SHAPES
+    if "key" in rule.needs and rule.scope != "model":
+        return  # draws block by block, from other keys
+    wanted = in_memory(rule, tensors(0), models, fishers)
+    for tensor in SHAPES:
+        np.testing.assert_allclose(found[tensor], wanted[tensor], rtol=1e-5, atol=1e-6)
+
+
+def test_no_more_than_a_block_is_read_at_once(tmp_path, monkeypatch):
+    read, sizes = tensor_files.TensorFile.read, []
+    monkeypatch.setattr(
+        tensor_files.TensorFile,
+        "read",
+        lambda self, name, first, stop: sizes.append(stop - first) or read(self, name, first, stop),
+    )
+    merged(tmp_path, [tensors(1), tensors(2)])
+    assert max(sizes) == BLOCK and sum(sizes) == 3 * (3000 + 42 + 1)
+
+
+def test_whole_numbers_stay_the_bases_and_mixed_types_become_its_type(tmp_path, capsys):
+    base = {"ids": np.arange(3), "w": np.zeros(3, np.float16), "v": np.ones(2, np.float32)}
+    models = [
+        {"ids": np.arange(3) + n, "w": np.full(3, n, jnp.bfloat16), "v": base["v"]}
+        for n in (1, 2)
+    ]  # fmt: skip
+    found = merged(tmp_path, models, base=base)
+    assert found["ids"].tolist() == [0, 1, 2] and found["ids"].dtype == np.int64
+    assert found["w"].tolist() == [1.5] * 3 and found["w"].dtype == np.float16
+    said = capsys.readouterr().out
+    assert "left as the base's: ids" in said and "written in the base's: w" in said
+
+
+def test_metadata_says_how_the_file_was_made(tmp_path):
+    merged(tmp_path, [tensors(1), tensors(2)])
+    with safetensors.safe_open(tmp_path / "out.safetensors", "numpy") as file:
+        found = file.metadata()
+    assert found["format"] == "pt" and found["rule"] == "averaging"
+    assert found["made_by"].startswith("pm_jax ")
+    sources = json.loads(found["made_from"])
+    assert [model["name"] for model in sources["models"]] == ["m0.safetensors", "m1.safetensors"]
+    digest = hashlib.sha256((tmp_path / "base.safetensors").read_bytes()).hexdigest()
+    assert sources["base"]["sha256"] == digest and str(tmp_path) not in str(found)
+
+
+def test_an_error_in_the_middle_leaves_nothing(tmp_path, monkeypatch):
+    arguments = call(tmp_path, [tensors(1)])
+    before = sorted(tmp_path.iterdir())
+    read = tensor_files.TensorFile.read
+
+    def failing(self, name, first, stop):
+        if name == "scale":
+            raise KeyboardInterrupt
+        return read(self, name, first, stop)
+
+    monkeypatch.setattr(tensor_files.TensorFile, "read", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run(*arguments)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_existing_output_is_kept_unless_told_and_never_an_input(tmp_path, capsys):
+    arguments = call(tmp_path, [tensors(1), tensors(2)])
+    output = tmp_path / "out.safetensors"
+    output.write_bytes(b"old")
+    assert re.search("--output=.*: exists", refused(capsys, *arguments))
+    assert output.read_bytes() == b"old"
+    run(*arguments, "--overwrite")
+    assert set(load_file(output)) == set(SHAPES)
+    onto = [*arguments, f"--output={tmp_path / 'm1.safetensors'}", "--overwrite"]
+    assert "is one of the inputs" in refused(capsys, *onto)
+
+
+def changed(**tensor):
+    return {**tensors(1), **tensor}
+
+
+BAD = {
+    "no file": (["--base={}/none.safetensors"], {}, "--base=.*none.*: there is no such file"),
+    "ending": (["--models={}/m.bin"], {}, r"--models=.*m\.bin: must end in \.safetensors"),
+    "damaged": (["--base={}/damaged.safetensors"], {}, "--base=.*: cannot be read"),
+    "no models": (["--models="], {}, "--models=: needs one or more"),
+    "no output": (["--output="], {}, "--output=: needs a"),
+    "output's ending": (["--output={}/out.bin"], {}, r"--output=.*: must end in \.safetensors"),
+    "output's folder": (["--output={}/x/out.safetensors"], {}, "folder .*x does not exist"),
+    "rule": (["--rule=none"], {}, "--rule=none: must be one of"),
+    "setting": (["--rule_settings=speed=2"], {}, "--rule_settings=speed=2: .*averaging takes"),
+    "pattern": (["--settings=.*head.*:a=1"], {}, r"--settings=\.\*head.*matches none; .*nearest"),
+    "no pattern": (["--settings=a=1"], {}, "--settings=a=1: must read PATTERN:name=value"),
+    "regular expression": (["--settings=(:a=1"], {}, r"--settings=\(:a=1: .*not a regular"),
+    "curvature": (["--rule=perturb_and_merge"], {}, "needs curvature; give fishers"),
+    "unread": ([], {"fishers": [tensors(3)]}, "--fishers.*rule=averaging reads none"),
+    "too few": (["--fishers=a,b,c"], {}, "--fishers=a,b,c: needs one for each of 1 models"),
+    "negative": (
+        ["--rule=perturb_and_merge"], {"fishers": [tensors(3)]}, "holds -.*; must not be negative"
+    ),
+    "names": (
+        [], {"models": [{"scale": np.ones((), np.float32), "z": np.ones(1)}]},
+        r"--models=.*m0\S*: .*lacks \S*qkv, lacks \S*mlp, lacks empty, also has z; give",
+    ),
+    "shape": (
+        [], {"models": [changed(scale=np.ones(2, np.float32))]}, r"scale is \[2\], not \[\]"
+    ),
+    "kind": ([], {"models": [changed(scale=np.asarray(1))]}, "scale is I64, not F32"),
+    "type": (
+        [], {"models": [changed(scale=np.asarray(1, jnp.float8_e4m3fn))]},
+        "scale is of type F8_E4M3; convert",
+    ),
+    "nan": (
+        [], {"models": [changed(scale=np.asarray(np.nan, np.float32))]},
+        r"--models=.*m0\.safetensors: scale holds nan",
+    ),
+    "infinity": (
+        [], {"base": {**tensors(0), "scale": np.asarray(-np.inf, np.float32)}},
+        r"--base=.*base\.safetensors: scale holds -inf",
+    ),
+    "range": (
+        [], {"base": tensors(0, np.float16), "models": [changed(scale=np.asarray(1e6))]},
+        "--rule=averaging: takes scale out of the range of float16",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_be_merged_is_one_line_and_leaves_nothing(case, tmp_path, capsys):
+    more, options, pattern = BAD[case]
+    arguments = call(tmp_path, **{"models": [tensors(1)], **options})
+    (tmp_path / "damaged.safetensors").write_bytes(b"\xff" * 20)
+    before = sorted(tmp_path.iterdir())
+    line = refused(capsys, *arguments, *(argument.format(tmp_path) for argument in more))
+    assert re.search(pattern, line), line
+    assert sorted(tmp_path.iterdir()) == before
