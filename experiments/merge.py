@@ -2,6 +2,7 @@
 
 python -m experiments.merge --base=base.safetensors --models=first.safetensors,second.safetensors \
     --rule=averaging --output=merged.safetensors
+python -m experiments.merge --run=runs/digits/seed_0 --rule=averaging --output=merged.safetensors
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from absl import app, flags
 
 from experiments import flags as experiment_flags
+from pm_jax.continual import task_models
 from pm_jax.offline_merging import Merge, merge_files
 from pm_jax.types import InvalidInput
 
@@ -18,6 +20,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Define the flags; not on import, because experiments.train has some of the same names."""
     for name, default, description in (
         ("base", None, "The .safetensors file of the model before the first task."),
+        ("run", None, "Instead of base and models: seed_<n> of a run with keep_task_models."),
         ("output", None, "The .safetensors file to write."),
         ("rule", "averaging", "Merge rule; one that needs no data."),
         ("rule_settings", "", "Settings of the rule: name=value,name=value."),
@@ -42,12 +45,18 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
     """Check everything, then merge and say what was done."""
     del argv
     try:
-        for name in ("base", "output"):
+        if values.run and (values.base or values.models):
+            raise InvalidInput(f"run={values.run}: stands for base and models; leave them out")
+        for name in ("output",) if values.run else ("base", "output"):
             if not values[name].value:
                 raise InvalidInput(f"{name}=: needs a .safetensors file")
+        if values.run:
+            base, models = task_models.files(Path(values.run))
+        else:
+            base, models = Path(values.base), tuple(map(Path, values.models))
         merge = Merge(
-            Path(values.base),
-            tuple(map(Path, values.models)),
+            base,
+            models,
             Path(values.output),
             values.rule,
             values.rule_settings,

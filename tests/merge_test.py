@@ -1,5 +1,6 @@
 """Offline merging: arithmetic against NumPy in float64, streaming, and what is refused."""
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -14,9 +15,12 @@ from safetensors.numpy import load_file, save_file
 
 from experiments import flags as experiment_flags
 from experiments import merge
-from pm_jax import offline_merging, rules, tensor_files
+from pm_jax import offline_merging, rules, tensor_files, trees
+from pm_jax.continual import Learner
+from pm_jax.continual.run import run_seeds
 from pm_jax.quadratics import DiagonalQuadratic
 from pm_jax.rules import Evidence
+from tests import small_runs
 
 SHAPES = {"blocks.0.attn.qkv": (40, 75), "blocks.0.mlp": (7, 3, 2), "scale": (), "empty": (0, 4)}
 BLOCK = 1000
@@ -195,6 +199,26 @@ def test_an_existing_output_is_kept_unless_told_and_never_an_input(tmp_path, cap
     assert set(load_file(output)) == set(SHAPES)
     onto = [*arguments, f"--output={tmp_path / 'm1.safetensors'}", "--overwrite"]
     assert "is one of the inputs" in refused(capsys, *onto)
+
+
+def test_the_task_models_of_a_run_merge_to_the_model_of_the_run(tmp_path, capsys):
+    config = dataclasses.replace(small_runs.BY_CLASS, rule="averaging")
+    run_seeds(config, [0], tmp_path / "run", quiet=True, keep_task_models=True)
+    seed = tmp_path / "run" / "seed_0"
+    run(f"--run={seed}", f"--output={tmp_path / 'out.safetensors'}")
+    found = load_file(tmp_path / "out.safetensors")
+    params = trees.leaves_by_path(Learner(config, 0, seed, quiet=True).finished_params())
+    assert set(params) - set(found) == {"head/kernel", "head/bias"}
+    for name in found:
+        np.testing.assert_allclose(found[name], params[name], rtol=1e-5, atol=1e-7)
+    theta_0 = load_file(seed / "task_models" / "theta_0.safetensors")
+    first = load_file(seed / "task_models" / "task_1.safetensors")
+    assert all(np.array_equal(theta_0[name], first[name]) for name in theta_0)  # from scratch
+    both = refused(capsys, f"--run={seed}", "--base=b.safetensors")
+    assert re.search("--run=.*: stands for base and models", both)
+    (tmp_path / "other").mkdir()
+    none = refused(capsys, f"--run={tmp_path / 'other'}", f"--output={tmp_path / 'x.safetensors'}")
+    assert re.search("--run=.*other: holds no task models; .*keep_task_models", none)
 
 
 def changed(**tensor):
