@@ -19,7 +19,7 @@ from pm_jax.types import InvalidInput
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Define the flags; not on import, because experiments.train has some of the same names."""
     for name, default, description in (
-        ("base", None, "The .safetensors file of the model before the first task."),
+        ("base", None, "The model before the first task: a .safetensors or a folder of Orbax."),
         ("run", None, "Instead of base and models: seed_<n> of a run with keep_task_models."),
         ("output", None, "The .safetensors file to write."),
         ("rule", "averaging", "Merge rule; one that needs no data."),

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import re
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pm_jax import rules, trees
+from pm_jax import orbax_files, rules, trees
 from pm_jax.quadratics import DiagonalQuadratic
 from pm_jax.rules import Evidence, MergeRule
 from pm_jax.tensor_files import FLOATS, WHOLE_NUMBERS, TensorFile, check_output, writing
@@ -38,7 +39,8 @@ class Merge:
     """What is merged, how, and where to.
 
     Attributes:
-        base: file of theta_0.
+        base: file of theta_0, in safetensors; like the others it may be a folder of Orbax, which is
+            turned into a temporary file beside the output first.
         models: files of theta_1*, theta_2*, ... in the order of the tasks.
         output: file that is written.
         rule: a key of `rules.REGISTRY`.
@@ -115,7 +117,13 @@ def merge_files(merge: Merge) -> str:
         [2.0, 2.0]
     """
     _check_paths(merge)
-    inputs = _open(merge)
+    with tempfile.TemporaryDirectory(
+        prefix=f"{merge.output.name}.", dir=merge.output.parent
+    ) as folder:
+        return _merge(merge, _open(merge, Path(folder)))
+
+
+def _merge(merge: Merge, inputs: _Inputs) -> str:
     by_settings = _rules(merge, inputs)
     of_tensor = {name: rule for rule, names in by_settings for name in names}
     entries = inputs.base.entries
@@ -182,7 +190,7 @@ def _values(file: TensorFile, name: str, first: int, stop: int) -> np.ndarray:
     values = file.read(name, first, stop)
     if file.argument == "fishers" and values.size and values.min() < 0:
         raise InvalidInput(
-            f"fishers={file.path}: {name} holds {values.min()}; must not be negative"
+            f"fishers={file.source}: {name} holds {values.min()}; must not be negative"
         )
     return values
 
@@ -258,21 +266,29 @@ def _check_paths(merge: Merge) -> None:
             raise InvalidInput(f"output={merge.output}: is one of the inputs; choose another name")
 
 
-def _open(merge: Merge) -> _Inputs:
+def _open(merge: Merge, folder: Path) -> _Inputs:
     """Read all headers, and see that they fit together before any tensor is loaded."""
-    base = TensorFile.open("base", merge.base)
-    models = tuple(TensorFile.open("models", path) for path in merge.models)
-    fishers = tuple(TensorFile.open("fishers", path) for path in merge.fishers)
+
+    def opened(argument: str, number: int, path: Path) -> TensorFile:
+        if not path.is_dir():
+            return TensorFile.open(argument, path)
+        converted = folder / f"{argument}_{number}.safetensors"
+        orbax_files.to_safetensors(argument, path, converted)
+        return dataclasses.replace(TensorFile.open(argument, converted), source=path)
+
+    base = opened("base", 0, merge.base)
+    models = tuple(opened("models", n, path) for n, path in enumerate(merge.models))
+    fishers = tuple(opened("fishers", n, path) for n, path in enumerate(merge.fishers))
     for file in (base, *models, *fishers):
         for name, entry in file.entries.items():
             if entry.dtype not in FLOATS and entry.dtype not in WHOLE_NUMBERS:
                 raise InvalidInput(
-                    f"{file.argument}={file.path}: {name} is of type {entry.dtype}; convert it to "
-                    f"one of {', '.join(FLOATS)}"
+                    f"{file.argument}={file.source}: {name} is of type {entry.dtype}; convert "
+                    f"it to one of {', '.join(FLOATS)}"
                 )
     merging = tuple(name for name, entry in base.entries.items() if entry.dtype in FLOATS)
     if not merging:
-        raise InvalidInput(f"base={base.path}: has no floating-point tensor; nothing to merge")
+        raise InvalidInput(f"base={base.source}: has no floating-point tensor; nothing to merge")
     for file in models:
         _check_same(base, file, tuple(base.entries))
     for file in fishers:
@@ -295,7 +311,7 @@ def _check_same(base: TensorFile, other: TensorFile, names: tuple[str, ...]) -> 
         rest = len(differences) - SHOWN
         more = f" and {rest} more differences" if rest > 0 else ""
         raise InvalidInput(
-            f"{other.argument}={other.path}: does not hold the tensors of the base: "
+            f"{other.argument}={other.source}: does not hold the tensors of the base: "
             f"{', '.join(differences[:SHOWN])}{more}; give files of one architecture"
         )
 
@@ -354,7 +370,7 @@ def _provenance(merge: Merge, inputs: _Inputs) -> dict[str, str]:
     """The base's metadata, and how the output was made; names of files without their folders."""
 
     def described(file: TensorFile) -> dict[str, str]:
-        return {"name": file.path.name, "sha256": file.sha256()}
+        return {"name": file.source.name, "sha256": file.sha256()}
 
     made_from = {
         "base": described(inputs.base),

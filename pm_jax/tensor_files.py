@@ -28,7 +28,15 @@ FLOATS = {
 }
 """Floating-point types that are computed with, by their names in a header."""
 
-WHOLE_NUMBERS = frozenset({"BOOL", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64"})
+WHOLE_NUMBERS = {
+    "BOOL": np.dtype(np.bool_),
+    **{
+        f"{kind.upper()}{8 * size}": np.dtype(f"{kind}{size}")
+        for kind in "iu"
+        for size in (1, 2, 4, 8)
+    },
+}
+"""Types that are passed on as they are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +67,7 @@ class TensorFile:
 
     Attributes:
         argument: the argument that named the file, for messages.
+        source: what the user gave, for messages: the path, or where the file was made from.
         path: of the file.
         entries: `{name: Entry}` in the order of the bytes.
         metadata: strings that the file holds.
@@ -75,6 +84,7 @@ class TensorFile:
     """
 
     argument: str
+    source: Path
     path: Path
     entries: dict[str, Entry]
     metadata: dict[str, str]
@@ -117,7 +127,7 @@ class TensorFile:
             for name, found in header.items()
         }
         ordered = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
-        return cls(argument, path, ordered, metadata, 8 + length)
+        return cls(argument, path, path, ordered, metadata, 8 + length)
 
     def read(self, name: str, first: int, stop: int) -> np.ndarray:
         """Elements of a floating-point tensor, in row-major order.
@@ -139,13 +149,13 @@ class TensorFile:
         # Not mapped into memory: pages of a map that were read count as memory of the process.
         values = np.fromfile(self.path, dtype, stop - first, offset=place)
         if values.size < stop - first:
-            raise InvalidInput(f"{self.argument}={self.path}: was changed meanwhile; start again")
+            raise InvalidInput(f"{self.argument}={self.source}: was changed meanwhile; start again")
         finite = np.isfinite(values)
         if not finite.all():
             bad = values[np.argmin(finite)]
             raise InvalidInput(
-                f"{self.argument}={self.path}: {name} holds {bad}; merge a checkpoint from before "
-                "it diverged"
+                f"{self.argument}={self.source}: {name} holds {bad}; merge a checkpoint from "
+                "before it diverged"
             )
         return values
 

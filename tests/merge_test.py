@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors
 from absl import flags
+from orbax import checkpoint as orbax
 from safetensors.numpy import load_file, save_file
 
 from experiments import flags as experiment_flags
@@ -219,6 +220,38 @@ def test_the_task_models_of_a_run_merge_to_the_model_of_the_run(tmp_path, capsys
     (tmp_path / "other").mkdir()
     none = refused(capsys, f"--run={tmp_path / 'other'}", f"--output={tmp_path / 'x.safetensors'}")
     assert re.search("--run=.*other: holds no task models; .*keep_task_models", none)
+
+
+def test_orbax_and_safetensors_merge_alike(tmp_path, capsys):
+    models = [tensors(1), tensors(2, jnp.bfloat16)]
+    wanted = merged(tmp_path, models)
+    for model in models:
+        del model["empty"]  # Orbax does not take it
+    with orbax.StandardCheckpointer() as checkpointer:
+        for number, model in enumerate(models):
+            checkpointer.save(tmp_path / f"orbax{number}", {"blocks": model, "step": np.asarray(3)})
+            written(
+                tmp_path,
+                f"n{number}",
+                {f"blocks/{k}": v for k, v in model.items()} | {"step": np.asarray(3)},
+            )
+    for base in ("orbax0", "n0.safetensors"):
+        run(
+            f"--base={tmp_path / base}", f"--output={tmp_path / 'o.safetensors'}", "--overwrite",
+            f"--models={tmp_path / 'orbax0'},{tmp_path / 'n1.safetensors'}",
+        )  # fmt: skip
+        found = load_file(tmp_path / "o.safetensors")
+        assert set(found) == {"step", *(f"blocks/{name}" for name in models[0])}
+        for name in models[0]:
+            assert np.array_equal(found[f"blocks/{name}"], wanted[name])
+    given = [f"--models={tmp_path / 'orbax0'}", f"--output={tmp_path / 'x.safetensors'}"]
+    before = sorted(tmp_path.iterdir())
+    (tmp_path / "orbax1" / "_METADATA").unlink()
+    line = refused(capsys, f"--base={tmp_path / 'orbax1'}", *given)
+    assert re.search("--base=.*orbax1: cannot be read as a checkpoint of Orbax", line)
+    line = refused(capsys, f"--base={tmp_path / 'base.safetensors'}", *given)
+    assert re.search("--models=.*orbax0: does not hold .*lacks blocks.0.attn.qkv", line)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def changed(**tensor):
