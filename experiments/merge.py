@@ -12,7 +12,8 @@ from absl import app, flags
 
 from experiments import flags as experiment_flags
 from pm_jax.continual import task_models
-from pm_jax.offline_merging import Merge, merge_files
+from pm_jax.merge_requests import Merge
+from pm_jax.offline_merging import merge_files
 from pm_jax.types import InvalidInput
 
 

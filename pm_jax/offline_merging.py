@@ -4,10 +4,8 @@ What must be in memory at once is the rule's `scope`: blocks of elements, one te
 that looks across tensors, all of them.
 """
 
-import dataclasses
 import functools
 import json
-import re
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -18,65 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pm_jax import orbax_files, rules, trees
+from pm_jax.merge_requests import Inputs, Merge, listed, open_inputs, rules_by_settings
 from pm_jax.quadratics import DiagonalQuadratic
 from pm_jax.rules import Evidence, MergeRule
-from pm_jax.tensor_files import FLOATS, WHOLE_NUMBERS, TensorFile, check_output, writing
+from pm_jax.tensor_files import FLOATS, TensorFile, check_output, writing
 from pm_jax.types import InvalidInput, Params
 
 BLOCK = 1 << 18
 """Elements in memory at a time, where the rule allows it; smaller tensors are padded to it."""
-
-SHOWN = 6
-"""Differences between two checkpoints that are listed before the rest is counted."""
-
-OF_FISHERS = frozenset({"quadratic", "curvature_error"})
-"""Fields of `Evidence` that Fisher files stand for; the error itself is not known."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Merge:
-    """What is merged, how, and where to.
-
-    Attributes:
-        base: file of theta_0, in safetensors; like the others it may be a folder of Orbax, which is
-            turned into a temporary file beside the output first.
-        models: files of theta_1*, theta_2*, ... in the order of the tasks.
-        output: file that is written.
-        rule: a key of `rules.REGISTRY`.
-        rule_settings: of the rule, "name=value,...".
-        settings: "PATTERN:name=value,...", each for the tensors whose whole name matches; the first
-            that does counts, and what it does not set is as in `rule_settings`.
-        fishers: files of the diagonal Fisher at each model, under the names of its tensors; for the
-            rules that need curvature.
-        seed: of rules that draw.
-        overwrite: replace an output that is there; it is never one of the inputs.
-    """
-
-    base: Path
-    models: tuple[Path, ...]
-    output: Path
-    rule: str = "averaging"
-    rule_settings: str = ""
-    settings: tuple[str, ...] = ()
-    fishers: tuple[Path, ...] = ()
-    seed: int = 0
-    overwrite: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class _Inputs:
-    """Files whose headers agree; `merging` are the names of the tensors that merge."""
-
-    base: TensorFile
-    models: tuple[TensorFile, ...]
-    fishers: tuple[TensorFile, ...]
-    merging: tuple[str, ...]
-
-    @property
-    def files(self) -> tuple[TensorFile, ...]:
-        return (self.base, *self.models, *self.fishers)
-
 
 Load = Callable[[TensorFile], Params]
 """From a file to the part of it that is merged at once."""
@@ -116,15 +63,15 @@ def merge_files(merge: Merge) -> str:
         >>> load_file(merged)["w"].tolist()
         [2.0, 2.0]
     """
-    _check_paths(merge)
+    check_output(merge.output, overwrite=merge.overwrite)
     with tempfile.TemporaryDirectory(
         prefix=f"{merge.output.name}.", dir=merge.output.parent
     ) as folder:
-        return _merge(merge, _open(merge, Path(folder)))
+        return _merge(merge, open_inputs(merge, Path(folder)))
 
 
-def _merge(merge: Merge, inputs: _Inputs) -> str:
-    by_settings = _rules(merge, inputs)
+def _merge(merge: Merge, inputs: Inputs) -> str:
+    by_settings = rules_by_settings(merge, inputs)
     of_tensor = {name: rule for rule, names in by_settings for name in names}
     entries = inputs.base.entries
     with (
@@ -147,7 +94,7 @@ class _Pieces:
     """Merged values, piece by piece, in the order of the elements of each tensor."""
 
     def __init__(
-        self, inputs: _Inputs, by_settings: list[tuple[MergeRule, tuple[str, ...]]], seed: int
+        self, inputs: Inputs, by_settings: list[tuple[MergeRule, tuple[str, ...]]], seed: int
     ):
         self._inputs, self._by_settings = inputs, by_settings
         self._merged: dict[str, np.ndarray] = {}
@@ -195,7 +142,7 @@ def _values(file: TensorFile, name: str, first: int, stop: int) -> np.ndarray:
     return values
 
 
-def _runner(rule: MergeRule, inputs: _Inputs, seed: int) -> Callable[..., Params]:
+def _runner(rule: MergeRule, inputs: Inputs, seed: int) -> Callable[..., Params]:
     """A function that takes a rule through all models, over whatever part is loaded at once.
 
     Numbers that say which part it is make its random draws its own.
@@ -252,121 +199,18 @@ def _rounded(merge: Merge, name: str, values: np.ndarray, dtype: np.dtype) -> me
     return rounded.reshape(-1).view(np.uint8).data
 
 
-def _check_paths(merge: Merge) -> None:
-    if not merge.models:
-        raise InvalidInput("models=: needs one or more files")
-    if merge.fishers and len(merge.fishers) != len(merge.models):
-        raise InvalidInput(
-            f"fishers={','.join(map(str, merge.fishers))}: needs one for each of "
-            f"{len(merge.models)} models, in their order"
-        )
-    check_output(merge.output, overwrite=merge.overwrite)
-    for path in (merge.base, *merge.models, *merge.fishers):
-        if merge.output.exists() and path.exists() and merge.output.samefile(path):
-            raise InvalidInput(f"output={merge.output}: is one of the inputs; choose another name")
-
-
-def _open(merge: Merge, folder: Path) -> _Inputs:
-    """Read all headers, and see that they fit together before any tensor is loaded."""
-
-    def opened(argument: str, number: int, path: Path) -> TensorFile:
-        if not path.is_dir():
-            return TensorFile.open(argument, path)
-        converted = folder / f"{argument}_{number}.safetensors"
-        orbax_files.to_safetensors(argument, path, converted)
-        return dataclasses.replace(TensorFile.open(argument, converted), source=path)
-
-    base = opened("base", 0, merge.base)
-    models = tuple(opened("models", n, path) for n, path in enumerate(merge.models))
-    fishers = tuple(opened("fishers", n, path) for n, path in enumerate(merge.fishers))
-    for file in (base, *models, *fishers):
-        for name, entry in file.entries.items():
-            if entry.dtype not in FLOATS and entry.dtype not in WHOLE_NUMBERS:
-                raise InvalidInput(
-                    f"{file.argument}={file.source}: {name} is of type {entry.dtype}; convert "
-                    f"it to one of {', '.join(FLOATS)}"
-                )
-    merging = tuple(name for name, entry in base.entries.items() if entry.dtype in FLOATS)
-    if not merging:
-        raise InvalidInput(f"base={base.source}: has no floating-point tensor; nothing to merge")
-    for file in models:
-        _check_same(base, file, tuple(base.entries))
-    for file in fishers:
-        _check_same(base, file, merging)
-    return _Inputs(base, models, fishers, merging)
-
-
-def _check_same(base: TensorFile, other: TensorFile, names: tuple[str, ...]) -> None:
-    differences = [f"lacks {name}" for name in names if name not in other.entries]
-    differences += [f"also has {name}" for name in other.entries if name not in base.entries]
-    for name in names:
-        ours, theirs = base.entries[name], other.entries.get(name)
-        if theirs is None:
-            continue
-        if theirs.shape != ours.shape:
-            differences.append(f"{name} is {list(theirs.shape)}, not {list(ours.shape)}")
-        elif (theirs.dtype in FLOATS) != (ours.dtype in FLOATS):
-            differences.append(f"{name} is {theirs.dtype}, not {ours.dtype}")
-    if differences:
-        rest = len(differences) - SHOWN
-        more = f" and {rest} more differences" if rest > 0 else ""
-        raise InvalidInput(
-            f"{other.argument}={other.source}: does not hold the tensors of the base: "
-            f"{', '.join(differences[:SHOWN])}{more}; give files of one architecture"
-        )
-
-
-def _rules(merge: Merge, inputs: _Inputs) -> list[tuple[MergeRule, tuple[str, ...]]]:
-    """The rule in each of its settings, with the names of the tensors that it merges."""
-    names: dict[str, list[str]] = {}
-    patterns = [_pattern(setting, inputs.merging) for setting in merge.settings]
-    for name in inputs.merging:
-        own = next((text for matched, text in patterns if name in matched), "")
-        names.setdefault(_joined(merge.rule_settings, own), []).append(name)
-    found = [
-        (rules.make(merge.rule, text, max_tasks=len(merge.models)), tuple(group))
-        for text, group in names.items()
-    ]
-    for rule, _ in found:
-        if beyond := rule.needs - OF_FISHERS - {"key"}:
-            raise InvalidInput(
-                f"rule={merge.rule}: needs {' and '.join(sorted(beyond))} from training, which "
-                "checkpoints do not hold; use experiments.train, or another rule"
-            )
-        if rule.needs & OF_FISHERS and not merge.fishers:
-            raise InvalidInput(
-                f"rule={merge.rule}: needs curvature; give fishers, a file for each model"
-            )
-    if merge.fishers and not any(rule.needs & OF_FISHERS for rule, _ in found):
-        raise InvalidInput(
-            f"fishers={merge.fishers[0]}: rule={merge.rule} reads none; leave them out"
-        )
-    return found
-
-
-def _pattern(setting: str, names: tuple[str, ...]) -> tuple[frozenset[str], str]:
-    """The tensors and the text of "PATTERN:name=value,..."; a pattern may hold colons."""
-    split = re.fullmatch(r"(.+?):(\w+=.*)", setting)
-    if not split:
-        raise InvalidInput(f"settings={setting}: must read PATTERN:name=value,...")
-    try:
-        matched = trees.match_paths(dict.fromkeys(names), split[1])
-    except ValueError as error:
-        raise InvalidInput(f"settings={setting}: {error}") from None
-    return frozenset(matched), split[2]
-
-
-def _joined(default: str, own: str) -> str:
-    """Settings of the form "name=value,..." where the second win."""
-    parts = [part for text in (default, own) for part in text.split(",") if part]
-    return ",".join({part.partition("=")[0]: part for part in parts}.values())
-
-
 def _is_double(file: TensorFile) -> bool:
     return any(entry.dtype == "F64" for entry in file.entries.values())
 
 
-def _provenance(merge: Merge, inputs: _Inputs) -> dict[str, str]:
+def _version() -> str:
+    try:
+        return metadata.version("pm_jax")
+    except metadata.PackageNotFoundError:
+        return "that is not installed"
+
+
+def _provenance(merge: Merge, inputs: Inputs) -> dict[str, str]:
     """The base's metadata, and how the output was made; names of files without their folders."""
 
     def described(file: TensorFile) -> dict[str, str]:
@@ -379,7 +223,7 @@ def _provenance(merge: Merge, inputs: _Inputs) -> dict[str, str]:
     }
     return {
         **inputs.base.metadata,
-        "made_by": f"pm_jax {metadata.version('pm_jax')}",
+        "made_by": f"pm_jax {_version()}",
         "rule": merge.rule,
         "rule_settings": merge.rule_settings,
         "settings": json.dumps(merge.settings),
@@ -388,7 +232,7 @@ def _provenance(merge: Merge, inputs: _Inputs) -> dict[str, str]:
     }
 
 
-def _report(merge: Merge, inputs: _Inputs, of_tensor: dict[str, MergeRule]) -> str:
+def _report(merge: Merge, inputs: Inputs, of_tensor: dict[str, MergeRule]) -> str:
     entries = inputs.base.entries
     numbers = sum(entries[name].size for name in of_tensor)
     lines = [
@@ -401,14 +245,9 @@ def _report(merge: Merge, inputs: _Inputs, of_tensor: dict[str, MergeRule]) -> s
         if any(file.entries[name].dtype != entries[name].dtype for file in inputs.models)
     ]
     if mixed:
-        lines.append(f"of several types, written in the base's: {_listed(mixed)}")
-    if kept := [name for name in entries if name not in of_tensor]:
-        lines.append(f"not floating-point, left as the base's: {_listed(kept)}")
+        lines.append(f"of several types, written in the base's: {listed(mixed)}")
+    if kept := [name for name, entry in entries.items() if entry.dtype not in FLOATS]:
+        lines.append(f"not floating-point, left as the base's: {listed(kept)}")
     if any(rule.scope == "model" for rule in of_tensor.values()):
         lines.append(f"{merge.rule} looks at all tensors at once: they were held in memory")
     return "\n".join(lines)
-
-
-def _listed(names: list[str]) -> str:
-    rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + rest

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from experiments import flags as experiment_flags
 from experiments import merge
-from pm_jax import offline_merging, rules, tensor_files, trees
+from pm_jax import merge_requests, offline_merging, rules, tensor_files, trees
 from pm_jax.continual import Learner
 from pm_jax.continual.run import run_seeds
 from pm_jax.quadratics import DiagonalQuadratic
@@ -124,8 +124,8 @@ def test_every_rule_merges_in_pieces_as_in_memory(name, tmp_path, capsys):
     rule = rules.make(name, max_tasks=3)
     models = [tensors(1 + n) for n in range(3)]
     fishers = [tensors(11 + n, positive=True) for n in range(3)]
-    given = {"fishers": fishers} if rule.needs & offline_merging.OF_FISHERS else {}
-    if rule.needs - offline_merging.OF_FISHERS - {"key"}:
+    given = {"fishers": fishers} if rule.needs & merge_requests.OF_FISHERS else {}
+    if rule.needs - merge_requests.OF_FISHERS - {"key"}:
         line = refused(capsys, *call(tmp_path, models, f"--rule={name}", **given))
         assert re.search(f"--rule={name}: needs .* from training", line)
         return
@@ -268,7 +268,7 @@ BAD = {
     "output's folder": (["--output={}/x/out.safetensors"], {}, "folder .*x does not exist"),
     "rule": (["--rule=none"], {}, "--rule=none: must be one of"),
     "setting": (["--rule_settings=speed=2"], {}, "--rule_settings=speed=2: .*averaging takes"),
-    "pattern": (["--settings=.*head.*:a=1"], {}, r"--settings=\.\*head.*matches none; .*nearest"),
+    "pattern": (["--settings=.*head.*:a=1"], {}, r"settings=\.\*head.*matches none; .* are blocks"),
     "no pattern": (["--settings=a=1"], {}, "--settings=a=1: must read PATTERN:name=value"),
     "regular expression": (["--settings=(:a=1"], {}, r"--settings=\(:a=1: .*not a regular"),
     "curvature": (["--rule=perturb_and_merge"], {}, "needs curvature; give fishers"),
