@@ -20,7 +20,7 @@ from pm_jax import merge_requests, offline_merging, rules, tensor_files, trees
 from pm_jax.continual import Learner
 from pm_jax.continual.run import run_seeds
 from pm_jax.quadratics import DiagonalQuadratic
-from pm_jax.rules import Evidence
+from pm_jax.rules import Evidence, MergeRule
 from tests import small_runs
 
 SHAPES = {"blocks.0.attn.qkv": (40, 75), "blocks.0.mlp": (7, 3, 2), "scale": (), "empty": (0, 4)}
@@ -109,11 +109,11 @@ def test_float64_is_merged_in_float64(tmp_path):
 
 def in_memory(rule, base, models, fishers):
     """The rule over whole models, as in training."""
-    state, previous = rule.init(base), base
+    state, previous, update = rule.init(base), base, jax.jit(rule.update)
     for task, (trained, fisher) in enumerate(zip(models, fishers, strict=True)):
         key = jax.random.fold_in(jax.random.key(0), task)
         evidence = Evidence(quadratic=DiagonalQuadratic.at(trained, fisher), key=key)
-        params, state, _ = rule.update(state, previous=previous, trained=trained, evidence=evidence)
+        params, state, _ = update(state, previous=previous, trained=trained, evidence=evidence)
         previous = params if rule.next_task_from == "merged" else trained
     return params
 
@@ -136,6 +136,64 @@ def test_every_rule_merges_in_pieces_as_in_memory(name, tmp_path, capsys):
     wanted = in_memory(rule, tensors(0), models, fishers)
     for tensor in SHAPES:
         np.testing.assert_allclose(found[tensor], wanted[tensor], rtol=1e-5, atol=1e-6)
+
+
+def moving(*, step: float = 0.5, start: str = "trained") -> MergeRule:
+    """A rule that reads the model that training started from, and draws."""
+
+    def update(state, *, previous, trained, evidence):
+        noise = trees.gaussian_like(evidence.key, trained)
+        merged = jax.tree.map(lambda n, x: n + x, trees.lerp(previous, trained, step), noise)
+        return merged, state, None
+
+    return MergeRule(lambda params: (), update, frozenset({"key"}), start, "element")
+
+
+def without_noise(monkeypatch):
+    monkeypatch.setattr(
+        trees, "gaussian_like", lambda key, tree: jax.tree.map(jnp.zeros_like, tree)
+    )
+
+
+def test_the_next_task_starts_where_the_rule_says(tmp_path, monkeypatch):
+    monkeypatch.setitem(rules.REGISTRY, "moving", moving)
+    without_noise(monkeypatch)
+    first, second = tensors(1)["scale"], tensors(2)["scale"]
+    starts = {"trained": first, "merged": (tensors(0)["scale"] + first) / 2}
+    for name, start in starts.items():
+        found = merged(
+            *(tmp_path, [tensors(1), tensors(2)], "--rule=moving", "--overwrite"),
+            f"--rule_settings=start={name}",
+        )
+        np.testing.assert_allclose(found["scale"], (start + second) / 2, atol=1e-6)
+
+
+def test_settings_of_a_pattern_go_before_those_of_the_rule(tmp_path, monkeypatch):
+    monkeypatch.setitem(rules.REGISTRY, "moving", moving)
+    without_noise(monkeypatch)
+    found = merged(
+        *(tmp_path, [tensors(1)], "--rule=moving", "--rule_settings=step=0.5,start=merged"),
+        *("--settings=(?:.*attn.*):step=1/4", "--settings=blocks.*:step=0.1"),
+    )
+    steps = {"blocks.0.attn.qkv": 0.25, "blocks.0.mlp": 0.1, "scale": 0.5}
+    for name, step in steps.items():
+        wanted = (1 - step) * tensors(0)[name] + step * tensors(1)[name].astype(np.float64)
+        np.testing.assert_allclose(found[name], wanted, rtol=0, atol=1e-6)
+
+
+def test_what_is_random_repeats_with_the_seed_and_differs_by_block(tmp_path, monkeypatch):
+    monkeypatch.setitem(rules.REGISTRY, "moving", moving)
+    same = [tensors(0)]
+    draws = [
+        merged(tmp_path, same, "--rule=moving", f"--seed={seed}", "--overwrite")[
+            "blocks.0.attn.qkv"
+        ].reshape(-1)
+        - tensors(0)["blocks.0.attn.qkv"].reshape(-1)
+        for seed in (0, 0, 1)
+    ]
+    assert np.array_equal(draws[0], draws[1]) and abs(draws[0].std() - 1) < 0.1
+    for other in (draws[0][BLOCK : 2 * BLOCK], draws[2][:BLOCK]):
+        assert abs(np.corrcoef(draws[0][:BLOCK], other)[0, 1]) < 0.2
 
 
 def test_no_more_than_a_block_is_read_at_once(tmp_path, monkeypatch):
