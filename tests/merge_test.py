@@ -118,10 +118,13 @@ def in_memory(rule, base, models, fishers):
     return params
 
 
-@pytest.mark.parametrize("name", sorted(rules.REGISTRY))
-def test_every_rule_merges_in_pieces_as_in_memory(name, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [*((name, "") for name in sorted(rules.REGISTRY)), ("ties", "trim=tensor")],
+)
+def test_every_rule_merges_in_pieces_as_in_memory(name, settings, tmp_path, capsys):
     """And so its `scope` is true; a rule that cannot work on files is refused."""
-    rule = rules.make(name, max_tasks=3)
+    rule = rules.make(name, settings, max_tasks=3)
     models = [tensors(1 + n) for n in range(3)]
     fishers = [tensors(11 + n, positive=True) for n in range(3)]
     given = {"fishers": fishers} if rule.needs & merge_requests.OF_FISHERS else {}
@@ -129,7 +132,7 @@ def test_every_rule_merges_in_pieces_as_in_memory(name, tmp_path, capsys):
         line = refused(capsys, *call(tmp_path, models, f"--rule={name}", **given))
         assert re.search(f"--rule={name}: needs .* from training", line)
         return
-    found = merged(tmp_path, models, f"--rule={name}", **given)
+    found = merged(tmp_path, models, f"--rule={name}", f"--rule_settings={settings}", **given)
     assert {key: value.shape for key, value in found.items()} == SHAPES
     if "key" in rule.needs and rule.scope != "model":
         return  # draws block by block, from other keys
@@ -326,6 +329,13 @@ BAD = {
     "output's folder": (["--output={}/x/out.safetensors"], {}, "folder .*x does not exist"),
     "rule": (["--rule=none"], {}, "--rule=none: must be one of"),
     "setting": (["--rule_settings=speed=2"], {}, "--rule_settings=speed=2: .*averaging takes"),
+    "preference": (
+        ["--rule=tunable_magmax", "--rule_settings=preference=0.5:0.5"], {},
+        "--rule_settings=preference=0.5:0.5: must be 1 weights",
+    ),
+    "out of range": (
+        ["--rule=ties", "--settings=.*mlp:keep=2"], {}, r"keep=2.*: must be in \(0, 1\]"
+    ),
     "pattern": (["--settings=.*head.*:a=1"], {}, r"settings=\.\*head.*matches none; .* are blocks"),
     "no pattern": (["--settings=a=1"], {}, "--settings=a=1: must read PATTERN:name=value"),
     "regular expression": (["--settings=(:a=1"], {}, r"--settings=\(:a=1: .*not a regular"),

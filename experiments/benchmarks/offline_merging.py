@@ -19,30 +19,31 @@ from pm_jax.offline_merging import BLOCK
 from pm_jax.tensor_files import Entry, writing
 
 flags.DEFINE_list("models", ["2", "10"], "Numbers of models to merge.")
+flags.DEFINE_integer("depth", 10, "Blocks of the transformer; ten are 286 MB.")
 flags.DEFINE_string("rule", "averaging", "Merge rule.")
 flags.DEFINE_string("rule_settings", "", "Settings of the rule.")
 
 WIDTH = 768
-SHAPES = {
-    "patch_embed.weight": (WIDTH, 3, 16, 16),
-    "pos_embed": (1, 197, WIDTH),
-    **{
-        f"blocks.{block}.{name}": shape
-        for block in range(10)
-        for name, shape in {
-            "norm1.weight": (WIDTH,),
-            "attn.qkv.weight": (3 * WIDTH, WIDTH),
-            "attn.qkv.bias": (3 * WIDTH,),
-            "attn.proj.weight": (WIDTH, WIDTH),
-            "mlp.fc1.weight": (4 * WIDTH, WIDTH),
-            "mlp.fc1.bias": (4 * WIDTH,),
-            "mlp.fc2.weight": (WIDTH, 4 * WIDTH),
-        }.items()
-    },
-}
-"""A vision transformer of ten blocks, 287 MB in float32."""
-
 SMALL = {"w": (100, 100)}
+
+
+def transformer(depth: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a vision transformer, with ten blocks 286 MB in float32."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "patch_embed.weight": (WIDTH, 3, 16, 16),
+        "pos_embed": (1, 197, WIDTH),
+    }
+    for block in range(depth):
+        shapes |= {
+            f"blocks.{block}.norm1.weight": (WIDTH,),
+            f"blocks.{block}.attn.qkv.weight": (3 * WIDTH, WIDTH),
+            f"blocks.{block}.attn.qkv.bias": (3 * WIDTH,),
+            f"blocks.{block}.attn.proj.weight": (WIDTH, WIDTH),
+            f"blocks.{block}.mlp.fc1.weight": (4 * WIDTH, WIDTH),
+            f"blocks.{block}.mlp.fc1.bias": (4 * WIDTH,),
+            f"blocks.{block}.mlp.fc2.weight": (WIDTH, 4 * WIDTH),
+        }
+    return shapes
 
 
 def write_models(folder: Path, shapes: Mapping[str, tuple[int, ...]], count: int) -> list[Path]:
@@ -88,14 +89,15 @@ def main(argv: Sequence[str]) -> None:
     """Print the figures; the baseline is the same command on a model of a few kilobytes."""
     del argv
     counts = sorted(map(int, flags.FLAGS.models))
-    largest = 4 * max(map(math.prod, SHAPES.values()))
+    shapes = transformer(flags.FLAGS.depth)
+    largest = 4 * max(map(math.prod, shapes.values()))
     print(f"largest tensor, MB                   {largest / 1e6:8.1f}")
     print(f"bound: twice it and a block, MB      {(2 * largest + 4 * BLOCK) / 1e6:8.1f}")
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
         small = write_models(folder, SMALL, counts[-1])
         bases = {count: measure(small[: count + 1]) for count in counts}
-        paths = write_models(folder, SHAPES, counts[-1])
+        paths = write_models(folder, shapes, counts[-1])
         for count in counts:
             found = measure(paths[: count + 1])
             seconds, computing, megabytes = np.subtract(found, bases[count])
