@@ -163,20 +163,23 @@ def _is_default_stream(config: Config) -> bool:
     )
 
 
-def parse(argv: Sequence[str]) -> list[str]:
+def parse(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
     """Parser for `app.run`: reads presets, and ends with one line and code 2 on a mistake."""
     try:
-        rest = flags.FLAGS(_with_preset(argv))
+        rest = values(_with_preset(argv))
     except flags.CantOpenFlagFileError as error:
-        fail(f"flagfile: {error.args[0].split(': ', 1)[-1]}; give the path of a readable file")
+        fail(
+            f"flagfile: {error.args[0].split(': ', 1)[-1]}; give the path of a readable file",
+            values,
+        )
     except flags.Error as error:
-        fail(f"{error}; --help lists the flags and what they take")
+        fail(f"{error}; --help lists the flags and what they take", values)
     except InvalidInput as error:
-        fail(str(error))
+        fail(str(error), values)
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax writes a page of text per checkpoint.
     if len(rest) > 1:
-        fail(f"{rest[1]!r}: not a flag; settings are given as --name=value")
+        fail(f"{rest[1]!r}: not a flag; settings are given as --name=value", values)
     return rest
 
 
@@ -197,11 +200,11 @@ def _with_preset(argv: Sequence[str]) -> list[str]:
     return result + arguments
 
 
-def fail(message: str) -> NoReturn:
+def fail(message: str, values: flags.FlagValues = flags.FLAGS) -> NoReturn:
     """End with one line on standard error and exit code 2."""
     line = " ".join(message.split())
     name = line.split("=", 1)[0]
-    if name in flags.FLAGS:
+    if name in values:
         line = f"--{line}"
     print(f"error: {line}", file=sys.stderr, flush=True)
     sys.exit(2)

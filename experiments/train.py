@@ -22,6 +22,9 @@ flags.DEFINE_integer(
     "checkpoint_every", 0, "Steps between checkpoints within a task; 0 for task boundaries only."
 )
 flags.DEFINE_boolean("tensorboard", False, "Write TensorBoard events beside the other logs.")
+flags.DEFINE_boolean(
+    "keep_task_models", False, "Keep the models that are merged, for experiments.merge --run."
+)
 flags.DEFINE_boolean("dry_run", False, "Print the resolved settings and parameter counts; stop.")
 flags.adopt_module_key_flags(experiment_flags)  # --help lists them
 
@@ -53,6 +56,7 @@ def main(argv: Sequence[str]) -> None:
             workdir,
             checkpoint_every=values.checkpoint_every,
             tensorboard=values.tensorboard,
+            keep_task_models=values.keep_task_models,
         )
         print(table(summaries))
         export.write(destinations, config, values.seeds[0], workdir)

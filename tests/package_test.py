@@ -54,6 +54,7 @@ def test_notebooks_run(path):
             ["--repeats=1", "--train_flags=--num_tasks=1,--epochs=1,--hidden_sizes=4"],
             "peak resident MB",
         ),
+        ("offline_merging", ["--depth=1", "--models=1"], "peak above the baseline"),
     ],
 )
 def test_benchmarks_run_small(module, arguments, expected):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pm_jax import metrics, trees
-from pm_jax.continual import feed, training
+from pm_jax.continual import feed, task_models, training
 from pm_jax.continual.checkpoints import Checkpoints
 from pm_jax.continual.config import Config
 from pm_jax.continual.logs import RunLog
@@ -36,6 +36,7 @@ class Learner:
         checkpoint_every: steps between checkpoints within a task; 0 for task boundaries only.
         quiet: print nothing.
         tensorboard: write TensorBoard events into the directory.
+        keep_task_models: write what is merged into the directory too, for `experiments.merge`.
 
     Attributes:
         params: the merged model so far, full parameter tree.
@@ -60,10 +61,11 @@ class Learner:
         checkpoint_every: int = 0,
         quiet: bool = False,
         tensorboard: bool = False,
+        keep_task_models: bool = False,
     ):
         self.config, self.seed, self.directory = config, seed, directory
         self._checkpoint_every, self._quiet = checkpoint_every, quiet
-        self._tensorboard = tensorboard
+        self._tensorboard, self._keep_task_models = tensorboard, keep_task_models
         self.stream = config.task_stream(seed)
         self._rule = config.merge_rule()
         self._programs = programs(
@@ -245,6 +247,10 @@ class Learner:
             # From scratch the first task is the pre-training: theta_0 := theta_1*.
             start = trained
             self._rule_state = self._fresh_rule_state(trained)
+        if self._keep_task_models and self.directory:
+            if task == 0:
+                task_models.keep(self.directory, 0, trees.select(start, run.merging))
+            task_models.keep(self.directory, task + 1, trees.select(trained, run.merging))
         clock = time.perf_counter()
         evidence = jax.block_until_ready(
             run.measure(self._key, trained, start, self._train, task_array)

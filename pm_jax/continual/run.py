@@ -40,6 +40,7 @@ def run_seeds(
     checkpoint_every: int = 0,
     quiet: bool = False,
     tensorboard: bool = False,
+    keep_task_models: bool = False,
 ) -> dict[str, Any]:
     """Run a configuration for some seeds, going on where an earlier call was interrupted.
 
@@ -53,6 +54,7 @@ def run_seeds(
         checkpoint_every: steps between checkpoints within a task; 0 for task boundaries only.
         quiet: print nothing.
         tensorboard: write TensorBoard events beside the other logs.
+        keep_task_models: write the models that are merged, in `seed_<n>/task_models`.
 
     Returns:
         The summary: `{"seeds": [...], metric: {"mean", "standard_deviation", "n"}, ...}`.
@@ -83,6 +85,7 @@ def run_seeds(
             checkpoint_every=checkpoint_every,
             quiet=quiet,
             tensorboard=tensorboard,
+            keep_task_models=keep_task_models,
         )
         results = learner.run()
         results["seconds"]["this_process"] = time.perf_counter() - clock
@@ -108,6 +111,7 @@ def run_with_baseline(
     checkpoint_every: int = 0,
     quiet: bool = False,
     tensorboard: bool = False,
+    keep_task_models: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """A configuration and, in `workdir/baseline`, another one to compare it with.
 
@@ -121,6 +125,7 @@ def run_with_baseline(
         checkpoint_every: as for `run_seeds`.
         quiet: as for `run_seeds`.
         tensorboard: as for `run_seeds`.
+        keep_task_models: as for `run_seeds`.
 
     Returns:
         `{label: summary}`, the label being the rule's name and what the baseline has of its own.
@@ -158,6 +163,7 @@ def run_with_baseline(
             checkpoint_every=checkpoint_every,
             quiet=quiet,
             tensorboard=tensorboard,
+            keep_task_models=keep_task_models,
         )
         for label, (directory, settings) in runs.items()
     }

@@ -68,12 +68,15 @@ class MergeRule(NamedTuple):
         update: `update(state, *, previous, trained, evidence) -> (params, state, info)`.
         needs: names of the fields of `Evidence` that `update` reads.
         next_task_from: "merged" or "trained", the model that the next task starts from.
+        scope: how much of a model `update` must see at once to give the same parameters: any
+            "element" by itself, each "tensor" by itself, or the whole "model".
     """
 
     init: Callable[[Params], Any]
     update: Callable[..., tuple[Params, Any, MergeInfo]]
     needs: frozenset[str] = frozenset()
     next_task_from: str = "merged"
+    scope: str = "model"
 
 
 class TaskCount(NamedTuple):
@@ -114,7 +117,7 @@ def merge_by_count(coefficient: Callable[[Array], Array]) -> MergeRule:
         info = MergeInfo.of(coefficient(tasks))
         return trees.lerp(previous, trained, info.alpha), TaskCount(tasks), info
 
-    return MergeRule(init, update)
+    return MergeRule(init, update, scope="element")
 
 
 class RunningTaskVector(NamedTuple):
@@ -179,7 +182,7 @@ def merge_running_task_vector(
         merged = task_vectors.apply(state.origin, task_vector, scale)
         return merged, RunningTaskVector(tasks, state.origin, task_vector), MergeInfo.of(scale)
 
-    return MergeRule(init, update, needs, next_task_from="trained")
+    return MergeRule(init, update, needs, next_task_from="trained", scope="element")
 
 
 def origin_of(params: Params) -> Params:

@@ -90,4 +90,4 @@ def cofima(*, step: float = 0.4, cap: float = 0.0) -> MergeRule:
         info = MergeInfo.of(mean_of_entries(weights), mean_of_entries(without))
         return merged, CofimaState(tasks, fisher), info
 
-    return MergeRule(init, update, frozenset({"quadratic"}))
+    return MergeRule(init, update, frozenset({"quadratic"}), scope="element")

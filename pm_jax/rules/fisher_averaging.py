@@ -60,4 +60,4 @@ def fisher_averaging() -> MergeRule:
         info = MergeInfo.of(mean_of_entries(shares), mean_of_entries(without))
         return merged, memory, info
 
-    return MergeRule(DiagonalQuadratic.zero, update, frozenset({"quadratic"}))
+    return MergeRule(DiagonalQuadratic.zero, update, frozenset({"quadratic"}), scope="element")

@@ -103,7 +103,8 @@ def ties(*, scale: float = 0.55, keep: float = 0.2, trim: str = "global") -> Mer
         merged = jax.tree.map(_mean_of_elected, elected, *state[1:])
         return task_vectors.apply(state.origin, merged, scale), state, MergeInfo.of(scale)
 
-    return MergeRule(init, update, next_task_from="trained")
+    scope = "model" if trim == "global" else "tensor"
+    return MergeRule(init, update, next_task_from="trained", scope=scope)
 
 
 def _trimmed(leaves: list, keep: float) -> list:

@@ -92,7 +92,7 @@ def tunable_magmax(
         merged = task_vectors.apply(state.origin, chosen, factor)
         return merged, TunableMagmaxState(tasks, state.origin, every), MergeInfo.of(factor)
 
-    return MergeRule(init, update, frozenset({"key"}), next_task_from="trained")
+    return MergeRule(init, update, frozenset({"key"}), next_task_from="trained", scope="tensor")
 
 
 def _weights_by_task(preference: tuple[float, ...], max_tasks: int) -> np.ndarray:

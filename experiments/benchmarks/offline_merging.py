@@ -1,0 +1,111 @@
+"""Peak memory and time of merging a 300 MB model in files, against twice its largest tensor.
+
+python -m experiments.benchmarks.offline_merging
+"""
+
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from absl import app, flags
+
+from pm_jax.offline_merging import BLOCK
+from pm_jax.tensor_files import Entry, writing
+
+flags.DEFINE_list("models", ["2", "10"], "Numbers of models to merge.")
+flags.DEFINE_integer("depth", 10, "Blocks of the transformer; ten are 286 MB.")
+flags.DEFINE_string("rule", "averaging", "Merge rule.")
+flags.DEFINE_string("rule_settings", "", "Settings of the rule.")
+
+WIDTH = 768
+SMALL = {"w": (100, 100)}
+
+
+def transformer(depth: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a vision transformer, with ten blocks 286 MB in float32."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "patch_embed.weight": (WIDTH, 3, 16, 16),
+        "pos_embed": (1, 197, WIDTH),
+    }
+    for block in range(depth):
+        shapes |= {
+            f"blocks.{block}.norm1.weight": (WIDTH,),
+            f"blocks.{block}.attn.qkv.weight": (3 * WIDTH, WIDTH),
+            f"blocks.{block}.attn.qkv.bias": (3 * WIDTH,),
+            f"blocks.{block}.attn.proj.weight": (WIDTH, WIDTH),
+            f"blocks.{block}.mlp.fc1.weight": (4 * WIDTH, WIDTH),
+            f"blocks.{block}.mlp.fc1.bias": (4 * WIDTH,),
+            f"blocks.{block}.mlp.fc2.weight": (WIDTH, 4 * WIDTH),
+        }
+    return shapes
+
+
+def write_models(folder: Path, shapes: Mapping[str, tuple[int, ...]], count: int) -> list[Path]:
+    """Write a base and some models of normally distributed numbers; returns their paths.
+
+    Tensor by tensor: a process counts the memory of the one that started it as its own peak.
+    """
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    ends = np.cumsum(sizes).tolist()
+    entries = {
+        name: Entry("F32", shape, 4 * (end - size), 4 * end)
+        for (name, shape), size, end in zip(shapes.items(), sizes, ends, strict=True)
+    }
+    paths = [folder / f"{number}.safetensors" for number in range(count + 1)]
+    for seed, path in enumerate(paths):
+        rng = np.random.default_rng(seed)
+        with writing(path, entries, {}, overwrite=True) as file:
+            for size in sizes:
+                file.write(rng.standard_normal(size, np.float32).data)
+    return paths
+
+
+def measure(paths: Sequence[Path]) -> tuple[float, float, float]:
+    """Seconds, processor seconds and peak resident MB of a process that merges files."""
+    output = paths[0].with_name("merged.safetensors")
+    values = flags.FLAGS
+    arguments = [
+        *("-m", "experiments.merge", f"--base={paths[0]}", f"--output={output}", "--overwrite"),
+        f"--models={','.join(map(str, paths[1:]))}",
+        *(f"--rule={values.rule}", f"--rule_settings={values.rule_settings}"),
+    ]
+    clock = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"error: merging ended with code {process.returncode}")
+    computing = usage.ru_utime + usage.ru_stime
+    return time.perf_counter() - clock, computing, usage.ru_maxrss * 1024 / 1e6
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print the figures; the baseline is the same command on a model of a few kilobytes."""
+    del argv
+    counts = sorted(map(int, flags.FLAGS.models))
+    shapes = transformer(flags.FLAGS.depth)
+    largest = 4 * max(map(math.prod, shapes.values()))
+    print(f"largest tensor, MB                   {largest / 1e6:8.1f}")
+    print(f"bound: twice it and a block, MB      {(2 * largest + 4 * BLOCK) / 1e6:8.1f}")
+    with tempfile.TemporaryDirectory() as directory:
+        folder = Path(directory)
+        small = write_models(folder, SMALL, counts[-1])
+        bases = {count: measure(small[: count + 1]) for count in counts}
+        paths = write_models(folder, shapes, counts[-1])
+        for count in counts:
+            found = measure(paths[: count + 1])
+            seconds, computing, megabytes = np.subtract(found, bases[count])
+            print(f"{count:2} models, peak above the baseline, MB {megabytes:7.1f}")
+            print(f"{count:2} models, baseline, MB                {bases[count][-1]:7.1f}")
+            print(f"{count:2} models, s above the baseline        {seconds:7.1f}")
+            print(f"{count:2} models, processor s above it        {computing:7.1f}")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,61 @@
+"""The models that a run merged, kept as files so that another rule can merge them again."""
+
+from pathlib import Path
+
+import numpy as np
+
+from pm_jax.models import pretrained
+from pm_jax.types import InvalidInput, Params
+
+FOLDER = "task_models"
+
+
+def keep(run: Path, task: int, leaves: Params) -> None:
+    """Write the merging leaves of one model.
+
+    Args:
+        run: directory of one seed.
+        task: 0 for theta_0, t for theta_t*.
+        leaves: `{path: leaf}`.
+
+    Example:
+        >>> import tempfile
+        >>> run = Path(tempfile.mkdtemp())
+        >>> keep(run, 0, {"fc/kernel": np.zeros(2)})
+        >>> keep(run, 1, {"fc/kernel": np.ones(2)})
+        >>> base, models = files(run)
+        >>> base.name, [model.name for model in models]
+        ('theta_0.safetensors', ['task_1.safetensors'])
+    """
+    path = run / FOLDER / f"{f'task_{task}' if task else 'theta_0'}.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    tensors = {name: np.asarray(leaf) for name, leaf in leaves.items()}
+    pretrained.write_tensors(tensors, path, overwrite=True)  # a resumed run writes the same
+
+
+def files(run: Path) -> tuple[Path, tuple[Path, ...]]:
+    """The files that a run kept.
+
+    Args:
+        run: directory of one seed.
+
+    Returns:
+        That of theta_0, and those of theta_1*, theta_2*, ...
+
+    Raises:
+        InvalidInput: there are none.
+
+    Example:
+        >>> files(Path("/nonexistent"))
+        Traceback (most recent call last):
+        pm_jax.types.InvalidInput: run=/nonexistent: holds no task models; ...
+    """
+    folder = run / FOLDER
+    count = len(list(folder.glob("task_*.safetensors")))
+    if not count:
+        raise InvalidInput(
+            f"run={run}: holds no task models; give the seed_<n> of a run that was trained with "
+            "keep_task_models"
+        )
+    models = (folder / f"task_{task}.safetensors" for task in range(1, count + 1))
+    return folder / "theta_0.safetensors", tuple(models)
