@@ -18,6 +18,7 @@ from pm_jax.continual.learner import Learner
 from pm_jax.continual.logs import check_tensorboard
 from pm_jax.continual.partition import Partition
 from pm_jax.continual.programs import parameter_shapes, partitions
+from pm_jax.continual.shared_training import SharedTraining
 from pm_jax.continual.workdir import RESULTS_FILE, SUMMARY_FILE, check_claim, claim, write_json
 from pm_jax.types import InvalidInput
 
@@ -40,6 +41,7 @@ def run_seeds(
     checkpoint_every: int = 0,
     quiet: bool = False,
     tensorboard: bool = False,
+    shared: Path | None = None,
 ) -> dict[str, Any]:
     """Run a configuration for some seeds, going on where an earlier call was interrupted.
 
@@ -53,6 +55,7 @@ def run_seeds(
         checkpoint_every: steps between checkpoints within a task; 0 for task boundaries only.
         quiet: print nothing.
         tensorboard: write TensorBoard events beside the other logs.
+        shared: folder of the task training in common with other merge rules; `None` for none.
 
     Returns:
         The summary: `{"seeds": [...], metric: {"mean", "standard_deviation", "n"}, ...}`.
@@ -83,6 +86,7 @@ def run_seeds(
             checkpoint_every=checkpoint_every,
             quiet=quiet,
             tensorboard=tensorboard,
+            shared=SharedTraining(shared / f"seed_{seed}") if shared else None,
         )
         results = learner.run()
         results["seconds"]["this_process"] = time.perf_counter() - clock
@@ -206,7 +210,7 @@ def summarize_seeds(workdir: Path) -> dict[str, Any]:
         >>> summarize_seeds(Path(tempfile.mkdtemp()))["seeds"]
         []
     """
-    results = [_read_results(path) for path in sorted(workdir.glob(f"seed_*/{RESULTS_FILE}"))]
+    results = [read_results(path) for path in sorted(workdir.glob(f"seed_*/{RESULTS_FILE}"))]
     results.sort(key=lambda result: result["seed"])
 
     def figures(of: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -219,7 +223,25 @@ def summarize_seeds(workdir: Path) -> dict[str, Any]:
     }
 
 
-def _read_results(path: Path) -> dict[str, Any]:
+def read_results(path: Path) -> dict[str, Any]:
+    """What a finished run left behind.
+
+    Args:
+        path: of its results.json.
+
+    Returns:
+        Its content.
+
+    Raises:
+        InvalidInput: the file is damaged.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "results.json"
+        >>> write_json(path, {"seed": 0})
+        >>> read_results(path)
+        {'seed': 0}
+    """
     try:
         return json.loads(path.read_text())
     except ValueError:
