@@ -117,6 +117,8 @@ def _forgetting_and_learning_accuracy(axes, results: Results) -> None:
             [[run["learning_accuracy"], run["forgetting"]] for run in runs], np.float64
         )
         x, y = points.mean(axis=0)
+        if not np.isfinite((x, y)).all():  # one task has nothing to forget
+            continue
         error = points.std(axis=0, ddof=1) if len(runs) > 1 else (None, None)
         marker = "osD"[number // 10 % 3]
         axes.errorbar(x, y, error[1], error[0], fmt=marker, label=label, capsize=2)

@@ -213,16 +213,16 @@ def programs(
     """
     rule = config.merge_rule()
     shared = shared_programs(config.without_merging(), num_classes, input_shape, largest_task)
-    merging = shared.partition.merging
-    dense_layers = dense_layers_of(shared.model, _blank(config, input_shape))
+    model, later = shared.model, shared.partition
+    dense_layers = dense_layers_of(model, _blank(config, input_shape))
 
     # The rule's state is replaced, so its buffers are donated.
     @functools.partial(jax.jit, donate_argnums=0)
     def merge(rule_state, previous, trained, evidence):
         leaves, rule_state, info = rule.update(
             rule_state,
-            previous=trees.select(previous, merging),
-            trained=trees.select(trained, merging),
+            previous=trees.select(previous, later.merging),
+            trained=trees.select(trained, later.merging),
             evidence=evidence,
         )
         return trees.replace(trained, leaves), rule_state, info
@@ -231,8 +231,8 @@ def programs(
         init=shared.init,
         first=shared.first,
         later=shared.later,
-        merging=merging,
-        measure=evidence_fn(config, shared.model, rule, merging, dense_layers),
+        merging=later.merging,
+        measure=evidence_fn(config, model, rule, later.merging, dense_layers),
         merge=merge,
         trained=shared.trained,
         accuracy=shared.accuracy,
