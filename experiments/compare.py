@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
         experiment_flags.check_run_flags()
         if not values.workdir:
             raise InvalidInput("workdir=: needs a directory, as --workdir=runs/rules")
-        for config in {config.without_merging() for config in configs.values()}:
+        for config in dict.fromkeys(each.without_merging() for each in configs.values()):
             describe(config, values.seeds[0])
         workdir = Path(values.workdir)
         results = run_rules(
