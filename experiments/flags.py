@@ -89,6 +89,27 @@ def config_from_flags() -> Config:
     return Config(**settings)
 
 
+def define_run_flags() -> None:
+    """Define which seeds run, and where to."""
+    define_tuple("seeds", (0,), "One run per seed.")
+    flags.DEFINE_string("workdir", None, "Where results, checkpoints and logs go.")
+    flags.DEFINE_integer(
+        "checkpoint_every",
+        0,
+        "Steps between checkpoints within a task; 0 for task boundaries only.",
+    )
+    flags.DEFINE_boolean("tensorboard", False, "Write TensorBoard events beside the other logs.")
+
+
+def check_run_flags() -> None:
+    """Raise `InvalidInput` for run flags that cannot be."""
+    values = flags.FLAGS
+    if not values.seeds or min(values.seeds) < 0:
+        raise InvalidInput(f"seeds={values.seeds}: needs one or more whole numbers from 0 on")
+    if values.checkpoint_every < 0:
+        raise InvalidInput(f"checkpoint_every={values.checkpoint_every}: must not be negative")
+
+
 def define_baseline_flags() -> None:
     """Define the flags of a second run beside the main one."""
     flags.DEFINE_string(

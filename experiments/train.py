@@ -16,12 +16,7 @@ from pm_jax.types import InvalidInput
 experiment_flags.define_config_flags()
 experiment_flags.define_baseline_flags()
 experiment_flags.define_export_flags()
-experiment_flags.define_tuple("seeds", (0,), "One run per seed.")
-flags.DEFINE_string("workdir", None, "Where results, checkpoints and logs go.")
-flags.DEFINE_integer(
-    "checkpoint_every", 0, "Steps between checkpoints within a task; 0 for task boundaries only."
-)
-flags.DEFINE_boolean("tensorboard", False, "Write TensorBoard events beside the other logs.")
+experiment_flags.define_run_flags()
 flags.DEFINE_boolean(
     "keep_task_models", False, "Keep the models that are merged, for experiments.merge --run."
 )
@@ -36,10 +31,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         config = experiment_flags.config_from_flags()
         baseline = experiment_flags.baseline_from_flags(config)
-        if not values.seeds or min(values.seeds) < 0:
-            raise InvalidInput(f"seeds={values.seeds}: needs one or more whole numbers from 0 on")
-        if values.checkpoint_every < 0:
-            raise InvalidInput(f"checkpoint_every={values.checkpoint_every}: must not be negative")
+        experiment_flags.check_run_flags()
         workdir = Path(values.workdir) if values.workdir else None
         destinations = experiment_flags.export_from_flags()
         export.check(destinations, config, values.seeds, workdir)

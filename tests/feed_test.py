@@ -7,9 +7,8 @@ import pytest
 
 from pm_jax.continual import Learner, feed
 from pm_jax.continual.feed import HostData
-from pm_jax.continual.programs import programs
 from pm_jax.types import InvalidInput
-from tests.small_runs import BY_CLASS, VIT, comparable, leaves_equal
+from tests.small_runs import BY_CLASS, VIT, comparable, forget_programs, leaves_equal
 
 grain = pytest.importorskip("grain", reason="needs the extra 'streaming'")
 
@@ -23,7 +22,7 @@ AUGMENTED = dataclasses.replace(
 def test_a_streamed_run_has_the_numbers_of_a_resident_one(config):
     resident = Learner(config, 0, checkpoint_every=5, quiet=True)
     wanted = resident.run()
-    programs.cache_clear()
+    forget_programs()
     small = dataclasses.replace(config, resident_mb=BUDGET_MB)
     streamed = Learner(small, 0, checkpoint_every=5, quiet=True)
     assert isinstance(streamed._train, HostData)

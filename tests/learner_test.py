@@ -8,15 +8,14 @@ import pytest
 from pm_jax import rules, trees
 from pm_jax.continual import Config, Learner
 from pm_jax.continual.partition import partition
-from pm_jax.continual.programs import programs
 from pm_jax.continual.run import describe
 from pm_jax.models import pretrained
-from tests.small_runs import BY_CLASS, SMALL, VIT, comparable, leaves_equal
+from tests.small_runs import BY_CLASS, SMALL, VIT, comparable, forget_programs, leaves_equal
 
 
 @pytest.mark.parametrize("config", [SMALL, BY_CLASS, VIT], ids=["domain", "class", "lora"])
 def test_every_function_compiles_once_for_the_whole_stream(config):
-    programs.cache_clear()
+    forget_programs()
     learner = Learner(config, seed=3, quiet=True, checkpoint_every=2)
     assert len(set(learner.stream.train.sizes.tolist())) > 1 or config is not BY_CLASS
     learner.run()
@@ -30,7 +29,7 @@ def test_every_function_compiles_once_for_the_whole_stream(config):
 
 
 def test_seeds_share_the_compiled_functions():
-    programs.cache_clear()
+    forget_programs()
     first, second = (Learner(SMALL, seed, quiet=True) for seed in (0, 1))
     first.run()
     second.run()
@@ -167,7 +166,7 @@ def test_a_rule_that_merges_for_inference_only_keeps_training_from_the_trained_m
     wanted = models_of(sequential, "sequential")
     rule = rules.averaging()._replace(next_task_from="trained")
     monkeypatch.setattr(Config, "merge_rule", lambda self: rule)
-    programs.cache_clear()
+    forget_programs()
     config = dataclasses.replace(plain, rule="averaging")
     learner = Learner(config, 0, tmp_path, quiet=True)
     for got, want in zip(models_of(learner, "inference"), wanted, strict=True):
@@ -177,7 +176,7 @@ def test_a_rule_that_merges_for_inference_only_keeps_training_from_the_trained_m
     again = Learner(config, 0, tmp_path, quiet=True)
     again.run()  # restored from the last checkpoint
     assert leaves_equal(again.params, merged) and leaves_equal(again._start, learner._start)
-    programs.cache_clear()
+    forget_programs()
 
 
 def test_a_run_from_pretrained_weights_starts_from_them_and_keeps_the_learned_head_apart(tmp_path):
@@ -189,7 +188,7 @@ def test_a_run_from_pretrained_weights_starts_from_them_and_keeps_the_learned_he
     trains = [line.split(": ")[1].split()[0] for line in describe(config).splitlines()
               if line.startswith("training in")]  # fmt: skip
     assert trains == ["298", "298"]  # two adapters of 16 x 2 twice, and a head of 16 x 10 + 10
-    programs.cache_clear()
+    forget_programs()
     learner = Learner(config, seed=0, quiet=True)
     body = tuple(p for p in trees.leaves_by_path(learner.params) if not p.startswith("head/"))
     theta_0 = trees.select(start, body)

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from pm_jax.continual import Config
+from pm_jax.continual.programs import programs, shared_programs
 from pm_jax.continual.training import Segment
 
 SMALL = Config(
@@ -18,6 +19,12 @@ VIT = dataclasses.replace(
     BY_CLASS, model="vit", patch_size=4, width=16, depth=1, num_heads=2, adapter="lora",
     lora_rank=2, weight_decay=0.1, num_tasks=2,
 )  # fmt: skip
+
+
+def forget_programs():
+    """Have everything compiled anew."""
+    programs.cache_clear()
+    shared_programs.cache_clear()
 
 
 def comparable(results):

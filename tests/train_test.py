@@ -89,6 +89,7 @@ def test_results_hold_what_is_promised(tmp_path):
         *("config", "seed", "accuracy_matrix", "final_average_accuracy"),
         *("average_incremental_accuracy", "forgetting", "backward_transfer", "forward_transfer"),
         *("learning_accuracy", "task_aware", "merges", "manifest", "environment", "seconds"),
+        "rule_state_bytes",
     }
     assert len(found["merges"]) == 2
     assert {

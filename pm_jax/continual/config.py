@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from pm_jax import models, perturbation, rules
-from pm_jax.continual.settings import PUBLIC_SIZES, TEXT_POSITIONS, Settings
+from pm_jax.continual.settings import MERGING, PUBLIC_SIZES, TEXT_POSITIONS, Settings
 from pm_jax.data import digits, sources, stream, texts
 from pm_jax.perturbation import Perturbation
 from pm_jax.rules import MergeRule
@@ -54,6 +54,11 @@ class Config(Settings):
     def merge_rule(self) -> MergeRule:
         """The merge rule with its settings."""
         return rules.make(self.rule, self.rule_settings, max_tasks=self.num_tasks)
+
+    def without_merging(self) -> "Config":
+        """The same settings for training and evaluation, with the defaults of merging."""
+        default = Config()
+        return dataclasses.replace(self, **{name: getattr(default, name) for name in MERGING})
 
     def network(self, num_classes: int) -> nn.Module:
         """The model for a number of classes."""

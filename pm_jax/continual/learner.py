@@ -14,6 +14,7 @@ from pm_jax.continual.checkpoints import Checkpoints
 from pm_jax.continual.config import Config
 from pm_jax.continual.logs import RunLog
 from pm_jax.continual.programs import programs, starting_params
+from pm_jax.continual.shared_training import SharedTraining
 from pm_jax.continual.training import Segment, TaskProgram
 from pm_jax.rules import MergeInfo
 from pm_jax.types import Array, InvalidInput, Params, PyTree
@@ -37,6 +38,7 @@ class Learner:
         quiet: print nothing.
         tensorboard: write TensorBoard events into the directory.
         keep_task_models: write what is merged into the directory too, for `experiments.merge`.
+        shared: task training in common with runs of the same training settings and seed.
 
     Attributes:
         params: the merged model so far, full parameter tree.
@@ -62,12 +64,15 @@ class Learner:
         quiet: bool = False,
         tensorboard: bool = False,
         keep_task_models: bool = False,
+        shared: SharedTraining | None = None,
     ):
         self.config, self.seed, self.directory = config, seed, directory
         self._checkpoint_every, self._quiet = checkpoint_every, quiet
         self._tensorboard, self._keep_task_models = tensorboard, keep_task_models
         self.stream = config.task_stream(seed)
         self._rule = config.merge_rule()
+        # A rule that watches training has to see it.
+        self._shared = None if "trajectory" in self._rule.needs else shared
         self._programs = programs(
             config,
             self.stream.num_classes,
@@ -179,7 +184,11 @@ class Learner:
     ) -> None:
         """One task from a step on, to its merge, evaluation and checkpoint."""
         start = trees.replace(self.params, self._start)
-        trained = self._train_task(task, step, start, training_state, checkpoints, log)
+        trained = self._trained_before(task, start, log) if training_state is None else None
+        if trained is None:
+            trained = self._train_task(task, step, start, training_state, checkpoints, log)
+            if self._shared:
+                self._shared.keep(task, start, trained, log.lines("epoch", task + 1))
         info = self._merge_task(task, start, trained)
         by_domain = self.stream.scenario == "domain_incremental"
         seen = self.stream.num_tasks if by_domain else task + 1
@@ -194,6 +203,20 @@ class Learner:
         )
         if checkpoints:
             checkpoints.save(end, self._state(None))
+
+    def _trained_before(self, task: int, start: Params, log: RunLog) -> Params | None:
+        """The trained model if another run has trained the same; its log and time are taken over.
+
+        A run's times are then what they would be had it trained by itself.
+        """
+        found = self._shared.find(task, start) if self._shared else None
+        if found is None:
+            return None
+        trained, lines = found
+        for line in lines:
+            log.write(**line)
+            self._records["seconds"][PHASES.index("train")] += line["seconds"]
+        return trained
 
     def _train_task(self, task, step, start, training_state, checkpoints, log) -> Params:
         program = self._program(task)
@@ -230,6 +253,7 @@ class Learner:
                 task=task + 1,
                 epoch=epoch + 1,
                 loss=float(values.mean()),
+                seconds=seconds,
                 images_per_second=round(images / seconds, 1),
             )
             due = self._checkpoint_every and within % self._checkpoint_every == 0
@@ -338,5 +362,6 @@ class Learner:
                 dict(zip(MERGE_FIELDS, row, strict=True))
                 for row in self._records["merges"].astype(np.float64).tolist()
             ],
+            "rule_state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(self._rule_state)),
             "seconds": dict(zip(PHASES, self._records["seconds"].tolist(), strict=True)),
         }

@@ -10,6 +10,7 @@ from typing import IO, Any
 
 from pm_jax.types import InvalidInput
 
+JSONL_FILE = "metrics.jsonl"
 COLUMNS = ("step", "event", "task", "epoch", "loss", "alpha", "accuracy", "images_per_second")
 
 
@@ -81,6 +82,13 @@ class RunLog:
                 if isinstance(value, float):
                     self._events.add_scalar(f"{event}/{name}", value, step)
 
+    def lines(self, event: str, task: int) -> list[dict[str, Any]]:
+        """The lines of an event of a task, counted from 1, that are written so far."""
+        if not self._directory:
+            return []
+        lines = map(json.loads, (self._directory / JSONL_FILE).read_text().splitlines())
+        return [line for line in lines if (line["event"], line["task"]) == (event, task)]
+
     def tell(self, text: str) -> None:
         """Print a line for a person, above the progress bar."""
         if not self._quiet:
@@ -131,7 +139,7 @@ def _csv_writer(file) -> csv.DictWriter:
 
 def _reopened(directory: Path, resume_step: int) -> tuple[IO[str], IO[str]]:
     """Both files, open to append, rewritten up to the step in one rename each."""
-    jsonl, table = directory / "metrics.jsonl", directory / "metrics.csv"
+    jsonl, table = directory / JSONL_FILE, directory / "metrics.csv"
     lines = []
     for text in jsonl.read_text().splitlines() if jsonl.exists() else ():
         try:

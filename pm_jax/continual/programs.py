@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -149,6 +150,45 @@ def _blank(config: Config, input_shape: tuple[int, ...]) -> Array:
     return training.normalized(jnp.zeros((1, *input_shape), dtype))
 
 
+class SharedPrograms(NamedTuple):
+    """Those of `Programs` that do not depend on the merge rule, and what the others need."""
+
+    model: nn.Module
+    partition: Partition
+    init: Callable[[Key], Params]
+    first: TaskProgram
+    later: TaskProgram
+    trained: Callable[..., Params]
+    accuracy: Callable[..., Array]
+    mean_loss: Callable[..., Array]
+
+
+@functools.lru_cache(maxsize=8)
+def shared_programs(
+    config: Config, num_classes: int, input_shape: tuple[int, ...], largest_task: int
+) -> SharedPrograms:
+    """The compiled functions that runs have in common if only what merging depends on differs."""
+    model = config.network(num_classes)
+    init = _init_fn(config, num_classes, input_shape)
+    first, later = partitions(config, jax.eval_shape(init, jax.random.key(0)))
+    program = training.task_program(config, model, later, largest_task)
+    transform = evaluation_transform(config)
+    return SharedPrograms(
+        model=model,
+        partition=later,
+        init=jax.jit(init),
+        first=program
+        if first == later
+        else training.task_program(config, model, first, largest_task),
+        later=program,
+        trained=jax.jit(trained_params),
+        accuracy=evaluation.accuracy_fn(model, transform=transform),
+        mean_loss=evaluation.mean_loss_fn(
+            model, temperature=config.temperature, transform=transform
+        ),
+    )
+
+
 @functools.lru_cache(maxsize=8)
 def programs(
     config: Config, num_classes: int, input_shape: tuple[int, ...], largest_task: int
@@ -171,11 +211,9 @@ def programs(
         >>> programs(Config(), 10, (8, 8, 1), 100).merging[:2]
         ('hidden_0/bias', 'hidden_0/kernel')
     """
-    model, rule = config.network(num_classes), config.merge_rule()
-    init = _init_fn(config, num_classes, input_shape)
-    first, later = partitions(config, jax.eval_shape(init, jax.random.key(0)))
-    program = training.task_program(config, model, later, largest_task)
-    transform = evaluation_transform(config)
+    rule = config.merge_rule()
+    shared = shared_programs(config.without_merging(), num_classes, input_shape, largest_task)
+    model, later = shared.model, shared.partition
     dense_layers = dense_layers_of(model, _blank(config, input_shape))
 
     # The rule's state is replaced, so its buffers are donated.
@@ -190,17 +228,13 @@ def programs(
         return trees.replace(trained, leaves), rule_state, info
 
     return Programs(
-        init=jax.jit(init),
-        first=program
-        if first == later
-        else training.task_program(config, model, first, largest_task),
-        later=program,
+        init=shared.init,
+        first=shared.first,
+        later=shared.later,
         merging=later.merging,
         measure=evidence_fn(config, model, rule, later.merging, dense_layers),
         merge=merge,
-        trained=jax.jit(trained_params),
-        accuracy=evaluation.accuracy_fn(model, transform=transform),
-        mean_loss=evaluation.mean_loss_fn(
-            model, temperature=config.temperature, transform=transform
-        ),
+        trained=shared.trained,
+        accuracy=shared.accuracy,
+        mean_loss=shared.mean_loss,
     )

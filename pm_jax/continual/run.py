@@ -18,6 +18,7 @@ from pm_jax.continual.learner import Learner
 from pm_jax.continual.logs import check_tensorboard
 from pm_jax.continual.partition import Partition
 from pm_jax.continual.programs import parameter_shapes, partitions
+from pm_jax.continual.shared_training import SharedTraining
 from pm_jax.continual.workdir import RESULTS_FILE, SUMMARY_FILE, check_claim, claim, write_json
 from pm_jax.types import InvalidInput
 
@@ -41,6 +42,7 @@ def run_seeds(
     quiet: bool = False,
     tensorboard: bool = False,
     keep_task_models: bool = False,
+    shared: Path | None = None,
 ) -> dict[str, Any]:
     """Run a configuration for some seeds, going on where an earlier call was interrupted.
 
@@ -55,6 +57,7 @@ def run_seeds(
         quiet: print nothing.
         tensorboard: write TensorBoard events beside the other logs.
         keep_task_models: write the models that are merged, in `seed_<n>/task_models`.
+        shared: folder of the task training in common with other merge rules; `None` for none.
 
     Returns:
         The summary: `{"seeds": [...], metric: {"mean", "standard_deviation", "n"}, ...}`.
@@ -86,6 +89,7 @@ def run_seeds(
             quiet=quiet,
             tensorboard=tensorboard,
             keep_task_models=keep_task_models,
+            shared=SharedTraining(shared / f"seed_{seed}") if shared else None,
         )
         results = learner.run()
         results["seconds"]["this_process"] = time.perf_counter() - clock
@@ -212,7 +216,7 @@ def summarize_seeds(workdir: Path) -> dict[str, Any]:
         >>> summarize_seeds(Path(tempfile.mkdtemp()))["seeds"]
         []
     """
-    results = [_read_results(path) for path in sorted(workdir.glob(f"seed_*/{RESULTS_FILE}"))]
+    results = [read_results(path) for path in sorted(workdir.glob(f"seed_*/{RESULTS_FILE}"))]
     results.sort(key=lambda result: result["seed"])
 
     def figures(of: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -225,7 +229,25 @@ def summarize_seeds(workdir: Path) -> dict[str, Any]:
     }
 
 
-def _read_results(path: Path) -> dict[str, Any]:
+def read_results(path: Path) -> dict[str, Any]:
+    """What a finished run left behind.
+
+    Args:
+        path: of its results.json.
+
+    Returns:
+        Its content.
+
+    Raises:
+        InvalidInput: the file is damaged.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "results.json"
+        >>> write_json(path, {"seed": 0})
+        >>> read_results(path)
+        {'seed': 0}
+    """
     try:
         return json.loads(path.read_text())
     except ValueError:

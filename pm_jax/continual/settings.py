@@ -25,6 +25,11 @@ SCHEDULES = ("constant", "cosine", "linear", "milestones")
 PERTURBATIONS = ("symmetric", "gaussian", "one_sided", "antithetic", "none")
 CURVATURES = ("fisher_empirical", "fisher_exact")
 SPLITS = ("test", "validation")
+MERGING = (
+    *("rule", "rule_settings"),
+    *("curvature", "curvature_samples", "curvature_examples", "curvature_memory_mb"),
+)
+"""Settings that the training of a task does not depend on, given the model it starts from."""
 
 
 def _option(

@@ -15,8 +15,27 @@ RESULTS_FILE = "results.json"
 SUMMARY_FILE = "summary.json"
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file under a temporary name, then rename.
+
+    Args:
+        path: of the file.
+        text: its content.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "x.txt"
+        >>> write_text(path, "one line")
+        >>> path.read_text()
+        'one line'
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON under a temporary name, then rename; NaN becomes null.
+    """Write JSON as `write_text` does; NaN becomes null.
 
     Args:
         path: of the file.
@@ -29,9 +48,7 @@ def write_json(path: Path, content: Any) -> None:
         >>> json.loads(path.read_text())
         {'a': None}
     """
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n")
 
 
 def _without_nan(value: Any) -> Any:
@@ -44,12 +61,13 @@ def _without_nan(value: Any) -> Any:
     return value
 
 
-def claim(workdir: Path, config: Config) -> None:
+def claim(workdir: Path, config: Config, file_name: str = CONFIG_FILE) -> None:
     """Make a directory the work directory of a configuration, or see that it already is.
 
     Args:
         workdir: a directory that is absent, empty, or claimed by the same configuration before.
         config: settings.
+        file_name: of the file that the claim is kept in, one for each kind of work directory.
 
     Raises:
         InvalidInput: the directory cannot be written, holds something else, or belongs to another
@@ -63,11 +81,11 @@ def claim(workdir: Path, config: Config) -> None:
         Traceback (most recent call last):
         pm_jax.types.InvalidInput: workdir=...: holds a run with epochs=3, not 7; ...
     """
-    check_claim(workdir, config)
+    check_claim(workdir, config, file_name)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if not (workdir / CONFIG_FILE).exists():
-            write_json(workdir / CONFIG_FILE, dataclasses.asdict(config))
+        if not (workdir / file_name).exists():
+            write_json(workdir / file_name, dataclasses.asdict(config))
         elif not os.access(workdir, os.W_OK):
             raise PermissionError("no permission to write")
     except OSError as error:
@@ -77,12 +95,13 @@ def claim(workdir: Path, config: Config) -> None:
         ) from None
 
 
-def check_claim(workdir: Path, config: Config) -> None:
+def check_claim(workdir: Path, config: Config, file_name: str = CONFIG_FILE) -> None:
     """Raise as `claim` would for what a directory holds, without writing anything.
 
     Args:
         workdir: a directory, present or not.
         config: settings.
+        file_name: as for `claim`.
 
     Raises:
         InvalidInput: as `claim`.
@@ -90,7 +109,7 @@ def check_claim(workdir: Path, config: Config) -> None:
     Example:
         >>> check_claim(Path("/nonexistent"), Config())
     """
-    path = workdir / CONFIG_FILE
+    path = workdir / file_name
     if workdir.exists() and not workdir.is_dir():
         raise InvalidInput(f"workdir={workdir}: is not a directory; choose another path")
     try:
@@ -112,7 +131,7 @@ def check_claim(workdir: Path, config: Config) -> None:
         raise
     except ValueError:
         raise InvalidInput(
-            f"workdir={workdir}: its {CONFIG_FILE} is damaged; choose another directory"
+            f"workdir={workdir}: its {file_name} is damaged; choose another directory"
         ) from None
     current = json.loads(json.dumps(dataclasses.asdict(config)))
     free = {f.name for f in dataclasses.fields(Config) if not f.metadata["identity"]}

@@ -1,0 +1,114 @@
+"""Merge rules side by side on one stream: a table with error bars, and plots.
+
+python -m experiments.compare --rules=all --dataset=digits --seeds=0,1,2 --workdir=runs/rules
+python -m experiments.compare --rules=sequential,ties+keep=0.1,averaging+perturbation=none ...
+
+Every rule runs with the settings that the flags give. A rule may have its own after it: settings of
+the rule, or any flag of experiments.train. Runs that are finished in the work directory are kept,
+and training that rules have in common is done once.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from experiments import flags as experiment_flags
+from pm_jax import comparison, rules
+from pm_jax.continual import Config, TrainingDiverged, comparison_plots
+from pm_jax.continual.rule_comparison import run_rules, write_tables
+from pm_jax.continual.run import describe
+from pm_jax.types import InvalidInput
+
+experiment_flags.define_config_flags()
+experiment_flags.define_run_flags()
+flags.DEFINE_list(
+    "rules",
+    ["all"],
+    f"Rules to compare, of {', '.join(rules.REGISTRY)}, each with settings of its own after it as "
+    "name+setting=value+flag=value, colons between the numbers of a tuple; all for each once. The "
+    "flag --rule is not read.",
+)
+flags.adopt_module_key_flags(experiment_flags)  # --help lists them
+
+
+def main(argv: Sequence[str]) -> None:
+    """Check everything, then run, and print the table."""
+    del argv
+    values = flags.FLAGS
+    try:
+        base = experiment_flags.config_from_flags()
+        configs = configurations(base, values.rules)
+        experiment_flags.check_run_flags()
+        if not values.workdir:
+            raise InvalidInput("workdir=: needs a directory, as --workdir=runs/rules")
+        for config in dict.fromkeys(each.without_merging() for each in configs.values()):
+            describe(config, values.seeds[0])
+        workdir = Path(values.workdir)
+        results = run_rules(
+            configs,
+            base,
+            values.seeds,
+            workdir,
+            checkpoint_every=values.checkpoint_every,
+            tensorboard=values.tensorboard,
+        )
+    except (InvalidInput, TrainingDiverged) as error:
+        experiment_flags.fail(str(error))
+    rows = comparison.compare(results)
+    print(comparison.as_text(rows))
+    files = write_tables(rows, values.seeds, workdir)
+    try:
+        files += comparison_plots.write_plots(
+            {row.rule: results[row.rule] for row in rows}, workdir
+        )
+    except ImportError:
+        print("plots: skipped, matplotlib is not installed; pip install 'pm_jax[plots]'")
+    print("written:", *files)
+
+
+def configurations(base: Config, names: Sequence[str]) -> dict[str, Config]:
+    """The settings of each rule, by what was asked for; raises `InvalidInput`."""
+    if flags.FLAGS["rule_settings"].present:
+        raise InvalidInput(
+            f"rule_settings={base.rule_settings}: belongs to one rule; write it after the rule's "
+            "name, as --rules=perturb_and_merge+clip=false"
+        )
+    expanded: list[str] = []
+    for name in names:
+        expanded += rules.REGISTRY if name == "all" else [name]
+    if not expanded:
+        raise InvalidInput("rules=: needs one or more, or all")
+    configs = {}
+    for label in expanded:
+        name, *pairs = label.split("+")
+        try:
+            configs[label] = dataclasses.replace(base, rule=name, **_settings_of(name, pairs))
+        except InvalidInput as error:
+            raise InvalidInput(f"rules={label}: {error}") from None
+    return configs
+
+
+def _settings_of(rule: str, pairs: Sequence[str]) -> dict[str, Any]:
+    """What `setting=value` after a rule's name stands for; the rule's settings go first."""
+    own = inspect.signature(rules.REGISTRY[rule]).parameters if rule in rules.REGISTRY else {}
+    fields = {field.name for field in dataclasses.fields(Config)} - {"rule", "rule_settings"}
+    settings: dict[str, Any] = {}
+    of_rule = []
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        if name in own or name not in fields:
+            of_rule.append(pair)  # The rule says what is wrong with it.
+            continue
+        try:
+            settings[name] = flags.FLAGS[name].parser.parse(value.replace(":", ","))
+        except ValueError as error:
+            raise InvalidInput(f"{name}={value}: {error}") from None
+    return {**settings, "rule_settings": ",".join(of_rule)}
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=experiment_flags.parse)

@@ -1,0 +1,116 @@
+"""Runs of several merge rules on the same stream and seeds, in one work directory."""
+
+import dataclasses
+import urllib.parse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pm_jax import comparison
+from pm_jax.continual.config import Config
+from pm_jax.continual.learner import TrainingDiverged
+from pm_jax.continual.logs import check_tensorboard
+from pm_jax.continual.run import read_results, run_seeds
+from pm_jax.continual.shared_training import folder_name
+from pm_jax.continual.workdir import RESULTS_FILE, check_claim, claim, write_json, write_text
+
+SETTINGS_FILE = "comparison_config.json"
+SHARED_FOLDER = "shared_training"
+
+
+def run_rules(
+    configs: Mapping[str, Config],
+    base: Config,
+    seeds: Sequence[int],
+    workdir: Path,
+    *,
+    checkpoint_every: int = 0,
+    quiet: bool = False,
+    tensorboard: bool = False,
+) -> dict[str, list[dict[str, Any]]]:
+    """Run each configuration for each seed; what is finished in the work directory is kept.
+
+    Every rule has its own directory, as `run_seeds` leaves it. Training that rules have in common
+    is done once and kept in `shared_training`, which may be deleted.
+
+    Args:
+        configs: settings by label; a label names the directory below `workdir`.
+        base: settings that the comparison is of; its merge rule does not matter.
+        seeds: one run each.
+        workdir: absent, empty, or of a comparison with the same base.
+        checkpoint_every: as for `run_seeds`.
+        quiet: as for `run_seeds`.
+        tensorboard: as for `run_seeds`.
+
+    Returns:
+        For each label the contents of `results.json`, in the order of the seeds.
+
+    Raises:
+        InvalidInput: as `run_seeds`; nothing has been run then.
+        TrainingDiverged: the loss is no longer finite; the message names the rule.
+
+    Example:
+        >>> import tempfile
+        >>> base = Config(num_tasks=2, epochs=1, first_task_epochs=1, hidden_sizes=(8,))
+        >>> configs = {"sequential": dataclasses.replace(base, rule="sequential")}
+        >>> results = run_rules(configs, base, [0], Path(tempfile.mkdtemp()), quiet=True)
+        >>> results["sequential"][0]["config"]["rule"]
+        'sequential'
+    """
+    anything = {name: getattr(Config(), name) for name in ("rule", "rule_settings")}
+    owner = dataclasses.replace(base, **anything)
+    directories = {label: workdir / urllib.parse.quote(label, safe="+=:") for label in configs}
+    check_claim(workdir, owner, SETTINGS_FILE)
+    for label, config in configs.items():
+        check_claim(directories[label], config)
+    if tensorboard:
+        check_tensorboard()
+    claim(workdir, owner, SETTINGS_FILE)
+    for label, config in configs.items():
+        try:
+            run_seeds(
+                config,
+                seeds,
+                directories[label],
+                checkpoint_every=checkpoint_every,
+                quiet=quiet,
+                tensorboard=tensorboard,
+                shared=workdir / SHARED_FOLDER / folder_name(config),
+            )
+        except TrainingDiverged as error:
+            raise TrainingDiverged(f"{label}: {error}") from error
+    return {
+        label: [read_results(directory / f"seed_{seed}" / RESULTS_FILE) for seed in seeds]
+        for label, directory in directories.items()
+    }
+
+
+def write_tables(
+    rows: Sequence[comparison.Comparison], seeds: Sequence[int], workdir: Path
+) -> list[Path]:
+    """Write the table as CSV, JSON and LaTeX into the work directory.
+
+    Args:
+        rows: of `comparison.compare`.
+        seeds: in the order of the rows' figures.
+        workdir: where to; earlier tables are replaced.
+
+    Returns:
+        The files.
+
+    Example:
+        >>> import tempfile
+        >>> run = dict.fromkeys(comparison.FIGURES, 0.5) | {"seed": 0, "seconds": {}}
+        >>> rows = comparison.compare({"averaging": [run]})
+        >>> [path.name for path in write_tables(rows, [0], Path(tempfile.mkdtemp()))]
+        ['comparison.csv', 'comparison.json', 'comparison.tex']
+    """
+    csv, json, latex = (workdir / f"comparison.{kind}" for kind in ("csv", "json", "tex"))
+    write_text(csv, comparison.as_csv(rows))
+    records = [
+        record | {"over_seeds": row.figures}
+        for record, row in zip(comparison.as_records(rows), rows, strict=True)
+    ]
+    write_json(json, {"seeds": list(seeds), "rules": records})
+    write_text(latex, comparison.as_latex(rows) + "\n")
+    return [csv, json, latex]

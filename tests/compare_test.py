@@ -1,0 +1,180 @@
+"""`experiments.compare`, in-process."""
+
+import csv
+import json
+import re
+import sys
+
+import pytest
+from absl import flags
+
+from experiments import compare
+from experiments import flags as experiment_flags
+from pm_jax import rules
+from pm_jax.continual import TrainingDiverged, rule_comparison
+from pm_jax.continual import learner as learner_module
+
+TINY = ["--num_tasks=3", "--epochs=1", "--first_task_epochs=1", "--hidden_sizes=8"]
+
+
+def run(*arguments):
+    """Parse and run as `app.run` would."""
+    flags.FLAGS.unparse_flags()
+    compare.main(experiment_flags.parse(["compare", *map(str, arguments)]))
+
+
+def refused(capsys, *arguments):
+    """The single line of a call that ends with code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        run(*arguments)
+    assert ended.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+@pytest.fixture
+def learners(monkeypatch):
+    """Rule and seed of every learner that is made."""
+    made = []
+    original = learner_module.Learner.__init__
+
+    def counted(self, config, seed, *arguments, **named):
+        made.append((config.rule, config.curvature, seed))
+        original(self, config, seed, *arguments, **named)
+
+    monkeypatch.setattr(learner_module.Learner, "__init__", counted)
+    return made
+
+
+def test_two_rules_with_two_seeds_then_a_restart_that_runs_nothing(tmp_path, capsys, learners):
+    pytest.importorskip("matplotlib")
+    arguments = [f"--workdir={tmp_path}", "--seeds=0,1", *TINY]
+    named = "--rules=sequential,averaging+curvature=fisher_exact"
+    run(*arguments, named)
+    assert learners == [
+        (rule, curvature, seed)
+        for rule, curvature in (("sequential", "fisher_empirical"), ("averaging", "fisher_exact"))
+        for seed in (0, 1)
+    ]
+    output = capsys.readouterr().out
+    table = output.splitlines()[:3]
+    assert table[0].startswith("rule ") and "to the best" in table[0]
+    assert {line.split()[0] for line in table[1:]} == {
+        "sequential",
+        "averaging+curvature=fisher_exact",
+    }
+    assert re.search(r"0\.0 \+- 0\.0", table[1]) and re.search(r"-\d+\.\d \+- \d", table[2])
+    content = json.loads((tmp_path / "comparison.json").read_text())
+    assert content["seeds"] == [0, 1]
+    for record in content["rules"]:
+        runs = [json.loads((tmp_path / record["rule"] / f"seed_{seed}/results.json").read_text())
+                for seed in (0, 1)]  # fmt: skip
+        accuracies = [found["final_average_accuracy"] for found in runs]
+        assert record["over_seeds"]["final_average_accuracy"] == accuracies
+        assert record["final_average_accuracy_mean"] == pytest.approx(sum(accuracies) / 2)
+        assert record["rule_state_bytes"] == 4  # both only count
+    names = list(csv.DictReader((tmp_path / "comparison.csv").read_text().splitlines()))
+    assert [row["rule"] for row in names] == [record["rule"] for record in content["rules"]]
+    assert (tmp_path / "comparison.tex").read_text().count(r"\\") == 3
+    assert len(list(tmp_path.glob("*.png"))) == 4
+
+    learners.clear()
+    run(*arguments, named)
+    assert learners == []
+    # Those that print the table again say what is finished first.
+    assert capsys.readouterr().out.endswith(output)
+    (tmp_path / "sequential" / "seed_1" / "results.json").unlink()
+    run(*arguments, named)
+    assert learners == [("sequential", "fisher_empirical", 1)]
+    assert json.loads((tmp_path / "comparison.json").read_text())["rules"][0]["rank"] >= 1
+
+
+def test_rules_have_settings_of_their_own_and_all_is_each_once():
+    flags.FLAGS.unparse_flags()
+    experiment_flags.parse(["compare", "--epochs=2"])
+    base = experiment_flags.config_from_flags()
+    label = "perturb_and_merge+clip=false+epochs=4+probabilities=1/2:1/4:1/4"
+    found = compare.configurations(base, ["all", "sequential", label])
+    assert list(found)[:-1] == list(rules.REGISTRY)
+    assert all(config.rule == label for label, config in list(found.items())[:-1])
+    own = found[label]
+    assert (own.rule, own.rule_settings, own.epochs) == ("perturb_and_merge", "clip=false", 4)
+    assert own.probabilities == (0.5, 0.25, 0.25)
+    assert found["averaging"].epochs == 2 and found["averaging"].rule_settings == ""
+
+
+def test_without_matplotlib_one_line_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    run(f"--workdir={tmp_path}", "--rules=sequential", *TINY)
+    assert "plots: skipped, matplotlib is not installed; pip install" in capsys.readouterr().out
+    assert (tmp_path / "comparison.csv").exists() and not list(tmp_path.glob("*.png"))
+
+
+REFUSED = {
+    "unknown rule": (["--rules=sequential,nonsense"], r"--rules=nonsense: .*one of .*averaging"),
+    "unknown setting": (
+        ["--rules=perturb_and_merge+keep=3"],
+        r"--rules=perturb_and_merge\+keep=3: .*keep is not a setting.*takes clip=true",
+    ),
+    "setting of another type": (
+        ["--rules=perturb_and_merge+clip=7"],
+        r"--rules=perturb_and_merge\+clip=7: .*must be true or false",
+    ),
+    "flag of another type": (
+        ["--rules=averaging+epochs=many"],
+        r"--rules=averaging\+epochs=many: epochs=many: ",
+    ),
+    "flag out of range": (
+        ["--rules=averaging+epochs=0"],
+        r"--rules=averaging\+epochs=0: epochs=0: must be at least 1",
+    ),
+    "no rule": (["--rules="], "--rules=: needs one or more"),
+    "settings of all": (
+        ["--rules=averaging", "--rule_settings=clip=false"],
+        "--rule_settings=clip=false: belongs to one rule",
+    ),
+    "no seeds": (["--seeds="], "--seeds="),
+    "no workdir": (["--workdir="], "--workdir=: needs a directory"),
+    "model that does not fit": (
+        ["--rules=averaging", "--model=vit", "--patch_size=3"],
+        "--image_size=0: patch_size=3 must divide",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_mistake_is_one_line_before_anything_is_written(case, tmp_path, capsys, learners):
+    arguments, pattern = REFUSED[case]
+    line = refused(capsys, f"--workdir={tmp_path / 'new'}", *TINY, *arguments)
+    assert re.search(pattern, line) and not (tmp_path / "new").exists() and not learners
+
+
+def test_a_work_directory_of_something_else_is_refused(tmp_path, capsys, learners):
+    (tmp_path / "a" / "averaging").mkdir(parents=True)
+    (tmp_path / "a" / "averaging" / "thesis.tex").write_text("years of work")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "config.json").write_text("{}")  # of experiments.train
+    for name in ("a", "b"):
+        line = refused(capsys, f"--workdir={tmp_path / name}", "--rules=averaging", *TINY)
+        assert line.startswith(f"error: --workdir={tmp_path / name}: is not empty")
+    compared = [f"--workdir={tmp_path / 'c'}", *TINY]
+    run(*compared, "--rules=averaging")
+    learners.clear()
+    line = refused(capsys, *compared, "--rules=averaging,sequential", "--epochs=2")
+    assert "holds a run with epochs=1, not 2" in line
+    thesis = tmp_path / "c" / "sequential"
+    thesis.mkdir()
+    (thesis / "thesis.tex").write_text("years of work")
+    assert f"{thesis}: is not empty" in refused(capsys, *compared, "--rules=sequential")
+    assert not learners
+
+
+def test_a_loss_that_is_not_finite_names_the_rule(tmp_path, capsys, monkeypatch):
+    def diverging(*_, **__):
+        raise TrainingDiverged("task 1, step 2: the loss is nan")
+
+    monkeypatch.setattr(rule_comparison, "run_seeds", diverging)
+    line = refused(capsys, f"--workdir={tmp_path}", "--rules=averaging", *TINY)
+    assert line == "error: averaging: task 1, step 2: the loss is nan"
