@@ -11,7 +11,7 @@ References:
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike
+from jax.typing import ArrayLike
 
 SHARPNESS = 100.0
 """Factor of the distances in `weights_of_distances`, as in the paper's code."""
@@ -44,7 +44,7 @@ def label_counts(labels: ArrayLike, class_masks: ArrayLike) -> tuple[float, ...]
     return tuple((counts / counts.sum()).tolist())
 
 
-def weights_of_distances(distances: ArrayLike) -> tuple[float, ...]:
+def weights_of_distances(distances: Sequence[float]) -> tuple[float, ...]:
     """Weights of tasks from the target's distance to each, `exp(-100 d)` brought to sum 1.
 
     Args:
