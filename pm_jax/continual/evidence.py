@@ -45,7 +45,7 @@ def evidence_fn(
         >>> measure(None, {}, {}, None, 0).quadratic is None
         True
     """
-    if not rule.needs:
+    if not rule.needs & {"quadratic", "curvature_error"}:
         return lambda *_: Evidence()
     transform = evaluation_transform(config)
 

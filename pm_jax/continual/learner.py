@@ -18,7 +18,11 @@ from pm_jax.continual.training import Segment, TaskProgram
 from pm_jax.rules import MergeInfo
 from pm_jax.types import Array, InvalidInput, Params, PyTree
 
-MERGE_FIELDS = (*MergeInfo._fields, "actual_loss_change")
+MERGE_FIELDS = (
+    *(name for name in MergeInfo._fields if name != "figures"),
+    "actual_loss_change",
+)
+"""Figures of every merge; a rule may add its own, and `onset_gradients` one more."""
 PHASES = ("train", "curvature", "merge", "evaluate")
 
 
@@ -66,6 +70,9 @@ class Learner:
         self._tensorboard = tensorboard
         self.stream = config.task_stream(seed)
         self._rule = config.merge_rule()
+        self._wants_onset = config.onset_gradients or "onset_gradient_norm" in self._rule.needs
+        onset = ("onset_gradient_norm",) if self._wants_onset else ()
+        self._merge_fields = (*MERGE_FIELDS, *self._rule.figures, *onset)
         self._programs = programs(
             config,
             self.stream.num_classes,
@@ -86,13 +93,14 @@ class Learner:
         tasks = self.stream.num_tasks
         self.params = starting_params(self.config, self._programs.init(self._key))
         self._start: dict[str, Array] = {}
+        self._trajectory: PyTree = None
         if self._rule.next_task_from == "trained":
             self._start = trees.select(self.params, self._programs.merging)
         self._rule_state = self._fresh_rule_state(self.params)
         self._records: dict[str, np.ndarray] = {
             "accuracy": np.full((2, tasks, tasks), np.nan, np.float32),
             "initial": np.full((2, tasks), np.nan, np.float32),
-            "merges": np.full((tasks, len(MERGE_FIELDS)), np.nan, np.float32),
+            "merges": np.full((tasks, len(self._merge_fields)), np.nan, np.float32),
             "seconds": np.zeros(len(PHASES), np.float64),
         }
 
@@ -199,8 +207,13 @@ class Learner:
         trainable, optimizer_state = training_state or program.begin(self._key, start, task_array)
         epochs, begin = self.config.epochs_of(task), self._bounds[task]
         per_epoch = self._steps_per_epoch[task]
+        snapshots = self._programs.snapshots
+        cuts = snapshots.steps(epochs * per_epoch)
+        if not training_state:
+            blank = snapshots.blank(start)
+            self._trajectory = snapshots.taken(blank, cuts, 0, start, trainable)
         pieces = training.segments(
-            step - begin, epochs * per_epoch, per_epoch, self._checkpoint_every
+            step - begin, epochs * per_epoch, per_epoch, self._checkpoint_every, cuts
         )
         for epoch, first, stop in pieces:
             clock = time.perf_counter()
@@ -230,6 +243,7 @@ class Learner:
                 loss=float(values.mean()),
                 images_per_second=round(images / seconds, 1),
             )
+            self._trajectory = snapshots.taken(self._trajectory, cuts, within, start, trainable)
             due = self._checkpoint_every and within % self._checkpoint_every == 0
             if checkpoints and due and within < epochs * per_epoch:
                 checkpoints.save(begin + within, self._state((trainable, optimizer_state)))
@@ -241,6 +255,10 @@ class Learner:
         trained_loss = float(run.mean_loss(trained, self._train, task_array))
         # The last update can be what diverges.
         self._check_finite(task, self._bounds[task + 1] - self._bounds[task] - 1, [trained_loss])
+        onset = float("nan")
+        if self._wants_onset:
+            objective = run.objective(self._key, start, self._train, task_array)
+            onset = float(run.gradient_norm(objective, start))
         if task == 0 and self.config.from_scratch:
             # From scratch the first task is the pre-training: theta_0 := theta_1*.
             start = trained
@@ -250,6 +268,11 @@ class Learner:
             run.measure(self._key, trained, start, self._train, task_array)
         )
         self._time("curvature", clock)
+        evidence = evidence._replace(trajectory=self._trajectory, onset_gradient_norm=onset)
+        if "objective" in self._rule.needs:
+            objective = run.objective(self._key, trained, self._train, task_array)
+            evidence = evidence._replace(objective=objective)
+        self._trajectory = None
         clock = time.perf_counter()
         self.params, self._rule_state, info = run.merge(self._rule_state, start, trained, evidence)
         jax.block_until_ready(self.params)
@@ -257,9 +280,10 @@ class Learner:
         if self._rule.next_task_from == "trained":
             self._start = trees.select(trained, run.merging)
         change = float(run.mean_loss(self.params, self._train, task_array)) - trained_loss
-        figures = {name: float(value) for name, value in info._asdict().items()}
-        figures["actual_loss_change"] = change
-        self._records["merges"][task] = [figures[name] for name in MERGE_FIELDS]
+        own = {"actual_loss_change": change, "onset_gradient_norm": onset}
+        found = {**info._asdict(), **info.figures, **own}
+        figures = {name: float(found[name]) for name in self._merge_fields}
+        self._records["merges"][task] = list(figures.values())
         return figures
 
     def _accuracy(self, count: int) -> np.ndarray:
@@ -301,6 +325,8 @@ class Learner:
         }
         if training_state:
             state["trainable"], state["optimizer"] = training_state
+            if self._trajectory:
+                state["trajectory"] = self._trajectory
         return state
 
     def _restore(self, checkpoints: Checkpoints, step: int) -> tuple[PyTree, PyTree] | None:
@@ -311,9 +337,10 @@ class Learner:
             training_state = jax.eval_shape(
                 self._program(task).begin, self._key, self.params, np.asarray(task, np.int32)
             )
+            self._trajectory = self._programs.snapshots.blank(self.params)
         state = checkpoints.restore(step, self._state(training_state))
         self.params, self._start = state["params"], state["start"]
-        self._rule_state = state["rule"]
+        self._rule_state, self._trajectory = state["rule"], state.get("trajectory")
         self._records = jax.tree.map(np.array, state["records"])
         return (state["trainable"], state["optimizer"]) if training_state else None
 
@@ -329,7 +356,7 @@ class Learner:
                 **metrics.summarize(aware, initial[1] if by_domain else None),
             },
             "merges": [
-                dict(zip(MERGE_FIELDS, row, strict=True))
+                dict(zip(self._merge_fields, row, strict=True))
                 for row in self._records["merges"].astype(np.float64).tolist()
             ],
             "seconds": dict(zip(PHASES, self._records["seconds"].tolist(), strict=True)),

@@ -13,8 +13,11 @@ from pm_jax.continual.config import Config
 from pm_jax.continual.evidence import dense_layers_of, evidence_fn
 from pm_jax.continual.image_transforms import check_images, evaluation_transform
 from pm_jax.continual.partition import Partition, partition, trained_params
+from pm_jax.continual.snapshots import Snapshots
+from pm_jax.continual.task_objective import objective_fn
 from pm_jax.continual.training import TaskProgram
 from pm_jax.models import pretrained
+from pm_jax.objectives import Objective
 from pm_jax.rules import MergeInfo
 from pm_jax.types import Array, InvalidInput, Key, Params, PyTree
 
@@ -33,6 +36,10 @@ class Programs(NamedTuple):
         trained: `trained(start, trainable) -> params`.
         accuracy: see `evaluation.accuracy_fn`.
         mean_loss: see `evaluation.mean_loss_fn`.
+        objective: see `task_objective.objective_fn`.
+        gradient_norm: `gradient_norm(objective, params)`, `Objective.gradient_norm` at full
+            parameters.
+        snapshots: see `snapshots.Snapshots`.
     """
 
     init: Callable[[Key], Params]
@@ -44,6 +51,9 @@ class Programs(NamedTuple):
     trained: Callable[..., Params]
     accuracy: Callable[..., Array]
     mean_loss: Callable[..., Array]
+    objective: Callable[..., Objective]
+    gradient_norm: Callable[[Objective, Params], Array]
+    snapshots: Snapshots
 
 
 def partitions(config: Config, params: Params) -> tuple[Partition, Partition]:
@@ -203,4 +213,9 @@ def programs(
         mean_loss=evaluation.mean_loss_fn(
             model, temperature=config.temperature, transform=transform
         ),
+        objective=objective_fn(config, model, later.merging),
+        gradient_norm=jax.jit(
+            lambda objective, params: objective.gradient_norm(trees.select(params, later.merging))
+        ),
+        snapshots=Snapshots(rule.snapshots, later.merging),
     )

@@ -1,6 +1,6 @@
 """Training of one task: an optimiser step, and an epoch of them in one compiled loop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -17,7 +17,7 @@ from pm_jax.data.stream import TaskIndices, TaskStream
 from pm_jax.types import Array, Batch, Key, Params, PyTree
 
 # Purposes of random numbers: each is folded into the run's key first.
-INITIALIZE, ADAPTERS, SHUFFLE, STEP, CURVATURE, AUGMENT = range(6)
+INITIALIZE, ADAPTERS, SHUFFLE, STEP, CURVATURE, AUGMENT, EXAMPLES = range(7)
 
 
 class Window(NamedTuple):
@@ -343,7 +343,11 @@ def _epoch_batches(key: Key, data: DeviceData, task: Array, steps: int, batch_si
 
 
 def segments(
-    first_step: int, total_steps: int, steps_per_epoch: int, every: int
+    first_step: int,
+    total_steps: int,
+    steps_per_epoch: int,
+    every: int,
+    further: Collection[int] = (),
 ) -> list[tuple[int, int, int]]:
     """Pieces (epoch, first, stop) that lead through a task, cut at epochs and at checkpoints.
 
@@ -352,6 +356,7 @@ def segments(
         total_steps: steps of the task in all.
         steps_per_epoch: of the task.
         every: steps between checkpoints; 0 for none within the task.
+        further: steps of the task to cut at as well.
 
     Returns:
         Pieces of one epoch or less, in order.
@@ -360,7 +365,7 @@ def segments(
         >>> segments(0, 6, 3, 2)
         [(0, 0, 2), (0, 2, 3), (1, 0, 1), (1, 1, 3)]
     """
-    cuts = set(range(0, total_steps + 1, steps_per_epoch))
+    cuts = {*range(0, total_steps + 1, steps_per_epoch), *further}
     if every:
         cuts |= set(range(0, total_steps + 1, every))
     bounds = [first_step, *sorted(cut for cut in cuts if cut > first_step)]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from pm_jax import trees
+from pm_jax.objectives import Objective
 from pm_jax.quadratics import Quadratic
 from pm_jax.types import Array, Params
 
@@ -21,10 +22,17 @@ class Evidence(NamedTuple):
     Attributes:
         quadratic: curvature of the task's loss at the trained model.
         curvature_error: standard error of `Delta^T H_t Delta` over the task's examples, scalar.
+        trajectory: float32 snapshots of the merging leaves along the task's training, stacked
+            [K, ...], at the rule's `snapshots`.
+        objective: the task's loss on some of its examples, at the trained model's classifier.
+        onset_gradient_norm: `Objective.gradient_norm` at the model that the task started from.
     """
 
     quadratic: Quadratic | None = None
     curvature_error: Array | float = float("nan")
+    trajectory: Params | None = None
+    objective: Objective | None = None
+    onset_gradient_norm: Array | float = float("nan")
 
 
 class MergeInfo(NamedTuple):
@@ -38,6 +46,7 @@ class MergeInfo(NamedTuple):
         standard_error: of `alpha_raw`, over the current task's examples.
         predicted_loss_change: of the current task, trained to merged model.
         degenerate: 1 where the curvature gave no minimum and alpha is 1/t, else 0.
+        figures: what else the rule has to say, under the names in `MergeRule.figures`.
     """
 
     alpha: Array
@@ -47,6 +56,14 @@ class MergeInfo(NamedTuple):
     standard_error: Array
     predicted_loss_change: Array
     degenerate: Array
+    figures: dict[str, Array] = {}
+
+    @classmethod
+    def of(cls, alpha: Array, **others: Any) -> "MergeInfo":
+        """A merge about which nothing but its coefficient, and what else is given, is known."""
+        nan, zero = jnp.full((), jnp.nan, jnp.float32), jnp.zeros((), jnp.float32)
+        unknown = dict.fromkeys(cls._fields[2:6], nan)
+        return cls(**{"alpha": alpha, "alpha_raw": alpha, **unknown, "degenerate": zero, **others})
 
 
 class MergeRule(NamedTuple):
@@ -57,12 +74,16 @@ class MergeRule(NamedTuple):
         update: `update(state, *, previous, trained, evidence) -> (params, state, info)`.
         needs: names of the fields of `Evidence` that `update` reads.
         next_task_from: "merged" or "trained", the model that the next task starts from.
+        snapshots: when `Evidence.trajectory` is taken, fractions of the task's steps in [0, 1].
+        figures: names of the entries of `MergeInfo.figures`.
     """
 
     init: Callable[[Params], Any]
     update: Callable[..., tuple[Params, Any, MergeInfo]]
     needs: frozenset[str] = frozenset()
     next_task_from: str = "merged"
+    snapshots: tuple[float, ...] = ()
+    figures: tuple[str, ...] = ()
 
 
 class TaskCount(NamedTuple):
@@ -101,8 +122,6 @@ def merge_by_count(coefficient: Callable[[Array], Array]) -> MergeRule:
         del evidence
         tasks = state.tasks + 1
         alpha = jnp.asarray(coefficient(tasks), jnp.float32)
-        nan = jnp.full((), jnp.nan, jnp.float32)
-        info = MergeInfo(alpha, alpha, nan, nan, nan, nan, jnp.zeros((), jnp.float32))
-        return trees.lerp(previous, trained, alpha), TaskCount(tasks), info
+        return trees.lerp(previous, trained, alpha), TaskCount(tasks), MergeInfo.of(alpha)
 
     return MergeRule(init, update)
