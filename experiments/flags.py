@@ -21,7 +21,7 @@ SEQUENTIAL_ON_DEFAULT_STREAM: dict[str, Any] = {"learning_rate": 3e-4, "epochs":
 
 NOT_OF_SEQUENTIAL = (
     *("learning_rate", "epochs", "data_dir", "cache_dir", "resident_mb", "evaluate_on"),
-    *("rule", "clip_alpha"),
+    *("rule", "rule_settings"),
     *("perturbation", "epsilon", "probabilities", "perturb_per"),
     *("curvature", "curvature_samples", "curvature_examples", "curvature_memory_mb"),
     *("merge_examples", "onset_gradients"),
@@ -125,7 +125,7 @@ def baseline_from_flags(config: Config) -> Config | None:
             raise InvalidInput(f"baseline_{name}={given}: must be above 0")
         own[name] = given or own[name]
     settings: dict[str, Any] = {"perturbation": "none", "perturb_per": "batch", **own}
-    return dataclasses.replace(config, rule=rule, **settings)
+    return dataclasses.replace(config, rule=rule, rule_settings="", **settings)
 
 
 def define_export_flags() -> None:

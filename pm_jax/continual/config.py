@@ -36,6 +36,7 @@ class Config(Settings):
             self.perturbation_law()
         except ValueError as error:
             raise InvalidInput(str(error)) from None
+        self.merge_rule()
 
     def perturbation_law(self) -> Perturbation:
         """The perturbation of the training loss."""
@@ -52,8 +53,7 @@ class Config(Settings):
 
     def merge_rule(self) -> MergeRule:
         """The merge rule with its settings."""
-        settings = {"clip": self.clip_alpha} if self.rule == "perturb_and_merge" else {}
-        return rules.REGISTRY[self.rule](**settings)
+        return rules.make(self.rule, self.rule_settings, max_tasks=self.num_tasks)
 
     def network(self, num_classes: int) -> nn.Module:
         """The model for a number of classes."""

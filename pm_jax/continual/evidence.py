@@ -10,7 +10,7 @@ from pm_jax import curvature, losses, task_vectors, trees
 from pm_jax.continual.config import Config
 from pm_jax.continual.feed import Pass
 from pm_jax.continual.image_transforms import evaluation_transform
-from pm_jax.continual.training import CURVATURE, DeviceData, logits_of, purpose_key
+from pm_jax.continual.training import CURVATURE, MERGE, DeviceData, logits_of, purpose_key
 from pm_jax.curvature import Measure
 from pm_jax.rules import Evidence, MergeRule
 from pm_jax.types import Array, Batch, Key, LogitsFn, Params, PyTree
@@ -45,8 +45,12 @@ def evidence_fn(
         >>> measure(None, {}, {}, None, 0).quadratic is None
         True
     """
+
+    def merge_key(key: Key, task: Array) -> Key | None:
+        return purpose_key(key, MERGE, task) if "key" in rule.needs else None
+
     if not rule.needs & {"quadratic", "curvature_error"}:
-        return lambda *_: Evidence()
+        return lambda key, trained, previous, data, task: Evidence(key=merge_key(key, task))
     transform = evaluation_transform(config)
 
     def chunk_of(key: Key, trained: Params, previous: Params, data: DeviceData, task: Array) -> int:
@@ -81,9 +85,9 @@ def evidence_fn(
         return estimator(trained, data, task, chunk).update(state, batch), count
 
     def finish(carry, *arguments) -> Evidence:
-        _, trained, _, data, task = arguments
+        key, trained, _, data, task = arguments
         found = estimator(trained, data, task, chunk_of(*arguments)).finalize(carry[0])
-        return Evidence(found.quadratic, found.standard_error)
+        return Evidence(found.quadratic, found.standard_error, merge_key(key, task))
 
     return Pass(begin=begin, step=step, finish=finish, batch_size=chunk_of)
 

@@ -217,7 +217,11 @@ class Settings:
 
     # Merging.
     rule: str = _option("perturb_and_merge", "Merge rule.", tuple(rules.REGISTRY))
-    clip_alpha: bool = _option(True, "perturb_and_merge: restrict alpha to [0, 1].")
+    rule_settings: str = _option(
+        "",
+        "Settings of the rule that are not its defaults, as clip=false for perturb_and_merge; "
+        "several with commas between them.",
+    )
     curvature: str = _option(
         "fisher_empirical", "Curvature that a task leaves behind for the merge rule.", CURVATURES
     )

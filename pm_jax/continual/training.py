@@ -17,7 +17,7 @@ from pm_jax.data.stream import TaskIndices, TaskStream
 from pm_jax.types import Array, Batch, Key, Params, PyTree
 
 # Purposes of random numbers: each is folded into the run's key first.
-INITIALIZE, ADAPTERS, SHUFFLE, STEP, CURVATURE, AUGMENT, EXAMPLES = range(7)
+INITIALIZE, ADAPTERS, SHUFFLE, STEP, CURVATURE, AUGMENT, MERGE, EXAMPLES = range(8)
 
 
 class Window(NamedTuple):

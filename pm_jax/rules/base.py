@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from pm_jax import trees
 from pm_jax.objectives import Objective
 from pm_jax.quadratics import Quadratic
-from pm_jax.types import Array, Params
+from pm_jax.types import Array, Key, Params
 
 
 class Evidence(NamedTuple):
@@ -22,6 +22,7 @@ class Evidence(NamedTuple):
     Attributes:
         quadratic: curvature of the task's loss at the trained model.
         curvature_error: standard error of `Delta^T H_t Delta` over the task's examples, scalar.
+        key: PRNG key of this merge; what is random in a leaf folds in its path.
         trajectory: float32 snapshots of the merging leaves along the task's training, stacked
             [K, ...], at the rule's `snapshots`.
         objective: the task's loss on some of its examples, at the trained model's classifier.
@@ -30,6 +31,7 @@ class Evidence(NamedTuple):
 
     quadratic: Quadratic | None = None
     curvature_error: Array | float = float("nan")
+    key: Key | None = None
     trajectory: Params | None = None
     objective: Objective | None = None
     onset_gradient_norm: Array | float = float("nan")
@@ -59,11 +61,11 @@ class MergeInfo(NamedTuple):
     figures: dict[str, Array] = {}
 
     @classmethod
-    def of(cls, alpha: Array, **others: Any) -> "MergeInfo":
-        """A merge about which nothing but its coefficient, and what else is given, is known."""
-        nan, zero = jnp.full((), jnp.nan, jnp.float32), jnp.zeros((), jnp.float32)
-        unknown = dict.fromkeys(cls._fields[2:6], nan)
-        return cls(**{"alpha": alpha, "alpha_raw": alpha, **unknown, "degenerate": zero, **others})
+    def of(cls, alpha: Array | float, degenerate: Array | float = 0.0) -> "MergeInfo":
+        """The info of a merge that predicts nothing."""
+        nan = jnp.full((), jnp.nan, jnp.float32)
+        alpha, degenerate = (jnp.asarray(x, jnp.float32) for x in (alpha, degenerate))
+        return cls(alpha, alpha, nan, nan, nan, nan, degenerate)
 
 
 class MergeRule(NamedTuple):

@@ -103,13 +103,10 @@ def trm(
         >>> trm(snapshots=2).snapshots
         (0.5, 1.0)
     """
-    _check(snapshots, steps, learning_rate, temperature, cutoff, next_task_from)
-    weights = {"alignment": alignment, "consistency": consistency, "responsiveness": responsiveness}
-    if min(weights.values()) < 0 or max(weights.values()) == 0:
-        raise ValueError(f"{weights}: weights of the losses must be at least 0, and one above")
     settings = _Settings(
         steps, learning_rate, alignment, consistency, responsiveness, temperature, cutoff
     )
+    _check(settings, snapshots, next_task_from)
 
     def init(params: Params) -> TrmState:
         return TrmState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.asarray, params))
@@ -139,7 +136,7 @@ def trm(
             subspaces.combination(directions, found.weights),
         )
         alpha = jnp.where(first, 1.0, found.share)
-        info = MergeInfo.of(alpha, degenerate=found.degenerate, figures=found.figures)
+        info = MergeInfo.of(alpha, found.degenerate)._replace(figures=found.figures)
         return merged, TrmState(tasks, state.origin), info
 
     needs = frozenset({"trajectory", "objective", "onset_gradient_norm"})
@@ -218,10 +215,10 @@ def _search(
     sound = jnp.isfinite(end).all()
     end = jnp.where(sound, end, beginning)
     before, after = (coordinates @ (length * place) for place in (beginning, end))
-    values = [
-        objective.mean_over_batches(functools.partial(losses_on, weights=weights))
-        for weights in (before, after)
-    ]
+    values = jax.lax.map(
+        lambda weights: objective.mean_over_batches(functools.partial(losses_on, weights=weights)),
+        jnp.stack([before, after]),
+    )
     figures = {
         f"{name}_{when}": found[place]
         for place, name in enumerate(LOSSES)
@@ -232,14 +229,20 @@ def _search(
     return _Found(after, share, (~sound).astype(jnp.float32), figures)
 
 
-def _check(snapshots, steps, learning_rate, temperature, cutoff, next_task_from) -> None:
-    for name, value in (("snapshots", snapshots), ("steps", steps)):
-        if value < 1:
-            raise ValueError(f"{name}={value}: must be at least 1")
-    for name, value in (("learning_rate", learning_rate), ("temperature", temperature)):
-        if not value > 0:
-            raise ValueError(f"{name}={value}: must be above 0")
-    if not 0 < cutoff < 1:
-        raise ValueError(f"cutoff={cutoff}: must lie in (0, 1)")
+def _check(settings: _Settings, snapshots: int, next_task_from: str) -> None:
+    values = {**settings._asdict(), "snapshots": snapshots}
+    for name in ("snapshots", "steps"):
+        if values[name] < 1:
+            raise ValueError(f"{name}={values[name]}: must be at least 1")
+    for name in ("learning_rate", "temperature"):
+        if not values[name] > 0:
+            raise ValueError(f"{name}={values[name]}: must be above 0")
+    for name in LOSSES[:3]:
+        if values[name] < 0:
+            raise ValueError(f"{name}={values[name]}: must not be negative")
+    if not any(values[name] for name in LOSSES[:3]):
+        raise ValueError("alignment=0, consistency=0, responsiveness=0: one must be above 0")
+    if not 0 < settings.cutoff < 1:
+        raise ValueError(f"cutoff={settings.cutoff}: must lie in (0, 1)")
     if next_task_from not in ("merged", "trained"):
         raise ValueError(f"next_task_from={next_task_from!r}: must be merged or trained")

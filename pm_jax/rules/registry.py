@@ -1,0 +1,89 @@
+"""Every merge rule by name, and how one is made from a line of settings."""
+
+import fractions
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from pm_jax.rules.averaging import averaging
+from pm_jax.rules.base import MergeRule
+from pm_jax.rules.perturb_and_merge import perturb_and_merge
+from pm_jax.rules.sequential import sequential
+from pm_jax.rules.trm import trm
+from pm_jax.types import InvalidInput
+
+REGISTRY: dict[str, Callable[..., MergeRule]] = {
+    "perturb_and_merge": perturb_and_merge,
+    "sequential": sequential,
+    "averaging": averaging,
+    "trm": trm,
+}
+"""Factories by name: what `--rule` accepts and what the contract tests run over."""
+
+
+def make(name: str, settings: str = "", **given: Any) -> MergeRule:
+    """A merge rule from its name and a line of settings.
+
+    Args:
+        name: one of `REGISTRY`.
+        settings: "name=value,name=value" of the factory's keywords; numbers may be fractions, the
+            numbers of a tuple are separated by colons.
+        **given: values that the caller has for some settings, used where the rule has them; they
+            are not for `settings` to change.
+
+    Returns:
+        A `MergeRule`.
+
+    Raises:
+        InvalidInput: no such rule or setting, or a value that the rule does not take; the message
+            names the rule's settings.
+
+    Example:
+        >>> make("perturb_and_merge", "clip=false").next_task_from
+        'merged'
+    """
+    if name not in REGISTRY:
+        raise InvalidInput(f"rule={name}: must be one of {', '.join(REGISTRY)}")
+    keywords = inspect.signature(REGISTRY[name]).parameters
+    values = {key: value for key, value in given.items() if key in keywords}
+    defaults = {key: each.default for key, each in keywords.items() if key not in values}
+    listed = ", ".join(f"{key}={_written(value)}" for key, value in defaults.items())
+    remedy = f"{name} takes {listed or 'no settings'}" + (" by default" if listed else "")
+    for setting in filter(None, settings.replace(" ", "").split(",")):
+        key, equals, text = setting.partition("=")
+        if not equals or key not in defaults:
+            wrong = "is set by the run" if key in values else "is not a setting of the rule"
+            raise InvalidInput(f"rule_settings={setting}: {key} {wrong}; {remedy}")
+        try:
+            values[key] = _read(text, defaults[key])
+        except (KeyError, ValueError, ZeroDivisionError):
+            kind = _kind(defaults[key])
+            raise InvalidInput(f"rule_settings={setting}: must be {kind}; {remedy}") from None
+    try:
+        return REGISTRY[name](**values)
+    except ValueError as error:
+        raise InvalidInput(f"rule_settings={error}; {remedy}") from None
+
+
+def _read(text: str, default: Any) -> Any:
+    """A value of the default's type."""
+    if isinstance(default, bool):
+        return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+    if isinstance(default, tuple):
+        return tuple(float(fractions.Fraction(part)) for part in text.split(":") if part)
+    return float(fractions.Fraction(text)) if isinstance(default, float) else type(default)(text)
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ":".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _kind(default: Any) -> str:
+    kinds = {
+        bool: "true or false",
+        int: "a whole number",
+        tuple: "numbers or fractions separated by colons",
+    }
+    return kinds.get(type(default), "a number or fraction")
