@@ -14,6 +14,7 @@ from pm_jax.continual.checkpoints import Checkpoints
 from pm_jax.continual.config import Config
 from pm_jax.continual.logs import RunLog
 from pm_jax.continual.programs import programs, starting_params
+from pm_jax.continual.snapshots import snapshot_step
 from pm_jax.continual.training import Segment, TaskProgram
 from pm_jax.rules import MergeInfo
 from pm_jax.types import Array, InvalidInput, Params, PyTree
@@ -204,7 +205,10 @@ class Learner:
     def _train_task(self, task, step, start, training_state, checkpoints, log) -> Params:
         program = self._program(task)
         task_array = np.asarray(task, np.int32)
-        trainable, optimizer_state = training_state or program.begin(self._key, start, task_array)
+        hooked = self._hooked()
+        trainable, optimizer_state = training_state or program.begin(
+            self._key, start, task_array, *hooked
+        )
         epochs, begin = self.config.epochs_of(task), self._bounds[task]
         per_epoch = self._steps_per_epoch[task]
         snapshots = self._programs.snapshots
@@ -224,9 +228,10 @@ class Learner:
 
             stretches = feed.stretches(self._train, order, self.config.batch_size, first, stop)
             for low, high, data in stretches:
-                segment = Segment.of(task, epoch, low, high, epochs)
+                projected = self._projects(epoch * per_epoch + first, epochs * per_epoch)
+                segment = Segment.of(task, epoch, low, high, epochs, projected)
                 trainable, optimizer_state, step_losses = program.train(
-                    self._key, trainable, optimizer_state, start, data, segment
+                    self._key, trainable, optimizer_state, start, data, segment, *hooked
                 )
                 # Waits, so that no more windows than planned are on the device.
                 found.append(np.asarray(step_losses)[low:high])
@@ -264,19 +269,26 @@ class Learner:
             start = trained
             self._rule_state = self._fresh_rule_state(trained)
         clock = time.perf_counter()
-        evidence = jax.block_until_ready(
-            run.measure(self._key, trained, start, self._train, task_array)
-        )
-        self._time("curvature", clock)
+        evidence = run.measure(self._key, trained, start, self._train, task_array)
         evidence = evidence._replace(trajectory=self._trajectory, onset_gradient_norm=onset)
         if "objective" in self._rule.needs:
             objective = run.objective(self._key, trained, self._train, task_array)
             evidence = evidence._replace(objective=objective)
         self._trajectory = None
+        jax.block_until_ready(evidence)
+        self._time("curvature", clock)
         clock = time.perf_counter()
         self.params, self._rule_state, info = run.merge(self._rule_state, start, trained, evidence)
         jax.block_until_ready(self.params)
         self._time("merge", clock)
+        if self._rule.absorb:
+            clock = time.perf_counter()
+            evidence = run.measure(self._key, self.params, start, self._train, task_array)
+            objective = run.objective(self._key, self.params, self._train, task_array)
+            self._rule_state = jax.block_until_ready(
+                run.absorb(self._rule_state, self.params, objective, evidence)
+            )
+            self._time("curvature", clock)
         if self._rule.next_task_from == "trained":
             self._start = trees.select(trained, run.merging)
         change = float(run.mean_loss(self.params, self._train, task_array)) - trained_loss
@@ -312,6 +324,15 @@ class Learner:
         self._records["seconds"][PHASES.index(phase)] += seconds
         return seconds
 
+    def _hooked(self) -> tuple[PyTree, ...]:
+        """What training is given beyond what every rule's is: the state of a rule with a hook."""
+        return (self._rule_state,) if self._rule.hook else ()
+
+    def _projects(self, step: int, total: int) -> bool:
+        """Whether the rule's hook projects at a step of a task."""
+        hook = self._rule.hook
+        return hook is not None and step < snapshot_step(hook.project_until, total)
+
     def _program(self, task: int) -> TaskProgram:
         return self._programs.first if task == 0 else self._programs.later
 
@@ -335,7 +356,11 @@ class Learner:
         if step not in self._bounds:
             task = int(np.searchsorted(self._bounds, step, side="right")) - 1
             training_state = jax.eval_shape(
-                self._program(task).begin, self._key, self.params, np.asarray(task, np.int32)
+                self._program(task).begin,
+                self._key,
+                self.params,
+                np.asarray(task, np.int32),
+                *self._hooked(),
             )
             self._trajectory = self._programs.snapshots.blank(self.params)
         state = checkpoints.restore(step, self._state(training_state))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pm_jax import trees
+from pm_jax import gradient_projection, trees
 from pm_jax.continual import evaluation, training
 from pm_jax.continual.config import Config
 from pm_jax.continual.evidence import dense_layers_of, evidence_fn
@@ -40,6 +40,8 @@ class Programs(NamedTuple):
         gradient_norm: `gradient_norm(objective, params)`, `Objective.gradient_norm` at full
             parameters.
         snapshots: see `snapshots.Snapshots`.
+        absorb: `absorb(rule_state, merged, objective, evidence) -> rule_state` at full parameters,
+            for rules that absorb.
     """
 
     init: Callable[[Key], Params]
@@ -54,6 +56,7 @@ class Programs(NamedTuple):
     objective: Callable[..., Objective]
     gradient_norm: Callable[[Objective, Params], Array]
     snapshots: Snapshots
+    absorb: Callable[..., PyTree]
 
 
 def partitions(config: Config, params: Params) -> tuple[Partition, Partition]:
@@ -184,7 +187,7 @@ def programs(
     model, rule = config.network(num_classes), config.merge_rule()
     init = _init_fn(config, num_classes, input_shape)
     first, later = partitions(config, jax.eval_shape(init, jax.random.key(0)))
-    program = training.task_program(config, model, later, largest_task)
+    program = training.task_program(config, model, later, largest_task, rule.hook)
     transform = evaluation_transform(config)
     dense_layers = dense_layers_of(model, _blank(config, input_shape))
 
@@ -199,11 +202,19 @@ def programs(
         )
         return trees.replace(trained, leaves), rule_state, info
 
+    @functools.partial(jax.jit, donate_argnums=0)
+    def absorb(rule_state, merged, objective, evidence):
+        assert rule.absorb
+        leaves = trees.select(merged, later.merging)
+        kernels = gradient_projection.kernel_paths(leaves)
+        moments = gradient_projection.input_moments(objective, leaves, kernels)
+        return rule.absorb(rule_state, evidence._replace(input_moments=moments))
+
     return Programs(
         init=jax.jit(init),
         first=program
         if first == later
-        else training.task_program(config, model, first, largest_task),
+        else training.task_program(config, model, first, largest_task, rule.hook),
         later=program,
         merging=later.merging,
         measure=evidence_fn(config, model, rule, later.merging, dense_layers),
@@ -218,4 +229,5 @@ def programs(
             lambda objective, params: objective.gradient_norm(trees.select(params, later.merging))
         ),
         snapshots=Snapshots(rule.snapshots, later.merging),
+        absorb=absorb,
     )

@@ -33,7 +33,7 @@ class Snapshots:
 
     def steps(self, total: int) -> tuple[int, ...]:
         """After how many of a task's steps each snapshot is taken."""
-        return tuple(round(fraction * total) for fraction in self._fractions)
+        return tuple(snapshot_step(fraction, total) for fraction in self._fractions)
 
     def blank(self, params: Params) -> dict[str, Array] | None:
         """Stacked leaves [K, ...] to be filled; `None` where nothing is to be taken."""
@@ -56,6 +56,23 @@ class Snapshots:
         if step not in cuts:
             return trajectory
         return _filled(trajectory, np.asarray(cuts) == step, start, trainable)
+
+
+def snapshot_step(fraction: float, total: int) -> int:
+    """The step of a task at a fraction of its steps.
+
+    Args:
+        fraction: in [0, 1].
+        total: steps of the task.
+
+    Returns:
+        0 to `total`, the nearest.
+
+    Example:
+        >>> snapshot_step(0.5, 7)
+        4
+    """
+    return round(fraction * total)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

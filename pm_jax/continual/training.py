@@ -1,5 +1,6 @@
 """Training of one task: an optimiser step, and an epoch of them in one compiled loop."""
 
+import functools
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from pm_jax.continual.config import Config
 from pm_jax.continual.image_transforms import training_transform
 from pm_jax.continual.partition import Partition, Trainable, fresh_trainable
 from pm_jax.data.stream import TaskIndices, TaskStream
+from pm_jax.rules import TrainingHook
 from pm_jax.types import Array, Batch, Key, Params, PyTree
 
 # Purposes of random numbers: each is folded into the run's key first.
@@ -72,6 +74,7 @@ class Segment(NamedTuple):
         first: first step within the epoch.
         stop: one past the last step; no more steps are made than the task has batches.
         epochs: of the task in all, for the schedule.
+        projected: 1 where the rule's hook projects, 0 elsewhere.
     """
 
     task: Array
@@ -79,11 +82,15 @@ class Segment(NamedTuple):
     first: Array
     stop: Array
     epochs: Array
+    projected: Array
 
     @classmethod
-    def of(cls, task: int, epoch: int, first: int, stop: int, epochs: int) -> "Segment":
+    def of(
+        cls, task: int, epoch: int, first: int, stop: int, epochs: int, projected: bool = False
+    ) -> "Segment":
         """A segment from Python ints."""
-        return cls(*(jnp.asarray(value, jnp.int32) for value in (task, epoch, first, stop, epochs)))
+        values = (task, epoch, first, stop, epochs, projected)
+        return cls(*(jnp.asarray(value, jnp.int32) for value in values))
 
 
 class TaskProgram(NamedTuple):
@@ -93,7 +100,7 @@ class TaskProgram(NamedTuple):
         begin: `begin(key, start, task) -> (trainable, optimizer_state)`.
         train: `train(key, trainable, optimizer_state, start, data, segment) -> (trainable,
             optimizer_state, losses)`, losses float32 [steps of the largest task]. The first two are
-            donated.
+            donated. With a rule's hook, both functions take the rule's state last.
         order: `order(key, data, task, epoch) -> rows`, int32, the examples of an epoch in order.
     """
 
@@ -243,7 +250,11 @@ def _displaced(
 
 
 def task_program(
-    config: Config, model: nn.Module, partition: Partition, largest_task: int
+    config: Config,
+    model: nn.Module,
+    partition: Partition,
+    largest_task: int,
+    hook: TrainingHook | None = None,
 ) -> TaskProgram:
     """Compile-once functions that train tasks of up to a number of examples.
 
@@ -252,6 +263,7 @@ def task_program(
         model: linen module.
         partition: which of its parameters train.
         largest_task: M, examples of the largest task.
+        hook: of the merge rule.
 
     Returns:
         A `TaskProgram`.
@@ -269,9 +281,13 @@ def task_program(
     per_example = config.perturb_per == "example" and bool(partition.adapted)
 
     @jax.jit
-    def begin(key: Key, start: Params, task: Array) -> tuple[Trainable, PyTree]:
+    def begin(
+        key: Key, start: Params, task: Array, rule_state: PyTree = None
+    ) -> tuple[Trainable, PyTree]:
         adapter_key = purpose_key(key, ADAPTERS, task)
         trainable = fresh_trainable(adapter_key, partition, start, config.lora_rank)
+        if hook:
+            trainable = trainable.moved(hook.onset(rule_state, trainable.moving))
         # Copies: the next call donates them, and `start` must survive.
         trainable = jax.tree.map(jnp.copy, trainable)
         return trainable, optimizer.accumulated(config, transformation)[0].init(trainable)
@@ -284,7 +300,15 @@ def task_program(
     def order(key: Key, data: DeviceData, task: Array, epoch: Array) -> Array:
         return batches_of(key, data, task, epoch).ravel()
 
-    def train(key, trainable, optimizer_state, start, data, segment):
+    def projected(changes: Trainable, rule_state: PyTree, segment: Segment) -> Trainable:
+        if hook is None:
+            return changes
+        project = functools.partial(hook.project, rule_state)
+        return changes.moved(
+            jax.lax.cond(segment.projected > 0, project, lambda same: same, changes.moving)
+        )
+
+    def train(key, trainable, optimizer_state, start, data, segment, rule_state=None):
         task, count = segment.task, data.sizes[segment.task]
         batches = batches_of(key, data, task, segment.epoch)
         steps_per_epoch = -(-count // batch_size)
@@ -320,8 +344,10 @@ def task_program(
             step_optimizer, share = optimizer.accumulated(config, transformation, position, count)
             if config.accumulation_steps > 1:
                 gradients = jax.tree.map(lambda g: share * g, gradients)
+            gradients = projected(gradients, rule_state, segment)
             updates, optimizer_state = step_optimizer.update(gradients, optimizer_state, trainable)
             updates = optimizer.scaled(config, updates, rate(progress), class_mask)
+            updates = projected(updates, rule_state, segment)
             trainable = optax.apply_updates(trainable, updates)
             return trainable, optimizer_state, values.at[position].set(value)
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from pm_jax import trees
+from pm_jax.lora import Adapter
 from pm_jax.objectives import Objective
 from pm_jax.quadratics import Quadratic
 from pm_jax.types import Array, Key, Params
@@ -27,6 +28,8 @@ class Evidence(NamedTuple):
             [K, ...], at the rule's `snapshots`.
         objective: the task's loss on some of its examples, at the trained model's classifier.
         onset_gradient_norm: `Objective.gradient_norm` at the model that the task started from.
+        input_moments: `{path of a dense kernel: [in, in]}`, second moments of the layer's inputs;
+            in the evidence that a rule absorbs only.
     """
 
     quadratic: Quadratic | None = None
@@ -35,6 +38,7 @@ class Evidence(NamedTuple):
     trajectory: Params | None = None
     objective: Objective | None = None
     onset_gradient_norm: Array | float = float("nan")
+    input_moments: dict[str, Array] | None = None
 
 
 class MergeInfo(NamedTuple):
@@ -68,6 +72,25 @@ class MergeInfo(NamedTuple):
         return cls(alpha, alpha, nan, nan, nan, nan, degenerate)
 
 
+Moving = dict[str, Array | Adapter]
+"""What trains and merges by its path, or gradients of it: an `Adapter` for an adapted kernel."""
+
+
+class TrainingHook(NamedTuple):
+    """What a rule does while a task trains; functions of the rule's state that jit compiles.
+
+    Attributes:
+        onset: `onset(state, moving) -> moving`, of what trains before the first step.
+        project: `project(state, moving) -> moving`, of a step's gradients and of the optimiser's
+            updates.
+        project_until: share of the task's steps in which `project` takes part.
+    """
+
+    onset: Callable[[Any, Moving], Moving]
+    project: Callable[[Any, Moving], Moving]
+    project_until: float
+
+
 class MergeRule(NamedTuple):
     """A merge rule.
 
@@ -78,6 +101,9 @@ class MergeRule(NamedTuple):
         next_task_from: "merged" or "trained", the model that the next task starts from.
         snapshots: when `Evidence.trajectory` is taken, fractions of the task's steps in [0, 1].
         figures: names of the entries of `MergeInfo.figures`.
+        hook: what the rule does while a task trains, or `None`.
+        absorb: `absorb(state, evidence) -> state`, after the merge, with the same evidence measured
+            anew at the merged model and `input_moments`; or `None`.
     """
 
     init: Callable[[Params], Any]
@@ -86,6 +112,8 @@ class MergeRule(NamedTuple):
     next_task_from: str = "merged"
     snapshots: tuple[float, ...] = ()
     figures: tuple[str, ...] = ()
+    hook: TrainingHook | None = None
+    absorb: Callable[[Any, Evidence], Any] | None = None
 
 
 class TaskCount(NamedTuple):

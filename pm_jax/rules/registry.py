@@ -7,6 +7,7 @@ from typing import Any
 
 from pm_jax.rules.averaging import averaging
 from pm_jax.rules.base import MergeRule
+from pm_jax.rules.became import became
 from pm_jax.rules.perturb_and_merge import perturb_and_merge
 from pm_jax.rules.sequential import sequential
 from pm_jax.rules.trm import trm
@@ -16,6 +17,7 @@ REGISTRY: dict[str, Callable[..., MergeRule]] = {
     "perturb_and_merge": perturb_and_merge,
     "sequential": sequential,
     "averaging": averaging,
+    "became": became,
     "trm": trm,
 }
 """Factories by name: what `--rule` accepts and what the contract tests run over."""
