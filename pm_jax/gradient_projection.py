@@ -82,7 +82,7 @@ def grown(projector: Array, moments: Array, threshold: Array | float) -> Array:
     # Energy that is held before a direction is added.
     before = total - jnp.sum(values) + jnp.cumsum(values) - values
     needed = (before < threshold * total) & (values > 0)
-    own = vectors * needed
+    own = vectors * needed[None, :]
     return projector + jnp.matmul(own, own.T, precision="highest")
 
 

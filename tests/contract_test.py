@@ -10,6 +10,7 @@ import pytest
 from pm_jax import rules, trees
 from pm_jax.quadratics import DiagonalQuadratic
 from pm_jax.rules import Evidence, MergeInfo
+from tests.training_evidence import as_in_training
 
 # Identities of the method's section 9 that some rules do not have by their definition; a rule that
 # is registered is held to them unless it is named here.
@@ -17,6 +18,10 @@ MERGES_EQUAL_MODELS_TO_ANOTHER: set[str] = set()
 DOES_NOT_KEEP_THE_FIRST_MODEL: set[str] = set()
 
 every_rule = pytest.mark.parametrize("name", sorted(rules.REGISTRY))
+
+
+def made(name):
+    return as_in_training(rules.make(name))
 
 
 def model(seed, dtype=jnp.float32, positive=False):
@@ -60,19 +65,21 @@ def identical(a, b):
 
 @every_rule
 def test_grammar(name):
-    rule = rules.REGISTRY[name]()
+    rule = made(name)
     assert rule.next_task_from in ("merged", "trained")
     assert rule.needs <= set(Evidence._fields)
     _, infos = run(rule, [model(1), model(2)], model(0))
     for info in infos:
         assert isinstance(info, MergeInfo)
-        assert all(value.shape == () and value.dtype == jnp.float32 for value in info)
+        for value in jax.tree.leaves(info):
+            assert value.shape == () and value.dtype == jnp.float32
+        assert tuple(sorted(info.figures)) == tuple(sorted(rule.figures))
         assert np.isfinite(float(info.alpha))
 
 
 @every_rule
 def test_state_is_a_pytree_of_arrays_of_fixed_shapes(name):
-    rule = rules.REGISTRY[name]()
+    rule = made(name)
     state = rule.init(model(0))
     after = rule.update(
         state, previous=model(0), trained=model(1), evidence=evidence_for(model(1), 0)
@@ -88,7 +95,7 @@ def test_state_is_a_pytree_of_arrays_of_fixed_shapes(name):
 def test_no_change_stays_no_change(name, wrap, dtype):
     if name in MERGES_EQUAL_MODELS_TO_ANOTHER:
         pytest.skip(f"{name} does not have this identity by its definition")
-    rule = rules.REGISTRY[name]()
+    rule = made(name)
     start = model(0, dtype)
     merged, _ = run(rule, [start] * 3, start, wrap(rule.update))
     for params in merged:
@@ -100,14 +107,14 @@ def test_no_change_stays_no_change(name, wrap, dtype):
 def test_the_first_task_returns_the_trained_model(name, dtype):
     if name in DOES_NOT_KEEP_THE_FIRST_MODEL:
         pytest.skip(f"{name} does not have this identity by its definition")
-    merged, infos = run(rules.REGISTRY[name](), [model(1, dtype)], model(0, dtype))
+    merged, infos = run(made(name), [model(1, dtype)], model(0, dtype))
     assert_trees(identical, merged[0], model(1, dtype))
     assert float(infos[0].alpha) == 1.0
 
 
 @every_rule
 def test_jit_equals_eager(name):
-    rule = rules.REGISTRY[name]()
+    rule = made(name)
     models = [model(seed) for seed in (1, 2, 3)]
     eager, _ = run(rule, models, model(0))
     compiled, _ = run(rule, models, model(0), jax.jit(rule.update))
@@ -122,7 +129,7 @@ def test_jit_equals_eager(name):
 
 @every_rule
 def test_one_compilation_for_the_stream(name):
-    rule = rules.REGISTRY[name]()
+    rule = made(name)
     traces = []
 
     @jax.jit
@@ -140,7 +147,7 @@ def test_leaf_order_does_not_matter(name):
         layer = {"bias": tree["layer"]["bias"], "kernel": tree["layer"]["kernel"]}
         return [tree["scale"], layer]
 
-    rule = rules.REGISTRY[name]()
+    rule = made(name)
     models = [model(seed) for seed in (1, 2, 3)]
 
     def evidence(trained, seed):
@@ -163,7 +170,7 @@ def test_leaf_order_does_not_matter(name):
 
 @every_rule
 def test_bfloat16_models_are_merged_in_float32_and_cast_once(name):
-    rule = rules.REGISTRY[name]()
+    rule = made(name)
     low, _ = run(rule, [model(1, jnp.bfloat16)], model(0, jnp.bfloat16))
     previous, trained = model(1, jnp.bfloat16), model(2, jnp.bfloat16)
     exact = [jax.tree.map(lambda x: x.astype(jnp.float32), m) for m in (previous, trained)]
@@ -187,7 +194,7 @@ def test_bfloat16_models_are_merged_in_float32_and_cast_once(name):
 
 @every_rule
 def test_state_survives_a_round_trip_through_numpy(name):
-    rule = rules.REGISTRY[name]()
+    rule = made(name)
     state = rule.init(model(0))
     merged, state, _ = rule.update(
         state, previous=model(0), trained=model(1), evidence=evidence_for(model(1), 0)
@@ -210,7 +217,7 @@ def test_shardings_are_kept_on_eight_devices(name):
             tree,
         )
 
-    rule = rules.REGISTRY[name]()
+    rule = made(name)
     models = [model(seed) for seed in (1, 2, 3)]
     plain, _ = run(rule, models, model(0))
 
@@ -235,7 +242,7 @@ def sharded_evidence(evidence, sharded):
 
 @every_rule
 def test_curvature_that_is_zero_or_undefined_never_gives_nan(name):
-    rule = rules.REGISTRY[name]()
+    rule = made(name)
     for fill in (0.0, jnp.nan, jnp.inf, -1.0):
 
         def evidence(trained, seed, fill=fill):
