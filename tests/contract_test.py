@@ -50,7 +50,8 @@ def run(rule, trained_models, start, update=None, evidence=evidence_for):
         )
         merged.append(params)
         infos.append(info)
-        previous = params if rule.next_task_from == "merged" else trained
+        starts = {"merged": params, "trained": trained, "initial": start}
+        previous = starts[rule.next_task_from]
     return merged, infos
 
 
@@ -66,7 +67,7 @@ def identical(a, b):
 @every_rule
 def test_grammar(name):
     rule = made(name)
-    assert rule.next_task_from in ("merged", "trained")
+    assert rule.next_task_from in ("merged", "trained", "initial")
     assert rule.needs <= set(Evidence._fields)
     _, infos = run(rule, [model(1), model(2)], model(0))
     for info in infos:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pm_jax import metrics, trees
+from pm_jax import lora, metrics, trees
 from pm_jax.continual import feed, training
 from pm_jax.continual.checkpoints import Checkpoints
 from pm_jax.continual.config import Config
@@ -16,6 +16,7 @@ from pm_jax.continual.logs import RunLog
 from pm_jax.continual.programs import programs, starting_params
 from pm_jax.continual.snapshots import snapshot_step
 from pm_jax.continual.training import Segment, TaskProgram
+from pm_jax.lora import Adapters
 from pm_jax.rules import MergeInfo
 from pm_jax.types import Array, InvalidInput, Params, PyTree
 
@@ -95,7 +96,8 @@ class Learner:
         self.params = starting_params(self.config, self._programs.init(self._key))
         self._start: dict[str, Array] = {}
         self._trajectory: PyTree = None
-        if self._rule.next_task_from == "trained":
+        self._adapters: Adapters = {}
+        if self._rule.next_task_from != "merged":
             self._start = trees.select(self.params, self._programs.merging)
         self._rule_state = self._fresh_rule_state(self.params)
         self._records: dict[str, np.ndarray] = {
@@ -108,7 +110,8 @@ class Learner:
     def _fresh_rule_state(self, theta_0: Params) -> PyTree:
         """The rule's state before any merge, in buffers of its own: merging donates them."""
         leaves = trees.select(theta_0, self._programs.merging)
-        return self._rule.init(jax.tree.map(jnp.copy, leaves))
+        given = {"adapters": self._no_adapters()} if "adapters" in self._rule.needs else {}
+        return self._rule.init(jax.tree.map(jnp.copy, leaves), **given)
 
     @property
     def total_steps(self) -> int:
@@ -248,10 +251,15 @@ class Learner:
                 loss=float(values.mean()),
                 images_per_second=round(images / seconds, 1),
             )
+            if self._refreshes(within, per_epoch, epochs):
+                trainable, optimizer_state = program.refresh(
+                    self._key, trainable, optimizer_state, task_array, within, *hooked
+                )
             self._trajectory = snapshots.taken(self._trajectory, cuts, within, start, trainable)
             due = self._checkpoint_every and within % self._checkpoint_every == 0
             if checkpoints and due and within < epochs * per_epoch:
                 checkpoints.save(begin + within, self._state((trainable, optimizer_state)))
+        self._adapters = trainable.adapters or self._no_adapters()
         return self._programs.trained(start, trainable)
 
     def _merge_task(self, task: int, start: Params, trained: Params) -> dict[str, float]:
@@ -264,7 +272,8 @@ class Learner:
         if self._wants_onset:
             objective = run.objective(self._key, start, self._train, task_array)
             onset = float(run.gradient_norm(objective, start))
-        if task == 0 and self.config.from_scratch:
+        is_origin = task == 0 and self.config.from_scratch
+        if is_origin:
             # From scratch the first task is the pre-training: theta_0 := theta_1*.
             start = trained
             self._rule_state = self._fresh_rule_state(trained)
@@ -274,6 +283,8 @@ class Learner:
         if "objective" in self._rule.needs:
             objective = run.objective(self._key, trained, self._train, task_array)
             evidence = evidence._replace(objective=objective)
+        if "adapters" in self._rule.needs:
+            evidence = evidence._replace(adapters=self._adapters)
         self._trajectory = None
         jax.block_until_ready(evidence)
         self._time("curvature", clock)
@@ -289,7 +300,7 @@ class Learner:
                 run.absorb(self._rule_state, self.params, objective, evidence)
             )
             self._time("curvature", clock)
-        if self._rule.next_task_from == "trained":
+        if self._rule.next_task_from == "trained" or (self._start and is_origin):
             self._start = trees.select(trained, run.merging)
         change = float(run.mean_loss(self.params, self._train, task_array)) - trained_loss
         own = {"actual_loss_change": change, "onset_gradient_norm": onset}
@@ -332,6 +343,18 @@ class Learner:
         """Whether the rule's hook projects at a step of a task."""
         hook = self._rule.hook
         return hook is not None and step < snapshot_step(hook.project_until, total)
+
+    def _refreshes(self, step: int, per_epoch: int, epochs: int) -> bool:
+        """Whether the rule's hook refreshes after a step of a task; not at its end."""
+        hook = self._rule.hook
+        if hook is None or hook.refresh is None or step == epochs * per_epoch:
+            return False
+        return step % (per_epoch * hook.refresh_every) == 0
+
+    def _no_adapters(self) -> Adapters:
+        """Adapters of the run's shapes whose products are 0; none without LoRA."""
+        kernels = trees.select(self.params, self._programs.adapted)
+        return lora.init(self._key, kernels, ".*", self.config.lora_rank) if kernels else {}
 
     def _program(self, task: int) -> TaskProgram:
         return self._programs.first if task == 0 else self._programs.later

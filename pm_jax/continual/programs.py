@@ -30,6 +30,7 @@ class Programs(NamedTuple):
         first: trains the first task of a run from scratch (all parameters).
         later: trains the other tasks; the same object as `first` without adapters.
         merging: paths of the leaves that merge.
+        adapted: those of them that have adapters, from the second task on at the latest.
         measure: see `evidence_fn`.
         merge: `merge(rule_state, previous, trained, evidence) -> (params, rule_state, info)` on
             full parameter trees.
@@ -48,6 +49,7 @@ class Programs(NamedTuple):
     first: TaskProgram
     later: TaskProgram
     merging: tuple[str, ...]
+    adapted: tuple[str, ...]
     measure: Callable[..., Any]
     merge: Callable[..., tuple[Params, PyTree, MergeInfo]]
     trained: Callable[..., Params]
@@ -217,6 +219,7 @@ def programs(
         else training.task_program(config, model, first, largest_task, rule.hook),
         later=program,
         merging=later.merging,
+        adapted=later.adapted,
         measure=evidence_fn(config, model, rule, later.merging, dense_layers),
         merge=merge,
         trained=jax.jit(trained_params),

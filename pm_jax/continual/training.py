@@ -19,7 +19,7 @@ from pm_jax.rules import TrainingHook
 from pm_jax.types import Array, Batch, Key, Params, PyTree
 
 # Purposes of random numbers: each is folded into the run's key first.
-INITIALIZE, ADAPTERS, SHUFFLE, STEP, CURVATURE, AUGMENT, MERGE, EXAMPLES = range(8)
+INITIALIZE, ADAPTERS, SHUFFLE, STEP, CURVATURE, AUGMENT, MERGE, EXAMPLES, REFRESH = range(9)
 
 
 class Window(NamedTuple):
@@ -102,11 +102,14 @@ class TaskProgram(NamedTuple):
             optimizer_state, losses)`, losses float32 [steps of the largest task]. The first two are
             donated. With a rule's hook, both functions take the rule's state last.
         order: `order(key, data, task, epoch) -> rows`, int32, the examples of an epoch in order.
+        refresh: `refresh(key, trainable, optimizer_state, task, step, rule_state) -> (trainable,
+            optimizer_state)`, the hook's, after so many steps of the task; the two are donated.
     """
 
     begin: Callable[..., tuple[Trainable, PyTree]]
     train: Callable[..., tuple[Trainable, PyTree, Array]]
     order: Callable[..., Array]
+    refresh: Callable[..., tuple[Trainable, PyTree]]
 
 
 def purpose_key(key: Key, purpose: int, *counters: Array | int) -> Key:
@@ -286,7 +289,7 @@ def task_program(
     ) -> tuple[Trainable, PyTree]:
         adapter_key = purpose_key(key, ADAPTERS, task)
         trainable = fresh_trainable(adapter_key, partition, start, config.lora_rank)
-        if hook:
+        if hook and hook.onset:
             trainable = trainable.moved(hook.onset(rule_state, trainable.moving))
         # Copies: the next call donates them, and `start` must survive.
         trainable = jax.tree.map(jnp.copy, trainable)
@@ -301,7 +304,7 @@ def task_program(
         return batches_of(key, data, task, epoch).ravel()
 
     def projected(changes: Trainable, rule_state: PyTree, segment: Segment) -> Trainable:
-        if hook is None:
+        if hook is None or hook.project is None:
             return changes
         project = functools.partial(hook.project, rule_state)
         return changes.moved(
@@ -356,7 +359,21 @@ def task_program(
         stop = jnp.minimum(segment.stop, steps_per_epoch)
         return jax.lax.fori_loop(segment.first, stop, step, carry)
 
-    return TaskProgram(begin, jax.jit(train, donate_argnums=(1, 2)), order)
+    @functools.partial(jax.jit, donate_argnums=(1, 2))
+    def refresh(key, trainable, optimizer_state, task, step, rule_state):
+        assert hook and hook.refresh
+        refresh_key = purpose_key(key, REFRESH, task, step)
+        moving, renewed = hook.refresh(rule_state, refresh_key, trainable.moving)
+        head = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, bool), trainable.head)
+        cleared = optax.tree_utils.tree_map_params(
+            optimizer.accumulated(config, transformation)[0],
+            lambda moment, anew: jnp.where(anew, jnp.zeros_like(moment), moment),
+            optimizer_state,
+            trainable._replace(head=head).moved(renewed),
+        )
+        return trainable.moved(moving), cleared
+
+    return TaskProgram(begin, jax.jit(train, donate_argnums=(1, 2)), order, refresh)
 
 
 def _epoch_batches(key: Key, data: DeviceData, task: Array, steps: int, batch_size: int) -> Array:

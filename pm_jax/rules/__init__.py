@@ -3,6 +3,7 @@
 from pm_jax.rules.averaging import averaging
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, TrainingHook
 from pm_jax.rules.became import became
+from pm_jax.rules.pam import pam
 from pm_jax.rules.perturb_and_merge import perturb_and_merge
 from pm_jax.rules.registry import REGISTRY, make
 from pm_jax.rules.sequential import sequential
@@ -17,6 +18,7 @@ __all__ = [
     "averaging",
     "became",
     "make",
+    "pam",
     "perturb_and_merge",
     "sequential",
     "trm",

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from pm_jax import trees
-from pm_jax.lora import Adapter
+from pm_jax.lora import Adapter, Adapters
 from pm_jax.objectives import Objective
 from pm_jax.quadratics import Quadratic
 from pm_jax.types import Array, Key, Params
@@ -30,6 +30,7 @@ class Evidence(NamedTuple):
         onset_gradient_norm: `Objective.gradient_norm` at the model that the task started from.
         input_moments: `{path of a dense kernel: [in, in]}`, second moments of the layer's inputs;
             in the evidence that a rule absorbs only.
+        adapters: the task's adapters; their products are 0 where the task trained in full.
     """
 
     quadratic: Quadratic | None = None
@@ -39,6 +40,7 @@ class Evidence(NamedTuple):
     objective: Objective | None = None
     onset_gradient_norm: Array | float = float("nan")
     input_moments: dict[str, Array] | None = None
+    adapters: Adapters | None = None
 
 
 class MergeInfo(NamedTuple):
@@ -84,11 +86,16 @@ class TrainingHook(NamedTuple):
         project: `project(state, moving) -> moving`, of a step's gradients and of the optimiser's
             updates.
         project_until: share of the task's steps in which `project` takes part.
+        refresh: `refresh(state, key, moving) -> (moving, renewed)`, between epochs; the optimiser's
+            moments are cleared where `renewed` (bool, of the same structure) is true.
+        refresh_every: epochs from one `refresh` to the next.
     """
 
-    onset: Callable[[Any, Moving], Moving]
-    project: Callable[[Any, Moving], Moving]
-    project_until: float
+    onset: Callable[[Any, Moving], Moving] | None = None
+    project: Callable[[Any, Moving], Moving] | None = None
+    project_until: float = 0.0
+    refresh: Callable[[Any, Key, Moving], tuple[Moving, Moving]] | None = None
+    refresh_every: int = 1
 
 
 class MergeRule(NamedTuple):
@@ -96,9 +103,11 @@ class MergeRule(NamedTuple):
 
     Attributes:
         init: `init(params) -> state`, with the pre-trained model `theta_0`; the state is a pytree.
+            A rule that needs `adapters` is given those of product 0 as well, by that name.
         update: `update(state, *, previous, trained, evidence) -> (params, state, info)`.
         needs: names of the fields of `Evidence` that `update` reads.
-        next_task_from: "merged" or "trained", the model that the next task starts from.
+        next_task_from: "merged", "trained" or "initial" (theta_0), the model that the next task
+            starts from.
         snapshots: when `Evidence.trajectory` is taken, fractions of the task's steps in [0, 1].
         figures: names of the entries of `MergeInfo.figures`.
         hook: what the rule does while a task trains, or `None`.

@@ -8,6 +8,7 @@ from typing import Any
 from pm_jax.rules.averaging import averaging
 from pm_jax.rules.base import MergeRule
 from pm_jax.rules.became import became
+from pm_jax.rules.pam import pam
 from pm_jax.rules.perturb_and_merge import perturb_and_merge
 from pm_jax.rules.sequential import sequential
 from pm_jax.rules.trm import trm
@@ -19,6 +20,7 @@ REGISTRY: dict[str, Callable[..., MergeRule]] = {
     "averaging": averaging,
     "became": became,
     "trm": trm,
+    "pam": pam,
 }
 """Factories by name: what `--rule` accepts and what the contract tests run over."""
 
