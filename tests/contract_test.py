@@ -1,6 +1,7 @@
 """Every registered rule through one suite; a new rule is tested by being registered."""
 
 import functools
+from collections import OrderedDict
 
 import jax
 import jax.numpy as jnp
@@ -8,20 +9,51 @@ import numpy as np
 import pytest
 
 from pm_jax import rules, trees
+from pm_jax.continual.checkpoints import Checkpoints
 from pm_jax.quadratics import DiagonalQuadratic
 from pm_jax.rules import Evidence, MergeInfo
 from tests.training_evidence import as_in_training
 
+VARIANTS = {
+    "perturb_and_merge": "clip=false",
+    "cofima": "cap=0.5",
+    "ties": "trim=tensor",
+    "dare": "on=ties",
+    "tunable_magmax": "preference=0.5:0.3:0.2:0:0:0",
+}
+"""Settings of registered rules that take other paths than the default ones."""
+
 # Identities of the method's section 9 that some rules do not have by their definition; a rule that
 # is registered is held to them unless it is named here.
-MERGES_EQUAL_MODELS_TO_ANOTHER: set[str] = set()
-DOES_NOT_KEEP_THE_FIRST_MODEL: set[str] = set()
+OF_TASK_VECTORS = {"task_arithmetic", "ties", "random_mix", "magmax", "tunable_magmax"}
+MERGES_EQUAL_MODELS_TO_ANOTHER = OF_TASK_VECTORS | {
+    *("dare:on=ties", "fisher_averaging", "trm", "pam")
+}
+DOES_NOT_KEEP_THE_FIRST_MODEL = OF_TASK_VECTORS - {"random_mix"} | {"dare"}
+KEEPS_THE_FIRST_MODEL_TO_ROUNDING = {"fisher_averaging", "random_mix"}
+SELECTS = {"magmax", "random_mix", "tunable_magmax"}
+SEARCHES = {"trm"}
+"""Rules whose many steps carry rounding errors along."""
 
-every_rule = pytest.mark.parametrize("name", sorted(rules.REGISTRY))
+every_rule = pytest.mark.parametrize(
+    "name", [*sorted(rules.REGISTRY), *(f"{name}:{text}" for name, text in VARIANTS.items())]
+)
 
 
+def as_written(name):
+    return as_in_training(rules.make(*name.split(":", 1), max_tasks=6))
+
+
+@functools.cache
 def made(name):
-    return as_in_training(rules.make(name))
+    """The rule with its update compiled, once for all tests of the same shapes."""
+    rule = as_written(name)
+    return rule._replace(update=jax.jit(rule.update))
+
+
+def one_of(name, names):
+    """Whether a rule, or this variant of it, is among some."""
+    return name in names or name.split(":")[0] in names
 
 
 def model(seed, dtype=jnp.float32, positive=False):
@@ -37,7 +69,8 @@ def model(seed, dtype=jnp.float32, positive=False):
 def evidence_for(trained, seed):
     diagonal = model(100 + seed, positive=True)
     center = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
-    return Evidence(DiagonalQuadratic.at(center, diagonal), jnp.asarray(0.1, jnp.float32))
+    quadratic = DiagonalQuadratic.at(center, diagonal)
+    return Evidence(quadratic, jnp.asarray(0.1, jnp.float32), jax.random.key(seed))
 
 
 def run(rule, trained_models, start, update=None, evidence=evidence_for):
@@ -72,9 +105,8 @@ def test_grammar(name):
     _, infos = run(rule, [model(1), model(2)], model(0))
     for info in infos:
         assert isinstance(info, MergeInfo)
-        for value in jax.tree.leaves(info):
-            assert value.shape == () and value.dtype == jnp.float32
-        assert tuple(sorted(info.figures)) == tuple(sorted(rule.figures))
+        assert all(x.shape == () and x.dtype == jnp.float32 for x in jax.tree.leaves(info))
+        assert set(info.figures) == set(rule.figures)
         assert np.isfinite(float(info.alpha))
 
 
@@ -91,46 +123,67 @@ def test_state_is_a_pytree_of_arrays_of_fixed_shapes(name):
 
 
 @every_rule
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_no_change_stays_no_change(name, wrap, dtype):
-    if name in MERGES_EQUAL_MODELS_TO_ANOTHER:
-        pytest.skip(f"{name} does not have this identity by its definition")
-    rule = made(name)
+def test_a_stream_that_teaches_nothing_changes_nothing(name, dtype):
     start = model(0, dtype)
-    merged, _ = run(rule, [start] * 3, start, wrap(rule.update))
-    for params in merged:
-        assert_trees(identical, params, start)
+    for rule in (made(name), as_written(name)):
+        merged, _ = run(rule, [start] * 2, start)
+        for params in merged:
+            assert_trees(identical, params, start)
+
+
+@every_rule
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_task_that_changes_nothing_leaves_the_merged_model(name, dtype):
+    if one_of(name, MERGES_EQUAL_MODELS_TO_ANOTHER):
+        pytest.skip(f"{name} does not have this identity by its definition")
+    rule, first = made(name), model(1, dtype)
+    merged, state, _ = rule.update(
+        rule.init(model(0, dtype)), previous=model(0, dtype), trained=first,
+        evidence=evidence_for(first, 0),
+    )  # fmt: skip
+    for _ in range(2):
+        again, state, _ = rule.update(
+            state, previous=merged, trained=merged, evidence=evidence_for(merged, 1)
+        )
+        assert_trees(identical, again, merged)
 
 
 @every_rule
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_first_task_returns_the_trained_model(name, dtype):
-    if name in DOES_NOT_KEEP_THE_FIRST_MODEL:
-        pytest.skip(f"{name} does not have this identity by its definition")
     merged, infos = run(made(name), [model(1, dtype)], model(0, dtype))
-    assert_trees(identical, merged[0], model(1, dtype))
+    if one_of(name, KEEPS_THE_FIRST_MODEL_TO_ROUNDING):
+        scale = 1e-6 if dtype == jnp.float32 else 0.0
+        assert_trees(lambda a, b: np.testing.assert_allclose(a, b, scale, 5 * scale),
+                     merged[0], model(1, dtype))  # fmt: skip
+    elif one_of(name, DOES_NOT_KEEP_THE_FIRST_MODEL):
+        assert not jnp.array_equal(merged[0]["scale"], model(1, dtype)["scale"])
+        return
+    else:
+        assert_trees(identical, merged[0], model(1, dtype))
     assert float(infos[0].alpha) == 1.0
 
 
 @every_rule
 def test_jit_equals_eager(name):
-    rule = made(name)
     models = [model(seed) for seed in (1, 2, 3)]
-    eager, _ = run(rule, models, model(0))
-    compiled, _ = run(rule, models, model(0), jax.jit(rule.update))
+    eager, _ = run(as_written(name), models, model(0))
+    compiled, _ = run(made(name), models, model(0))
 
     def close(a, b):
         scale = max(float(jnp.abs(a).max()), float(jnp.abs(b).max()), 1.0)
-        assert float(jnp.abs(a - b).max()) <= 8 * float(jnp.finfo(a.dtype).eps) * scale
+        bound = 1e-3 if one_of(name, SEARCHES) else 8 * float(jnp.finfo(a.dtype).eps)
+        assert float(jnp.abs(a - b).max()) <= bound * scale
 
+    equal = identical if one_of(name, SELECTS) else close
     for a, b in zip(eager, compiled, strict=True):
-        assert_trees(close, a, b)
+        assert_trees(equal, a, b)
 
 
 @every_rule
 def test_one_compilation_for_the_stream(name):
-    rule = made(name)
+    rule = as_written(name)
     traces = []
 
     @jax.jit
@@ -145,28 +198,28 @@ def test_one_compilation_for_the_stream(name):
 @every_rule
 def test_leaf_order_does_not_matter(name):
     def reordered(tree):
-        layer = {"bias": tree["layer"]["bias"], "kernel": tree["layer"]["kernel"]}
-        return [tree["scale"], layer]
+        # Ordered dicts keep their order as pytrees, plain ones are sorted.
+        layer = OrderedDict((path, tree["layer"][path]) for path in ("kernel", "bias"))
+        return OrderedDict(scale=tree["scale"], layer=layer)
 
     rule = made(name)
     models = [model(seed) for seed in (1, 2, 3)]
 
     def evidence(trained, seed):
-        plain = evidence_for(models[seed], seed)
-        quadratic = DiagonalQuadratic.at(
-            reordered(plain.quadratic.center), reordered(plain.quadratic.diagonal)
-        )
-        return Evidence(quadratic, plain.curvature_error)
+        return mapped_evidence(evidence_for(models[seed], seed), reordered)
 
     merged, infos = run(rule, models, model(0))
     other, other_infos = run(
         rule, [reordered(m) for m in models], reordered(model(0)), evidence=evidence
     )
-    np.testing.assert_allclose(infos[-1].alpha, other_infos[-1].alpha, rtol=1e-6)
-    for a, b in zip(
-        jax.tree.leaves(reordered(merged[-1])), jax.tree.leaves(other[-1]), strict=True
-    ):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    looser = 100 if one_of(name, SEARCHES) else 1
+    np.testing.assert_allclose(infos[-1].alpha, other_infos[-1].alpha, rtol=looser * 1e-6)
+    wanted = reordered(merged[-1])
+    assert jax.tree.structure(other[-1]) == jax.tree.structure(wanted)
+    if one_of(name, SELECTS):
+        assert_trees(identical, other[-1], wanted)
+    for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(other[-1]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=looser * 1e-5, atol=looser * 1e-6)
 
 
 @every_rule
@@ -194,13 +247,15 @@ def test_bfloat16_models_are_merged_in_float32_and_cast_once(name):
 
 
 @every_rule
-def test_state_survives_a_round_trip_through_numpy(name):
+def test_state_survives_a_checkpoint(name, tmp_path):
     rule = made(name)
-    state = rule.init(model(0))
     merged, state, _ = rule.update(
-        state, previous=model(0), trained=model(1), evidence=evidence_for(model(1), 0)
+        rule.init(model(0)), previous=model(0), trained=model(1), evidence=evidence_for(model(1), 0)
     )
-    restored = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), state)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"rule": state})
+        restored = checkpoints.restore(1, {"rule": rule.init(model(0))})["rule"]
+    assert_trees(identical, restored, state)
     arguments = {"previous": merged, "trained": model(2), "evidence": evidence_for(model(2), 1)}
     assert_trees(identical, rule.update(restored, **arguments)[0],
                  rule.update(state, **arguments)[0])  # fmt: skip
@@ -223,22 +278,20 @@ def test_shardings_are_kept_on_eight_devices(name):
     plain, _ = run(rule, models, model(0))
 
     def evidence(trained, seed):
-        return sharded_evidence(evidence_for(models[seed], seed), sharded)
+        return mapped_evidence(evidence_for(models[seed], seed), sharded)
 
-    merged, _ = run(rule, [sharded(m) for m in models], sharded(model(0)),
-                    jax.jit(rule.update), evidence)  # fmt: skip
+    merged, _ = run(rule, [sharded(m) for m in models], sharded(model(0)), evidence=evidence)
+    looser = 100 if one_of(name, SEARCHES) else 1
     for a, b in zip(jax.tree.leaves(merged[-1]), jax.tree.leaves(plain[-1]), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(a, b, rtol=looser * 1e-5, atol=looser * 1e-6)
         assert len(a.sharding.device_set) == 8
     assert not merged[-1]["layer"]["kernel"].sharding.is_fully_replicated
 
 
-def sharded_evidence(evidence, sharded):
+def mapped_evidence(evidence, function):
     quadratic = evidence.quadratic
-    return Evidence(
-        DiagonalQuadratic.at(sharded(quadratic.center), sharded(quadratic.diagonal)),
-        evidence.curvature_error,
-    )
+    mapped = DiagonalQuadratic.at(function(quadratic.center), function(quadratic.diagonal))
+    return evidence._replace(quadratic=mapped)
 
 
 @every_rule
@@ -248,7 +301,9 @@ def test_curvature_that_is_zero_or_undefined_never_gives_nan(name):
 
         def evidence(trained, seed, fill=fill):
             diagonal = jax.tree.map(functools.partial(jnp.full_like, fill_value=fill), trained)
-            return Evidence(DiagonalQuadratic.at(trained, diagonal), jnp.asarray(jnp.nan))
+            return Evidence(
+                DiagonalQuadratic.at(trained, diagonal), jnp.asarray(jnp.nan), jax.random.key(seed)
+            )
 
         merged, _ = run(rule, [model(1), model(2)], model(0), evidence=evidence)
         assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(merged[-1]))

@@ -8,13 +8,14 @@ each.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
-from pm_jax import trees
+from pm_jax import task_vectors, trees
 from pm_jax.lora import Adapter, Adapters
 from pm_jax.objectives import Objective
-from pm_jax.quadratics import Quadratic
-from pm_jax.types import Array, Key, Params
+from pm_jax.quadratics import DiagonalQuadratic, Quadratic
+from pm_jax.types import Array, Key, Params, PyTree
 
 
 class Evidence(NamedTuple):
@@ -47,13 +48,14 @@ class MergeInfo(NamedTuple):
     """What a merge did; float32 scalars, NaN where a figure does not apply.
 
     Attributes:
-        alpha: the coefficient used.
+        alpha: the coefficient used; the mean over all entries where each has its own.
         alpha_raw: before clipping.
         numerator: of the closed form.
         denominator: of the closed form.
         standard_error: of `alpha_raw`, over the current task's examples.
         predicted_loss_change: of the current task, trained to merged model.
-        degenerate: 1 where the curvature gave no minimum and alpha is 1/t, else 0.
+        degenerate: 1 where the curvature gave no minimum and alpha is 1/t, else 0; the share of
+            such entries where each has its own coefficient.
         figures: what else the rule has to say, under the names in `MergeRule.figures`.
     """
 
@@ -160,7 +162,175 @@ def merge_by_count(coefficient: Callable[[Array], Array]) -> MergeRule:
     ) -> tuple[Params, TaskCount, MergeInfo]:
         del evidence
         tasks = state.tasks + 1
-        alpha = jnp.asarray(coefficient(tasks), jnp.float32)
-        return trees.lerp(previous, trained, alpha), TaskCount(tasks), MergeInfo.of(alpha)
+        info = MergeInfo.of(coefficient(tasks))
+        return trees.lerp(previous, trained, info.alpha), TaskCount(tasks), info
 
     return MergeRule(init, update)
+
+
+class RunningTaskVector(NamedTuple):
+    """State of a rule that keeps one task vector for all tasks.
+
+    Attributes:
+        tasks: int32 scalar, tasks merged so far.
+        origin: the pre-trained model `theta_0`.
+        task_vector: float32, of the same structure.
+    """
+
+    tasks: Array
+    origin: Params
+    task_vector: PyTree
+
+
+def merge_running_task_vector(
+    accumulate: Callable[[PyTree, PyTree, Array, Key | None], PyTree],
+    scale: float,
+    needs: frozenset[str] = frozenset(),
+) -> MergeRule:
+    """A rule that moves the pre-trained model along one task vector made of those of all tasks.
+
+        theta_hat_t = theta_0 + scale v_t,   v_t = accumulate(v_{t-1}, theta_t* - theta_0, t, key)
+
+    Merging is for inference: the next task starts from the trained model.
+
+    Args:
+        accumulate: from v_{t-1} (zero at first), the task's own vector, t (int32 scalar, from 1)
+            and the key of the merge to v_t.
+        scale: coefficient of the task vector.
+        needs: "key", or nothing.
+
+    Returns:
+        A `MergeRule`.
+
+    Example:
+        >>> rule = merge_running_task_vector(lambda old, new, t, key: new, 0.5)
+        >>> state = rule.init(jnp.ones(1))
+        >>> rule.update(state, previous=jnp.ones(1), trained=jnp.full(1, 3.0))[0].tolist()
+        [2.0]
+    """
+
+    def init(params: Params) -> RunningTaskVector:
+        origin = origin_of(params)
+        return RunningTaskVector(
+            jnp.zeros((), jnp.int32), origin, task_vectors.difference(origin, origin)
+        )
+
+    def update(
+        state: RunningTaskVector,
+        *,
+        previous: Params,
+        trained: Params,
+        evidence: Evidence | None = None,
+    ) -> tuple[Params, RunningTaskVector, MergeInfo]:
+        del previous
+        tasks = state.tasks + 1
+        key = key_of(evidence) if needs else None
+        task_vector = task_vectors.difference(trained, state.origin)
+        task_vector = accumulate(state.task_vector, task_vector, tasks, key)
+        merged = task_vectors.apply(state.origin, task_vector, scale)
+        return merged, RunningTaskVector(tasks, state.origin, task_vector), MergeInfo.of(scale)
+
+    return MergeRule(init, update, needs, next_task_from="trained")
+
+
+def origin_of(params: Params) -> Params:
+    """The pre-trained model as a rule keeps it: a new tree of its arrays.
+
+    The state of an nnx model is made of mutable variables, which go on training.
+
+    Args:
+        params: pytree of arrays.
+
+    Returns:
+        The same arrays.
+
+    Example:
+        >>> origin_of({"w": 1.0})["w"].shape
+        ()
+    """
+    return jax.tree.map(jnp.asarray, params)
+
+
+def key_of(evidence: Evidence | None) -> Key:
+    """The key of a merge.
+
+    Args:
+        evidence: of the task.
+
+    Returns:
+        A PRNG key.
+
+    Raises:
+        ValueError: the evidence has none.
+
+    Example:
+        >>> key_of(Evidence())
+        Traceback (most recent call last):
+        ValueError: evidence.key=None: the rule draws random numbers; give a PRNG key
+    """
+    if evidence is None or evidence.key is None:
+        raise ValueError("evidence.key=None: the rule draws random numbers; give a PRNG key")
+    return evidence.key
+
+
+def diagonal_of(evidence: Evidence) -> DiagonalQuadratic:
+    """The quadratic of a task, for rules that need its diagonal.
+
+    Args:
+        evidence: of the task.
+
+    Returns:
+        Its quadratic.
+
+    Raises:
+        ValueError: it is of another kind.
+
+    Example:
+        >>> diagonal_of(Evidence(DiagonalQuadratic.at(jnp.zeros(1), jnp.ones(1)))).diagonal.tolist()
+        [1.0]
+    """
+    if not isinstance(evidence.quadratic, DiagonalQuadratic):
+        raise ValueError(
+            f"evidence.quadratic={type(evidence.quadratic).__name__}: must be a DiagonalQuadratic, "
+            "as fisher_empirical or fisher_exact measure"
+        )
+    return evidence.quadratic
+
+
+def mean_of_entries(tree: PyTree) -> Array:
+    """Mean over the entries of all leaves.
+
+    Args:
+        tree: pytree of arrays.
+
+    Returns:
+        float32 scalar.
+
+    Example:
+        >>> float(mean_of_entries([jnp.asarray(True), jnp.zeros(3)]))
+        0.25
+    """
+    leaves = jax.tree.leaves(tree)
+    total = sum(jnp.sum(leaf, dtype=jnp.float32) for leaf in leaves)
+    return total / jnp.float32(sum(leaf.size for leaf in leaves))
+
+
+def require(name: str, value: float, holds: bool, wanted: str) -> None:
+    """Check a setting of a rule.
+
+    Args:
+        name: of the setting.
+        value: given for it.
+        holds: whether the rule takes the value.
+        wanted: what it would take.
+
+    Raises:
+        ValueError: it does not hold.
+
+    Example:
+        >>> require("scale", -1.0, False, "above 0")
+        Traceback (most recent call last):
+        ValueError: scale=-1.0: must be above 0
+    """
+    if not holds:
+        raise ValueError(f"{name}={value}: must be {wanted}")

@@ -9,7 +9,15 @@ from pm_jax import gradient_projection, task_vectors, trees
 from pm_jax.coefficients import predicted_loss_change
 from pm_jax.lora import Adapter
 from pm_jax.quadratics import DiagonalQuadratic
-from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Moving, TrainingHook
+from pm_jax.rules.base import (
+    Evidence,
+    MergeInfo,
+    MergeRule,
+    Moving,
+    TrainingHook,
+    diagonal_of,
+    require,
+)
 from pm_jax.types import Array, Params, PyTree
 
 LARGEST_THRESHOLD = 0.999
@@ -86,14 +94,10 @@ def became(
         >>> rule.snapshots, rule.hook.project_until
         ((0.5,), 0.5)
     """
-    for name, value, holds, wanted in (
-        ("projected", projected, 0 <= projected < 1, "in [0, 1)"),
-        ("threshold", threshold, 0 < threshold < 1, "in (0, 1)"),
-        ("threshold_growth", threshold_growth, threshold_growth >= 0, "at least 0"),
-        ("decay", decay, 0 <= decay <= 1, "in [0, 1]"),
-    ):
-        if not holds:
-            raise ValueError(f"{name}={value}: must be {wanted}")
+    require("projected", projected, 0 <= projected < 1, "in [0, 1)")
+    require("threshold", threshold, 0 < threshold < 1, "in (0, 1)")
+    require("threshold_growth", threshold_growth, threshold_growth >= 0, "at least 0")
+    require("decay", decay, 0 <= decay <= 1, "in [0, 1]")
 
     def init(params: Params) -> BecameState:
         sizes = trees.select(params, gradient_projection.kernel_paths(params))
@@ -103,14 +107,15 @@ def became(
 
     def update(state: BecameState, *, previous: Params, trained: Params, evidence: Evidence):
         del previous
-        if not isinstance(evidence.quadratic, DiagonalQuadratic) or evidence.trajectory is None:
-            raise ValueError("evidence: became needs a diagonal quadratic and a trajectory")
+        quadratic = diagonal_of(evidence)
+        if evidence.trajectory is None:
+            raise ValueError("evidence.trajectory=None: became needs the model between its stages")
         tasks = state.tasks + 1
         projected_model = jax.tree.map(
             lambda stack, leaf: stack[0].astype(leaf.dtype), evidence.trajectory, trained
         )
         free_step = task_vectors.difference(trained, projected_model)
-        own = evidence.quadratic.curvature_along(free_step)
+        own = quadratic.curvature_along(free_step)
         total = own + trees.inner(free_step, free_step, state.precision)
         solvable = jnp.isfinite(total) & (total > jnp.finfo(total.dtype).tiny)
         quotient = jnp.where(solvable, own / jnp.where(solvable, total, 1.0), 1 / tasks)
@@ -125,14 +130,15 @@ def became(
         return merged, state._replace(tasks=tasks), info
 
     def absorb(state: BecameState, evidence: Evidence) -> BecameState:
-        if not isinstance(evidence.quadratic, DiagonalQuadratic) or evidence.input_moments is None:
-            raise ValueError("evidence: became absorbs a diagonal quadratic and input moments")
+        quadratic, moments = diagonal_of(evidence), evidence.input_moments
+        if moments is None:
+            raise ValueError("evidence.input_moments=None: became absorbs them with a merge")
         precision = jax.tree.map(
-            lambda new, old: new + decay * old, evidence.quadratic.diagonal, state.precision
+            lambda new, old: new + decay * old, quadratic.diagonal, state.precision
         )
         share = jnp.minimum(threshold + threshold_growth * (state.tasks - 1), LARGEST_THRESHOLD)
         projectors = {
-            path: gradient_projection.grown(projector, evidence.input_moments[path], share)
+            path: gradient_projection.grown(projector, moments[path], share)
             for path, projector in state.projectors.items()
         }
         return BecameState(state.tasks, precision, projectors)

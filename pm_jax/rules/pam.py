@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from pm_jax import lora, task_vectors, trees
 from pm_jax.lora import Adapter, Adapters
-from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Moving, TrainingHook
+from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Moving, TrainingHook, require
 from pm_jax.types import Array, Key, Params
 
 
@@ -65,10 +65,8 @@ def pam(*, share: float = 0.5, every: int = 1) -> MergeRule:
         >>> merged["w"].tolist()
         [3.0]
     """
-    if not 0 < share <= 1:
-        raise ValueError(f"share={share}: must be in (0, 1]")
-    if every < 1:
-        raise ValueError(f"every={every}: must be at least 1")
+    require("share", share, 0 < share <= 1, "in (0, 1]")
+    require("every", every, every >= 1, "at least 1")
 
     def init(params: Params, adapters: Adapters | None = None) -> PamState:
         origin = {path: jnp.asarray(x) for path, x in trees.leaves_by_path(params).items()}

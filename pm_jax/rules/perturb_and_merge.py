@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from pm_jax import task_vectors, trees
 from pm_jax.coefficients import merge_coefficient, predicted_loss_change
 from pm_jax.quadratics import DiagonalQuadratic
-from pm_jax.rules.base import Evidence, MergeInfo, MergeRule
+from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, diagonal_of
 from pm_jax.types import Array, Params
 
 
@@ -62,12 +62,7 @@ def perturb_and_merge(*, clip: bool = True) -> MergeRule:
     def update(
         state: PerturbAndMergeState, *, previous: Params, trained: Params, evidence: Evidence
     ):
-        quadratic = evidence.quadratic
-        if not isinstance(quadratic, DiagonalQuadratic):
-            raise ValueError(
-                f"evidence.quadratic={type(quadratic).__name__}: must be a DiagonalQuadratic, as "
-                "fisher_empirical or fisher_exact measure"
-            )
+        quadratic = diagonal_of(evidence)
         tasks = state.tasks + 1
         memory = state.memory.plus(quadratic)
         delta = task_vectors.difference(trained, previous)

@@ -14,7 +14,7 @@ import optax
 
 from pm_jax import losses, subspaces, task_vectors, trees
 from pm_jax.objectives import Objective
-from pm_jax.rules.base import Evidence, MergeInfo, MergeRule
+from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, origin_of, require
 from pm_jax.types import Array, Params, PyTree
 
 LOSSES = ("alignment", "consistency", "responsiveness", "gradient_norm")
@@ -109,7 +109,7 @@ def trm(
     _check(settings, snapshots, next_task_from)
 
     def init(params: Params) -> TrmState:
-        return TrmState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.asarray, params))
+        return TrmState(jnp.zeros((), jnp.int32), origin_of(params))
 
     def update(state: TrmState, *, previous: Params, trained: Params, evidence: Evidence):
         if evidence.trajectory is None or evidence.objective is None:
@@ -232,17 +232,13 @@ def _search(
 def _check(settings: _Settings, snapshots: int, next_task_from: str) -> None:
     values = {**settings._asdict(), "snapshots": snapshots}
     for name in ("snapshots", "steps"):
-        if values[name] < 1:
-            raise ValueError(f"{name}={values[name]}: must be at least 1")
+        require(name, values[name], values[name] >= 1, "at least 1")
     for name in ("learning_rate", "temperature"):
-        if not values[name] > 0:
-            raise ValueError(f"{name}={values[name]}: must be above 0")
+        require(name, values[name], values[name] > 0, "above 0")
     for name in LOSSES[:3]:
-        if values[name] < 0:
-            raise ValueError(f"{name}={values[name]}: must not be negative")
-    if not any(values[name] for name in LOSSES[:3]):
-        raise ValueError("alignment=0, consistency=0, responsiveness=0: one must be above 0")
-    if not 0 < settings.cutoff < 1:
-        raise ValueError(f"cutoff={settings.cutoff}: must lie in (0, 1)")
+        require(name, values[name], values[name] >= 0, "at least 0")
+    some = any(values[name] for name in LOSSES[:3])
+    require("alignment", settings.alignment, some, "above 0 where no other loss has weight")
+    require("cutoff", settings.cutoff, 0 < settings.cutoff < 1, "in (0, 1)")
     if next_task_from not in ("merged", "trained"):
-        raise ValueError(f"next_task_from={next_task_from!r}: must be merged or trained")
+        raise ValueError(f"next_task_from={next_task_from}: must be merged or trained")

@@ -1,0 +1,74 @@
+"""DARE: drop entries of the task vector at random and rescale the rest, then merge."""
+
+import jax
+import jax.numpy as jnp
+
+from pm_jax import trees
+from pm_jax.rules.averaging import averaging
+from pm_jax.rules.base import Evidence, MergeRule, key_of, require
+from pm_jax.rules.task_arithmetic import task_arithmetic
+from pm_jax.rules.ties import ties
+from pm_jax.types import Array, Params
+
+MERGED_BY = {"averaging": averaging, "task_arithmetic": task_arithmetic, "ties": ties}
+
+
+def dare(*, on: str = "averaging", drop: float = 0.5, scale: float = 0.0) -> MergeRule:
+    """Merge by another rule after dropping entries of the task vector at random.
+
+        tau' = mask tau / (1 - drop),   mask = 0 with probability `drop`, else 1
+
+    whose mean is tau. The task vector is that of the other rule: from the merged model that the
+    task started from for averaging, from `theta_0` for the others. Where the next task starts is
+    the other rule's as well.
+
+    Args:
+        on: "averaging", "task_arithmetic" or "ties".
+        drop: probability in [0, 1); with 0 it is the other rule.
+        scale: of the other rule, not of averaging; 0 for its default.
+
+    Returns:
+        A `MergeRule` that needs `key`.
+
+    Raises:
+        ValueError: a setting out of range.
+
+    References:
+        Yu et al., `Language Models are Super Mario: Absorbing Abilities from Homologous Models as
+        a Free Lunch <https://arxiv.org/abs/2311.03099>`_, ICML 2024
+
+    Example:
+        >>> rule = dare(drop=0.75)
+        >>> zero, one = jnp.zeros(8), jnp.ones(8)
+        >>> merged, _, _ = rule.update(rule.init(zero), previous=zero, trained=one,
+        ...                            evidence=Evidence(key=jax.random.key(0)))
+        >>> set(merged.tolist()) <= {0.0, 4.0}
+        True
+    """
+    if on not in MERGED_BY:
+        raise ValueError(f"on={on}: must be one of {', '.join(MERGED_BY)}")
+    require("drop", drop, 0 <= drop < 1, "in [0, 1)")
+    require("scale", scale, scale >= 0, "at least 0, where 0 is the default of the rule merged by")
+    if scale and on == "averaging":
+        raise ValueError(f"scale={scale}: averaging has none; leave it out")
+    rule = MERGED_BY[on](**({"scale": scale} if scale else {}))
+
+    def update(state, *, previous: Params, trained: Params, evidence: Evidence):
+        base = previous if rule.next_task_from == "merged" else state.origin
+        sparse = _sparsified(key_of(evidence), base, trained, drop)
+        merged, state, info = rule.update(state, previous=previous, trained=sparse)
+        return jax.tree.map(lambda x, y: x.astype(y.dtype), merged, trained), state, info
+
+    return rule._replace(update=update, needs=frozenset({"key"}))
+
+
+def _sparsified(key: Array, base: Params, trained: Params, drop: float) -> Params:
+    """The trained model with its task vector sparsified, float32 (float64 for such leaves)."""
+
+    def leaf(leaf_key, low, high):
+        dtype = trees.compute_dtype(low, high)
+        low, high = low.astype(dtype), high.astype(dtype)
+        kept = jax.random.bernoulli(leaf_key, 1 - drop, low.shape)
+        return jnp.where(kept, trees.lerp(low, high, 1 / (1 - drop)), low)
+
+    return jax.tree.map(leaf, trees.leaf_keys(key, base), base, trained)

@@ -1,0 +1,47 @@
+"""Random mix: of every entry the task vector of a random task."""
+
+import jax
+import jax.numpy as jnp
+
+from pm_jax import trees
+from pm_jax.rules.base import MergeRule, merge_running_task_vector, require
+
+
+def random_mix(*, scale: float = 1.0) -> MergeRule:
+    """Move the pre-trained model by entries of task vectors, each of a random task.
+
+    Entry for entry and task for task the newest takes the place of the one that is kept with
+    probability 1/t, so that every task seen has the same chance. Merging is for inference.
+
+    Args:
+        scale: of the merged task vector, above 0.
+
+    Returns:
+        A `MergeRule` that needs `key`.
+
+    Raises:
+        ValueError: scale out of range.
+
+    References:
+        Marczak et al., `MagMax: Leveraging Model Merging for Seamless Continual Learning
+        <https://arxiv.org/abs/2407.06322>`_, ECCV 2024, a baseline there
+
+    Example:
+        >>> from pm_jax.rules import Evidence
+        >>> rule = random_mix()
+        >>> state, evidence = rule.init(jnp.zeros(4)), Evidence(key=jax.random.key(0))
+        >>> for trained in (jnp.ones(4), jnp.full(4, 2.0)):
+        ...     merged, state, _ = rule.update(
+        ...         state, previous=None, trained=trained, evidence=evidence)
+        >>> set(merged.tolist()) <= {1.0, 2.0}
+        True
+    """
+    require("scale", scale, scale > 0, "above 0")
+
+    def mixed(old, new, tasks, key):
+        def leaf(leaf_key, a, b):
+            return jnp.where(jax.random.bernoulli(leaf_key, 1 / tasks, a.shape), b, a)
+
+        return jax.tree.map(leaf, trees.leaf_keys(key, old), old, new)
+
+    return merge_running_task_vector(mixed, scale, frozenset({"key"}))

@@ -1,0 +1,219 @@
+"""Tunable MAGMAX: MagMax with a chosen share of entries for every task."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pm_jax import task_vectors, trees
+from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, key_of, origin_of, require
+from pm_jax.rules.selection import random_members
+from pm_jax.types import Array, Key, Params, PyTree
+
+
+class TunableMagmaxState(NamedTuple):
+    """State of Tunable MAGMAX: every task vector, unlike MagMax, which keeps one.
+
+    Attributes:
+        tasks: int32 scalar, tasks merged so far.
+        origin: the pre-trained model `theta_0`.
+        task_vectors: float32 [max_tasks, ...] for every leaf; zero for tasks to come.
+    """
+
+    tasks: Array
+    origin: Params
+    task_vectors: PyTree
+
+
+def tunable_magmax(
+    *, scale: float = 0.5, preference: tuple[float, ...] = (), max_tasks: int = 10
+) -> MergeRule:
+    """Give every task its share of the entries, and keep to large magnitudes within it.
+
+    In every leaf the task i has exactly the number of entries that its weight says (`quotas`);
+    which ones is up to `assigned`. `theta_0` moves by `scale` times the entries of the task vectors
+    `tau_i = theta_i* - theta_0` so assigned. Merging is for inference.
+
+    Choosing needs all task vectors: the state takes `max_tasks` times the memory of the model.
+
+    Args:
+        scale: of the merged task vector, above 0.
+        preference: weights of the tasks, not negative, as many as `max_tasks`, sum 1; empty for
+            equal ones. Before the last task, those of the tasks seen are scaled to sum 1 and are
+            equal where they are all 0. `pm_jax.rules.preferences` finds them from target data.
+        max_tasks: number of tasks of the stream; after more, the merged model is NaN.
+
+    Returns:
+        A `MergeRule` that needs `key`.
+
+    Raises:
+        ValueError: a setting out of range.
+
+    References:
+        Tunable MAGMAX, `arXiv 2605.20803 <https://arxiv.org/abs/2605.20803>`_; ties of magnitude go
+        to the later task as in MagMax, which its code leaves open
+
+    Example:
+        >>> rule = tunable_magmax(scale=1.0, preference=(0.75, 0.25), max_tasks=2)
+        >>> state, evidence = rule.init(jnp.zeros(4)), Evidence(key=jax.random.key(0))
+        >>> for trained in (jnp.full(4, 1.0), jnp.full(4, 2.0)):
+        ...     merged, state, _ = rule.update(
+        ...         state, previous=None, trained=trained, evidence=evidence)
+        >>> sorted(merged.tolist())
+        [1.0, 1.0, 1.0, 2.0]
+    """
+    require("scale", scale, scale > 0, "above 0")
+    require("max_tasks", max_tasks, max_tasks >= 1, "at least 1")
+    weights = _weights_by_task(preference, max_tasks)
+
+    def init(params: Params) -> TunableMagmaxState:
+        origin = origin_of(params)
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros((max_tasks, *x.shape), trees.compute_dtype(x)), origin
+        )
+        return TunableMagmaxState(jnp.zeros((), jnp.int32), origin, zeros)
+
+    def update(state: TunableMagmaxState, *, previous: Params, trained: Params, evidence: Evidence):
+        del previous
+        tasks = state.tasks + 1
+        own = task_vectors.difference(trained, state.origin)
+        every = jax.tree.map(lambda s, x: s.at[tasks - 1].set(x), state.task_vectors, own)
+
+        def leaf(key, stacked):
+            table = np.stack([quotas(stacked[0].size, row) for row in weights])
+            owners = assigned(key, stacked, jnp.asarray(table, jnp.int32)[tasks - 1])
+            return _entries_of(stacked, owners)
+
+        chosen = jax.tree.map(leaf, trees.leaf_keys(key_of(evidence), own), every)
+        # A traced count cannot raise.
+        factor = jnp.where(tasks <= max_tasks, scale, jnp.nan)
+        merged = task_vectors.apply(state.origin, chosen, factor)
+        return merged, TunableMagmaxState(tasks, state.origin, every), MergeInfo.of(factor)
+
+    return MergeRule(init, update, frozenset({"key"}), next_task_from="trained")
+
+
+def _weights_by_task(preference: tuple[float, ...], max_tasks: int) -> np.ndarray:
+    """Weights after each number of tasks, float64 [max_tasks, max_tasks], rows of sum 1."""
+    given = np.asarray(preference or (1.0,) * max_tasks, np.float64)
+    written = ":".join(f"{weight:g}" for weight in given)
+    if len(given) != max_tasks:
+        raise ValueError(f"preference={written}: must be {max_tasks} weights, one for each task")
+    if preference and not (given.min() >= 0 and abs(given.sum() - 1) <= 1e-6):
+        raise ValueError(f"preference={written}: must be at least 0 and sum to 1")
+    seen = np.tril(np.ones((max_tasks, max_tasks)))
+    rows = seen * given
+    rows = np.where(rows.sum(axis=1, keepdims=True) > 0, rows, seen)
+    return rows / rows.sum(axis=1, keepdims=True)
+
+
+def quotas(size: int, weights: np.ndarray) -> np.ndarray:
+    """How many of a number of entries are each task's.
+
+    Args:
+        size: number of entries.
+        weights: float64 [T], not negative, sum 1.
+
+    Returns:
+        int64 [T], sum `size`: `floor(size w + 1e-6)`, and one more for each of the first tasks
+        until all entries are given away.
+
+    References:
+        Tunable MAGMAX, `arXiv 2605.20803 <https://arxiv.org/abs/2605.20803>`_; the 1e-6 is ours:
+        49 * (1/49) is below 1 in float64
+
+    Example:
+        >>> quotas(8, np.asarray([0.25, 0.25, 0.5])).tolist()
+        [2, 2, 4]
+        >>> quotas(8, np.asarray([1 / 3, 1 / 3, 1 / 3])).tolist()
+        [3, 3, 2]
+    """
+    found = np.floor(size * np.asarray(weights, np.float64) + 1e-6).astype(np.int64)
+    found[: size - found.sum()] += 1
+    return found
+
+
+@jax.jit
+def assigned(key: Key, stacked: Array, quotas: Array) -> Array:
+    """Which task has which entry of a leaf: as many as its quota, large magnitudes first.
+
+    1. An entry is that of the task with the largest magnitude, the later one of equals. A task
+       with quota 0 takes no part.
+    2. From the last task to the second: of the entries beyond the quota, chosen at random, each
+       goes to the task with the largest magnitude among the earlier ones.
+    3. What the first task has beyond its quota, chosen at random, goes to the tasks below theirs:
+       first, from the last task on, where a task has the largest magnitude of all but the first
+       task; then at random.
+
+    Args:
+        key: PRNG key.
+        stacked: task vectors of the leaf, float [T, ...].
+        quotas: int32 [T], not negative, whose sum is the number of entries.
+
+    Returns:
+        int32 [...], the task of each entry, from 0.
+
+    References:
+        Tunable MAGMAX, `arXiv 2605.20803 <https://arxiv.org/abs/2605.20803>`_
+
+    Example:
+        >>> stacked = jnp.asarray([[1.0, 5.0, 2.0], [3.0, 4.0, 2.0]])
+        >>> assigned(jax.random.key(0), stacked, jnp.asarray([1, 2])).tolist()
+        [1, 0, 1]
+    """
+    count, numbers, entitled = len(quotas), jnp.arange(len(quotas)), quotas > 0
+
+    def from_last(position: Array) -> Array:
+        return count - 1 - position
+
+    def beyond(owners: Array, task: Array | int) -> Array:
+        return jnp.sum(owners == task, dtype=jnp.int32) - quotas[task]
+
+    def chosen(number: Array | int, members: Array, size: Array) -> Array:
+        """A random choice, skipped where it is of none."""
+        draw = functools.partial(random_members, jax.random.fold_in(key, number), members)
+        return jax.lax.cond(size > 0, draw, lambda _: jnp.zeros_like(members), size)
+
+    def pass_on(position: Array, owners: Array) -> Array:
+        task = from_last(position)
+        moved = chosen(task, owners == task, beyond(owners, task))
+        return jnp.where(moved, _largest(stacked, entitled & (numbers < task)), owners)
+
+    owners = _largest(stacked, entitled)
+    owners = jax.lax.fori_loop(0, count - 1, pass_on, owners)
+    nobody = -1
+    owners = jnp.where(chosen(count, owners == 0, beyond(owners, 0)), nobody, owners)
+    rivals = _largest(stacked, entitled & (numbers > 0))
+
+    def fill(position: Array, owners: Array) -> Array:
+        """The second half of the positions is the second time around."""
+        task, preferred = from_last(position % (count - 1)), position < count - 1
+        free = (owners == nobody) & (~preferred | (rivals == task))
+        return jnp.where(chosen(count + 1 + position, free, -beyond(owners, task)), task, owners)
+
+    return jax.lax.fori_loop(0, 2 * (count - 1), fill, owners)
+
+
+def _largest(stacked: Array, allowed: Array) -> Array:
+    """The allowed task of largest magnitude, the later one of equals; 0 where none is allowed."""
+
+    def later(task, found):
+        magnitude, owners = found
+        own = jnp.abs(stacked[task])
+        wins = allowed[task] & (own >= magnitude)
+        return jnp.where(wins, own, magnitude), jnp.where(wins, task, owners)
+
+    start = (jnp.full_like(stacked[0], -1.0), jnp.zeros(stacked.shape[1:], jnp.int32))
+    return jax.lax.fori_loop(0, len(stacked), later, start)[1]
+
+
+@jax.jit
+def _entries_of(stacked: Array, owners: Array) -> Array:
+    """Entries [...] of the tasks that own them."""
+
+    def take(task, found):
+        return jnp.where(owners == task, stacked[task], found)
+
+    return jax.lax.fori_loop(0, len(stacked), take, jnp.zeros_like(stacked[0]))
