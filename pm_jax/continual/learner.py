@@ -17,7 +17,7 @@ from pm_jax.continual.programs import programs, starting_params
 from pm_jax.continual.snapshots import snapshot_step
 from pm_jax.continual.training import Segment, TaskProgram
 from pm_jax.lora import Adapters
-from pm_jax.rules import MergeInfo
+from pm_jax.rules import Evidence, MergeInfo
 from pm_jax.types import Array, InvalidInput, Params, PyTree
 
 MERGE_FIELDS = (
@@ -278,15 +278,8 @@ class Learner:
             start = trained
             self._rule_state = self._fresh_rule_state(trained)
         clock = time.perf_counter()
-        evidence = run.measure(self._key, trained, start, self._train, task_array)
-        evidence = evidence._replace(trajectory=self._trajectory, onset_gradient_norm=onset)
-        if "objective" in self._rule.needs:
-            objective = run.objective(self._key, trained, self._train, task_array)
-            evidence = evidence._replace(objective=objective)
-        if "adapters" in self._rule.needs:
-            evidence = evidence._replace(adapters=self._adapters)
+        evidence = jax.block_until_ready(self._evidence(task_array, start, trained, onset))
         self._trajectory = None
-        jax.block_until_ready(evidence)
         self._time("curvature", clock)
         clock = time.perf_counter()
         self.params, self._rule_state, info = run.merge(self._rule_state, start, trained, evidence)
@@ -300,6 +293,7 @@ class Learner:
                 run.absorb(self._rule_state, self.params, objective, evidence)
             )
             self._time("curvature", clock)
+        # What a rule that starts from theta_0 has kept moves with theta_0.
         if self._rule.next_task_from == "trained" or (self._start and is_origin):
             self._start = trees.select(trained, run.merging)
         change = float(run.mean_loss(self.params, self._train, task_array)) - trained_loss
@@ -308,6 +302,16 @@ class Learner:
         figures = {name: float(found[name]) for name in self._merge_fields}
         self._records["merges"][task] = list(figures.values())
         return figures
+
+    def _evidence(self, task: np.ndarray, start: Params, trained: Params, onset: float) -> Evidence:
+        """All that the rule needs, and the onset's gradient norm where it was measured."""
+        run, needs = self._programs, self._rule.needs
+        found = run.measure(self._key, trained, start, self._train, task)
+        found = found._replace(trajectory=self._trajectory, onset_gradient_norm=onset)
+        if "objective" in needs:
+            objective = run.objective(self._key, trained, self._train, task)
+            found = found._replace(objective=objective)
+        return found._replace(adapters=self._adapters) if "adapters" in needs else found
 
     def _accuracy(self, count: int) -> np.ndarray:
         """Accuracies [2, T] of the merged model on the first tasks, NaN for the others."""

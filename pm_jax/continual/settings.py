@@ -234,7 +234,7 @@ class Settings:
     merge_examples: int = _option(
         256,
         "Training examples of a task that rules look at while they merge, beyond curvature: trm "
-        "optimises on them.",
+        "optimises on them, became takes the inputs of layers from them.",
     )
     onset_gradients: bool = _option(
         False, "Log the norm of the loss gradient at the onset of each task, as trm always does."

@@ -111,9 +111,7 @@ def became(
         if evidence.trajectory is None:
             raise ValueError("evidence.trajectory=None: became needs the model between its stages")
         tasks = state.tasks + 1
-        projected_model = jax.tree.map(
-            lambda stack, leaf: stack[0].astype(leaf.dtype), evidence.trajectory, trained
-        )
+        projected_model = jax.tree.map(lambda stack: stack[0], evidence.trajectory)
         free_step = task_vectors.difference(trained, projected_model)
         own = quadratic.curvature_along(free_step)
         total = own + trees.inner(free_step, free_step, state.precision)

@@ -81,8 +81,8 @@ def pam(*, share: float = 0.5, every: int = 1) -> MergeRule:
         leaves = trees.leaves_by_path(trained)
         own: Moving = {**task_vectors.difference(leaves, state.origin), **adapters}
         # A fresh adapter is not 0, its product is.
-        nothing = jnp.stack([jnp.all(_moved(shared) == 0) for shared in state.shared.values()])
-        first = jnp.all(nothing)
+        still = [jnp.all(_moved(shared) == 0) for shared in state.shared.values()]
+        first = jnp.all(jnp.stack(still))
         shared: Moving = jax.tree.map(
             lambda g, r: jnp.where(first, r, (g + r) / 2), state.shared, own
         )
@@ -118,6 +118,7 @@ def _realigned(share: float, state: PamState, key: Key, moving: Moving) -> tuple
     opposed_to = functools.partial(opposed_entries, share=share)
     moved = dict(moving)
     renewed: Moving = jax.tree.map(lambda x: jnp.zeros(x.shape, bool), moving)
+    fresh: Array | Adapter
     for path, own in moving.items():
         shared = state.shared.get(path)
         if isinstance(own, Adapter) and isinstance(shared, Adapter):
@@ -125,7 +126,7 @@ def _realigned(share: float, state: PamState, key: Key, moving: Moving) -> tuple
             renewed[path] = Adapter(opposed_to(shared.a, own.a), opposed_to(shared.b, own.b))
         elif not isinstance(own, Adapter) and not isinstance(shared, Adapter | None):
             fresh = state.origin[path]
-            renewed[path] = opposed_to(shared, own - fresh)
+            renewed[path] = opposed_to(shared, own - state.origin[path])
         else:  # in full, where the tasks to come have an adapter, or not among what merges
             continue
         moved[path] = jax.tree.map(jnp.where, renewed[path], fresh, own)
