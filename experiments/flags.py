@@ -24,6 +24,7 @@ NOT_OF_SEQUENTIAL = (
     *("rule", "rule_settings"),
     *("perturbation", "epsilon", "probabilities", "perturb_per"),
     *("curvature", "curvature_samples", "curvature_examples", "curvature_memory_mb"),
+    *("merge_examples", "onset_gradients"),
 )
 """Settings that sequential training does not depend on, and those that it has of its own."""
 

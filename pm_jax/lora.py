@@ -97,11 +97,29 @@ def init(key: Key, params: Params, pattern: str, rank: int) -> Adapters:
 
     def fresh(kernel_key: Key, kernel: Array) -> Adapter:
         rows, columns = kernel.shape
-        bound = rows**-0.5
-        a = jax.random.uniform(kernel_key, (rows, rank), jnp.float32, -bound, bound)
+        a = input_factor(kernel_key, rows, rank)
         return Adapter(a, jnp.zeros((rank, columns), jnp.float32))
 
     return jax.tree.map(fresh, trees.leaf_keys(key, kernels), kernels)
+
+
+def input_factor(key: Key, rows: int, rank: int) -> Array:
+    """A fresh A, uniform in +-1/sqrt(rows).
+
+    Args:
+        key: PRNG key.
+        rows: of the kernel.
+        rank: of the adapter.
+
+    Returns:
+        float32 [rows, rank].
+
+    Example:
+        >>> bool((abs(input_factor(jax.random.key(0), 4, 2)) <= 0.5).all())
+        True
+    """
+    bound = rows**-0.5
+    return jax.random.uniform(key, (rows, rank), jnp.float32, -bound, bound)
 
 
 def displacement(adapters: Adapters) -> dict[str, Array]:

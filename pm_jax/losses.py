@@ -61,7 +61,7 @@ def weights_of(batch: Batch) -> Array:
         batch: N examples.
 
     Returns:
-        float32 [N].
+        float32 [N], or of the labels' shape for several batches.
 
     Example:
         >>> import jax.numpy as jnp
@@ -69,7 +69,7 @@ def weights_of(batch: Batch) -> Array:
         [1.0, 1.0]
     """
     if batch.weights is None:
-        return jnp.ones(batch.labels.shape[0], jnp.float32)
+        return jnp.ones(batch.labels.shape, jnp.float32)
     return batch.weights
 
 

@@ -12,6 +12,7 @@ from pm_jax import rules, trees
 from pm_jax.continual.checkpoints import Checkpoints
 from pm_jax.quadratics import DiagonalQuadratic
 from pm_jax.rules import Evidence, MergeInfo
+from tests.training_evidence import as_in_training
 
 VARIANTS = {
     "perturb_and_merge": "clip=false",
@@ -24,10 +25,14 @@ VARIANTS = {
 # Identities of the method's section 9 that some rules do not have by their definition; a rule that
 # is registered is held to them unless it is named here.
 OF_TASK_VECTORS = {"task_arithmetic", "ties", "random_mix", "magmax", "tunable_magmax"}
-MERGES_EQUAL_MODELS_TO_ANOTHER = OF_TASK_VECTORS | {"dare:on=ties", "fisher_averaging"}
+MERGES_EQUAL_MODELS_TO_ANOTHER = OF_TASK_VECTORS | {
+    *("dare:on=ties", "fisher_averaging", "trm", "pam")
+}
 DOES_NOT_KEEP_THE_FIRST_MODEL = OF_TASK_VECTORS - {"random_mix"} | {"dare"}
 KEEPS_THE_FIRST_MODEL_TO_ROUNDING = {"fisher_averaging", "random_mix"}
 SELECTS = {"magmax", "random_mix", "tunable_magmax"}
+SEARCHES = {"trm"}
+"""Rules whose many steps carry rounding errors along."""
 
 every_rule = pytest.mark.parametrize(
     "name", [*sorted(rules.REGISTRY), *(f"{name}:{text}" for name, text in VARIANTS.items())]
@@ -35,7 +40,7 @@ every_rule = pytest.mark.parametrize(
 
 
 def as_written(name):
-    return rules.make(*name.split(":", 1), max_tasks=6)
+    return as_in_training(rules.make(*name.split(":", 1), max_tasks=6))
 
 
 @functools.cache
@@ -77,7 +82,8 @@ def run(rule, trained_models, start, update=None, evidence=evidence_for):
         )
         merged.append(params)
         infos.append(info)
-        previous = params if rule.next_task_from == "merged" else trained
+        starts = {"merged": params, "trained": trained, "initial": start}
+        previous = starts[rule.next_task_from]
     return merged, infos
 
 
@@ -93,12 +99,13 @@ def identical(a, b):
 @every_rule
 def test_grammar(name):
     rule = made(name)
-    assert rule.next_task_from in ("merged", "trained")
+    assert rule.next_task_from in ("merged", "trained", "initial")
     assert rule.needs <= set(Evidence._fields)
     _, infos = run(rule, [model(1), model(2)], model(0))
     for info in infos:
         assert isinstance(info, MergeInfo)
-        assert all(value.shape == () and value.dtype == jnp.float32 for value in info)
+        assert all(x.shape == () and x.dtype == jnp.float32 for x in jax.tree.leaves(info))
+        assert set(info.figures) == set(rule.figures)
         assert np.isfinite(float(info.alpha))
 
 
@@ -166,7 +173,8 @@ def test_jit_equals_eager(name):
 
     def close(a, b):
         scale = max(float(jnp.abs(a).max()), float(jnp.abs(b).max()), 1.0)
-        assert float(jnp.abs(a - b).max()) <= 8 * float(jnp.finfo(a.dtype).eps) * scale
+        bound = 1e-3 if one_of(name, SEARCHES) else 8 * float(jnp.finfo(a.dtype).eps)
+        assert float(jnp.abs(a - b).max()) <= bound * scale
 
     equal = identical if one_of(name, SELECTS) else close
     for a, b in zip(eager, compiled, strict=True):
@@ -204,13 +212,14 @@ def test_leaf_order_does_not_matter(name):
     other, other_infos = run(
         rule, [reordered(m) for m in models], reordered(model(0)), evidence=evidence
     )
-    np.testing.assert_allclose(infos[-1].alpha, other_infos[-1].alpha, rtol=1e-6)
+    looser = 100 if one_of(name, SEARCHES) else 1
+    np.testing.assert_allclose(infos[-1].alpha, other_infos[-1].alpha, rtol=looser * 1e-6)
     wanted = reordered(merged[-1])
     assert jax.tree.structure(other[-1]) == jax.tree.structure(wanted)
     if one_of(name, SELECTS):
         assert_trees(identical, other[-1], wanted)
     for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(other[-1]), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(a, b, rtol=looser * 1e-5, atol=looser * 1e-6)
 
 
 @every_rule
@@ -272,8 +281,9 @@ def test_shardings_are_kept_on_eight_devices(name):
         return mapped_evidence(evidence_for(models[seed], seed), sharded)
 
     merged, _ = run(rule, [sharded(m) for m in models], sharded(model(0)), evidence=evidence)
+    looser = 100 if one_of(name, SEARCHES) else 1
     for a, b in zip(jax.tree.leaves(merged[-1]), jax.tree.leaves(plain[-1]), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(a, b, rtol=looser * 1e-5, atol=looser * 1e-6)
         assert len(a.sharding.device_set) == 8
     assert not merged[-1]["layer"]["kernel"].sharding.is_fully_replicated
 

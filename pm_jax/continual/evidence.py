@@ -49,7 +49,7 @@ def evidence_fn(
     def merge_key(key: Key, task: Array) -> Key | None:
         return purpose_key(key, MERGE, task) if "key" in rule.needs else None
 
-    if rule.needs <= {"key"}:
+    if not rule.needs & {"quadratic", "curvature_error"}:
         return lambda key, trained, previous, data, task: Evidence(key=merge_key(key, task))
     transform = evaluation_transform(config)
 

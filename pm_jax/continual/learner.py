@@ -8,18 +8,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pm_jax import metrics, trees
+from pm_jax import lora, metrics, trees
 from pm_jax.continual import feed, task_models, training
 from pm_jax.continual.checkpoints import Checkpoints
 from pm_jax.continual.config import Config
 from pm_jax.continual.logs import RunLog
 from pm_jax.continual.programs import programs, starting_params
 from pm_jax.continual.shared_training import SharedTraining
+from pm_jax.continual.snapshots import snapshot_step
 from pm_jax.continual.training import Segment, TaskProgram
-from pm_jax.rules import MergeInfo
+from pm_jax.lora import Adapters
+from pm_jax.rules import Evidence, MergeInfo
 from pm_jax.types import Array, InvalidInput, Params, PyTree
 
-MERGE_FIELDS = (*MergeInfo._fields, "actual_loss_change")
+MERGE_FIELDS = (
+    *(name for name in MergeInfo._fields if name != "figures"),
+    "actual_loss_change",
+)
+"""Figures of every merge; a rule may add its own, and `onset_gradients` one more."""
 PHASES = ("train", "curvature", "merge", "evaluate")
 
 
@@ -71,8 +77,12 @@ class Learner:
         self._tensorboard, self._keep_task_models = tensorboard, keep_task_models
         self.stream = config.task_stream(seed)
         self._rule = config.merge_rule()
-        # A rule that watches training has to see it.
-        self._shared = None if "trajectory" in self._rule.needs else shared
+        # A rule that watches training, or takes part in it, has to be there.
+        watches = self._rule.hook or self._rule.needs & {"trajectory", "adapters"}
+        self._shared = None if watches else shared
+        self._wants_onset = config.onset_gradients or "onset_gradient_norm" in self._rule.needs
+        onset = ("onset_gradient_norm",) if self._wants_onset else ()
+        self._merge_fields = (*MERGE_FIELDS, *self._rule.figures, *onset)
         self._programs = programs(
             config,
             self.stream.num_classes,
@@ -93,20 +103,23 @@ class Learner:
         tasks = self.stream.num_tasks
         self.params = starting_params(self.config, self._programs.init(self._key))
         self._start: dict[str, Array] = {}
-        if self._rule.next_task_from == "trained":
+        self._trajectory: PyTree = None
+        self._adapters: Adapters = {}
+        if self._rule.next_task_from != "merged":
             self._start = trees.select(self.params, self._programs.merging)
         self._rule_state = self._fresh_rule_state(self.params)
         self._records: dict[str, np.ndarray] = {
             "accuracy": np.full((2, tasks, tasks), np.nan, np.float32),
             "initial": np.full((2, tasks), np.nan, np.float32),
-            "merges": np.full((tasks, len(MERGE_FIELDS)), np.nan, np.float32),
+            "merges": np.full((tasks, len(self._merge_fields)), np.nan, np.float32),
             "seconds": np.zeros(len(PHASES), np.float64),
         }
 
     def _fresh_rule_state(self, theta_0: Params) -> PyTree:
         """The rule's state before any merge, in buffers of its own: merging donates them."""
         leaves = trees.select(theta_0, self._programs.merging)
-        return self._rule.init(jax.tree.map(jnp.copy, leaves))
+        given = {"adapters": self._no_adapters()} if "adapters" in self._rule.needs else {}
+        return self._rule.init(jax.tree.map(jnp.copy, leaves), **given)
 
     @property
     def total_steps(self) -> int:
@@ -221,11 +234,19 @@ class Learner:
     def _train_task(self, task, step, start, training_state, checkpoints, log) -> Params:
         program = self._program(task)
         task_array = np.asarray(task, np.int32)
-        trainable, optimizer_state = training_state or program.begin(self._key, start, task_array)
+        hooked = self._hooked()
+        trainable, optimizer_state = training_state or program.begin(
+            self._key, start, task_array, *hooked
+        )
         epochs, begin = self.config.epochs_of(task), self._bounds[task]
         per_epoch = self._steps_per_epoch[task]
+        snapshots = self._programs.snapshots
+        cuts = snapshots.steps(epochs * per_epoch)
+        if not training_state:
+            blank = snapshots.blank(start)
+            self._trajectory = snapshots.taken(blank, cuts, 0, start, trainable)
         pieces = training.segments(
-            step - begin, epochs * per_epoch, per_epoch, self._checkpoint_every
+            step - begin, epochs * per_epoch, per_epoch, self._checkpoint_every, cuts
         )
         for epoch, first, stop in pieces:
             clock = time.perf_counter()
@@ -236,9 +257,10 @@ class Learner:
 
             stretches = feed.stretches(self._train, order, self.config.batch_size, first, stop)
             for low, high, data in stretches:
-                segment = Segment.of(task, epoch, low, high, epochs)
+                projected = self._projects(epoch * per_epoch + first, epochs * per_epoch)
+                segment = Segment.of(task, epoch, low, high, epochs, projected)
                 trainable, optimizer_state, step_losses = program.train(
-                    self._key, trainable, optimizer_state, start, data, segment
+                    self._key, trainable, optimizer_state, start, data, segment, *hooked
                 )
                 # Waits, so that no more windows than planned are on the device.
                 found.append(np.asarray(step_losses)[low:high])
@@ -256,9 +278,15 @@ class Learner:
                 seconds=seconds,
                 images_per_second=round(images / seconds, 1),
             )
+            if self._refreshes(within, per_epoch, epochs):
+                trainable, optimizer_state = program.refresh(
+                    self._key, trainable, optimizer_state, task_array, within, *hooked
+                )
+            self._trajectory = snapshots.taken(self._trajectory, cuts, within, start, trainable)
             due = self._checkpoint_every and within % self._checkpoint_every == 0
             if checkpoints and due and within < epochs * per_epoch:
                 checkpoints.save(begin + within, self._state((trainable, optimizer_state)))
+        self._adapters = trainable.adapters or self._no_adapters()
         return self._programs.trained(start, trainable)
 
     def _merge_task(self, task: int, start: Params, trained: Params) -> dict[str, float]:
@@ -267,7 +295,12 @@ class Learner:
         trained_loss = float(run.mean_loss(trained, self._train, task_array))
         # The last update can be what diverges.
         self._check_finite(task, self._bounds[task + 1] - self._bounds[task] - 1, [trained_loss])
-        if task == 0 and self.config.from_scratch:
+        onset = float("nan")
+        if self._wants_onset:
+            objective = run.objective(self._key, start, self._train, task_array)
+            onset = float(run.gradient_norm(objective, start))
+        is_origin = task == 0 and self.config.from_scratch
+        if is_origin:
             # From scratch the first task is the pre-training: theta_0 := theta_1*.
             start = trained
             self._rule_state = self._fresh_rule_state(trained)
@@ -276,21 +309,40 @@ class Learner:
                 task_models.keep(self.directory, 0, trees.select(start, run.merging))
             task_models.keep(self.directory, task + 1, trees.select(trained, run.merging))
         clock = time.perf_counter()
-        evidence = jax.block_until_ready(
-            run.measure(self._key, trained, start, self._train, task_array)
-        )
+        evidence = jax.block_until_ready(self._evidence(task_array, start, trained, onset))
+        self._trajectory = None
         self._time("curvature", clock)
         clock = time.perf_counter()
         self.params, self._rule_state, info = run.merge(self._rule_state, start, trained, evidence)
         jax.block_until_ready(self.params)
         self._time("merge", clock)
-        if self._rule.next_task_from == "trained":
+        if self._rule.absorb:
+            clock = time.perf_counter()
+            evidence = run.measure(self._key, self.params, start, self._train, task_array)
+            objective = run.objective(self._key, self.params, self._train, task_array)
+            self._rule_state = jax.block_until_ready(
+                run.absorb(self._rule_state, self.params, objective, evidence)
+            )
+            self._time("curvature", clock)
+        # What a rule that starts from theta_0 has kept moves with theta_0.
+        if self._rule.next_task_from == "trained" or (self._start and is_origin):
             self._start = trees.select(trained, run.merging)
         change = float(run.mean_loss(self.params, self._train, task_array)) - trained_loss
-        figures = {name: float(value) for name, value in info._asdict().items()}
-        figures["actual_loss_change"] = change
-        self._records["merges"][task] = [figures[name] for name in MERGE_FIELDS]
+        own = {"actual_loss_change": change, "onset_gradient_norm": onset}
+        found = {**info._asdict(), **info.figures, **own}
+        figures = {name: float(found[name]) for name in self._merge_fields}
+        self._records["merges"][task] = list(figures.values())
         return figures
+
+    def _evidence(self, task: np.ndarray, start: Params, trained: Params, onset: float) -> Evidence:
+        """All that the rule needs, and the onset's gradient norm where it was measured."""
+        run, needs = self._programs, self._rule.needs
+        found = run.measure(self._key, trained, start, self._train, task)
+        found = found._replace(trajectory=self._trajectory, onset_gradient_norm=onset)
+        if "objective" in needs:
+            objective = run.objective(self._key, trained, self._train, task)
+            found = found._replace(objective=objective)
+        return found._replace(adapters=self._adapters) if "adapters" in needs else found
 
     def _accuracy(self, count: int) -> np.ndarray:
         """Accuracies [2, T] of the merged model on the first tasks, NaN for the others."""
@@ -318,6 +370,27 @@ class Learner:
         self._records["seconds"][PHASES.index(phase)] += seconds
         return seconds
 
+    def _hooked(self) -> tuple[PyTree, ...]:
+        """What training is given beyond what every rule's is: the state of a rule with a hook."""
+        return (self._rule_state,) if self._rule.hook else ()
+
+    def _projects(self, step: int, total: int) -> bool:
+        """Whether the rule's hook projects at a step of a task."""
+        hook = self._rule.hook
+        return hook is not None and step < snapshot_step(hook.project_until, total)
+
+    def _refreshes(self, step: int, per_epoch: int, epochs: int) -> bool:
+        """Whether the rule's hook refreshes after a step of a task; not at its end."""
+        hook = self._rule.hook
+        if hook is None or hook.refresh is None or step == epochs * per_epoch:
+            return False
+        return step % (per_epoch * hook.refresh_every) == 0
+
+    def _no_adapters(self) -> Adapters:
+        """Adapters of the run's shapes whose products are 0; none without LoRA."""
+        kernels = trees.select(self.params, self._programs.adapted)
+        return lora.init(self._key, kernels, ".*", self.config.lora_rank) if kernels else {}
+
     def _program(self, task: int) -> TaskProgram:
         return self._programs.first if task == 0 else self._programs.later
 
@@ -331,6 +404,8 @@ class Learner:
         }
         if training_state:
             state["trainable"], state["optimizer"] = training_state
+            if self._trajectory:
+                state["trajectory"] = self._trajectory
         return state
 
     def _restore(self, checkpoints: Checkpoints, step: int) -> tuple[PyTree, PyTree] | None:
@@ -339,11 +414,16 @@ class Learner:
         if step not in self._bounds:
             task = int(np.searchsorted(self._bounds, step, side="right")) - 1
             training_state = jax.eval_shape(
-                self._program(task).begin, self._key, self.params, np.asarray(task, np.int32)
+                self._program(task).begin,
+                self._key,
+                self.params,
+                np.asarray(task, np.int32),
+                *self._hooked(),
             )
+            self._trajectory = self._programs.snapshots.blank(self.params)
         state = checkpoints.restore(step, self._state(training_state))
         self.params, self._start = state["params"], state["start"]
-        self._rule_state = state["rule"]
+        self._rule_state, self._trajectory = state["rule"], state.get("trajectory")
         self._records = jax.tree.map(np.array, state["records"])
         return (state["trainable"], state["optimizer"]) if training_state else None
 
@@ -359,7 +439,7 @@ class Learner:
                 **metrics.summarize(aware, initial[1] if by_domain else None),
             },
             "merges": [
-                dict(zip(MERGE_FIELDS, row, strict=True))
+                dict(zip(self._merge_fields, row, strict=True))
                 for row in self._records["merges"].astype(np.float64).tolist()
             ],
             "rule_state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(self._rule_state)),

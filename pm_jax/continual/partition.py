@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from pm_jax import lora, trees
+from pm_jax.rules.base import Moving
 from pm_jax.types import Array, Key, Params
 
 HEAD_PATTERN = r"head/.*"
@@ -40,6 +41,17 @@ class Trainable(NamedTuple):
     adapters: lora.Adapters
     direct: dict[str, Array]
     head: dict[str, Array]
+
+    @property
+    def moving(self) -> Moving:
+        """All but the head, as the hooks of merge rules see it."""
+        return {**self.adapters, **self.direct}
+
+    def moved(self, moving: Moving) -> "Trainable":
+        """The same with all but the head replaced."""
+        adapters = {path: x for path, x in moving.items() if isinstance(x, lora.Adapter)}
+        direct = {path: x for path, x in moving.items() if not isinstance(x, lora.Adapter)}
+        return Trainable(adapters, direct, self.head)
 
 
 def partition(

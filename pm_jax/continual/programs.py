@@ -8,15 +8,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pm_jax import trees
+from pm_jax import gradient_projection, trees
 from pm_jax.continual import evaluation, training
 from pm_jax.continual.config import Config
 from pm_jax.continual.evidence import dense_layers_of, evidence_fn
 from pm_jax.continual.image_transforms import check_images, evaluation_transform
 from pm_jax.continual.partition import Partition, partition, trained_params
+from pm_jax.continual.snapshots import Snapshots
+from pm_jax.continual.task_objective import objective_fn
 from pm_jax.continual.training import TaskProgram
 from pm_jax.models import pretrained
-from pm_jax.rules import MergeInfo
+from pm_jax.objectives import Objective
+from pm_jax.rules import MergeInfo, TrainingHook
 from pm_jax.types import Array, InvalidInput, Key, Params, PyTree
 
 
@@ -28,23 +31,35 @@ class Programs(NamedTuple):
         first: trains the first task of a run from scratch (all parameters).
         later: trains the other tasks; the same object as `first` without adapters.
         merging: paths of the leaves that merge.
+        adapted: those of them that have adapters, from the second task on at the latest.
         measure: see `evidence_fn`.
         merge: `merge(rule_state, previous, trained, evidence) -> (params, rule_state, info)` on
             full parameter trees.
         trained: `trained(start, trainable) -> params`.
         accuracy: see `evaluation.accuracy_fn`.
         mean_loss: see `evaluation.mean_loss_fn`.
+        objective: see `task_objective.objective_fn`.
+        gradient_norm: `gradient_norm(objective, params)`, `Objective.gradient_norm` at full
+            parameters.
+        snapshots: see `snapshots.Snapshots`.
+        absorb: `absorb(rule_state, merged, objective, evidence) -> rule_state` at full parameters,
+            for rules that absorb.
     """
 
     init: Callable[[Key], Params]
     first: TaskProgram
     later: TaskProgram
     merging: tuple[str, ...]
+    adapted: tuple[str, ...]
     measure: Callable[..., Any]
     merge: Callable[..., tuple[Params, PyTree, MergeInfo]]
     trained: Callable[..., Params]
     accuracy: Callable[..., Array]
     mean_loss: Callable[..., Array]
+    objective: Callable[..., Objective]
+    gradient_norm: Callable[[Objective, Params], Array]
+    snapshots: Snapshots
+    absorb: Callable[..., PyTree]
 
 
 def partitions(config: Config, params: Params) -> tuple[Partition, Partition]:
@@ -151,7 +166,7 @@ def _blank(config: Config, input_shape: tuple[int, ...]) -> Array:
 
 
 class SharedPrograms(NamedTuple):
-    """Those of `Programs` that do not depend on the merge rule, and what the others need."""
+    """Those of `Programs` that know of the merge rule its hook only, and what the others need."""
 
     model: nn.Module
     partition: Partition
@@ -165,13 +180,17 @@ class SharedPrograms(NamedTuple):
 
 @functools.lru_cache(maxsize=8)
 def shared_programs(
-    config: Config, num_classes: int, input_shape: tuple[int, ...], largest_task: int
+    config: Config,
+    num_classes: int,
+    input_shape: tuple[int, ...],
+    largest_task: int,
+    hook: TrainingHook | None,
 ) -> SharedPrograms:
     """The compiled functions that runs have in common if only what merging depends on differs."""
     model = config.network(num_classes)
     init = _init_fn(config, num_classes, input_shape)
     first, later = partitions(config, jax.eval_shape(init, jax.random.key(0)))
-    program = training.task_program(config, model, later, largest_task)
+    program = training.task_program(config, model, later, largest_task, hook)
     transform = evaluation_transform(config)
     return SharedPrograms(
         model=model,
@@ -179,7 +198,7 @@ def shared_programs(
         init=jax.jit(init),
         first=program
         if first == later
-        else training.task_program(config, model, first, largest_task),
+        else training.task_program(config, model, first, largest_task, hook),
         later=program,
         trained=jax.jit(trained_params),
         accuracy=evaluation.accuracy_fn(model, transform=transform),
@@ -212,7 +231,8 @@ def programs(
         ('hidden_0/bias', 'hidden_0/kernel')
     """
     rule = config.merge_rule()
-    shared = shared_programs(config.without_merging(), num_classes, input_shape, largest_task)
+    shape = (num_classes, input_shape, largest_task)
+    shared = shared_programs(config.without_merging(), *shape, rule.hook)
     model, later = shared.model, shared.partition
     dense_layers = dense_layers_of(model, _blank(config, input_shape))
 
@@ -227,14 +247,29 @@ def programs(
         )
         return trees.replace(trained, leaves), rule_state, info
 
+    @functools.partial(jax.jit, donate_argnums=0)
+    def absorb(rule_state, merged, objective, evidence):
+        assert rule.absorb
+        leaves = trees.select(merged, later.merging)
+        kernels = gradient_projection.kernel_paths(leaves)
+        moments = gradient_projection.input_moments(objective, leaves, kernels)
+        return rule.absorb(rule_state, evidence._replace(input_moments=moments))
+
     return Programs(
         init=shared.init,
         first=shared.first,
         later=shared.later,
         merging=later.merging,
+        adapted=later.adapted,
         measure=evidence_fn(config, model, rule, later.merging, dense_layers),
         merge=merge,
         trained=shared.trained,
         accuracy=shared.accuracy,
         mean_loss=shared.mean_loss,
+        objective=objective_fn(config, model, later.merging),
+        gradient_norm=jax.jit(
+            lambda objective, params: objective.gradient_norm(trees.select(params, later.merging))
+        ),
+        snapshots=Snapshots(rule.snapshots, later.merging),
+        absorb=absorb,
     )

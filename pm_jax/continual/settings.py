@@ -28,6 +28,7 @@ SPLITS = ("test", "validation")
 MERGING = (
     *("rule", "rule_settings"),
     *("curvature", "curvature_samples", "curvature_examples", "curvature_memory_mb"),
+    *("merge_examples", "onset_gradients"),
 )
 """Settings that the training of a task does not depend on, given the model it starts from."""
 
@@ -236,6 +237,14 @@ class Settings:
     curvature_examples: int = _option(
         0, "Training examples that curvature is measured on; 0 for all of the task's."
     )
+    merge_examples: int = _option(
+        256,
+        "Training examples of a task that rules look at while they merge, beyond curvature: trm "
+        "optimises on them, became takes the inputs of layers from them.",
+    )
+    onset_gradients: bool = _option(
+        False, "Log the norm of the loss gradient at the onset of each task, as trm always does."
+    )
     curvature_memory_mb: float = _option(
         0.0,
         "Bound in MB on the per-example gradients in memory at a time; 0 for 8 on a CPU and 2048 "
@@ -270,6 +279,7 @@ class Settings:
             *("num_tasks", "patch_size", "width", "depth", "num_heads", "lora_rank"),
             *("epochs", "epoch_repeats", "batch_size", "accumulation_steps"),
             *("max_tokens", "vocabulary", "randaugment_layers", "evaluation_resize"),
+            "merge_examples",
         )
         not_negative = (
             *("base_classes", "first_task_epochs", "head_learning_rate", "weight_decay"),

@@ -1,6 +1,7 @@
 """Training of one task: an optimiser step, and an epoch of them in one compiled loop."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -14,10 +15,11 @@ from pm_jax.continual.config import Config
 from pm_jax.continual.image_transforms import training_transform
 from pm_jax.continual.partition import Partition, Trainable, fresh_trainable
 from pm_jax.data.stream import TaskIndices, TaskStream
+from pm_jax.rules import TrainingHook
 from pm_jax.types import Array, Batch, Key, Params, PyTree
 
 # Purposes of random numbers: each is folded into the run's key first.
-INITIALIZE, ADAPTERS, SHUFFLE, STEP, CURVATURE, AUGMENT, MERGE = range(7)
+INITIALIZE, ADAPTERS, SHUFFLE, STEP, CURVATURE, AUGMENT, MERGE, EXAMPLES, REFRESH = range(9)
 
 
 class Window(NamedTuple):
@@ -72,6 +74,7 @@ class Segment(NamedTuple):
         first: first step within the epoch.
         stop: one past the last step; no more steps are made than the task has batches.
         epochs: of the task in all, for the schedule.
+        projected: 1 where the rule's hook projects, 0 elsewhere.
     """
 
     task: Array
@@ -79,11 +82,15 @@ class Segment(NamedTuple):
     first: Array
     stop: Array
     epochs: Array
+    projected: Array
 
     @classmethod
-    def of(cls, task: int, epoch: int, first: int, stop: int, epochs: int) -> "Segment":
+    def of(
+        cls, task: int, epoch: int, first: int, stop: int, epochs: int, projected: bool = False
+    ) -> "Segment":
         """A segment from Python ints."""
-        return cls(*(jnp.asarray(value, jnp.int32) for value in (task, epoch, first, stop, epochs)))
+        values = (task, epoch, first, stop, epochs, projected)
+        return cls(*(jnp.asarray(value, jnp.int32) for value in values))
 
 
 class TaskProgram(NamedTuple):
@@ -93,13 +100,16 @@ class TaskProgram(NamedTuple):
         begin: `begin(key, start, task) -> (trainable, optimizer_state)`.
         train: `train(key, trainable, optimizer_state, start, data, segment) -> (trainable,
             optimizer_state, losses)`, losses float32 [steps of the largest task]. The first two are
-            donated.
+            donated. With a rule's hook, both functions take the rule's state last.
         order: `order(key, data, task, epoch) -> rows`, int32, the examples of an epoch in order.
+        refresh: `refresh(key, trainable, optimizer_state, task, step, rule_state) -> (trainable,
+            optimizer_state)`, the hook's, after so many steps of the task; the two are donated.
     """
 
     begin: Callable[..., tuple[Trainable, PyTree]]
     train: Callable[..., tuple[Trainable, PyTree, Array]]
     order: Callable[..., Array]
+    refresh: Callable[..., tuple[Trainable, PyTree]]
 
 
 def purpose_key(key: Key, purpose: int, *counters: Array | int) -> Key:
@@ -243,7 +253,11 @@ def _displaced(
 
 
 def task_program(
-    config: Config, model: nn.Module, partition: Partition, largest_task: int
+    config: Config,
+    model: nn.Module,
+    partition: Partition,
+    largest_task: int,
+    hook: TrainingHook | None = None,
 ) -> TaskProgram:
     """Compile-once functions that train tasks of up to a number of examples.
 
@@ -252,6 +266,7 @@ def task_program(
         model: linen module.
         partition: which of its parameters train.
         largest_task: M, examples of the largest task.
+        hook: of the merge rule.
 
     Returns:
         A `TaskProgram`.
@@ -269,9 +284,13 @@ def task_program(
     per_example = config.perturb_per == "example" and bool(partition.adapted)
 
     @jax.jit
-    def begin(key: Key, start: Params, task: Array) -> tuple[Trainable, PyTree]:
+    def begin(
+        key: Key, start: Params, task: Array, rule_state: PyTree = None
+    ) -> tuple[Trainable, PyTree]:
         adapter_key = purpose_key(key, ADAPTERS, task)
         trainable = fresh_trainable(adapter_key, partition, start, config.lora_rank)
+        if hook and hook.onset:
+            trainable = trainable.moved(hook.onset(rule_state, trainable.moving))
         # Copies: the next call donates them, and `start` must survive.
         trainable = jax.tree.map(jnp.copy, trainable)
         return trainable, optimizer.accumulated(config, transformation)[0].init(trainable)
@@ -284,7 +303,15 @@ def task_program(
     def order(key: Key, data: DeviceData, task: Array, epoch: Array) -> Array:
         return batches_of(key, data, task, epoch).ravel()
 
-    def train(key, trainable, optimizer_state, start, data, segment):
+    def projected(changes: Trainable, rule_state: PyTree, segment: Segment) -> Trainable:
+        if hook is None or hook.project is None:
+            return changes
+        project = functools.partial(hook.project, rule_state)
+        return changes.moved(
+            jax.lax.cond(segment.projected > 0, project, lambda same: same, changes.moving)
+        )
+
+    def train(key, trainable, optimizer_state, start, data, segment, rule_state=None):
         task, count = segment.task, data.sizes[segment.task]
         batches = batches_of(key, data, task, segment.epoch)
         steps_per_epoch = -(-count // batch_size)
@@ -320,8 +347,10 @@ def task_program(
             step_optimizer, share = optimizer.accumulated(config, transformation, position, count)
             if config.accumulation_steps > 1:
                 gradients = jax.tree.map(lambda g: share * g, gradients)
+            gradients = projected(gradients, rule_state, segment)
             updates, optimizer_state = step_optimizer.update(gradients, optimizer_state, trainable)
             updates = optimizer.scaled(config, updates, rate(progress), class_mask)
+            updates = projected(updates, rule_state, segment)
             trainable = optax.apply_updates(trainable, updates)
             return trainable, optimizer_state, values.at[position].set(value)
 
@@ -330,7 +359,21 @@ def task_program(
         stop = jnp.minimum(segment.stop, steps_per_epoch)
         return jax.lax.fori_loop(segment.first, stop, step, carry)
 
-    return TaskProgram(begin, jax.jit(train, donate_argnums=(1, 2)), order)
+    @functools.partial(jax.jit, donate_argnums=(1, 2))
+    def refresh(key, trainable, optimizer_state, task, step, rule_state):
+        assert hook and hook.refresh
+        refresh_key = purpose_key(key, REFRESH, task, step)
+        moving, renewed = hook.refresh(rule_state, refresh_key, trainable.moving)
+        head = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, bool), trainable.head)
+        cleared = optax.tree_utils.tree_map_params(
+            optimizer.accumulated(config, transformation)[0],
+            lambda moment, anew: jnp.where(anew, jnp.zeros_like(moment), moment),
+            optimizer_state,
+            trainable._replace(head=head).moved(renewed),
+        )
+        return trainable.moved(moving), cleared
+
+    return TaskProgram(begin, jax.jit(train, donate_argnums=(1, 2)), order, refresh)
 
 
 def _epoch_batches(key: Key, data: DeviceData, task: Array, steps: int, batch_size: int) -> Array:
@@ -343,7 +386,11 @@ def _epoch_batches(key: Key, data: DeviceData, task: Array, steps: int, batch_si
 
 
 def segments(
-    first_step: int, total_steps: int, steps_per_epoch: int, every: int
+    first_step: int,
+    total_steps: int,
+    steps_per_epoch: int,
+    every: int,
+    further: Collection[int] = (),
 ) -> list[tuple[int, int, int]]:
     """Pieces (epoch, first, stop) that lead through a task, cut at epochs and at checkpoints.
 
@@ -352,6 +399,7 @@ def segments(
         total_steps: steps of the task in all.
         steps_per_epoch: of the task.
         every: steps between checkpoints; 0 for none within the task.
+        further: steps of the task to cut at as well.
 
     Returns:
         Pieces of one epoch or less, in order.
@@ -360,7 +408,7 @@ def segments(
         >>> segments(0, 6, 3, 2)
         [(0, 0, 2), (0, 2, 3), (1, 0, 1), (1, 1, 3)]
     """
-    cuts = set(range(0, total_steps + 1, steps_per_epoch))
+    cuts = {*range(0, total_steps + 1, steps_per_epoch), *further}
     if every:
         cuts |= set(range(0, total_steps + 1, every))
     bounds = [first_step, *sorted(cut for cut in cuts if cut > first_step)]

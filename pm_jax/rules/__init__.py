@@ -2,18 +2,21 @@
 
 from pm_jax.rules import preferences
 from pm_jax.rules.averaging import averaging
-from pm_jax.rules.base import Evidence, MergeInfo, MergeRule
+from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, TrainingHook
+from pm_jax.rules.became import became
 from pm_jax.rules.cofima import cofima
 from pm_jax.rules.coma import coma
 from pm_jax.rules.dare import dare
 from pm_jax.rules.fisher_averaging import fisher_averaging
 from pm_jax.rules.magmax import magmax
+from pm_jax.rules.pam import pam
 from pm_jax.rules.perturb_and_merge import perturb_and_merge
 from pm_jax.rules.random_mix import random_mix
 from pm_jax.rules.registry import REGISTRY, make
 from pm_jax.rules.sequential import sequential
 from pm_jax.rules.task_arithmetic import task_arithmetic
 from pm_jax.rules.ties import ties
+from pm_jax.rules.trm import trm
 from pm_jax.rules.tunable_magmax import tunable_magmax
 
 __all__ = [
@@ -21,18 +24,22 @@ __all__ = [
     "Evidence",
     "MergeInfo",
     "MergeRule",
+    "TrainingHook",
     "averaging",
+    "became",
     "cofima",
     "coma",
     "dare",
     "fisher_averaging",
     "magmax",
     "make",
+    "pam",
     "perturb_and_merge",
     "preferences",
     "random_mix",
     "sequential",
     "task_arithmetic",
     "ties",
+    "trm",
     "tunable_magmax",
 ]

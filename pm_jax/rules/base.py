@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from pm_jax import task_vectors, trees
+from pm_jax.lora import Adapter, Adapters
+from pm_jax.objectives import Objective
 from pm_jax.quadratics import DiagonalQuadratic, Quadratic
 from pm_jax.types import Array, Key, Params, PyTree
 
@@ -23,11 +25,23 @@ class Evidence(NamedTuple):
         quadratic: curvature of the task's loss at the trained model.
         curvature_error: standard error of `Delta^T H_t Delta` over the task's examples, scalar.
         key: PRNG key of this merge; what is random in a leaf folds in its path.
+        trajectory: float32 snapshots of the merging leaves along the task's training, stacked
+            [K, ...], at the rule's `snapshots`.
+        objective: the task's loss on some of its examples, at the trained model's classifier.
+        onset_gradient_norm: `Objective.gradient_norm` at the model that the task started from.
+        input_moments: `{path of a dense kernel: [in, in]}`, second moments of the layer's inputs;
+            in the evidence that a rule absorbs only.
+        adapters: the task's adapters; their products are 0 where the task trained in full.
     """
 
     quadratic: Quadratic | None = None
     curvature_error: Array | float = float("nan")
     key: Key | None = None
+    trajectory: Params | None = None
+    objective: Objective | None = None
+    onset_gradient_norm: Array | float = float("nan")
+    input_moments: dict[str, Array] | None = None
+    adapters: Adapters | None = None
 
 
 class MergeInfo(NamedTuple):
@@ -42,6 +56,7 @@ class MergeInfo(NamedTuple):
         predicted_loss_change: of the current task, trained to merged model.
         degenerate: 1 where the curvature gave no minimum and alpha is 1/t, else 0; the share of
             such entries where each has its own coefficient.
+        figures: what else the rule has to say, under the names in `MergeRule.figures`.
     """
 
     alpha: Array
@@ -51,6 +66,7 @@ class MergeInfo(NamedTuple):
     standard_error: Array
     predicted_loss_change: Array
     degenerate: Array
+    figures: dict[str, Array] = {}
 
     @classmethod
     def of(cls, alpha: Array | float, degenerate: Array | float = 0.0) -> "MergeInfo":
@@ -60,16 +76,47 @@ class MergeInfo(NamedTuple):
         return cls(alpha, alpha, nan, nan, nan, nan, degenerate)
 
 
+Moving = dict[str, Array | Adapter]
+"""What trains and merges by its path, or gradients of it: an `Adapter` for an adapted kernel."""
+
+
+class TrainingHook(NamedTuple):
+    """What a rule does while a task trains; functions of the rule's state that jit compiles.
+
+    Attributes:
+        onset: `onset(state, moving) -> moving`, of what trains before the first step.
+        project: `project(state, moving) -> moving`, of a step's gradients and of the optimiser's
+            updates.
+        project_until: share of the task's steps in which `project` takes part.
+        refresh: `refresh(state, key, moving) -> (moving, renewed)`, between epochs; the optimiser's
+            moments are cleared where `renewed` (bool, of the same structure) is true.
+        refresh_every: epochs from one `refresh` to the next.
+    """
+
+    onset: Callable[[Any, Moving], Moving] | None = None
+    project: Callable[[Any, Moving], Moving] | None = None
+    project_until: float = 0.0
+    refresh: Callable[[Any, Key, Moving], tuple[Moving, Moving]] | None = None
+    refresh_every: int = 1
+
+
 class MergeRule(NamedTuple):
     """A merge rule.
 
     Attributes:
         init: `init(params) -> state`, with the pre-trained model `theta_0`; the state is a pytree.
+            A rule that needs `adapters` is given those of product 0 as well, by that name.
         update: `update(state, *, previous, trained, evidence) -> (params, state, info)`.
         needs: names of the fields of `Evidence` that `update` reads.
-        next_task_from: "merged" or "trained", the model that the next task starts from.
+        next_task_from: "merged", "trained" or "initial" (theta_0), the model that the next task
+            starts from.
         scope: how much of a model `update` must see at once to give the same parameters: any
             "element" by itself, each "tensor" by itself, or the whole "model".
+        snapshots: when `Evidence.trajectory` is taken, fractions of the task's steps in [0, 1].
+        figures: names of the entries of `MergeInfo.figures`.
+        hook: what the rule does while a task trains, or `None`.
+        absorb: `absorb(state, evidence) -> state`, after the merge, with the same evidence measured
+            anew at the merged model and `input_moments`; or `None`.
     """
 
     init: Callable[[Params], Any]
@@ -77,6 +124,10 @@ class MergeRule(NamedTuple):
     needs: frozenset[str] = frozenset()
     next_task_from: str = "merged"
     scope: str = "model"
+    snapshots: tuple[float, ...] = ()
+    figures: tuple[str, ...] = ()
+    hook: TrainingHook | None = None
+    absorb: Callable[[Any, Evidence], Any] | None = None
 
 
 class TaskCount(NamedTuple):

@@ -7,16 +7,19 @@ from typing import Any
 
 from pm_jax.rules.averaging import averaging
 from pm_jax.rules.base import MergeRule
+from pm_jax.rules.became import became
 from pm_jax.rules.cofima import cofima
 from pm_jax.rules.coma import coma
 from pm_jax.rules.dare import dare
 from pm_jax.rules.fisher_averaging import fisher_averaging
 from pm_jax.rules.magmax import magmax
+from pm_jax.rules.pam import pam
 from pm_jax.rules.perturb_and_merge import perturb_and_merge
 from pm_jax.rules.random_mix import random_mix
 from pm_jax.rules.sequential import sequential
 from pm_jax.rules.task_arithmetic import task_arithmetic
 from pm_jax.rules.ties import ties
+from pm_jax.rules.trm import trm
 from pm_jax.rules.tunable_magmax import tunable_magmax
 from pm_jax.types import InvalidInput
 
@@ -24,6 +27,9 @@ REGISTRY: dict[str, Callable[..., MergeRule]] = {
     "perturb_and_merge": perturb_and_merge,
     "sequential": sequential,
     "averaging": averaging,
+    "became": became,
+    "trm": trm,
+    "pam": pam,
     "fisher_averaging": fisher_averaging,
     "coma": coma,
     "cofima": cofima,

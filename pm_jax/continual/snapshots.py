@@ -1,0 +1,84 @@
+"""Copies of the merging leaves along the training of a task, for the rules that ask for them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pm_jax import trees
+from pm_jax.continual.partition import Trainable, trained_params
+from pm_jax.types import Array, Params
+
+
+class Snapshots:
+    """Takes snapshots at fractions of a task's steps; nothing at all without fractions.
+
+    Args:
+        fractions: K numbers in [0, 1].
+        merging: paths of the leaves.
+
+    Example:
+        >>> snapshots = Snapshots((0.5, 1.0), ("w",))
+        >>> start = {"w": jnp.zeros(1)}
+        >>> cuts = snapshots.steps(7)
+        >>> trainable = Trainable({}, {"w": jnp.ones(1)}, {})
+        >>> found = snapshots.taken(snapshots.blank(start), cuts, 7, start, trainable)
+        >>> cuts, found["w"].tolist()
+        ((4, 7), [[0.0], [1.0]])
+    """
+
+    def __init__(self, fractions: tuple[float, ...], merging: tuple[str, ...]):
+        self._fractions, self._merging = fractions, merging
+
+    def steps(self, total: int) -> tuple[int, ...]:
+        """After how many of a task's steps each snapshot is taken."""
+        return tuple(snapshot_step(fraction, total) for fraction in self._fractions)
+
+    def blank(self, params: Params) -> dict[str, Array] | None:
+        """Stacked leaves [K, ...] to be filled; `None` where nothing is to be taken."""
+        if not self._fractions:
+            return None
+        return {
+            path: jnp.zeros((len(self._fractions), *leaf.shape), trees.compute_dtype(leaf))
+            for path, leaf in trees.select(params, self._merging).items()
+        }
+
+    def taken(
+        self,
+        trajectory: dict[str, Array] | None,
+        cuts: tuple[int, ...],
+        step: int,
+        start: Params,
+        trainable: Trainable,
+    ) -> dict[str, Array] | None:
+        """The trajectory with the snapshots that are due after a step; the old one is donated."""
+        if step not in cuts:
+            return trajectory
+        return _filled(trajectory, np.asarray(cuts) == step, start, trainable)
+
+
+def snapshot_step(fraction: float, total: int) -> int:
+    """The step of a task at a fraction of its steps.
+
+    Args:
+        fraction: in [0, 1].
+        total: steps of the task.
+
+    Returns:
+        0 to `total`, the nearest.
+
+    Example:
+        >>> snapshot_step(0.5, 7)
+        4
+    """
+    return round(fraction * total)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _filled(trajectory, due: Array, start: Params, trainable: Trainable) -> dict[str, Array]:
+    leaves = trees.select(trained_params(start, trainable), tuple(trajectory))
+    return {
+        path: jnp.where(due.reshape(-1, *[1] * leaf.ndim), leaf[None], trajectory[path])
+        for path, leaf in leaves.items()
+    }

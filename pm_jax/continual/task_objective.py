@@ -1,0 +1,80 @@
+"""What rules that optimise while they merge see of a task: its loss on some of its examples."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pm_jax import trees
+from pm_jax.continual.config import Config
+from pm_jax.continual.feed import HostData
+from pm_jax.continual.image_transforms import evaluation_transform
+from pm_jax.continual.training import EXAMPLES, DeviceData, logits_of, purpose_key
+from pm_jax.objectives import Objective
+from pm_jax.types import Array, Batch, Key, Params
+
+
+def objective_fn(
+    config: Config, model: nn.Module, merging: tuple[str, ...]
+) -> Callable[..., Objective]:
+    """How the objective of a task is made, in the coordinates that merge.
+
+    Its examples are `config.merge_examples` of the task's, drawn by the key, in batches as in
+    training and as evaluation sees them; the same examples whatever the parameters.
+
+    Args:
+        config: settings.
+        model: linen module.
+        merging: paths of the leaves that merge; the others are those of the parameters given.
+
+    Returns:
+        `objective(key, params, data, task) -> Objective`, with full parameters, the stream on the
+        device or the host, and the task's number as an int32 scalar.
+
+    Example:
+        >>> stream = Config().task_stream(0)
+        >>> model = nn.Dense(10)
+        >>> make = objective_fn(Config(merge_examples=40), model, ())
+        >>> data = DeviceData.of(stream, stream.train)
+        >>> make(jax.random.key(0), {}, data, 0).batches.weights.sum(axis=1).tolist()
+        [32.0, 8.0]
+    """
+    transform = jax.jit(evaluation_transform(config))
+
+    def logits_fn(params: Params, leaves: Params, inputs: Array) -> Array:
+        everything = jnp.ones(1, bool)
+        return logits_of(
+            model, trees.replace(params, leaves), inputs, everything, config.temperature
+        )
+
+    @jax.jit
+    def choose(key: Key, data: DeviceData, task: Array) -> tuple[Array, Array]:
+        row, count = data.positions[task], data.sizes[task]
+        number = -(-min(config.merge_examples, row.shape[0]) // config.batch_size)
+        draws = jax.random.uniform(purpose_key(key, EXAMPLES, task), row.shape)
+        order = jnp.argsort(jnp.where(jnp.arange(row.shape[0]) < count, draws, 2.0))
+        places = jnp.arange(number * config.batch_size)
+        rows = row[order[jnp.minimum(places, row.shape[0] - 1)]]
+        weights = (places < jnp.minimum(count, config.merge_examples)).astype(jnp.float32)
+        return rows, weights
+
+    @jax.jit
+    def masks(data: DeviceData, task: Array) -> tuple[Array, Array]:
+        before = jnp.arange(data.class_masks.shape[0])[:, None] < task
+        return data.class_masks[task], jnp.any(data.class_masks & before, axis=0)
+
+    def objective(key: Key, params: Params, data: DeviceData | HostData, task: Array) -> Objective:
+        rest = data.rest if isinstance(data, HostData) else data
+        rows, weights = choose(key, rest, task)
+        if isinstance(data, HostData):
+            inputs = jnp.asarray(data.inputs[np.asarray(rows)])
+        else:
+            inputs = data.take(rows, rows)
+        batch = Batch(transform(inputs), rest.labels[rows], weights)
+        batches = jax.tree.map(lambda x: x.reshape(-1, config.batch_size, *x.shape[1:]), batch)
+        logits = jax.tree_util.Partial(logits_fn, params)
+        return Objective(logits, batches, *masks(rest, task))
+
+    return objective

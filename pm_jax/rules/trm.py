@@ -1,0 +1,244 @@
+"""TRM, Trajectory Regularized Merging, reconstructed from the abstract of its paper.
+
+The paper's equations are not public. Its abstract says that the merge is an optimisation in an
+augmented trajectory subspace with three objectives: task alignment, prediction consistency and
+gradient responsiveness. Everything beyond that sentence is our reading.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from pm_jax import losses, subspaces, task_vectors, trees
+from pm_jax.objectives import Objective
+from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, origin_of, require
+from pm_jax.types import Array, Params, PyTree
+
+LOSSES = ("alignment", "consistency", "responsiveness", "gradient_norm")
+FIGURES = (
+    *(f"{name}_{when}" for name in LOSSES for when in ("before", "after")),
+    "subspace_rank",
+)
+
+
+class TrmState(NamedTuple):
+    """State of TRM.
+
+    Attributes:
+        tasks: int32 scalar, tasks merged so far.
+        origin: the pre-trained model `theta_0`.
+    """
+
+    tasks: Array
+    origin: Params
+
+
+class _Settings(NamedTuple):
+    steps: int
+    learning_rate: float
+    alignment: float
+    consistency: float
+    responsiveness: float
+    temperature: float
+    cutoff: float
+
+
+def trm(
+    *,
+    snapshots: int = 5,
+    steps: int = 100,
+    learning_rate: float = 0.02,
+    alignment: float = 1.0,
+    consistency: float = 1.0,
+    responsiveness: float = 0.1,
+    temperature: float = 2.0,
+    history: bool = True,
+    cutoff: float = 1e-4,
+    next_task_from: str = "merged",
+) -> MergeRule:
+    """TRM (reconstructed from the abstract): optimise the merged model in a trajectory subspace.
+
+    The subspace is spanned by K snapshots of the task's training and the way gone so far,
+
+        theta(c) = theta_hat_{t-1} + V c,   V orthonormal, from theta^(k) - theta_hat_{t-1} and
+                                            theta_hat_{t-1} - theta_0
+        J(c) = L_align + lam_c L_cons + lam_g L_resp
+        L_align  cross-entropy on the current task
+        L_cons   T^2 KL(old classes' probabilities of theta_hat_{t-1} || of theta(c)), same inputs
+        L_resp   max(0, 1 - g(c) / g_ref)^2, g the norm of the gradient of L_align at theta(c),
+                 g_ref the same at the onset of the task
+
+    with one c for the whole model. Adam goes from theta_hat_{t-1} + Delta_t / t through the batches
+    of `Evidence.objective` in turn. The first task is kept as trained: there is nothing to merge it
+    with. Should the end not be finite, the start of the search is taken.
+
+    Args:
+        snapshots: K, at least 1; the last one is the trained model.
+        steps: of Adam.
+        learning_rate: of Adam on c, in units of `||Delta_t||`.
+        alignment: weight of L_align; 0 leaves the loss out, as do the next two.
+        consistency: lam_c.
+        responsiveness: lam_g.
+        temperature: T.
+        history: whether `theta_hat_{t-1} - theta_0` belongs to the subspace.
+        cutoff: eigenvalues of the unit directions' Gram matrix below this share of the largest
+            are left out, in (0, 1).
+        next_task_from: "merged" or, as an ablation, "trained".
+
+    Returns:
+        A `MergeRule` that needs `trajectory`, `objective` and `onset_gradient_norm`. Its alpha is
+        the merged displacement's share along Delta_t; `figures` has the three losses and the
+        gradient norm before (at the start of the search) and after, over all batches.
+
+    Raises:
+        ValueError: a setting out of range.
+
+    References:
+        `Trajectory Regularized Merging <https://arxiv.org/abs/2605.08311>`_, abstract only
+
+    Example:
+        >>> trm(snapshots=2).snapshots
+        (0.5, 1.0)
+    """
+    settings = _Settings(
+        steps, learning_rate, alignment, consistency, responsiveness, temperature, cutoff
+    )
+    _check(settings, snapshots, next_task_from)
+
+    def init(params: Params) -> TrmState:
+        return TrmState(jnp.zeros((), jnp.int32), origin_of(params))
+
+    def update(state: TrmState, *, previous: Params, trained: Params, evidence: Evidence):
+        if evidence.trajectory is None or evidence.objective is None:
+            raise ValueError("evidence: trm needs a trajectory and an objective")
+        tasks = state.tasks + 1
+        points = evidence.trajectory
+        # The model itself last, whatever type the snapshots were kept in.
+        points = jax.tree.map(lambda leaf, last: leaf.at[-1].set(last), points, trained)
+        directions = subspaces.stacked_from(previous, points)
+        if history:
+            past = task_vectors.difference(previous, state.origin)
+            directions = jax.tree.map(
+                lambda leaf, own: jnp.concatenate([leaf, own[None]]), directions, past
+            )
+        found = _search(
+            settings, snapshots - 1, tasks, previous, directions, evidence.objective,
+            jnp.asarray(evidence.onset_gradient_norm, jnp.float32),
+        )  # fmt: skip
+        first = tasks <= 1
+        merged = jax.tree.map(
+            lambda whole, low, step: jnp.where(first, whole, (low + step).astype(whole.dtype)),
+            trained,
+            previous,
+            subspaces.combination(directions, found.weights),
+        )
+        alpha = jnp.where(first, 1.0, found.share)
+        info = MergeInfo.of(alpha, found.degenerate)._replace(figures=found.figures)
+        return merged, TrmState(tasks, state.origin), info
+
+    needs = frozenset({"trajectory", "objective", "onset_gradient_norm"})
+    fractions = tuple((number + 1) / snapshots for number in range(snapshots))
+    return MergeRule(init, update, needs, next_task_from, snapshots=fractions, figures=FIGURES)
+
+
+class _Found(NamedTuple):
+    weights: Array  # of the directions
+    share: Array  # of the displacement along Delta
+    degenerate: Array
+    figures: dict[str, Array]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _search(
+    settings: _Settings,
+    last: int,
+    tasks: Array,
+    previous: Params,
+    directions: PyTree,
+    objective: Objective,
+    reference: Array,
+) -> _Found:
+    """The best point of the subspace; `last` is the place of Delta among the directions."""
+    products = subspaces.gram(directions)
+    coordinates = subspaces.orthonormal_coordinates(products, settings.cutoff)
+    length = trees.safe_sqrt(products[last, last])
+
+    def point(weights: Array) -> Params:
+        return task_vectors.apply(
+            jax.tree.map(lambda leaf: leaf.astype(trees.compute_dtype(leaf)), previous),
+            subspaces.combination(directions, weights),
+        )
+
+    def of_the_old_model(number: Array) -> Array:
+        logits = objective.logits(point(jnp.zeros(len(products))), objective.batch(number).inputs)
+        return objective.old_log_probabilities(logits, settings.temperature)
+
+    batches = objective.batches.labels.shape[0]
+    old_log_probabilities = jax.lax.map(of_the_old_model, jnp.arange(batches))
+
+    def losses_on(number: Array, weights: Array) -> Array:
+        """[4], as in `LOSSES`."""
+        batch, leaves = objective.batch(number), point(weights)
+        (alignment, logits), slope = jax.value_and_grad(objective.loss, has_aux=True)(leaves, batch)
+        norm = trees.norm(slope)
+        known = reference > 0
+        lack = jnp.maximum(0.0, 1 - norm / jnp.where(known, reference, 1.0))
+        old = old_log_probabilities[number % batches]
+        new = objective.old_log_probabilities(logits, settings.temperature)
+        divergence = jnp.sum(jnp.exp(old) * (old - new), axis=-1)
+        own = losses.weights_of(batch)
+        consistency = jnp.sum(own * divergence) / jnp.maximum(jnp.sum(own), 1.0)
+        consistency *= settings.temperature**2
+        return jnp.stack([alignment, consistency, jnp.where(known, lack**2, 0.0), norm])
+
+    def total(steps_of_length: Array, number: Array) -> Array:
+        found = losses_on(number, coordinates @ (length * steps_of_length))
+        terms = zip(settings[2:5], found, strict=False)
+        # A loss without weight is not differentiated.
+        return sum((weight * value for weight, value in terms if weight), start=jnp.zeros(()))
+
+    adam = optax.adam(settings.learning_rate)
+
+    def step(number, carry):
+        place, state = carry
+        slope = jax.grad(total)(place, number)
+        updates, state = adam.update(slope, state, place)
+        return optax.apply_updates(place, updates), state
+
+    beginning = coordinates.T @ products[:, last] / (jnp.maximum(length, 1e-30) * tasks)
+    # There is nothing to search for at the first task.
+    steps = jnp.where(tasks > 1, settings.steps, 0)
+    end, _ = jax.lax.fori_loop(0, steps, step, (beginning, adam.init(beginning)))
+    sound = jnp.isfinite(end).all()
+    end = jnp.where(sound, end, beginning)
+    before, after = (coordinates @ (length * place) for place in (beginning, end))
+    values = jax.lax.map(
+        lambda weights: objective.mean_over_batches(functools.partial(losses_on, weights=weights)),
+        jnp.stack([before, after]),
+    )
+    figures = {
+        f"{name}_{when}": found[place]
+        for place, name in enumerate(LOSSES)
+        for when, found in zip(("before", "after"), values, strict=True)
+    }
+    figures["subspace_rank"] = jnp.sum(jnp.any(coordinates != 0, axis=0)).astype(jnp.float32)
+    share = products[last] @ after / jnp.maximum(products[last, last], 1e-30)
+    return _Found(after, share, (~sound).astype(jnp.float32), figures)
+
+
+def _check(settings: _Settings, snapshots: int, next_task_from: str) -> None:
+    values = {**settings._asdict(), "snapshots": snapshots}
+    for name in ("snapshots", "steps"):
+        require(name, values[name], values[name] >= 1, "at least 1")
+    for name in ("learning_rate", "temperature"):
+        require(name, values[name], values[name] > 0, "above 0")
+    for name in LOSSES[:3]:
+        require(name, values[name], values[name] >= 0, "at least 0")
+    some = any(values[name] for name in LOSSES[:3])
+    require("alignment", settings.alignment, some, "above 0 where no other loss has weight")
+    require("cutoff", settings.cutoff, 0 < settings.cutoff < 1, "in (0, 1)")
+    if next_task_from not in ("merged", "trained"):
+        raise ValueError(f"next_task_from={next_task_from}: must be merged or trained")

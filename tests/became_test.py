@@ -1,0 +1,271 @@
+"""BECAME: gradient projection memory against NumPy, the coefficient, and both in the learner."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pm_jax import gradient_projection, objectives, rules, trees
+from pm_jax.continual import Learner
+from pm_jax.continual import learner as learner_module
+from pm_jax.continual.programs import programs
+from pm_jax.lora import Adapter
+from pm_jax.quadratics import DiagonalQuadratic
+from pm_jax.rules import Evidence
+from pm_jax.types import Batch
+from tests.small_runs import SMALL, VIT, comparable, leaves_equal
+
+
+def inputs(seed, count, width, rank):
+    """Rows whose energy falls off over `rank` directions."""
+    rng = np.random.default_rng(seed)
+    scales = 0.5 ** np.arange(rank)
+    return rng.normal(size=(count, rank)) * scales @ rng.normal(size=(rank, width))
+
+
+def moments_of(rows):
+    return jnp.asarray(rows.T @ rows / len(rows), jnp.float32)
+
+
+def test_memory_takes_the_fewest_directions_that_hold_the_energy():
+    """The paper's loop over singular vectors of the examples' matrix, for two tasks."""
+    thresholds = (0.9, 0.97)
+    projector, basis = jnp.zeros((8, 8)), np.zeros((8, 0))
+    for task, threshold in enumerate(thresholds):
+        rows = inputs(task, 50, 8, 6)
+        outside = rows - rows @ basis @ basis.T
+        _, values, vectors = np.linalg.svd(outside)
+        total, held = (rows**2).sum(), (rows**2).sum() - (outside**2).sum()
+        count = next(k for k in range(9) if held + (values[:k] ** 2).sum() >= threshold * total)
+        assert 0 < count < 6
+        basis = np.concatenate([basis, vectors[:count].T], axis=1)
+        projector = gradient_projection.grown(projector, moments_of(rows), threshold)
+        np.testing.assert_allclose(projector, basis @ basis.T, atol=1e-5)
+        kept = np.trace(np.asarray(projector) @ (rows.T @ rows)) / total
+        assert kept >= threshold
+
+
+def test_a_task_whose_inputs_the_memory_holds_adds_nothing():
+    moments = moments_of(inputs(0, 50, 8, 6))
+    projector = gradient_projection.grown(jnp.zeros((8, 8)), moments, 0.95)
+    assert leaves_equal(gradient_projection.grown(projector, moments, 0.9), projector)
+    assert leaves_equal(gradient_projection.grown(projector, 0 * moments, 0.9), projector)
+
+
+def test_a_projected_change_does_not_alter_the_outputs_of_earlier_inputs():
+    rows = inputs(0, 50, 8, 3)
+    projector = gradient_projection.grown(jnp.zeros((8, 8)), moments_of(rows), 0.999)
+    change = jnp.asarray(np.random.default_rng(1).normal(size=(8, 5)), jnp.float32)
+    left = gradient_projection.removed(projector, change)
+    assert np.abs(rows @ np.asarray(left)).max() < 0.1 * np.abs(rows @ np.asarray(change)).max()
+    # And what can be used freely is kept.
+    direction = np.linalg.svd(rows)[2][-1]
+    np.testing.assert_allclose(direction @ left, direction @ np.asarray(change), rtol=1e-3)
+
+
+def test_input_moments_are_those_of_the_layers_inputs_with_and_without_tokens():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):  # [N, 2, 3]
+            x = nn.Dense(4, name="tokens")(x)
+            return nn.Dense(5, name="head")(x.mean(axis=1))
+
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 4, 2, 3)), jnp.float32)
+    params = Net().init(jax.random.key(0), x[0])["params"]
+    logits = jax.tree_util.Partial(
+        lambda leaves, x: Net().apply({"params": trees.replace(params, leaves)}, x)
+    )
+    weights = jnp.asarray([[1.0, 1, 1, 1], [1, 1, 0, 0]])
+    batches = Batch(x, jnp.zeros((2, 4), int), weights)
+    objective = objectives.Objective(logits, batches, jnp.ones(5, bool), jnp.zeros(5, bool))
+    leaves = trees.leaves_by_path(params)
+    found = gradient_projection.input_moments(
+        objective, leaves, gradient_projection.kernel_paths(leaves)
+    )
+    rows = np.asarray(x).reshape(8, 2, 3)[:6]
+    np.testing.assert_allclose(
+        found["tokens/kernel"], moments_of(rows.reshape(12, 3)), rtol=1e-5, atol=1e-6
+    )
+    hidden = (rows @ np.asarray(leaves["tokens/kernel"])).mean(axis=1)
+    np.testing.assert_allclose(found["head/kernel"], moments_of(hidden), rtol=1e-4, atol=1e-6)
+
+
+# The rule.
+
+
+def model(seed, positive=False):
+    rng = np.random.default_rng(seed)
+    leaves = {"kernel": rng.normal(size=(3, 2)), "bias": rng.normal(size=2)}
+    return {k: jnp.asarray(abs(v) if positive else v, jnp.float32) for k, v in leaves.items()}
+
+
+def evidence(trained, fisher, projected_model):
+    quadratic = DiagonalQuadratic.at(trained, fisher)
+    return Evidence(quadratic, trajectory=jax.tree.map(lambda x: x[None], projected_model))
+
+
+def absorbed(rule, state, merged, fisher):
+    moments = {"kernel": jnp.eye(3)}
+    return rule.absorb(state, Evidence(DiagonalQuadratic.at(merged, fisher), input_moments=moments))
+
+
+def test_coefficient_and_precision_on_three_tasks_by_hand():
+    rule = rules.became(decay=0.5)
+    state = rule.init(model(0))
+    fishers = [model(10 + task, positive=True) for task in range(4)]
+    precision, merged = None, model(0)
+    for task in range(3):
+        trained, projected_model = model(1 + task), model(20 + task)
+        merged, state, info = rule.update(
+            state, previous=merged, trained=trained,
+            evidence=evidence(trained, fishers[task], projected_model),
+        )  # fmt: skip
+        if task == 0:
+            assert float(info.alpha) == 1.0 and leaves_equal(merged, trained)
+        else:
+            step = {k: np.asarray(trained[k] - projected_model[k], np.float64) for k in trained}
+            own, old = (
+                sum((np.asarray(f[k]) * step[k] ** 2).sum() for k in step)
+                for f in (fishers[task], precision)
+            )
+            np.testing.assert_allclose(info.alpha, own / (own + old), rtol=1e-5)
+            for k in step:
+                wanted = np.asarray(projected_model[k]) + own / (own + old) * step[k]
+                np.testing.assert_allclose(merged[k], wanted, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(
+                info.predicted_loss_change, 0.5 * (old / (own + old)) ** 2 * own, rtol=1e-5
+            )
+        at_merged = fishers[task + 1]
+        state = absorbed(rule, state, merged, at_merged)
+        decayed = {k: 0.5 * v for k, v in precision.items()} if precision else None
+        precision = {
+            k: np.asarray(v, np.float64) + (decayed[k] if decayed else 0)
+            for k, v in at_merged.items()
+        }
+    for k in precision:
+        np.testing.assert_allclose(state.precision[k], precision[k], rtol=1e-6)
+
+
+def test_without_the_projected_stage_the_second_coefficient_is_that_of_perturb_and_merge():
+    fishers = [model(10, positive=True), model(11, positive=True)]
+    ours, theirs = rules.became(projected=0.0), rules.perturb_and_merge()
+    assert ours.hook is None and ours.snapshots == (0.0,)
+    first, second = model(1), model(2)
+    state, other = ours.init(model(0)), theirs.init(model(0))
+    for trained, previous, fisher in ((first, model(0), fishers[0]), (second, first, fishers[1])):
+        task = evidence(trained, fisher, previous)
+        merged, state, info = ours.update(state, previous=previous, trained=trained, evidence=task)
+        wanted, other, wanted_info = theirs.update(
+            other, previous=previous, trained=trained, evidence=task
+        )
+        state = absorbed(ours, state, merged, fisher)
+    assert 0.0 < float(info.alpha) < 1.0
+    np.testing.assert_allclose(info.alpha, wanted_info.alpha, rtol=1e-5)
+    for k in merged:
+        np.testing.assert_allclose(merged[k], wanted[k], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("fill", [0.0, jnp.nan, -1.0])
+def test_curvature_without_a_minimum_falls_back(fill):
+    rule = rules.became()
+    state = rule.init(model(0))._replace(tasks=jnp.asarray(3))
+    fisher = jax.tree.map(lambda x: jnp.full_like(x, fill), model(0))
+    _, _, info = rule.update(state, previous=model(0), trained=model(1),
+                             evidence=evidence(model(1), fisher, model(2)))  # fmt: skip
+    assert float(info.alpha) == 0.25 and float(info.degenerate) == 1.0
+
+
+def test_the_hook_keeps_adapters_outside_and_rests_what_is_no_kernel():
+    rule = rules.became()
+    state = rule.init({"fc/kernel": jnp.zeros((3, 2)), "fc/bias": jnp.zeros(2)})
+    adapter = Adapter(jnp.ones((3, 1)), jnp.ones((1, 2)))
+    moving = {"fc/kernel": adapter, "fc/bias": jnp.ones(2)}
+    free = rule.hook.project(state, moving)
+    assert leaves_equal(free, moving)  # nothing is remembered before the first merge
+    state = state._replace(
+        tasks=jnp.asarray(1), projectors={"fc/kernel": jnp.diag(jnp.asarray([1.0, 0, 0]))}
+    )
+    got = rule.hook.project(state, moving)
+    assert got["fc/kernel"].a.ravel().tolist() == [0.0, 1.0, 1.0]
+    assert got["fc/kernel"].b.tolist() == [[1.0, 1.0]] and got["fc/bias"].tolist() == [0.0, 0.0]
+    fresh = rule.hook.onset(state, moving)
+    assert fresh["fc/kernel"].a.ravel().tolist() == [0.0, 1.0, 1.0]
+    assert fresh["fc/bias"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"projected": 1.0}, {"threshold": 1.0}, {"threshold_growth": -0.1}, {"decay": 1.5}],
+)
+def test_settings_out_of_range_are_refused(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        rules.became(**settings)
+
+
+# In the learner.
+
+FULL = dataclasses.replace(
+    SMALL, rule="became", perturbation="none", num_tasks=2, epochs=2, weight_decay=0.1,
+    merge_examples=64,
+)  # fmt: skip
+LORA = dataclasses.replace(VIT, rule="became", perturbation="none", epochs=2, merge_examples=64)
+
+
+@pytest.mark.parametrize("config", [FULL, LORA], ids=["full", "lora"])
+def test_the_projected_stage_leaves_the_memory_alone_and_the_free_stage_does_not(config):
+    """Under AdamW with weight decay, which alone would leave the complement."""
+    learner = Learner(config, 0, quiet=True)
+    run, given, states = learner._programs, [], []
+
+    def merge(state, previous, trained, evidence):
+        states.append(jax.tree.map(np.asarray, state))
+        given.append((previous, trained, evidence.trajectory))
+        return run.merge(state, previous, trained, evidence)
+
+    learner._programs = run._replace(merge=merge)
+    results = learner.run()
+    assert run.later.train._cache_size() == run.merge._cache_size() == 1
+    previous, trained, trajectory = given[1]
+    start, end = (trees.select(tree, run.merging) for tree in (previous, trained))
+    for path, stack in trajectory.items():
+        first, second = np.asarray(stack[0] - start[path]), np.asarray(end[path] - stack[0])
+        projector = states[1].projectors.get(path)
+        assert np.abs(second).max() > 0
+        if projector is None:
+            assert not first.any()
+            continue
+        assert 0 < np.trace(projector) < len(projector)
+        assert np.abs(first).max() > 1e-4
+        assert np.abs(projector @ first).max() < 1e-4 * np.abs(first).max()
+        assert np.abs(projector @ second).max() > 1e-2 * np.abs(second).max()
+    merge = results["merges"][1]
+    assert 0 < merge["alpha"] < 1 and 0 < merge["memory_share"] < 1
+    assert results["merges"][0]["alpha"] == 1 and results["merges"][0]["memory_share"] == 0
+    programs.cache_clear()
+
+
+def test_a_run_killed_in_the_projected_stage_ends_with_the_same_numbers(tmp_path, monkeypatch):
+    straight = Learner(LORA, 0, tmp_path / "straight", checkpoint_every=3, quiet=True)
+    wanted = straight.run()
+    saves, killed = learner_module.Checkpoints.save, []
+
+    class Killed(BaseException):
+        pass
+
+    def dying_save(self, step, tree):
+        saves(self, step, tree)
+        if step > straight._bounds[1] and not killed:
+            killed.append(step)
+            raise Killed
+
+    monkeypatch.setattr(learner_module.Checkpoints, "save", dying_save)
+    with pytest.raises(Killed):
+        Learner(LORA, 0, tmp_path / "killed", checkpoint_every=3, quiet=True).run()
+    again = Learner(LORA, 0, tmp_path / "killed", checkpoint_every=3, quiet=True)
+    assert comparable(again.run()) == comparable(wanted)
+    assert leaves_equal(again.params, straight.params)
+    assert leaves_equal(again._rule_state, straight._rule_state)
