@@ -2,6 +2,7 @@
 
 import dataclasses
 import fractions
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,6 +61,7 @@ def define_tuple(name: str, default: tuple, description: str, number: type | Non
     flags.DEFINE(parser, name, default, description, serializer=_TupleSerializer())
 
 
+@functools.cache  # two binaries may be imported by one process
 def define_config_flags() -> None:
     """Define one flag per field of `Config`."""
     for field in dataclasses.fields(Config):
@@ -90,6 +92,7 @@ def config_from_flags() -> Config:
     return Config(**settings)
 
 
+@functools.cache  # two binaries may be imported by one process
 def define_run_flags() -> None:
     """Define which seeds run, and where to."""
     define_tuple("seeds", (0,), "One run per seed.")
