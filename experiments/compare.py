@@ -1,11 +1,13 @@
 """Merge rules side by side on one stream: a table with error bars, and plots.
 
 python -m experiments.compare --rules=all --dataset=digits --seeds=0,1,2 --workdir=runs/rules
-python -m experiments.compare --rules=sequential,ties+keep=0.1,averaging+perturbation=none ...
+python -m experiments.compare --rules=sequential,ties+keep=0.1,averaging+epochs=9 --workdir=...
 
-Every rule runs with the settings that the flags give. A rule may have its own after it: settings of
-the rule, or any flag of experiments.train. Runs that are finished in the work directory are kept,
-and training that rules have in common is done once.
+Every rule runs with the settings that the flags give, but training is perturbed for
+perturb_and_merge alone. A rule may have its own after it: settings of the rule, or any flag of
+experiments.train, as averaging+perturbation=symmetric. Runs that are finished in the work directory
+are kept, and training that rules have in common is done once. Oracle and joint, which need the data
+of all tasks, are shown apart, as bounds.
 """
 
 import dataclasses
@@ -58,7 +60,8 @@ def main(argv: Sequence[str]) -> None:
         )
     except (InvalidInput, TrainingDiverged) as error:
         experiment_flags.fail(str(error))
-    rows = comparison.compare(results)
+    apart = [label for label, config in configs.items() if config.merge_rule().analysis_only]
+    rows = comparison.compare(results, apart)
     print(comparison.as_text(rows))
     files = write_tables(rows, values.seeds, workdir)
     try:
@@ -86,7 +89,10 @@ def configurations(base: Config, names: Sequence[str]) -> dict[str, Config]:
     for label in expanded:
         name, *pairs = label.split("+")
         try:
-            configs[label] = dataclasses.replace(base, rule=name, **_settings_of(name, pairs))
+            settings = _settings_of(name, pairs)
+            if name != "perturb_and_merge":
+                settings.setdefault("perturbation", "none")
+            configs[label] = dataclasses.replace(base, rule=name, **settings)
         except InvalidInput as error:
             raise InvalidInput(f"rules={label}: {error}") from None
     return configs

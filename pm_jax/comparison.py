@@ -7,7 +7,7 @@ References:
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,8 +31,9 @@ class Comparison(NamedTuple):
     Attributes:
         rule: its label.
         figures: `{name: values over the seeds}`, fractions, NaN where a figure does not apply.
-        rank: mean over the seeds of its rank by final accuracy, 1 for the best.
-        difference: mean over the seeds of its final accuracy less that of the best rule.
+        rank: mean over the seeds of its rank by final accuracy, 1 for the best; NaN for what is
+            shown apart.
+        difference: mean over the seeds of its final accuracy less that of the best ranked rule.
         difference_error: standard error of that mean; NaN for one seed.
         seconds: median over the seeds of training, measuring curvature and merging a whole stream,
             as if the rule were run by itself. The first seed of a rule also compiles.
@@ -66,32 +67,35 @@ def ranks(accuracies) -> np.ndarray:
     return rankdata(-np.asarray(accuracies, np.float64), axis=0)
 
 
-def paired_differences(accuracies) -> tuple[np.ndarray, np.ndarray]:
-    """Differences to the rule with the highest mean, seed by seed: their mean and its error.
+def paired_differences(accuracies, best: int) -> tuple[np.ndarray, np.ndarray]:
+    """Differences to one of the rules, seed by seed: their mean and its error.
 
     Args:
         accuracies: [R, S]; a column holds the same seed of every rule.
+        best: the row to compare with.
 
     Returns:
         Mean [R] and its standard error [R], the sample standard deviation of the differences over
         sqrt(S); NaN for one seed.
 
     Example:
-        >>> mean, error = paired_differences([[0.5, 0.5], [0.5, 0.25]])
+        >>> mean, error = paired_differences([[0.5, 0.5], [0.5, 0.25]], 0)
         >>> mean.tolist(), error.tolist()
         ([0.0, -0.125], [0.0, 0.125])
     """
     values = np.asarray(accuracies, np.float64)
-    best = int(np.argmax(values.mean(axis=1)))
     differences = values - values[best]
     return differences.mean(axis=1), np.asarray([_standard_error(row) for row in differences])
 
 
-def compare(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Comparison]:
+def compare(
+    results: Mapping[str, Sequence[Mapping[str, Any]]], apart: Collection[str] = ()
+) -> list[Comparison]:
     """The rules from the highest mean final accuracy to the lowest.
 
     Args:
         results: for each label the contents of `results.json`, of the same seeds in the same order.
+        apart: labels of bounds that are no methods: last, without a rank, and never the best.
 
     Returns:
         One `Comparison` each.
@@ -113,8 +117,13 @@ def compare(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Comparis
                 f"{_joined(next(iter(seeds.values())))}; only the same ones can be compared"
             )
     final = [[run["final_average_accuracy"] for run in runs] for runs in results.values()]
-    rank = ranks(final).mean(axis=1)
-    difference, error = paired_differences(final)
+    labels = list(results)
+    ranked = [row for row, label in enumerate(labels) if label not in apart] or range(len(labels))
+    values = np.asarray(final, np.float64)
+    rank = np.full(len(labels), NAN)
+    rank[ranked] = ranks(values[ranked]).mean(axis=1)
+    best = max(ranked, key=lambda row: values[row].mean())
+    difference, error = paired_differences(values, best)
     found = [
         Comparison(
             rule=label,
@@ -127,7 +136,9 @@ def compare(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Comparis
         )
         for row, (label, runs) in enumerate(results.items())
     ]
-    return sorted(found, key=lambda row: -_mean(row.figures["final_average_accuracy"]))
+    return sorted(
+        found, key=lambda row: (row.rank != row.rank, -_mean(row.figures["final_average_accuracy"]))
+    )
 
 
 def as_text(rows: Sequence[Comparison]) -> str:
@@ -244,7 +255,7 @@ def _cells(rows: Sequence[Comparison]) -> list[list[str]]:
         [
             row.rule,
             *(_percent(_mean(values), _deviation(values)) for values in row.figures.values()),
-            f"{row.rank:.1f}",
+            f"{row.rank:.1f}" if np.isfinite(row.rank) else "-",
             _percent(row.difference, row.difference_error),
             f"{row.seconds:.1f}",
             _size(row.state_bytes),

@@ -133,7 +133,7 @@ def rules_by_settings(merge: Merge, inputs: Inputs) -> list[tuple[MergeRule, tup
 
     Raises:
         InvalidInput: no such rule or setting, a pattern that matches nothing, or a rule that needs
-            what the files do not hold.
+            what the files do not hold, or that merges nothing.
 
     Example:
         >>> merge = Merge(Path("a"), (Path("b"),), Path("c"), settings=("a.*:speed=2",))
@@ -151,6 +151,11 @@ def rules_by_settings(merge: Merge, inputs: Inputs) -> list[tuple[MergeRule, tup
         for text, group in names.items()
     ]
     for rule, _ in found:
+        if rule.tasks_at_once:
+            raise InvalidInput(
+                f"rule={merge.rule}: trains all tasks at once, which needs their data; use "
+                "experiments.train, or another rule"
+            )
         if beyond := rule.needs - OF_FISHERS - {"key"}:
             raise InvalidInput(
                 f"rule={merge.rule}: needs {' and '.join(sorted(beyond))} from training, which "

@@ -4,7 +4,7 @@ A rule that optimises while it merges is given an `Objective`: a pytree with the
 passes through jit like any evidence.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -45,6 +45,12 @@ class Objective(NamedTuple):
         weights = losses.weights_of(batch)
         return jnp.sum(weights * values) / jnp.maximum(jnp.sum(weights), 1.0), logits
 
+    def task(self, number: Array | int) -> "Objective":
+        """One of the objectives that were stacked."""
+        batches = jax.tree.map(lambda leaf: leaf[number], self.batches)
+        classes, old_classes = self.classes[number], self.old_classes[number]
+        return self._replace(batches=batches, classes=classes, old_classes=old_classes)
+
     def old_log_probabilities(self, logits: Array, temperature: float) -> Array:
         """Of the old classes among themselves, [N, C]; hugely negative for the others."""
         return jax.nn.log_softmax(losses.mask_logits(logits, self.old_classes) / temperature)
@@ -71,3 +77,26 @@ class Objective(NamedTuple):
             return trees.norm(jax.grad(self.loss, has_aux=True)(leaves, self.batch(number))[0])
 
         return self.mean_over_batches(norm_on)
+
+
+def stack(objectives: Sequence[Objective], seen: Array) -> Objective:
+    """Objectives of one model on several tasks as one, which a compiled function can loop over.
+
+    Args:
+        objectives: of T tasks, with batches of the same shapes.
+        seen: bool [T]; the examples of the others get weight 0.
+
+    Returns:
+        An `Objective` whose batches and classes have a leading axis T; `task` takes one out.
+
+    Example:
+        >>> batches = Batch(jnp.ones((1, 2, 1)), jnp.zeros((1, 2), int), jnp.ones((1, 2)))
+        >>> masks = jnp.ones(2, bool), jnp.zeros(2, bool)
+        >>> one = Objective(jax.tree_util.Partial(lambda w, x: x * w[None]), batches, *masks)
+        >>> stack([one, one], jnp.asarray([True, False])).batches.weights.tolist()
+        [[[1.0, 1.0]], [[0.0, 0.0]]]
+    """
+    without_model = [tuple(objective)[1:] for objective in objectives]
+    batches, *classes = jax.tree.map(lambda *leaves: jnp.stack(leaves), *without_model)
+    weights = losses.weights_of(batches) * seen[:, None, None]
+    return Objective(objectives[0].logits, batches._replace(weights=weights), *classes)

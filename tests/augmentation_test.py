@@ -11,6 +11,7 @@ from scipy import ndimage
 from pm_jax.continual import Config, Learner, training
 from pm_jax.continual.image_transforms import evaluation_transform, training_transform
 from pm_jax.continual.programs import parameter_shapes
+from pm_jax.continual.purpose_keys import AUGMENT, SHUFFLE, purpose_key
 from pm_jax.data import augmentation, augmentation_policies
 from pm_jax.data.augmentation_policies import OPERATIONS
 from pm_jax.types import InvalidInput
@@ -308,11 +309,16 @@ def test_training_sees_augmented_and_evaluation_central_images():
         learner._key, *state, learner.params, learner._train, training.Segment.of(1, 0, 0, 9, 1)
     )
     order = training._epoch_batches(
-        training.purpose_key(learner._key, training.SHUFFLE, 1, 0), learner._train, task, 1, 1000
+        purpose_key(learner._key, SHUFFLE, 1, 0),
+        learner._train,
+        task,
+        1,
+        1000,
     )[0]
     augment = augmentation.augmentation("crop_flip", (8, 8))
     crops = augment(
-        training.purpose_key(learner._key, training.AUGMENT, 1, 0), learner._train.inputs[order]
+        purpose_key(learner._key, AUGMENT, 1, 0),
+        learner._train.inputs[order],
     )[: len(rows)]
     wanted = loss(crops, learner._train.labels[order][: len(rows)])
     np.testing.assert_allclose(values[0], wanted, rtol=1e-5)

@@ -10,13 +10,12 @@ import pytest
 
 from pm_jax import gradient_projection, objectives, rules, trees
 from pm_jax.continual import Learner
-from pm_jax.continual import learner as learner_module
 from pm_jax.continual.programs import programs
 from pm_jax.lora import Adapter
 from pm_jax.quadratics import DiagonalQuadratic
 from pm_jax.rules import Evidence
 from pm_jax.types import Batch
-from tests.small_runs import SMALL, VIT, comparable, leaves_equal
+from tests.small_runs import SMALL, VIT, comparable, leaves_equal, straight_and_killed
 
 
 def inputs(seed, count, width, rank):
@@ -249,23 +248,9 @@ def test_the_projected_stage_leaves_the_memory_alone_and_the_free_stage_does_not
 
 
 def test_a_run_killed_in_the_projected_stage_ends_with_the_same_numbers(tmp_path, monkeypatch):
-    straight = Learner(LORA, 0, tmp_path / "straight", checkpoint_every=3, quiet=True)
-    wanted = straight.run()
-    saves, killed = learner_module.Checkpoints.save, []
-
-    class Killed(BaseException):
-        pass
-
-    def dying_save(self, step, tree):
-        saves(self, step, tree)
-        if step > straight._bounds[1] and not killed:
-            killed.append(step)
-            raise Killed
-
-    monkeypatch.setattr(learner_module.Checkpoints, "save", dying_save)
-    with pytest.raises(Killed):
-        Learner(LORA, 0, tmp_path / "killed", checkpoint_every=3, quiet=True).run()
-    again = Learner(LORA, 0, tmp_path / "killed", checkpoint_every=3, quiet=True)
-    assert comparable(again.run()) == comparable(wanted)
+    straight, wanted, again, found = straight_and_killed(
+        LORA, tmp_path, monkeypatch, 3, lambda learner, step, tree: step > learner._bounds[1]
+    )
+    assert comparable(found) == comparable(wanted)
     assert leaves_equal(again.params, straight.params)
     assert leaves_equal(again._rule_state, straight._rule_state)

@@ -101,6 +101,7 @@ def test_rules_have_settings_of_their_own_and_all_is_each_once():
     assert all(config.rule == label for label, config in list(found.items())[:-1])
     own = found[label]
     assert (own.rule, own.rule_settings, own.epochs) == ("perturb_and_merge", "clip=false", 4)
+    assert own.perturbation == "symmetric" and found["trm"].perturbation == "none"
     assert own.probabilities == (0.5, 0.25, 0.25)
     assert found["averaging"].epochs == 2 and found["averaging"].rule_settings == ""
 

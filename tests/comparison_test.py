@@ -38,8 +38,19 @@ def test_ranks_and_paired_differences_by_hand(rows):
 
 
 def test_pairing_removes_what_a_seed_does_to_both():
-    hard = comparison.paired_differences([[0.9, 0.5, 0.1], [0.8, 0.4, 0.0]])
+    hard = comparison.paired_differences([[0.9, 0.5, 0.1], [0.8, 0.4, 0.0]], 0)
     assert hard[0] == pytest.approx([0, -0.1]) and hard[1] == pytest.approx([0, 0])
+
+
+def test_bounds_are_shown_apart_and_never_the_best():
+    accuracies = {"bound": 0.9, "poor": 0.5, "good": 0.75}
+    results = {label: [run(seed, accuracy) for seed in (0, 1)]
+               for label, accuracy in accuracies.items()}  # fmt: skip
+    rows = comparison.compare(results, ["bound"])
+    assert [row.rule for row in rows] == ["good", "poor", "bound"]
+    assert [row.rank for row in rows[:2]] == [1, 2] and math.isnan(rows[2].rank)
+    assert [row.difference for row in rows] == pytest.approx([0, -0.25, 0.15])
+    assert " -     15.0 +- 0.0" in comparison.as_text(rows).splitlines()[3]
 
 
 def test_the_renderings_hold_the_same_numbers(rows):

@@ -7,12 +7,7 @@ import pytest
 from pm_jax.continual import Learner, TrainingDiverged
 from pm_jax.continual import learner as learner_module
 from pm_jax.types import InvalidInput
-from tests.small_runs import SMALL, VIT, comparable, leaves_equal
-
-
-class Killed(BaseException):
-    pass
-
+from tests.small_runs import SMALL, VIT, Killed, comparable, leaves_equal
 
 AUGMENTED = dataclasses.replace(SMALL, accumulation_steps=3, augmentation="crop_flip")
 

@@ -9,11 +9,10 @@ import pytest
 
 from pm_jax import lora, rules, trees
 from pm_jax.continual import Learner
-from pm_jax.continual import learner as learner_module
 from pm_jax.lora import Adapter
 from pm_jax.rules import Evidence
 from pm_jax.rules.pam import PamState, opposed_entries
-from tests.small_runs import SMALL, VIT, comparable, leaves_equal
+from tests.small_runs import SMALL, VIT, comparable, leaves_equal, straight_and_killed
 
 
 def test_opposed_entries_of_a_two_by_two_matrix():
@@ -128,22 +127,9 @@ def test_every_task_starts_from_the_origin_and_is_kept_in_line(config):
 
 
 def test_a_run_killed_after_a_refresh_ends_with_the_same_numbers(tmp_path, monkeypatch):
-    straight = Learner(LORA, 0, tmp_path / "straight", checkpoint_every=5, quiet=True)
-    wanted = straight.run()
-    saves, killed = learner_module.Checkpoints.save, []
+    def dies(learner, step, tree):
+        return step - learner._bounds[2] > learner._steps_per_epoch[2]
 
-    class Killed(BaseException):
-        pass
-
-    def dying_save(self, step, tree):
-        saves(self, step, tree)
-        if step - straight._bounds[2] > straight._steps_per_epoch[2] and not killed:
-            killed.append(step)
-            raise Killed
-
-    monkeypatch.setattr(learner_module.Checkpoints, "save", dying_save)
-    with pytest.raises(Killed):
-        Learner(LORA, 0, tmp_path / "killed", checkpoint_every=5, quiet=True).run()
-    again = Learner(LORA, 0, tmp_path / "killed", checkpoint_every=5, quiet=True)
-    assert comparable(again.run()) == comparable(wanted)
+    straight, wanted, again, found = straight_and_killed(LORA, tmp_path, monkeypatch, 5, dies)
+    assert comparable(found) == comparable(wanted)
     assert leaves_equal(again.params, straight.params)

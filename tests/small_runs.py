@@ -5,8 +5,10 @@ import json
 
 import jax
 import numpy as np
+import pytest
 
-from pm_jax.continual import Config
+from pm_jax.continual import Config, Learner
+from pm_jax.continual import learner as learner_module
 from pm_jax.continual.programs import programs, shared_programs
 from pm_jax.continual.training import Segment
 
@@ -29,6 +31,32 @@ def forget_programs():
 
 def comparable(results):
     return json.dumps({k: v for k, v in results.items() if k != "seconds"}, sort_keys=True)
+
+
+class Killed(BaseException):
+    """Ends a run as a signal would, between two statements."""
+
+
+def straight_and_killed(config, directory, monkeypatch, every, dies):
+    """A learner that ran through, one that was killed once and went on, and both results.
+
+    `dies(learner, step, tree)` says at which checkpoint, which is written before.
+    """
+    straight = Learner(config, 0, directory / "straight", checkpoint_every=every, quiet=True)
+    wanted = straight.run()
+    saves, killed = learner_module.Checkpoints.save, []
+
+    def dying_save(self, step, tree):
+        saves(self, step, tree)
+        if dies(straight, step, tree) and not killed:
+            killed.append(step)
+            raise Killed
+
+    monkeypatch.setattr(learner_module.Checkpoints, "save", dying_save)
+    with pytest.raises(Killed):
+        Learner(config, 0, directory / "killed", checkpoint_every=every, quiet=True).run()
+    again = Learner(config, 0, directory / "killed", checkpoint_every=every, quiet=True)
+    return straight, wanted, again, again.run()
 
 
 def leaves_equal(left, right):

@@ -46,6 +46,8 @@ def of_training(rule, previous, trained):
         found["trajectory"] = jax.tree.map(snapshots, previous, trained)
     if "objective" in rule.needs:
         found["objective"] = objective()
+    if "all_objectives" in rule.needs:
+        found["all_objectives"] = objectives.stack([objective()] * 2, jnp.asarray([True, False]))
     if "onset_gradient_norm" in rule.needs:
         found["onset_gradient_norm"] = jnp.asarray(30.0)
     return found

@@ -9,10 +9,9 @@ import pytest
 
 from pm_jax import objectives, rules, trees
 from pm_jax.continual import Learner
-from pm_jax.continual import learner as learner_module
 from pm_jax.rules import Evidence
 from pm_jax.types import Batch
-from tests.small_runs import SMALL, VIT, comparable, leaves_equal
+from tests.small_runs import SMALL, VIT, comparable, leaves_equal, straight_and_killed
 
 CLASSES, OLD = np.asarray([0, 0, 1, 1, 1]), np.asarray([1, 1, 1, 0, 0])
 ONSET = 3.0
@@ -232,22 +231,9 @@ def test_trajectory_and_onset_are_those_of_the_training(config, monkeypatch):
 
 
 def test_a_run_killed_between_two_snapshots_ends_with_the_same_numbers(tmp_path, monkeypatch):
-    straight = Learner(CONFIG, 0, tmp_path / "straight", checkpoint_every=11, quiet=True)
-    wanted = straight.run()
-    saves, killed = learner_module.Checkpoints.save, []
+    def dies(learner, step, tree):
+        return "trajectory" in tree and step > learner._bounds[1]
 
-    class Killed(BaseException):
-        pass
-
-    def dying_save(self, step, tree):
-        saves(self, step, tree)
-        if "trajectory" in tree and step > straight._bounds[1] and not killed:
-            killed.append(step)
-            raise Killed
-
-    monkeypatch.setattr(learner_module.Checkpoints, "save", dying_save)
-    with pytest.raises(Killed):
-        Learner(CONFIG, 0, tmp_path / "killed", checkpoint_every=11, quiet=True).run()
-    again = Learner(CONFIG, 0, tmp_path / "killed", checkpoint_every=11, quiet=True)
-    assert comparable(again.run()) == comparable(wanted)
+    straight, wanted, again, found = straight_and_killed(CONFIG, tmp_path, monkeypatch, 11, dies)
+    assert comparable(found) == comparable(wanted)
     assert leaves_equal(again.params, straight.params)

@@ -73,23 +73,28 @@ def _half_of_memory() -> float:
     return statistics.get("bytes_limit", float("inf")) / 2
 
 
-def of_split(data: DeviceData | HostData, split: TaskIndices) -> DeviceData | HostData:
-    """The same stream, another split.
+def of_split(
+    data: DeviceData | HostData, split: TaskIndices, class_masks: np.ndarray
+) -> DeviceData | HostData:
+    """The same examples in memory, another split of them.
 
     Args:
         data: as placed.
-        split: of the stream.
+        split: of the stream, T tasks.
+        class_masks: bool [T, C], of its tasks.
 
     Returns:
-        As `data`, with the positions and sizes of the split.
+        As `data`, with the positions, sizes and classes of the split.
 
     Example:
         >>> stream = Config().task_stream(0)
         >>> data = placed(Config(), stream, stream.train)
-        >>> bool((of_split(data, stream.test).sizes == stream.test.sizes).all())
+        >>> held_out = of_split(data, stream.test, stream.class_masks)
+        >>> bool((held_out.sizes == stream.test.sizes).all())
         True
     """
-    own = {"positions": jnp.asarray(split.positions), "sizes": jnp.asarray(split.sizes)}
+    names = ("positions", "sizes", "class_masks")
+    own = dict(zip(names, map(jnp.asarray, (*split, class_masks)), strict=True))
     if isinstance(data, HostData):
         return data._replace(rest=data.rest._replace(**own))
     return data._replace(**own)

@@ -8,25 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pm_jax import lora, metrics, trees
-from pm_jax.continual import feed, task_models, training
+from pm_jax import lora, objectives, trees
+from pm_jax.continual import feed, task_models, training, training_hooks
 from pm_jax.continual.checkpoints import Checkpoints
 from pm_jax.continual.config import Config
 from pm_jax.continual.logs import RunLog
 from pm_jax.continual.programs import programs, starting_params
+from pm_jax.continual.records import Records
 from pm_jax.continual.shared_training import SharedTraining
-from pm_jax.continual.snapshots import snapshot_step
 from pm_jax.continual.training import Segment, TaskProgram
 from pm_jax.lora import Adapters
-from pm_jax.rules import Evidence, MergeInfo
+from pm_jax.rules import Evidence
 from pm_jax.types import Array, InvalidInput, Params, PyTree
-
-MERGE_FIELDS = (
-    *(name for name in MergeInfo._fields if name != "figures"),
-    "actual_loss_change",
-)
-"""Figures of every merge; a rule may add its own, and `onset_gradients` one more."""
-PHASES = ("train", "curvature", "merge", "evaluate")
 
 
 class TrainingDiverged(RuntimeError):
@@ -76,31 +69,30 @@ class Learner:
         self._checkpoint_every, self._quiet = checkpoint_every, quiet
         self._tensorboard, self._keep_task_models = tensorboard, keep_task_models
         self.stream = config.task_stream(seed)
+        self._by_domain = self.stream.scenario == "domain_incremental"
         self._rule = config.merge_rule()
         # A rule that watches training, or takes part in it, has to be there.
         watches = self._rule.hook or self._rule.needs & {"trajectory", "adapters"}
-        self._shared = None if watches else shared
+        self._shared = None if watches or self._rule.tasks_at_once else shared
+        lessons = self.stream.together() if self._rule.tasks_at_once else self.stream
         self._wants_onset = config.onset_gradients or "onset_gradient_norm" in self._rule.needs
-        onset = ("onset_gradient_norm",) if self._wants_onset else ()
-        self._merge_fields = (*MERGE_FIELDS, *self._rule.figures, *onset)
         self._programs = programs(
             config,
             self.stream.num_classes,
             self.stream.inputs.shape[1:],
-            self.stream.train.positions.shape[1],
+            lessons.train.positions.shape[1],
         )
         self._key = jax.random.key(seed)
-        self._train = feed.placed(config, self.stream, self.stream.train)
-        held_out = self.stream.test if config.evaluate_on == "test" else self.stream.validation
-        self._held_out = feed.of_split(self._train, held_out)
-        per_epoch = -(-self.stream.train.sizes // config.batch_size)
-        epochs = np.asarray([config.epochs_of(task) for task in range(self.stream.num_tasks)])
+        self._train = feed.placed(config, lessons, lessons.train)
+        held_out = getattr(self.stream, config.evaluate_on)
+        self._held_out = feed.of_split(self._train, held_out, self.stream.class_masks)
+        per_epoch = -(-lessons.train.sizes // config.batch_size)
+        epochs = np.asarray([config.epochs_of(task) for task in range(lessons.num_tasks)])
         self._steps_per_epoch = per_epoch.tolist()
         self._bounds = [0, *np.cumsum(per_epoch * epochs).tolist()]
         self._reset()
 
     def _reset(self) -> None:
-        tasks = self.stream.num_tasks
         self.params = starting_params(self.config, self._programs.init(self._key))
         self._start: dict[str, Array] = {}
         self._trajectory: PyTree = None
@@ -108,12 +100,7 @@ class Learner:
         if self._rule.next_task_from != "merged":
             self._start = trees.select(self.params, self._programs.merging)
         self._rule_state = self._fresh_rule_state(self.params)
-        self._records: dict[str, np.ndarray] = {
-            "accuracy": np.full((2, tasks, tasks), np.nan, np.float32),
-            "initial": np.full((2, tasks), np.nan, np.float32),
-            "merges": np.full((tasks, len(self._merge_fields)), np.nan, np.float32),
-            "seconds": np.zeros(len(PHASES), np.float64),
-        }
+        self._records = Records(self.stream.num_tasks, self._rule, onset=self._wants_onset)
 
     def _fresh_rule_state(self, theta_0: Params) -> PyTree:
         """The rule's state before any merge, in buffers of its own: merging donates them."""
@@ -177,10 +164,10 @@ class Learner:
         try:
             if step:
                 log.tell(f"going on from step {step} of {self.total_steps}")
-            elif self.stream.scenario == "domain_incremental":  # for the forward transfer
-                self._records["initial"] = self._accuracy(self.stream.num_tasks)
+            elif self._by_domain:  # for the forward transfer
+                self._records.arrays["initial"] = self._accuracy(self.stream.num_tasks)
             first_task = int(np.searchsorted(self._bounds, step, side="right")) - 1
-            for task in range(first_task, self.stream.num_tasks):
+            for task in range(first_task, len(self._steps_per_epoch)):
                 self._learn(task, step, training_state, checkpoints, log)
                 step, training_state = self._bounds[task + 1], None
         finally:
@@ -203,15 +190,14 @@ class Learner:
             if self._shared:
                 self._shared.keep(task, start, trained, log.lines("epoch", task + 1))
         info = self._merge_task(task, start, trained)
-        by_domain = self.stream.scenario == "domain_incremental"
-        seen = self.stream.num_tasks if by_domain else task + 1
-        self._records["accuracy"][:, task] = self._accuracy(seen)
-        end = self._bounds[task + 1]
-        mean = float(np.mean(self._records["accuracy"][0, task, : task + 1]))
+        seen = self.stream.num_tasks if self._rule.tasks_at_once else task + 1
+        accuracies = self._accuracy(self.stream.num_tasks if self._by_domain else seen)
+        self._records.arrays["accuracy"][:, seen - 1] = accuracies
+        end, mean = self._bounds[task + 1], float(np.mean(accuracies[0, :seen]))
         log.write("merge", step=end, task=task + 1, **info)
         log.write("evaluate", step=end, task=task + 1, accuracy=mean)
         log.tell(
-            f"task {task + 1} of {self.stream.num_tasks}: alpha {info['alpha']:.3f}, "
+            f"task {task + 1} of {len(self._steps_per_epoch)}: alpha {info['alpha']:.3f}, "
             f"accuracy on the tasks seen {100 * mean:.1f} %"
         )
         if checkpoints:
@@ -228,7 +214,7 @@ class Learner:
         trained, lines = found
         for line in lines:
             log.write(**line)
-            self._records["seconds"][PHASES.index("train")] += line["seconds"]
+            self._records.add_time("train", line["seconds"])
         return trained
 
     def _train_task(self, task, step, start, training_state, checkpoints, log) -> Params:
@@ -257,7 +243,9 @@ class Learner:
 
             stretches = feed.stretches(self._train, order, self.config.batch_size, first, stop)
             for low, high, data in stretches:
-                projected = self._projects(epoch * per_epoch + first, epochs * per_epoch)
+                projected = training_hooks.projects(
+                    self._rule.hook, epoch * per_epoch + first, epochs * per_epoch
+                )
                 segment = Segment.of(task, epoch, low, high, epochs, projected)
                 trainable, optimizer_state, step_losses = program.train(
                     self._key, trainable, optimizer_state, start, data, segment, *hooked
@@ -265,7 +253,7 @@ class Learner:
                 # Waits, so that no more windows than planned are on the device.
                 found.append(np.asarray(step_losses)[low:high])
             values = np.concatenate(found)
-            seconds = self._time("train", clock)
+            seconds = self._records.time("train", clock)
             self._check_finite(task, epoch * per_epoch + first, values)
             within = epoch * per_epoch + stop
             images = (stop - first) * self.config.batch_size
@@ -278,7 +266,7 @@ class Learner:
                 seconds=seconds,
                 images_per_second=round(images / seconds, 1),
             )
-            if self._refreshes(within, per_epoch, epochs):
+            if training_hooks.refreshes(self._rule.hook, within, per_epoch, epochs):
                 trainable, optimizer_state = program.refresh(
                     self._key, trainable, optimizer_state, task_array, within, *hooked
                 )
@@ -311,11 +299,11 @@ class Learner:
         clock = time.perf_counter()
         evidence = jax.block_until_ready(self._evidence(task_array, start, trained, onset))
         self._trajectory = None
-        self._time("curvature", clock)
+        self._records.time("curvature", clock)
         clock = time.perf_counter()
         self.params, self._rule_state, info = run.merge(self._rule_state, start, trained, evidence)
         jax.block_until_ready(self.params)
-        self._time("merge", clock)
+        self._records.time("merge", clock)
         if self._rule.absorb:
             clock = time.perf_counter()
             evidence = run.measure(self._key, self.params, start, self._train, task_array)
@@ -323,16 +311,14 @@ class Learner:
             self._rule_state = jax.block_until_ready(
                 run.absorb(self._rule_state, self.params, objective, evidence)
             )
-            self._time("curvature", clock)
+            self._records.time("curvature", clock)
         # What a rule that starts from theta_0 has kept moves with theta_0.
         if self._rule.next_task_from == "trained" or (self._start and is_origin):
             self._start = trees.select(trained, run.merging)
         change = float(run.mean_loss(self.params, self._train, task_array)) - trained_loss
-        own = {"actual_loss_change": change, "onset_gradient_norm": onset}
-        found = {**info._asdict(), **info.figures, **own}
-        figures = {name: float(found[name]) for name in self._merge_fields}
-        self._records["merges"][task] = list(figures.values())
-        return figures
+        return self._records.add_merge(
+            task, info, actual_loss_change=change, onset_gradient_norm=onset
+        )
 
     def _evidence(self, task: np.ndarray, start: Params, trained: Params, onset: float) -> Evidence:
         """All that the rule needs, and the onset's gradient norm where it was measured."""
@@ -342,6 +328,12 @@ class Learner:
         if "objective" in needs:
             objective = run.objective(self._key, trained, self._train, task)
             found = found._replace(objective=objective)
+        if "all_objectives" in needs:
+            tasks = np.arange(self.stream.num_tasks, dtype=np.int32)
+            each = [run.objective(self._key, trained, self._train, other) for other in tasks]
+            found = found._replace(
+                all_objectives=objectives.stack(each, jnp.asarray(tasks <= task))
+            )
         return found._replace(adapters=self._adapters) if "adapters" in needs else found
 
     def _accuracy(self, count: int) -> np.ndarray:
@@ -351,7 +343,7 @@ class Learner:
         found = np.array(
             self._programs.accuracy(self.params, self._held_out, seen, np.asarray(count, np.int32))
         )
-        self._time("evaluate", clock)
+        self._records.time("evaluate", clock)
         found[:, count:] = np.nan
         return found
 
@@ -365,26 +357,9 @@ class Learner:
                 f"set clip_norm, in another work directory{kept}"
             )
 
-    def _time(self, phase: str, clock: float) -> float:
-        seconds = time.perf_counter() - clock
-        self._records["seconds"][PHASES.index(phase)] += seconds
-        return seconds
-
     def _hooked(self) -> tuple[PyTree, ...]:
         """What training is given beyond what every rule's is: the state of a rule with a hook."""
         return (self._rule_state,) if self._rule.hook else ()
-
-    def _projects(self, step: int, total: int) -> bool:
-        """Whether the rule's hook projects at a step of a task."""
-        hook = self._rule.hook
-        return hook is not None and step < snapshot_step(hook.project_until, total)
-
-    def _refreshes(self, step: int, per_epoch: int, epochs: int) -> bool:
-        """Whether the rule's hook refreshes after a step of a task; not at its end."""
-        hook = self._rule.hook
-        if hook is None or hook.refresh is None or step == epochs * per_epoch:
-            return False
-        return step % (per_epoch * hook.refresh_every) == 0
 
     def _no_adapters(self) -> Adapters:
         """Adapters of the run's shapes whose products are 0; none without LoRA."""
@@ -400,7 +375,7 @@ class Learner:
             "params": self.params,
             "start": self._start,
             "rule": self._rule_state,
-            "records": self._records,
+            "records": self._records.arrays,
         }
         if training_state:
             state["trainable"], state["optimizer"] = training_state
@@ -424,24 +399,11 @@ class Learner:
         state = checkpoints.restore(step, self._state(training_state))
         self.params, self._start = state["params"], state["start"]
         self._rule_state, self._trajectory = state["rule"], state.get("trajectory")
-        self._records = jax.tree.map(np.array, state["records"])
+        self._records.restore(state["records"])
         return (state["trainable"], state["optimizer"]) if training_state else None
 
     def _results(self) -> dict[str, Any]:
-        seen, aware = self._records["accuracy"].astype(np.float64)
-        initial = self._records["initial"].astype(np.float64)
-        by_domain = self.stream.scenario == "domain_incremental"
         return {
-            "accuracy_matrix": seen.tolist(),
-            **metrics.summarize(seen, initial[0] if by_domain else None),
-            "task_aware": {
-                "accuracy_matrix": aware.tolist(),
-                **metrics.summarize(aware, initial[1] if by_domain else None),
-            },
-            "merges": [
-                dict(zip(self._merge_fields, row, strict=True))
-                for row in self._records["merges"].astype(np.float64).tolist()
-            ],
+            **self._records.results(initial=self._by_domain),
             "rule_state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(self._rule_state)),
-            "seconds": dict(zip(PHASES, self._records["seconds"].tolist(), strict=True)),
         }

@@ -14,6 +14,7 @@ from pm_jax.continual.config import Config
 from pm_jax.continual.evidence import dense_layers_of, evidence_fn
 from pm_jax.continual.image_transforms import check_images, evaluation_transform
 from pm_jax.continual.partition import Partition, partition, trained_params
+from pm_jax.continual.purpose_keys import INITIALIZE, purpose_key
 from pm_jax.continual.snapshots import Snapshots
 from pm_jax.continual.task_objective import objective_fn
 from pm_jax.continual.training import TaskProgram
@@ -154,7 +155,7 @@ def _init_fn(config: Config, num_classes: int, input_shape: tuple[int, ...]):
         )
 
     def init(key: Key) -> Params:
-        return model.init(training.purpose_key(key, training.INITIALIZE), blank)["params"]
+        return model.init(purpose_key(key, INITIALIZE), blank)["params"]
 
     return init
 

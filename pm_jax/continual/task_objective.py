@@ -11,7 +11,8 @@ from pm_jax import trees
 from pm_jax.continual.config import Config
 from pm_jax.continual.feed import HostData
 from pm_jax.continual.image_transforms import evaluation_transform
-from pm_jax.continual.training import EXAMPLES, DeviceData, logits_of, purpose_key
+from pm_jax.continual.purpose_keys import EXAMPLES, purpose_key
+from pm_jax.continual.training import DeviceData, logits_of
 from pm_jax.objectives import Objective
 from pm_jax.types import Array, Batch, Key, Params
 

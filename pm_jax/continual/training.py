@@ -1,6 +1,5 @@
 """Training of one task: an optimiser step, and an epoch of them in one compiled loop."""
 
-import functools
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
@@ -10,16 +9,14 @@ import jax.numpy as jnp
 import optax
 
 from pm_jax import lora, losses, perturbation, task_vectors, trees
-from pm_jax.continual import optimizer
+from pm_jax.continual import optimizer, training_hooks
 from pm_jax.continual.config import Config
 from pm_jax.continual.image_transforms import training_transform
 from pm_jax.continual.partition import Partition, Trainable, fresh_trainable
+from pm_jax.continual.purpose_keys import ADAPTERS, AUGMENT, SHUFFLE, STEP, purpose_key
 from pm_jax.data.stream import TaskIndices, TaskStream
 from pm_jax.rules import TrainingHook
 from pm_jax.types import Array, Batch, Key, Params, PyTree
-
-# Purposes of random numbers: each is folded into the run's key first.
-INITIALIZE, ADAPTERS, SHUFFLE, STEP, CURVATURE, AUGMENT, MERGE, EXAMPLES, REFRESH = range(9)
 
 
 class Window(NamedTuple):
@@ -110,28 +107,6 @@ class TaskProgram(NamedTuple):
     train: Callable[..., tuple[Trainable, PyTree, Array]]
     order: Callable[..., Array]
     refresh: Callable[..., tuple[Trainable, PyTree]]
-
-
-def purpose_key(key: Key, purpose: int, *counters: Array | int) -> Key:
-    """The key of one purpose and place in the stream, by `fold_in`.
-
-    Args:
-        key: of the run.
-        purpose: one of the constants of this module.
-        *counters: task, epoch or step.
-
-    Returns:
-        A PRNG key.
-
-    Example:
-        >>> import jax
-        >>> key = jax.random.key(0)
-        >>> bool(purpose_key(key, STEP, 1) == purpose_key(key, STEP, 2))
-        False
-    """
-    for value in (purpose, *counters):
-        key = jax.random.fold_in(key, value)
-    return key
 
 
 def normalized(inputs: Array) -> Array:
@@ -289,8 +264,7 @@ def task_program(
     ) -> tuple[Trainable, PyTree]:
         adapter_key = purpose_key(key, ADAPTERS, task)
         trainable = fresh_trainable(adapter_key, partition, start, config.lora_rank)
-        if hook and hook.onset:
-            trainable = trainable.moved(hook.onset(rule_state, trainable.moving))
+        trainable = training_hooks.at_onset(hook, rule_state, trainable)
         # Copies: the next call donates them, and `start` must survive.
         trainable = jax.tree.map(jnp.copy, trainable)
         return trainable, optimizer.accumulated(config, transformation)[0].init(trainable)
@@ -302,14 +276,6 @@ def task_program(
     @jax.jit
     def order(key: Key, data: DeviceData, task: Array, epoch: Array) -> Array:
         return batches_of(key, data, task, epoch).ravel()
-
-    def projected(changes: Trainable, rule_state: PyTree, segment: Segment) -> Trainable:
-        if hook is None or hook.project is None:
-            return changes
-        project = functools.partial(hook.project, rule_state)
-        return changes.moved(
-            jax.lax.cond(segment.projected > 0, project, lambda same: same, changes.moving)
-        )
 
     def train(key, trainable, optimizer_state, start, data, segment, rule_state=None):
         task, count = segment.task, data.sizes[segment.task]
@@ -347,10 +313,10 @@ def task_program(
             step_optimizer, share = optimizer.accumulated(config, transformation, position, count)
             if config.accumulation_steps > 1:
                 gradients = jax.tree.map(lambda g: share * g, gradients)
-            gradients = projected(gradients, rule_state, segment)
+            gradients = training_hooks.projected(hook, rule_state, gradients, segment.projected)
             updates, optimizer_state = step_optimizer.update(gradients, optimizer_state, trainable)
             updates = optimizer.scaled(config, updates, rate(progress), class_mask)
-            updates = projected(updates, rule_state, segment)
+            updates = training_hooks.projected(hook, rule_state, updates, segment.projected)
             trainable = optax.apply_updates(trainable, updates)
             return trainable, optimizer_state, values.at[position].set(value)
 
@@ -359,20 +325,7 @@ def task_program(
         stop = jnp.minimum(segment.stop, steps_per_epoch)
         return jax.lax.fori_loop(segment.first, stop, step, carry)
 
-    @functools.partial(jax.jit, donate_argnums=(1, 2))
-    def refresh(key, trainable, optimizer_state, task, step, rule_state):
-        assert hook and hook.refresh
-        refresh_key = purpose_key(key, REFRESH, task, step)
-        moving, renewed = hook.refresh(rule_state, refresh_key, trainable.moving)
-        head = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, bool), trainable.head)
-        cleared = optax.tree_utils.tree_map_params(
-            optimizer.accumulated(config, transformation)[0],
-            lambda moment, anew: jnp.where(anew, jnp.zeros_like(moment), moment),
-            optimizer_state,
-            trainable._replace(head=head).moved(renewed),
-        )
-        return trainable.moved(moving), cleared
-
+    refresh = training_hooks.refresh_fn(hook, optimizer.accumulated(config, transformation)[0])
     return TaskProgram(begin, jax.jit(train, donate_argnums=(1, 2)), order, refresh)
 
 

@@ -90,6 +90,15 @@ class TaskStream:
         """C."""
         return self.class_masks.shape[1]
 
+    def together(self) -> "TaskStream":
+        """The same examples as one task."""
+        splits = (self.train, self.validation, self.test)
+        train, validation, test = (_padded([np.concatenate(split.rows())]) for split in splits)
+        masks = np.any(self.class_masks, axis=0, keepdims=True)
+        return dataclasses.replace(
+            self, train=train, validation=validation, test=test, class_masks=masks
+        )
+
     def manifest(self) -> dict:
         """What was split how: class order, and per task its classes, sizes and hashes of ids."""
         splits = {"train": self.train, "validation": self.validation, "test": self.test}

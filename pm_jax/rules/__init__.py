@@ -8,7 +8,9 @@ from pm_jax.rules.cofima import cofima
 from pm_jax.rules.coma import coma
 from pm_jax.rules.dare import dare
 from pm_jax.rules.fisher_averaging import fisher_averaging
+from pm_jax.rules.joint import joint
 from pm_jax.rules.magmax import magmax
+from pm_jax.rules.oracle import oracle
 from pm_jax.rules.pam import pam
 from pm_jax.rules.perturb_and_merge import perturb_and_merge
 from pm_jax.rules.random_mix import random_mix
@@ -31,8 +33,10 @@ __all__ = [
     "coma",
     "dare",
     "fisher_averaging",
+    "joint",
     "magmax",
     "make",
+    "oracle",
     "pam",
     "perturb_and_merge",
     "preferences",

@@ -32,6 +32,8 @@ class Evidence(NamedTuple):
         input_moments: `{path of a dense kernel: [in, in]}`, second moments of the layer's inputs;
             in the evidence that a rule absorbs only.
         adapters: the task's adapters; their products are 0 where the task trained in full.
+        all_objectives: those of every task of the stream, stacked (see `objectives.stack`); for
+            analysis only, as no learner has the data of earlier tasks.
     """
 
     quadratic: Quadratic | None = None
@@ -42,6 +44,7 @@ class Evidence(NamedTuple):
     onset_gradient_norm: Array | float = float("nan")
     input_moments: dict[str, Array] | None = None
     adapters: Adapters | None = None
+    all_objectives: Objective | None = None
 
 
 class MergeInfo(NamedTuple):
@@ -117,6 +120,9 @@ class MergeRule(NamedTuple):
         hook: what the rule does while a task trains, or `None`.
         absorb: `absorb(state, evidence) -> state`, after the merge, with the same evidence measured
             anew at the merged model and `input_moments`; or `None`.
+        tasks_at_once: whether all tasks are trained as one.
+        analysis_only: whether it is no method but a bound for methods, as it needs the data of all
+            tasks.
     """
 
     init: Callable[[Params], Any]
@@ -128,6 +134,8 @@ class MergeRule(NamedTuple):
     figures: tuple[str, ...] = ()
     hook: TrainingHook | None = None
     absorb: Callable[[Any, Evidence], Any] | None = None
+    tasks_at_once: bool = False
+    analysis_only: bool = False
 
 
 class TaskCount(NamedTuple):
@@ -318,7 +326,7 @@ def mean_of_entries(tree: PyTree) -> Array:
     return total / jnp.float32(sum(leaf.size for leaf in leaves))
 
 
-def require(name: str, value: float, holds: bool, wanted: str) -> None:
+def require(name: str, value: float | str, holds: bool, wanted: str) -> None:
     """Check a setting of a rule.
 
     Args:

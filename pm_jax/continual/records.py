@@ -1,0 +1,97 @@
+"""What a run has measured so far: part of its checkpoints, and the substance of its results."""
+
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from pm_jax import metrics
+from pm_jax.rules import MergeInfo, MergeRule
+
+MERGE_FIELDS = (
+    *(name for name in MergeInfo._fields if name != "figures"),
+    "actual_loss_change",
+)
+"""Figures of every merge; a rule may add its own, and `onset_gradients` one more."""
+PHASES = ("train", "curvature", "merge", "evaluate")
+
+
+class Records:
+    """Accuracies, figures of the merges and times of a run, filled in task by task.
+
+    Args:
+        tasks: T.
+        rule: of the run, which may have figures of its own.
+        onset: whether the gradient norm at the onset of each task is among the figures.
+
+    Attributes:
+        arrays: all that was recorded, for checkpoints; NaN for what is to come.
+
+    Example:
+        >>> from pm_jax import rules
+        >>> records = Records(2, rules.sequential(), onset=False)
+        >>> sorted(records.arrays), records.arrays["accuracy"].shape
+        (['accuracy', 'initial', 'merges', 'seconds'], (2, 2, 2))
+    """
+
+    def __init__(self, tasks: int, rule: MergeRule, *, onset: bool):
+        self._fields = (
+            *MERGE_FIELDS, *rule.figures, *(("onset_gradient_norm",) if onset else ())
+        )  # fmt: skip
+        self.arrays: dict[str, np.ndarray] = {
+            "accuracy": np.full((2, tasks, tasks), np.nan, np.float32),
+            "initial": np.full((2, tasks), np.nan, np.float32),
+            "merges": np.full((tasks, len(self._fields)), np.nan, np.float32),
+            "seconds": np.zeros(len(PHASES), np.float64),
+        }
+
+    def restore(self, arrays: dict[str, Any]) -> None:
+        """Take over what a checkpoint has."""
+        self.arrays = jax.tree.map(np.array, arrays)
+
+    def add_time(self, phase: str, seconds: float) -> float:
+        """Count seconds of one of `PHASES`; returns them."""
+        self.arrays["seconds"][PHASES.index(phase)] += seconds
+        return seconds
+
+    def time(self, phase: str, clock: float) -> float:
+        """Count the seconds since a reading of `time.perf_counter`; returns them."""
+        return self.add_time(phase, time.perf_counter() - clock)
+
+    def add_merge(self, task: int, info: MergeInfo, **more: float) -> dict[str, float]:
+        """Keep the figures of a merge; returns them by name."""
+        found = {**info._asdict(), **info.figures, **more}
+        figures = {name: float(found[name]) for name in self._fields}
+        self.arrays["merges"][task] = list(figures.values())
+        return figures
+
+    def results(self, *, initial: bool) -> dict[str, Any]:
+        """What `results.json` has of them.
+
+        Args:
+            initial: whether accuracies before the first task were measured, for forward transfer.
+
+        Returns:
+            Accuracy matrices and their summaries, merges and seconds.
+        """
+        seen, aware = (
+            {
+                "accuracy_matrix": matrix.tolist(),
+                **metrics.summarize(matrix, before if initial else None),
+            }
+            for matrix, before in zip(
+                self.arrays["accuracy"].astype(np.float64),
+                self.arrays["initial"].astype(np.float64),
+                strict=True,
+            )
+        )
+        return {
+            **seen,
+            "task_aware": aware,
+            "merges": [
+                dict(zip(self._fields, row, strict=True))
+                for row in self.arrays["merges"].astype(np.float64).tolist()
+            ],
+            "seconds": dict(zip(PHASES, self.arrays["seconds"].tolist(), strict=True)),
+        }
