@@ -1,7 +1,5 @@
 """Subspaces spanned by a few displacements, in coordinates that are orthonormal."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -10,24 +8,24 @@ from pm_jax.types import Array, PyTree
 
 
 def gram(directions: PyTree) -> Array:
-    """Inner products of K stacked displacements over all leaves.
+    """Inner products of K stacked displacements, leaf by leaf.
 
     Args:
-        directions: pytree of arrays [K, ...].
+        directions: pytree of L arrays [K, ...].
 
     Returns:
-        float32 [K, K].
+        float32 [L, K, K]; the sum over the leaves is that of whole displacements.
 
     Example:
         >>> gram({"a": jnp.asarray([[1.0, 2.0], [0.0, 1.0]])}).tolist()
-        [[5.0, 2.0], [2.0, 1.0]]
+        [[[5.0, 2.0], [2.0, 1.0]]]
     """
 
     def products(leaf: Array) -> Array:
         axes = tuple(range(1, leaf.ndim))
         return jnp.tensordot(leaf, leaf, (axes, axes), precision="highest")
 
-    return functools.reduce(jnp.add, map(products, jax.tree.leaves(directions)))
+    return jnp.stack([products(leaf) for leaf in jax.tree.leaves(directions)])
 
 
 def orthonormal_coordinates(products: Array, cutoff: float) -> Array:
@@ -58,20 +56,26 @@ def orthonormal_coordinates(products: Array, cutoff: float) -> Array:
 
 
 def combination(directions: PyTree, weights: Array) -> PyTree:
-    """`sum_k weights_k d_k` of stacked displacements.
+    """`sum_k weights_k d_k` of stacked displacements, leaf by leaf.
 
     Args:
-        directions: pytree of arrays [K, ...].
-        weights: [K].
+        directions: pytree of L arrays [K, ...].
+        weights: [L, K], or [1, K] for all leaves alike.
 
     Returns:
         Pytree of arrays [...].
 
     Example:
-        >>> combination(jnp.asarray([[1.0], [2.0]]), jnp.asarray([3.0, 5.0])).tolist()
+        >>> combination(jnp.asarray([[1.0], [2.0]]), jnp.asarray([[3.0, 5.0]])).tolist()
         [13.0]
     """
-    return jax.tree.map(lambda d: jnp.tensordot(weights, d, 1, precision="highest"), directions)
+    leaves, structure = jax.tree.flatten(directions)
+    weights = jnp.broadcast_to(weights, (len(leaves), weights.shape[1]))
+    found = [
+        jnp.tensordot(own, leaf, 1, precision="highest")
+        for own, leaf in zip(weights, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, found)
 
 
 def stacked_from(base: PyTree, points: PyTree) -> PyTree:

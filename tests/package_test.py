@@ -54,6 +54,11 @@ def test_notebooks_run(path):
             ["--repeats=1", "--train_flags=--num_tasks=1,--epochs=1,--hidden_sizes=4"],
             "peak resident MB",
         ),
+        (
+            "merge_rules",
+            ["--benchmark_model=vit_tiny_patch16", "--benchmark_rules=averaging,magmax,joint"],
+            "magmax",
+        ),
         ("offline_merging", ["--depth=1", "--models=1"], "peak above the baseline"),
     ],
 )

@@ -109,9 +109,13 @@ def test_the_losses_before_and_after_are_those_of_numpy_and_the_objective_falls(
     assert info.figures["subspace_rank"] == 3.0  # a parabola's two directions and the history
 
 
-def test_the_end_is_a_minimum_in_the_subspace():
-    """Long searches end where no direction of the subspace leads further down (full batch)."""
-    previous, trained, merged, _ = second_merge(steps=3000, learning_rate=1e-3)
+@pytest.mark.parametrize("per", ["model", "tensor"])
+def test_the_end_is_a_minimum_in_the_subspace(per):
+    """Long searches end where no direction of the subspace leads further down.
+
+    Up to small steps: the search takes all batches alike, the value weighs them by examples.
+    """
+    previous, trained, merged, info = second_merge(steps=3000, learning_rate=1e-3, per=per)
     weights = np.asarray([1.0, 1.0, 0.1])
 
     def value(model):
@@ -123,8 +127,15 @@ def test_the_end_is_a_minimum_in_the_subspace():
         jax.tree.map(lambda a, b: a - b, previous, leaves(0)),
         leaves(77),
     ]
+    if per == "tensor":
+        assert info.figures["subspace_rank"] == 3.0
+        directions = [
+            {name: x if name == moved else jnp.zeros_like(x) for name, x in direction.items()}
+            for direction in directions
+            for moved in direction
+        ]
     for direction in directions:
-        for step in (0.05, -0.05):
+        for step in (0.1, -0.1):
             assert value(jax.tree.map(lambda m, d, s=step: m + s * d, merged, direction)) > lowest
 
 
@@ -136,6 +147,17 @@ def test_a_loss_without_weight_is_not_minimised(name):
     figure = f"{name}_after"
     assert float(with_it.figures[figure]) < float(without.figures[figure])
     assert not leaves_equal(merged, other)
+
+
+def test_a_search_by_tensor_begins_alike_and_leads_further_down():
+    figures = [second_merge(per=per, steps=300)[3].figures for per in ("model", "tensor")]
+    names = ("alignment", "consistency", "responsiveness")
+    whole, by_tensor = (
+        [sum(w * found[f"{n}_{when}"] for w, n in zip((1, 1, 0.1), names, strict=True))
+         for when in ("before", "after")] for found in figures
+    )  # fmt: skip
+    np.testing.assert_allclose(whole[0], by_tensor[0], rtol=1e-4)
+    assert by_tensor[1] < whole[1] < whole[0]
 
 
 def test_one_snapshot_without_history_merges_on_the_segment():
@@ -156,7 +178,7 @@ def test_a_search_that_is_not_finite_ends_where_it_began():
 @pytest.mark.parametrize(
     "settings",
     [{"snapshots": 0}, {"steps": 0}, {"learning_rate": 0.0}, {"temperature": 0.0}, {"cutoff": 1.0},
-     {"consistency": -1.0}, {"next_task_from": "both"},
+     {"consistency": -1.0}, {"per": "layer"}, {"next_task_from": "both"},
      {"alignment": 0.0, "consistency": 0.0, "responsiveness": 0.0}],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(settings):
@@ -237,3 +259,21 @@ def test_a_run_killed_between_two_snapshots_ends_with_the_same_numbers(tmp_path,
     straight, wanted, again, found = straight_and_killed(CONFIG, tmp_path, monkeypatch, 11, dies)
     assert comparable(found) == comparable(wanted)
     assert leaves_equal(again.params, straight.params)
+
+
+def test_data_and_snapshots_that_do_not_fit_give_the_same_numbers(tmp_path, monkeypatch):
+    """Streamed inputs, snapshots that the host keeps, and a run that is killed between two."""
+    pytest.importorskip("grain")
+    config = dataclasses.replace(CONFIG, num_tasks=2, rule_settings="snapshots=3,steps=5")
+    learner, wanted, given = collected(config, monkeypatch)
+    small = dataclasses.replace(config, resident_mb=0.01)
+    other, found, spilled = collected(small, monkeypatch)
+    assert all(isinstance(x, np.ndarray) for x in spilled[1][2].trajectory.values())
+    assert leaves_equal(spilled[1][2].trajectory, given[1][2].trajectory)
+    assert comparable(found) == comparable(wanted) and leaves_equal(other.params, learner.params)
+
+    def dies(learner, step, tree):
+        return "trajectory" in tree and step > learner._bounds[1]
+
+    _, _, again, after = straight_and_killed(small, tmp_path, monkeypatch, 11, dies)
+    assert comparable(after) == comparable(wanted) and leaves_equal(again.params, learner.params)

@@ -84,7 +84,7 @@ class Workload:
 
         def call():
             nonlocal state
-            merged, state, _ = self.run.merge(state, self.params, self.trained, evidence)
+            state, merged, _ = self.run.merge(state, self.params, self.trained, evidence)
             return merged
 
         return call

@@ -52,7 +52,7 @@ def placed(config: Config, stream: TaskStream, split: TaskIndices) -> DeviceData
         >>> type(placed(Config(), stream, stream.train)).__name__
         'DeviceData'
     """
-    budget = 1e6 * config.resident_mb or _half_of_memory()
+    budget = resident_bytes(config)
     if stream.inputs.nbytes <= budget:
         return DeviceData.of(stream, split)
     try:
@@ -67,10 +67,22 @@ def placed(config: Config, stream: TaskStream, split: TaskIndices) -> DeviceData
     return HostData(stream.inputs, rest, budget / WINDOWS_IN_MEMORY)
 
 
-def _half_of_memory() -> float:
-    """Of the device, in bytes; of a CPU, which does not say, all there is."""
+def resident_bytes(config: Config) -> float:
+    """How much of one kind a run keeps on the device.
+
+    Args:
+        config: settings.
+
+    Returns:
+        `resident_mb` in bytes; half of the device's memory by default, and no bound for a CPU,
+        which does not say what it has.
+
+    Example:
+        >>> resident_bytes(Config(resident_mb=2))
+        2000000.0
+    """
     statistics = jax.local_devices()[0].memory_stats() or {}
-    return statistics.get("bytes_limit", float("inf")) / 2
+    return 1e6 * config.resident_mb or statistics.get("bytes_limit", float("inf")) / 2
 
 
 def of_split(

@@ -301,8 +301,8 @@ class Learner:
         self._trajectory = None
         self._records.time("curvature", clock)
         clock = time.perf_counter()
-        self.params, self._rule_state, info = run.merge(self._rule_state, start, trained, evidence)
-        jax.block_until_ready(self.params)
+        self._rule_state, leaves, info = run.merge(self._rule_state, start, trained, evidence)
+        self.params = jax.block_until_ready(trees.replace(trained, leaves))
         self._records.time("merge", clock)
         if self._rule.absorb:
             clock = time.perf_counter()

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pm_jax import gradient_projection, trees
-from pm_jax.continual import evaluation, training
+from pm_jax.continual import evaluation, feed, training
 from pm_jax.continual.config import Config
 from pm_jax.continual.evidence import dense_layers_of, evidence_fn
 from pm_jax.continual.image_transforms import check_images, evaluation_transform
@@ -34,8 +34,8 @@ class Programs(NamedTuple):
         merging: paths of the leaves that merge.
         adapted: those of them that have adapters, from the second task on at the latest.
         measure: see `evidence_fn`.
-        merge: `merge(rule_state, previous, trained, evidence) -> (params, rule_state, info)` on
-            full parameter trees.
+        merge: `merge(rule_state, previous, trained, evidence) -> (rule_state, leaves, info)`, from
+            full parameter trees to the merged leaves.
         trained: `trained(start, trainable) -> params`.
         accuracy: see `evaluation.accuracy_fn`.
         mean_loss: see `evaluation.mean_loss_fn`.
@@ -53,7 +53,7 @@ class Programs(NamedTuple):
     merging: tuple[str, ...]
     adapted: tuple[str, ...]
     measure: Callable[..., Any]
-    merge: Callable[..., tuple[Params, PyTree, MergeInfo]]
+    merge: Callable[..., tuple[PyTree, Params, MergeInfo]]
     trained: Callable[..., Params]
     accuracy: Callable[..., Array]
     mean_loss: Callable[..., Array]
@@ -237,7 +237,8 @@ def programs(
     model, later = shared.model, shared.partition
     dense_layers = dense_layers_of(model, _blank(config, input_shape))
 
-    # The rule's state is replaced, so its buffers are donated.
+    # The rule's state is replaced, so its buffers are donated. It comes first: donated buffers go
+    # to the first results of their shape, and to another leaf than their own only by a copy.
     @functools.partial(jax.jit, donate_argnums=0)
     def merge(rule_state, previous, trained, evidence):
         leaves, rule_state, info = rule.update(
@@ -246,7 +247,7 @@ def programs(
             trained=trees.select(trained, later.merging),
             evidence=evidence,
         )
-        return trees.replace(trained, leaves), rule_state, info
+        return rule_state, leaves, info
 
     @functools.partial(jax.jit, donate_argnums=0)
     def absorb(rule_state, merged, objective, evidence):
@@ -271,6 +272,6 @@ def programs(
         gradient_norm=jax.jit(
             lambda objective, params: objective.gradient_norm(trees.select(params, later.merging))
         ),
-        snapshots=Snapshots(rule.snapshots, later.merging),
+        snapshots=Snapshots(rule.snapshots, later.merging, feed.resident_bytes(config)),
         absorb=absorb,
     )

@@ -197,7 +197,8 @@ class Settings:
     resident_mb: float = _option(
         0.0,
         "Inputs of more than so many MB stay in the host's memory and are streamed, with the same "
-        "numbers; 0 for half of the device's memory and, on a CPU, no bound.",
+        "numbers; so do snapshots of training until the merge. 0 for half of the device's memory "
+        "and, on a CPU, no bound.",
         identity=False,
     )
     evaluation_resize: float = _option(

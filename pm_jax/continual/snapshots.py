@@ -1,6 +1,7 @@
 """Copies of the merging leaves along the training of a task, for the rules that ask for them."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,10 @@ class Snapshots:
     Args:
         fractions: K numbers in [0, 1].
         merging: paths of the leaves.
+        resident_bytes: what of them may be on the device; more than that is kept by the host.
 
     Example:
-        >>> snapshots = Snapshots((0.5, 1.0), ("w",))
+        >>> snapshots = Snapshots((0.5, 1.0), ("w",), resident_bytes=1e6)
         >>> start = {"w": jnp.zeros(1)}
         >>> cuts = snapshots.steps(7)
         >>> trainable = Trainable({}, {"w": jnp.ones(1)}, {})
@@ -28,32 +30,45 @@ class Snapshots:
         ((4, 7), [[0.0], [1.0]])
     """
 
-    def __init__(self, fractions: tuple[float, ...], merging: tuple[str, ...]):
-        self._fractions, self._merging = fractions, merging
+    def __init__(
+        self, fractions: tuple[float, ...], merging: tuple[str, ...], resident_bytes: float
+    ):
+        self._fractions, self._merging, self._budget = fractions, merging, resident_bytes
 
     def steps(self, total: int) -> tuple[int, ...]:
         """After how many of a task's steps each snapshot is taken."""
         return tuple(snapshot_step(fraction, total) for fraction in self._fractions)
 
-    def blank(self, params: Params) -> dict[str, Array] | None:
+    def blank(self, params: Params) -> dict[str, Any] | None:
         """Stacked leaves [K, ...] to be filled; `None` where nothing is to be taken."""
         if not self._fractions:
             return None
-        return {
-            path: jnp.zeros((len(self._fractions), *leaf.shape), trees.compute_dtype(leaf))
-            for path, leaf in trees.select(params, self._merging).items()
+        selected = trees.select(params, self._merging)
+        shapes = {
+            path: jax.ShapeDtypeStruct(
+                (len(self._fractions), *leaf.shape), trees.compute_dtype(leaf)
+            )
+            for path, leaf in selected.items()
         }
+        nbytes = sum(shape.size * shape.dtype.itemsize for shape in shapes.values())
+        zeros = jnp.zeros if nbytes <= self._budget else np.zeros
+        return {path: zeros(shape.shape, shape.dtype) for path, shape in shapes.items()}
 
     def taken(
         self,
-        trajectory: dict[str, Array] | None,
+        trajectory: dict[str, Any] | None,
         cuts: tuple[int, ...],
         step: int,
         start: Params,
         trainable: Trainable,
-    ) -> dict[str, Array] | None:
+    ) -> dict[str, Any] | None:
         """The trajectory with the snapshots that are due after a step; the old one is donated."""
-        if step not in cuts:
+        if trajectory is None or step not in cuts:
+            return trajectory
+        if isinstance(next(iter(trajectory.values())), np.ndarray):
+            found = jax.device_get(_selected(start, trainable, tuple(trajectory)))
+            for path, stack in trajectory.items():
+                stack[np.asarray(cuts) == step] = found[path]
             return trajectory
         return _filled(trajectory, np.asarray(cuts) == step, start, trainable)
 
@@ -77,8 +92,13 @@ def snapshot_step(fraction: float, total: int) -> int:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _filled(trajectory, due: Array, start: Params, trainable: Trainable) -> dict[str, Array]:
-    leaves = trees.select(trained_params(start, trainable), tuple(trajectory))
+    leaves = _selected(start, trainable, tuple(trajectory))
     return {
         path: jnp.where(due.reshape(-1, *[1] * leaf.ndim), leaf[None], trajectory[path])
         for path, leaf in leaves.items()
     }
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _selected(start: Params, trainable: Trainable, paths: tuple[str, ...]) -> Params:
+    return trees.select(trained_params(start, trainable), paths)

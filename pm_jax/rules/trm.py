@@ -44,6 +44,7 @@ class _Settings(NamedTuple):
     responsiveness: float
     temperature: float
     cutoff: float
+    per: str
 
 
 def trm(
@@ -57,6 +58,7 @@ def trm(
     temperature: float = 2.0,
     history: bool = True,
     cutoff: float = 1e-4,
+    per: str = "model",
     next_task_from: str = "merged",
 ) -> MergeRule:
     """TRM (reconstructed from the abstract): optimise the merged model in a trajectory subspace.
@@ -71,14 +73,15 @@ def trm(
         L_resp   max(0, 1 - g(c) / g_ref)^2, g the norm of the gradient of L_align at theta(c),
                  g_ref the same at the onset of the task
 
-    with one c for the whole model. Adam goes from theta_hat_{t-1} + Delta_t / t through the batches
-    of `Evidence.objective` in turn. The first task is kept as trained: there is nothing to merge it
-    with. Should the end not be finite, the start of the search is taken.
+    with one c for the whole model, or one for each tensor. Adam goes from
+    theta_hat_{t-1} + Delta_t / t through the batches of `Evidence.objective` in turn. The first
+    task is kept as trained: there is nothing to merge it with. Should the end not be finite, the
+    start of the search is taken.
 
     Args:
         snapshots: K, at least 1; the last one is the trained model.
         steps: of Adam.
-        learning_rate: of Adam on c, in units of `||Delta_t||`.
+        learning_rate: of Adam on c, in units of `||Delta_t||`, of the model or of the tensor.
         alignment: weight of L_align; 0 leaves the loss out, as do the next two.
         consistency: lam_c.
         responsiveness: lam_g.
@@ -86,12 +89,14 @@ def trm(
         history: whether `theta_hat_{t-1} - theta_0` belongs to the subspace.
         cutoff: eigenvalues of the unit directions' Gram matrix below this share of the largest
             are left out, in (0, 1).
+        per: "model" for one c, "tensor" for one in each tensor's own subspace.
         next_task_from: "merged" or, as an ablation, "trained".
 
     Returns:
         A `MergeRule` that needs `trajectory`, `objective` and `onset_gradient_norm`. Its alpha is
         the merged displacement's share along Delta_t; `figures` has the three losses and the
-        gradient norm before (at the start of the search) and after, over all batches.
+        gradient norm before (at the start of the search) and after, over all batches, and the
+        subspace's rank, the mean over tensors where each has its own.
 
     Raises:
         ValueError: a setting out of range.
@@ -104,7 +109,7 @@ def trm(
         (0.5, 1.0)
     """
     settings = _Settings(
-        steps, learning_rate, alignment, consistency, responsiveness, temperature, cutoff
+        steps, learning_rate, alignment, consistency, responsiveness, temperature, cutoff, per
     )
     _check(settings, snapshots, next_task_from)
 
@@ -145,7 +150,7 @@ def trm(
 
 
 class _Found(NamedTuple):
-    weights: Array  # of the directions
+    weights: Array  # of the directions, [1 or tensors, directions]
     share: Array  # of the displacement along Delta
     degenerate: Array
     figures: dict[str, Array]
@@ -163,8 +168,15 @@ def _search(
 ) -> _Found:
     """The best point of the subspace; `last` is the place of Delta among the directions."""
     products = subspaces.gram(directions)
-    coordinates = subspaces.orthonormal_coordinates(products, settings.cutoff)
-    length = trees.safe_sqrt(products[last, last])
+    if settings.per == "model":
+        products = jnp.sum(products, axis=0, keepdims=True)
+    coordinates = jax.vmap(
+        functools.partial(subspaces.orthonormal_coordinates, cutoff=settings.cutoff)
+    )(products)
+    lengths = trees.safe_sqrt(products[:, last, last])[:, None]
+
+    def weights_at(steps_of_length: Array) -> Array:
+        return jnp.einsum("gkj,gj->gk", coordinates, lengths * steps_of_length, precision="highest")
 
     def point(weights: Array) -> Params:
         return task_vectors.apply(
@@ -173,7 +185,8 @@ def _search(
         )
 
     def of_the_old_model(number: Array) -> Array:
-        logits = objective.logits(point(jnp.zeros(len(products))), objective.batch(number).inputs)
+        leaves = point(jnp.zeros(products.shape[:2]))
+        logits = objective.logits(leaves, objective.batch(number).inputs)
         return objective.old_log_probabilities(logits, settings.temperature)
 
     batches = objective.batches.labels.shape[0]
@@ -195,7 +208,7 @@ def _search(
         return jnp.stack([alignment, consistency, jnp.where(known, lack**2, 0.0), norm])
 
     def total(steps_of_length: Array, number: Array) -> Array:
-        found = losses_on(number, coordinates @ (length * steps_of_length))
+        found = losses_on(number, weights_at(steps_of_length))
         terms = zip(settings[2:5], found, strict=False)
         # A loss without weight is not differentiated.
         return sum((weight * value for weight, value in terms if weight), start=jnp.zeros(()))
@@ -208,13 +221,14 @@ def _search(
         updates, state = adam.update(slope, state, place)
         return optax.apply_updates(place, updates), state
 
-    beginning = coordinates.T @ products[:, last] / (jnp.maximum(length, 1e-30) * tasks)
+    to_delta = jnp.einsum("gkj,gk->gj", coordinates, products[:, :, last], precision="highest")
+    beginning = to_delta / (jnp.maximum(lengths, 1e-30) * tasks)
     # There is nothing to search for at the first task.
     steps = jnp.where(tasks > 1, settings.steps, 0)
     end, _ = jax.lax.fori_loop(0, steps, step, (beginning, adam.init(beginning)))
     sound = jnp.isfinite(end).all()
     end = jnp.where(sound, end, beginning)
-    before, after = (coordinates @ (length * place) for place in (beginning, end))
+    before, after = (weights_at(place) for place in (beginning, end))
     values = jax.lax.map(
         lambda weights: objective.mean_over_batches(functools.partial(losses_on, weights=weights)),
         jnp.stack([before, after]),
@@ -224,8 +238,10 @@ def _search(
         for place, name in enumerate(LOSSES)
         for when, found in zip(("before", "after"), values, strict=True)
     }
-    figures["subspace_rank"] = jnp.sum(jnp.any(coordinates != 0, axis=0)).astype(jnp.float32)
-    share = products[last] @ after / jnp.maximum(products[last, last], 1e-30)
+    ranks = jnp.sum(jnp.any(coordinates != 0, axis=1), axis=1)
+    figures["subspace_rank"] = jnp.mean(ranks.astype(jnp.float32))
+    along, whole = jnp.sum(products[:, last] * after), jnp.sum(products[:, last, last])
+    share = along / jnp.maximum(whole, 1e-30)
     return _Found(after, share, (~sound).astype(jnp.float32), figures)
 
 
@@ -240,5 +256,6 @@ def _check(settings: _Settings, snapshots: int, next_task_from: str) -> None:
     some = any(values[name] for name in LOSSES[:3])
     require("alignment", settings.alignment, some, "above 0 where no other loss has weight")
     require("cutoff", settings.cutoff, 0 < settings.cutoff < 1, "in (0, 1)")
-    if next_task_from not in ("merged", "trained"):
-        raise ValueError(f"next_task_from={next_task_from}: must be merged or trained")
+    require("per", settings.per, settings.per in ("model", "tensor"), "model or tensor")
+    starts = ("merged", "trained")
+    require("next_task_from", next_task_from, next_task_from in starts, "merged or trained")

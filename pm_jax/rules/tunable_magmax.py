@@ -1,7 +1,8 @@
 """Tunable MAGMAX: MagMax with a chosen share of entries for every task."""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,13 +87,30 @@ def tunable_magmax(
             owners = assigned(key, stacked, jnp.asarray(table, jnp.int32)[tasks - 1])
             return _entries_of(stacked, owners)
 
-        chosen = jax.tree.map(leaf, trees.leaf_keys(key_of(evidence), own), every)
+        chosen = _map_by_shape(leaf, trees.leaf_keys(key_of(evidence), own), every)
         # A traced count cannot raise.
         factor = jnp.where(tasks <= max_tasks, scale, jnp.nan)
         merged = task_vectors.apply(state.origin, chosen, factor)
         return merged, TunableMagmaxState(tasks, state.origin, every), MergeInfo.of(factor)
 
     return MergeRule(init, update, frozenset({"key"}), next_task_from="trained", scope="tensor")
+
+
+def _map_by_shape(function: Callable[..., Array], keys: PyTree, tree: PyTree) -> PyTree:
+    """`function(key, leaf)` over a tree, compiled once for each shape.
+
+    A transformer has a hundred leaves of a dozen shapes, and the function compiles for seconds.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    alike: dict[Any, list[int]] = {}
+    for number, leaf in enumerate(leaves):
+        alike.setdefault((leaf.shape, leaf.dtype), []).append(number)
+    of_leaves, found = jax.tree.leaves(keys), dict[int, Array]()
+    for group in alike.values():
+        stacked = (jnp.stack([of_leaves[n] for n in group]), jnp.stack([leaves[n] for n in group]))
+        results = jax.lax.map(lambda pair: function(*pair), stacked)
+        found.update(zip(group, results, strict=True))
+    return jax.tree.unflatten(structure, [found[number] for number in range(len(leaves))])
 
 
 def _weights_by_task(preference: tuple[float, ...], max_tasks: int) -> np.ndarray:

@@ -1,0 +1,93 @@
+"""Time and memory of one merge by every rule that looks at the models only, at ViT-B/16's size.
+
+python -m experiments.benchmarks.merge_rules
+
+Merging the third of three models of random numbers, by the compiled update of the rule, as in a
+run. Memory is what the compiled program needs beyond the two models, the evidence and the state
+that it is given, counted in models.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+
+from pm_jax import rules
+from pm_jax.continual import Config
+from pm_jax.continual.programs import parameter_shapes
+from pm_jax.quadratics import DiagonalQuadratic
+from pm_jax.rules import Evidence, MergeRule
+from pm_jax.types import Params
+
+flags.DEFINE_string("benchmark_model", "vit_base_patch16", "Model whose parameters are merged.")
+flags.DEFINE_list("benchmark_rules", [], "Rules; all that need no more than models by default.")
+
+GIVEN = frozenset({"quadratic", "curvature_error", "key"})
+TASKS = 3
+
+
+def without_training(rule: MergeRule) -> bool:
+    """Whether two models and curvature are all that a rule looks at."""
+    return rule.needs <= GIVEN and not rule.hook and not rule.analysis_only
+
+
+def measure(rule: MergeRule, shapes: Params) -> tuple[float, float, float]:
+    """Seconds of the last merge, and bytes of its memory and of the state."""
+
+    def model(number: int, positive: bool = False) -> Params:
+        leaves, structure = jax.tree.flatten(shapes)
+        keys = jax.random.split(jax.random.key(number), len(leaves))
+        values = [
+            jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)
+        ]
+        return jax.tree.unflatten(structure, map(jnp.abs, values) if positive else values)
+
+    def evidence(trained: Params, task: int) -> Evidence:
+        quadratic = None
+        if "quadratic" in rule.needs:
+            quadratic = DiagonalQuadratic.at(trained, model(100 + task, positive=True))
+        return Evidence(quadratic, jnp.zeros(()), jax.random.key(task))
+
+    def merge(state, previous, trained, found):
+        merged, state, info = rule.update(state, previous=previous, trained=trained, evidence=found)
+        return state, merged, info
+
+    previous = model(0)
+    state = rule.init(jax.tree.map(jnp.copy, previous))
+    update = jax.jit(merge, donate_argnums=0)
+    seconds = nbytes = 0.0
+    for task in range(TASKS):
+        trained = model(task + 1)
+        found = jax.block_until_ready(evidence(trained, task))
+        if not task:
+            program = update.lower(state, previous, trained, found).compile()
+            sizes: Any = program.memory_analysis()
+            nbytes = sizes.temp_size_in_bytes + sizes.output_size_in_bytes
+            nbytes -= sizes.alias_size_in_bytes
+        clock = time.perf_counter()
+        state, previous, _ = jax.block_until_ready(update(state, previous, trained, found))
+        seconds = time.perf_counter() - clock
+    return seconds, nbytes, float(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print the table."""
+    del argv
+    size = 32 if flags.FLAGS.benchmark_model == "vit_tiny_patch16" else 224
+    config = Config(model=flags.FLAGS.benchmark_model, image_size=size)
+    shapes = parameter_shapes(config, 100, (size, size, 3))
+    whole = float(sum(4 * leaf.size for leaf in jax.tree.leaves(shapes)))
+    print(f"{config.model}, {whole / 1e6:.0f} MB, on {jax.devices()[0].device_kind}")
+    print(f"{'rule':20}  {'seconds':>7}  {'memory, models':>14}  {'state, models':>13}")
+    for name in flags.FLAGS.benchmark_rules or rules.REGISTRY:
+        rule = rules.make(name, max_tasks=TASKS)
+        if without_training(rule):
+            seconds, memory, state = measure(rule, shapes)
+            print(f"{name:20}  {seconds:7.2f}  {memory / whole:14.2f}  {state / whole:13.2f}")
+
+
+if __name__ == "__main__":
+    app.run(main)
