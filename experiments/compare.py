@@ -45,10 +45,15 @@ def main(argv: Sequence[str]) -> None:
         base = experiment_flags.config_from_flags()
         configs = configurations(base, values.rules)
         experiment_flags.check_run_flags()
-        if not values.workdir:
-            raise InvalidInput("workdir=: needs a directory, as --workdir=runs/rules")
         for config in dict.fromkeys(each.without_merging() for each in configs.values()):
             describe(config, values.seeds[0])
+        if values.dry_run:
+            print(describe(base, values.seeds[0]))
+            for label, config in configs.items():
+                print(f"{label}: {_changes(base, config) or 'as above'}")
+            return
+        if not values.workdir:
+            raise InvalidInput("workdir=: needs a directory, as --workdir=runs/rules")
         workdir = Path(values.workdir)
         results = run_rules(
             configs,
@@ -96,6 +101,12 @@ def configurations(base: Config, names: Sequence[str]) -> dict[str, Config]:
         except InvalidInput as error:
             raise InvalidInput(f"rules={label}: {error}") from None
     return configs
+
+
+def _changes(base: Config, config: Config) -> str:
+    """The settings of a rule's run that are not those of the flags."""
+    before, after = dataclasses.asdict(base), dataclasses.asdict(config)
+    return ", ".join(f"{name}={after[name]}" for name in before if after[name] != before[name])
 
 
 def _settings_of(rule: str, pairs: Sequence[str]) -> dict[str, Any]:

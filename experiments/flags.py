@@ -103,6 +103,9 @@ def define_run_flags() -> None:
         "Steps between checkpoints within a task; 0 for task boundaries only.",
     )
     flags.DEFINE_boolean("tensorboard", False, "Write TensorBoard events beside the other logs.")
+    flags.DEFINE_boolean(
+        "dry_run", False, "Print the resolved settings and parameter counts; stop."
+    )
 
 
 def check_run_flags() -> None:

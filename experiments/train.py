@@ -20,7 +20,6 @@ experiment_flags.define_run_flags()
 flags.DEFINE_boolean(
     "keep_task_models", False, "Keep the models that are merged, for experiments.merge --run."
 )
-flags.DEFINE_boolean("dry_run", False, "Print the resolved settings and parameter counts; stop.")
 flags.adopt_module_key_flags(experiment_flags)  # --help lists them
 
 

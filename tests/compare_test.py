@@ -106,6 +106,14 @@ def test_rules_have_settings_of_their_own_and_all_is_each_once():
     assert found["averaging"].epochs == 2 and found["averaging"].rule_settings == ""
 
 
+def test_a_dry_run_says_what_would_run_and_trains_nothing(capsys, learners):
+    run("--dry_run", "--rules=perturb_and_merge,ties+keep=0.1", *TINY)
+    *_, first, second = capsys.readouterr().out.splitlines()
+    assert first == "perturb_and_merge: as above"
+    assert second == "ties+keep=0.1: perturbation=none, rule=ties, rule_settings=keep=0.1"
+    assert not learners
+
+
 def test_without_matplotlib_one_line_says_so(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     run(f"--workdir={tmp_path}", "--rules=sequential", *TINY)

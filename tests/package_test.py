@@ -81,7 +81,7 @@ def test_a_benchmark_without_the_peer_is_one_line():
 def test_the_grid_study_runs_small(tmp_path):
     command = [
         *(sys.executable, "-m", "experiments.studies.ablation", f"--workdir={tmp_path}"),
-        *("--seeds=0", "--learning_rates=0.001", "--grid_epochs=1", "--arms=averaging,sequential"),
+        *("--seeds=0", "--learning_rates=0.001", "--grid_epochs=1", "--arms=joint,sequential"),
         *("--num_tasks=2", "--first_task_epochs=1", "--hidden_sizes=4"),
     ]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

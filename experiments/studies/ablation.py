@@ -9,6 +9,7 @@ python -m experiments.studies.ablation --workdir=runs/digits_grid_classes --grid
     --scenario=class_incremental
 python -m experiments.studies.ablation --workdir=runs/clinc150 --preset=clinc150_10_minilm_study \
     --data_dir=DIR --pretrained=DIR/model.safetensors
+python -m experiments.studies.ablation --workdir=runs/digits_grid --grid_epochs=1,3,9 --arms=all
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments import flags as experiment_flags
+from pm_jax import rules
 from pm_jax.continual import Config
 from pm_jax.continual.run import run_seeds, table
 from pm_jax.types import InvalidInput
@@ -36,7 +38,13 @@ ARMS: dict[str, dict[str, Any]] = {
     "perturb and merge per example": {"perturb_per": "example"},
     "perturb and merge with exact Fisher": {"curvature": "fisher_exact"},
 }
+"""Those of the perturbation and the coefficient; every other rule, not perturbed, is an arm too."""
 DEFAULT_ARMS = [arm for arm in ARMS if "Gaussian" not in arm and "per example" not in arm]
+ARMS |= {
+    rule: {"rule": rule, "perturbation": "none"}
+    for rule in rules.REGISTRY
+    if rule not in (*ARMS, "perturb_and_merge")
+}
 
 experiment_flags.define_config_flags()
 experiment_flags.define_tuple("seeds", (0, 1, 2), "One run per seed.")
@@ -45,7 +53,7 @@ experiment_flags.define_tuple("learning_rates", (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), 
 experiment_flags.define_tuple(
     "grid_epochs", (), "Epochs a task, of the grid; empty for --epochs.", int
 )
-flags.DEFINE_list("arms", DEFAULT_ARMS, f"Arms to run, of {', '.join(ARMS)}.")
+flags.DEFINE_list("arms", DEFAULT_ARMS, f"Arms to run, of {', '.join(ARMS)}; or all.")
 flags.DEFINE_string("workdir", "runs/ablation", "Where the runs go; finished ones are kept.")
 
 
@@ -53,7 +61,7 @@ def alphas(directory: Path) -> str:
     """Merge coefficients of the tasks, mean over the seeds in a work directory."""
     results = [json.loads(path.read_text()) for path in directory.glob("seed_*/results.json")]
     found = [[merge["alpha"] for merge in result["merges"]] for result in results]
-    return " ".join(f"{value:.2f}" for value in np.mean(found, axis=0))
+    return " ".join(f"{value:.2f}" for value in np.mean(np.asarray(found, float), axis=0))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -62,10 +70,11 @@ def main(argv: Sequence[str]) -> None:
     values = flags.FLAGS
     try:
         base = experiment_flags.config_from_flags()
-        for arm in values.arms:
+        arms = [arm for name in values.arms for arm in (ARMS if name == "all" else [name])]
+        for arm in arms:
             if arm not in ARMS:
-                raise InvalidInput(f"arms={arm}: must be one of {', '.join(ARMS)}")
-        configs = {arm: dataclasses.replace(base, **ARMS[arm]) for arm in values.arms}
+                raise InvalidInput(f"arms={arm}: must be one of {', '.join(ARMS)}, or all")
+        configs = {arm: dataclasses.replace(base, **ARMS[arm]) for arm in arms}
         _study(configs, Path(values.workdir))
     except InvalidInput as error:
         experiment_flags.fail(str(error))

@@ -156,6 +156,99 @@ class _Found(NamedTuple):
     figures: dict[str, Array]
 
 
+class _Subspace(NamedTuple):
+    """Combinations of K displacements, of the whole model (G = 1) or tensor by tensor."""
+
+    base: Params
+    directions: PyTree  # [K, ...], Delta at `last`
+    last: int
+    products: Array  # Gram matrices [G, K, K]
+    coordinates: Array  # [G, K, K], how to combine the displacements to orthonormal ones
+    lengths: Array  # of Delta, [G, 1]: the unit of a place
+
+    @classmethod
+    def of(cls, settings: _Settings, last: int, base: Params, directions: PyTree) -> "_Subspace":
+        products = subspaces.gram(directions)
+        if settings.per == "model":
+            products = jnp.sum(products, axis=0, keepdims=True)
+        coordinates = jax.vmap(
+            functools.partial(subspaces.orthonormal_coordinates, cutoff=settings.cutoff)
+        )(products)
+        lengths = trees.safe_sqrt(products[:, last, last])[:, None]
+        base = jax.tree.map(lambda leaf: leaf.astype(trees.compute_dtype(leaf)), base)
+        return cls(base, directions, last, products, coordinates, lengths)
+
+    def delta(self) -> Array:
+        """The place of Delta, [G, K]."""
+        along = self.products[:, :, self.last]
+        along = jnp.einsum("gkj,gk->gj", self.coordinates, along, precision="highest")
+        return along / jnp.maximum(self.lengths, 1e-30)
+
+    def weights(self, place: Array) -> Array:
+        """Of the displacements at a place, [G, K]."""
+        steps = self.lengths * place
+        return jnp.einsum("gkj,gj->gk", self.coordinates, steps, precision="highest")
+
+    def point(self, weights: Array) -> Params:
+        """The model that the weights stand for."""
+        return task_vectors.apply(self.base, subspaces.combination(self.directions, weights))
+
+    def share(self, weights: Array) -> Array:
+        """How far along Delta the weights lead, 1 for Delta itself."""
+        along = jnp.sum(self.products[:, self.last] * weights)
+        return along / jnp.maximum(jnp.sum(self.products[:, self.last, self.last]), 1e-30)
+
+    def rank(self) -> Array:
+        """Dimensions, the mean over tensors where each has its own."""
+        return jnp.mean(jnp.sum(jnp.any(self.coordinates != 0, axis=1), axis=1, dtype=jnp.float32))
+
+
+class _Losses(NamedTuple):
+    """The three losses on a batch, and the gradient norm, in the order of `LOSSES`."""
+
+    settings: _Settings
+    objective: Objective
+    reference: Array  # gradient norm at the onset of the task
+    old: Array  # log-probabilities of the old model [batches, N, C]
+
+    @classmethod
+    def of(
+        cls, settings: _Settings, objective: Objective, reference: Array, old: Params
+    ) -> "_Losses":
+        def of_the_old_model(number: Array) -> Array:
+            logits = objective.logits(old, objective.batch(number).inputs)
+            return objective.old_log_probabilities(logits, settings.temperature)
+
+        numbers = jnp.arange(objective.batches.labels.shape[0])
+        return cls(settings, objective, reference, jax.lax.map(of_the_old_model, numbers))
+
+    def on(self, number: Array, leaves: Params) -> Array:
+        """[4]."""
+        batch = self.objective.batch(number)
+        (alignment, logits), slope = jax.value_and_grad(self.objective.loss, has_aux=True)(
+            leaves, batch
+        )
+        norm, known = trees.norm(slope), self.reference > 0
+        lack = jnp.maximum(0.0, 1 - norm / jnp.where(known, self.reference, 1.0))
+        old = self.old[number % len(self.old)]
+        new = self.objective.old_log_probabilities(logits, self.settings.temperature)
+        divergence = jnp.sum(jnp.exp(old) * (old - new), axis=-1)
+        own = losses.weights_of(batch)
+        consistency = jnp.sum(own * divergence) / jnp.maximum(jnp.sum(own), 1.0)
+        consistency *= self.settings.temperature**2
+        return jnp.stack([alignment, consistency, jnp.where(known, lack**2, 0.0), norm])
+
+    def total(self, number: Array, leaves: Params) -> Array:
+        """J; a loss without weight is not differentiated."""
+        weights = (
+            self.settings.alignment,
+            self.settings.consistency,
+            self.settings.responsiveness,
+        )
+        terms = zip(weights, self.on(number, leaves), strict=False)
+        return sum((weight * value for weight, value in terms if weight), start=jnp.zeros(()))
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _search(
     settings: _Settings,
@@ -167,70 +260,30 @@ def _search(
     reference: Array,
 ) -> _Found:
     """The best point of the subspace; `last` is the place of Delta among the directions."""
-    products = subspaces.gram(directions)
-    if settings.per == "model":
-        products = jnp.sum(products, axis=0, keepdims=True)
-    coordinates = jax.vmap(
-        functools.partial(subspaces.orthonormal_coordinates, cutoff=settings.cutoff)
-    )(products)
-    lengths = trees.safe_sqrt(products[:, last, last])[:, None]
-
-    def weights_at(steps_of_length: Array) -> Array:
-        return jnp.einsum("gkj,gj->gk", coordinates, lengths * steps_of_length, precision="highest")
-
-    def point(weights: Array) -> Params:
-        return task_vectors.apply(
-            jax.tree.map(lambda leaf: leaf.astype(trees.compute_dtype(leaf)), previous),
-            subspaces.combination(directions, weights),
-        )
-
-    def of_the_old_model(number: Array) -> Array:
-        leaves = point(jnp.zeros(products.shape[:2]))
-        logits = objective.logits(leaves, objective.batch(number).inputs)
-        return objective.old_log_probabilities(logits, settings.temperature)
-
-    batches = objective.batches.labels.shape[0]
-    old_log_probabilities = jax.lax.map(of_the_old_model, jnp.arange(batches))
-
-    def losses_on(number: Array, weights: Array) -> Array:
-        """[4], as in `LOSSES`."""
-        batch, leaves = objective.batch(number), point(weights)
-        (alignment, logits), slope = jax.value_and_grad(objective.loss, has_aux=True)(leaves, batch)
-        norm = trees.norm(slope)
-        known = reference > 0
-        lack = jnp.maximum(0.0, 1 - norm / jnp.where(known, reference, 1.0))
-        old = old_log_probabilities[number % batches]
-        new = objective.old_log_probabilities(logits, settings.temperature)
-        divergence = jnp.sum(jnp.exp(old) * (old - new), axis=-1)
-        own = losses.weights_of(batch)
-        consistency = jnp.sum(own * divergence) / jnp.maximum(jnp.sum(own), 1.0)
-        consistency *= settings.temperature**2
-        return jnp.stack([alignment, consistency, jnp.where(known, lack**2, 0.0), norm])
-
-    def total(steps_of_length: Array, number: Array) -> Array:
-        found = losses_on(number, weights_at(steps_of_length))
-        terms = zip(settings[2:5], found, strict=False)
-        # A loss without weight is not differentiated.
-        return sum((weight * value for weight, value in terms if weight), start=jnp.zeros(()))
-
+    space = _Subspace.of(settings, last, previous, directions)
+    nowhere = jnp.zeros(space.products.shape[:2])
+    functions = _Losses.of(settings, objective, reference, space.point(nowhere))
     adam = optax.adam(settings.learning_rate)
 
     def step(number, carry):
         place, state = carry
-        slope = jax.grad(total)(place, number)
+        slope = jax.grad(lambda place: functions.total(number, space.point(space.weights(place))))(
+            place
+        )
         updates, state = adam.update(slope, state, place)
         return optax.apply_updates(place, updates), state
 
-    to_delta = jnp.einsum("gkj,gk->gj", coordinates, products[:, :, last], precision="highest")
-    beginning = to_delta / (jnp.maximum(lengths, 1e-30) * tasks)
+    beginning = space.delta() / tasks
     # There is nothing to search for at the first task.
     steps = jnp.where(tasks > 1, settings.steps, 0)
     end, _ = jax.lax.fori_loop(0, steps, step, (beginning, adam.init(beginning)))
     sound = jnp.isfinite(end).all()
     end = jnp.where(sound, end, beginning)
-    before, after = (weights_at(place) for place in (beginning, end))
+    before, after = space.weights(beginning), space.weights(end)
     values = jax.lax.map(
-        lambda weights: objective.mean_over_batches(functools.partial(losses_on, weights=weights)),
+        lambda weights: objective.mean_over_batches(
+            lambda number: functions.on(number, space.point(weights))
+        ),
         jnp.stack([before, after]),
     )
     figures = {
@@ -238,11 +291,8 @@ def _search(
         for place, name in enumerate(LOSSES)
         for when, found in zip(("before", "after"), values, strict=True)
     }
-    ranks = jnp.sum(jnp.any(coordinates != 0, axis=1), axis=1)
-    figures["subspace_rank"] = jnp.mean(ranks.astype(jnp.float32))
-    along, whole = jnp.sum(products[:, last] * after), jnp.sum(products[:, last, last])
-    share = along / jnp.maximum(whole, 1e-30)
-    return _Found(after, share, (~sound).astype(jnp.float32), figures)
+    figures["subspace_rank"] = space.rank()
+    return _Found(after, space.share(after), (~sound).astype(jnp.float32), figures)
 
 
 def _check(settings: _Settings, snapshots: int, next_task_from: str) -> None:
