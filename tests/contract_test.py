@@ -19,7 +19,6 @@ VARIANTS = {
     "cofima": "cap=0.5",
     "ties": "trim=tensor",
     "dare": "on=ties",
-    "trm": "per=tensor",
 }
 """Settings of registered rules that take other paths than the default ones."""
 
