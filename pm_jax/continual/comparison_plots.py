@@ -76,21 +76,22 @@ def _alpha_of_each_task(axes, results: Results) -> None:
         label: np.asarray([[merge["alpha"] for merge in run["merges"]] for run in runs], np.float64)
         for label, runs in results.items()
     }
-    known = {label: curve for label, curve in curves.items() if np.isfinite(curve).any()}
-    _lines(axes, known, "merge coefficient alpha")
+    _lines(axes, curves, "merge coefficient alpha")
 
 
 def _lines(axes, curves: Mapping[str, np.ndarray], name: str) -> None:
-    """Curves [S, T] with their mean and standard deviation over the seeds."""
+    """Curves [S, T] with their mean and standard deviation over the seeds, if there are any."""
     for number, (label, values) in enumerate(curves.items()):
+        if not np.isfinite(values).any():
+            continue
         tasks = np.arange(1, values.shape[1] + 1) + 0.03 * (number - len(curves) / 2)
         spread = values.std(axis=0, ddof=1) if len(values) > 1 else None
         style = ("-", "--", ":")[number // 10 % 3]
         axes.errorbar(tasks, values.mean(axis=0), spread, label=label, linestyle=style,
-                      marker=".", capsize=2, linewidth=1)  # fmt: skip
+                      color=f"C{number % 10}", marker=".", capsize=2, linewidth=1)  # fmt: skip
     axes.set(xlabel="after task", ylabel=name)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    if curves:
+    if axes.has_data():
         axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
 
 
@@ -121,6 +122,7 @@ def _forgetting_and_learning_accuracy(axes, results: Results) -> None:
             continue
         error = points.std(axis=0, ddof=1) if len(runs) > 1 else (None, None)
         marker = "osD"[number // 10 % 3]
-        axes.errorbar(x, y, error[1], error[0], fmt=marker, label=label, capsize=2)
+        color = f"C{number % 10}"  # the same in every plot
+        axes.errorbar(x, y, error[1], error[0], fmt=marker, color=color, label=label, capsize=2)
         axes.annotate(label, (x, y), textcoords="offset points", xytext=(5, 4), fontsize="small")
     axes.set(xlabel="learning accuracy, %", ylabel="forgetting, %")
