@@ -1,5 +1,15 @@
-import jax
+import os
+import tempfile
+
 import pytest
+
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # Most of the suite's time is compilation, much of it of the same programs in other processes.
+    _cache = tempfile.TemporaryDirectory(prefix="compiled_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+import jax  # noqa: E402  reads the environment
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
