@@ -96,7 +96,16 @@ def test_in_a_run_the_oracle_sees_all_tasks_so_far(streamed):
         resident_mb=0.02 if streamed else BY_CLASS.resident_mb,
     )  # fmt: skip
     learner = Learner(config, 0, quiet=True)
+    run, seen = learner._programs, []
+
+    def merge(state, previous, trained, evidence):
+        weights = evidence.all_objectives.batches.weights
+        seen.append((weights.sum(axis=(1, 2)) > 0).tolist())
+        return run.merge(state, previous, trained, evidence)
+
+    learner._programs = run._replace(merge=merge)
     merges = learner.run()["merges"]
+    assert seen == [[True, False], [True, True]]
     stream, total = learner.stream, 0.0
     for rows, mask in zip(stream.train.rows(), stream.class_masks, strict=True):
         model = config.network(stream.num_classes)

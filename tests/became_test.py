@@ -214,6 +214,20 @@ FULL = dataclasses.replace(
 LORA = dataclasses.replace(VIT, rule="became", perturbation="none", epochs=2, merge_examples=64)
 
 
+def test_the_memory_grows_by_the_threshold_of_each_task():
+    rule = rules.became(threshold=0.5, threshold_growth=0.3)
+    state, merged = rule.init(model(0)), model(1)
+    moments = {"kernel": jnp.diag(jnp.asarray([60.0, 25.0, 15.0]))}
+    for directions in (1, 2, 3):  # 50, 80 and (at most) 99.9 % of 60 + 25 + 15
+        _, state, _ = rule.update(
+            state, previous=merged, trained=merged, evidence=evidence(merged, model(2), merged)
+        )
+        quadratic = DiagonalQuadratic.at(merged, model(3, positive=True))
+        state = rule.absorb(state, Evidence(quadratic, input_moments=moments))
+        held = np.diag(state.projectors["kernel"])
+        np.testing.assert_allclose(held, np.arange(3) < directions, atol=1e-6)
+
+
 @pytest.mark.parametrize("config", [FULL, LORA], ids=["full", "lora"])
 def test_the_projected_stage_leaves_the_memory_alone_and_the_free_stage_does_not(config):
     """Under AdamW with weight decay, which alone would leave the complement."""
@@ -244,6 +258,21 @@ def test_the_projected_stage_leaves_the_memory_alone_and_the_free_stage_does_not
     merge = results["merges"][1]
     assert 0 < merge["alpha"] < 1 and 0 < merge["memory_share"] < 1
     assert results["merges"][0]["alpha"] == 1 and results["merges"][0]["memory_share"] == 0
+    # What it absorbs of a task is the Fisher at the merged model, where it will be asked.
+    last = np.asarray(config.num_tasks - 1, np.int32)
+    at_merged, at_trained = (
+        run.measure(learner._key, where, previous, learner._train, last).quadratic.diagonal
+        for where in (learner.params, given[-1][1])
+    )
+    gained = jax.tree.map(
+        lambda new, old: new - old, learner._rule_state.precision, states[-1].precision
+    )
+    size = max(np.abs(states[-1].precision[path]).max() for path in gained)
+    for path, own in gained.items():
+        # A difference of float32 sums.
+        np.testing.assert_allclose(own, at_merged[path], rtol=1e-5, atol=1e-6 * size)
+    off = max(np.abs(at_trained[path] - own).max() for path, own in gained.items())
+    assert off > 1e-4 * size
     programs.cache_clear()
 
 
