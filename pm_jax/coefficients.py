@@ -1,15 +1,17 @@
 """The merge coefficient: the minimum of a quadratic along the task vector."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
-from pm_jax.quadratics import Quadratic
+from pm_jax.quadratics import DiagonalQuadratic, Quadratic
 from pm_jax.types import Array, Params, PyTree
 
 
 class MergeCoefficient(NamedTuple):
-    """A merge coefficient and how it came about; float32 scalars.
+    """A merge coefficient and how it came about; float32 scalars, or [G] for several groups.
 
     Attributes:
         alpha: the coefficient to use, in [0, 1] if clipped.
@@ -61,7 +63,6 @@ def merge_coefficient(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from pm_jax.quadratics import DiagonalQuadratic
         >>> old = DiagonalQuadratic.at(jnp.zeros(1), diagonal=jnp.asarray([3.0]))
         >>> new = DiagonalQuadratic.at(jnp.ones(1), diagonal=jnp.asarray([1.0]))
         >>> float(merge_coefficient(old + new, jnp.zeros(1), jnp.ones(1), task=2).alpha)
@@ -69,6 +70,70 @@ def merge_coefficient(
     """
     numerator = -quadratic.gradient_along(previous, task_vector)
     denominator = quadratic.curvature_along(task_vector)
+    return _solve(numerator, denominator, task, curvature_error, clip)
+
+
+def merge_coefficients(
+    quadratic: DiagonalQuadratic,
+    previous: Params,
+    task_vector: PyTree,
+    groups: Sequence[int],
+    *,
+    task: Array | int,
+    clip: bool = True,
+) -> MergeCoefficient:
+    """One coefficient for each group of leaves, all minimising the quadratic together.
+
+        argmin_{0 <= a <= 1} Q(previous + sum_g a_g Delta_g),   Delta_g the group's part of Delta
+
+    For diagonal curvature and disjoint groups the Gram matrix is diagonal, so the box's minimum is
+    that of each group by itself, clipped. Where a group has none, its alpha is 1/t.
+
+    Args:
+        quadratic: the sum over all tasks seen, the current one included.
+        previous: `theta_hat_{t-1}`, L leaves.
+        task_vector: Delta, of the same structure.
+        groups: L numbers from 0 to G - 1, the group of each leaf.
+        task: t, counted from 1; an array or an int.
+        clip: restrict each alpha to [0, 1].
+
+    Returns:
+        A `MergeCoefficient` of arrays [G], whose standard error is NaN.
+
+    References:
+        The box problem of Perturb-and-Merge's quadratic, ours
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> old = DiagonalQuadratic.at([jnp.zeros(1)] * 2, [jnp.ones(1), jnp.full(1, 3.0)])
+        >>> new = DiagonalQuadratic.at([jnp.ones(1)] * 2, [jnp.ones(1)] * 2)
+        >>> delta = [jnp.ones(1)] * 2
+        >>> merge_coefficients(old + new, [jnp.zeros(1)] * 2, delta, (0, 1), task=2).alpha.tolist()
+        [0.5, 0.25]
+    """
+    memory = (quadratic.center, quadratic.diagonal, quadratic.gradient)
+    leaves = zip(*map(jax.tree.leaves, (*memory, previous, task_vector)), strict=True)
+    nothing = jnp.zeros(())
+    answers = [
+        (-own.gradient_along(base, delta), own.curvature_along(delta))
+        for center, diagonal, gradient, base, delta in leaves
+        for own in (DiagonalQuadratic(center, diagonal, gradient, nothing),)
+    ]
+    sums = [
+        jax.ops.segment_sum(jnp.stack(values), jnp.asarray(groups), max(groups) + 1)
+        for values in zip(*answers, strict=True)
+    ]
+    return _solve(*sums, task, jnp.nan, clip)
+
+
+def _solve(
+    numerator: Array,
+    denominator: Array,
+    task: Array | int,
+    curvature_error: Array | float,
+    clip: bool,
+) -> MergeCoefficient:
+    """The quotients, entry by entry, and what to do where there is none."""
     task = jnp.asarray(task)
     first = task <= 1
     solvable = jnp.isfinite(numerator) & jnp.isfinite(denominator)

@@ -137,6 +137,18 @@ class DiagonalQuadratic(Quadratic):
             center, self.diagonal, self._gradient_at(center), self.value(center)
         )
 
+    def scaled(self, factor: Array | float) -> DiagonalQuadratic:
+        """This function times a number."""
+        diagonal, gradient = (
+            jax.tree.map(lambda leaf: factor * leaf, tree)
+            for tree in (self.diagonal, self.gradient)
+        )
+        return DiagonalQuadratic(self.center, diagonal, gradient, factor * self.constant)
+
+    def trace(self) -> Array:
+        """Trace of H, scalar."""
+        return trees.inner(self.diagonal, jax.tree.map(jnp.ones_like, self.diagonal))
+
     def __add__(self, other: Quadratic) -> Quadratic:
         """The sum: diagonal, about this one's center, where the other is diagonal too."""
         if isinstance(other, DiagonalQuadratic):

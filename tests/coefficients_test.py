@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.optimize
 
-from pm_jax import coefficients, curvature, task_vectors
+from pm_jax import coefficients, curvature, rules, task_vectors
 from pm_jax.quadratics import DiagonalQuadratic
 from tests import oracles
 from tests.quadratics_test import listed_value, random_tree, running_sum, task_list
@@ -124,3 +125,98 @@ def test_the_first_task_is_kept_whole_whatever_its_curvature():
         found = coefficients.merge_coefficient(quadratic, jnp.zeros(1), jnp.ones(1), task=1)
         assert float(found.alpha) == 1.0 and float(found.standard_error) == 0.0
         assert not bool(found.degenerate)
+
+
+def test_one_coefficient_a_group_is_the_minimum_in_the_box(float64):
+    """Against SciPy on the dense problem: leaves of one group share a column of directions."""
+    rng = np.random.default_rng(3)
+    for _ in range(10):
+        tasks = task_list(rng, 3, np.float64)
+        previous, new = random_tree(rng, np.float64), tasks[-1][0]
+        delta = task_vectors.difference(new, previous)
+        memory = running_sum(tasks, random_tree(rng, np.float64))
+        leaves, structure = jax.tree.flatten(delta)
+        groups = [number % 2 for number in range(len(leaves))]
+        found = coefficients.merge_coefficients(memory, previous, delta, groups, task=3)
+
+        def flat(tree):
+            return np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(tree)])
+
+        directions = np.stack(
+            [flat([x * (own == group) for x, own in zip(leaves, groups, strict=True)])
+             for group in range(2)], axis=1,
+        )  # fmt: skip
+        # sum_i |F_i^(1/2) (previous + directions a - theta_i)|^2
+        roots = [np.sqrt(flat(fisher)) for _, fisher in tasks]
+        matrix = np.concatenate([root[:, None] * directions for root in roots])
+        target = np.concatenate(
+            [root * (flat(star) - flat(previous))
+             for root, (star, _) in zip(roots, tasks, strict=True)]
+        )  # fmt: skip
+        wanted = scipy.optimize.lsq_linear(matrix, target, (0, 1), tol=1e-14).x
+        np.testing.assert_allclose(found.alpha, wanted, atol=1e-7)
+        raw = np.linalg.lstsq(matrix, target, rcond=None)[0]
+        np.testing.assert_allclose(found.alpha_raw, raw, rtol=1e-9)
+        one = coefficients.merge_coefficients(memory, previous, delta, [0] * len(leaves), task=3)
+        scalar = coefficients.merge_coefficient(memory, previous, delta, task=3)
+        np.testing.assert_allclose(one.alpha_raw[0], scalar.alpha_raw, rtol=1e-12)
+
+
+def test_tasks_of_any_scale_count_alike_over_their_traces():
+    rng = np.random.default_rng(4)
+    models = [random_tree(rng) for _ in range(4)]
+    fishers = [jax.tree.map(jnp.abs, random_tree(rng)) for _ in range(3)]
+
+    def alphas(scales, **settings):
+        rule = rules.perturb_and_merge(**settings)
+        state, previous, found = rule.init(models[0]), models[0], []
+        for trained, fisher, scale in zip(models[1:], fishers, scales, strict=True):
+            fisher = jax.tree.map(lambda f, s=scale: s * f, fisher)
+            evidence = rules.Evidence(DiagonalQuadratic.at(trained, fisher), 0.1 * scale)
+            previous, state, info = rule.update(
+                state, previous=previous, trained=trained, evidence=evidence
+            )
+            found += [info.alpha_raw, info.standard_error]
+        return found
+
+    alike, apart = (1.0, 1.0, 1.0), (1.0, 1e-6, 1e3)
+    np.testing.assert_allclose(
+        alphas(alike, normalize="trace"), alphas(apart, normalize="trace"), rtol=1e-5
+    )
+    traces = [float(DiagonalQuadratic.at(f, f).trace()) for f in fishers]
+    np.testing.assert_allclose(
+        traces, [sum(float(x.sum()) for x in jax.tree.leaves(f)) for f in fishers], rtol=1e-6
+    )
+    over_trace = [1 / trace for trace in traces]
+    np.testing.assert_allclose(alphas(over_trace), alphas(alike, normalize="trace"), rtol=1e-5)
+    assert abs(float(alphas(apart)[2] - alphas(alike)[2])) > 0.1
+
+
+def test_a_merge_by_tensor_is_on_each_tensors_own_segment():
+    rng = np.random.default_rng(5)
+    first, second = random_tree(rng), random_tree(rng)
+    fishers = [jax.tree.map(jnp.abs, random_tree(rng)) for _ in range(2)]
+    rule = rules.perturb_and_merge(per="tensor")
+    state = rule.init(first)
+    merged = first
+    for trained, fisher in zip((first, second), fishers, strict=True):
+        evidence = rules.Evidence(DiagonalQuadratic.at(trained, fisher))
+        merged, state, info = rule.update(
+            state, previous=merged, trained=trained, evidence=evidence
+        )
+    steps = []
+    for a, b, f, g, m in zip(*map(jax.tree.leaves, (first, second, *fishers, merged)), strict=True):
+        square = (np.asarray(b) - np.asarray(a)) ** 2
+        alpha = (g * square).sum() / ((f + g) * square).sum()  # of two tasks, from the first
+        np.testing.assert_allclose(m, (1 - alpha) * a + alpha * b, rtol=1e-5, atol=1e-6)
+        steps.append((alpha, a.size, (1 - alpha) ** 2 * (g * square).sum() / 2))
+    alphas, sizes, changes = np.asarray(steps).T
+    np.testing.assert_allclose(info.alpha, np.average(alphas, weights=sizes), rtol=1e-5)
+    np.testing.assert_allclose(info.predicted_loss_change, changes.sum(), rtol=1e-5)
+
+
+def test_settings_of_the_rule_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="normalize=norm: must be one of none, trace"):
+        rules.make("perturb_and_merge", "normalize=norm")
+    with pytest.raises(ValueError, match=r"per=\(: must be model, block, module, tensor or a reg"):
+        rules.make("perturb_and_merge", "per=(")

@@ -14,12 +14,13 @@ from pm_jax.quadratics import DiagonalQuadratic
 from pm_jax.rules import Evidence, MergeInfo
 from tests.training_evidence import as_in_training
 
-VARIANTS = {
-    "perturb_and_merge": "clip=false",
-    "cofima": "cap=0.5",
-    "ties": "trim=tensor",
-    "dare": "on=ties",
-}
+VARIANTS = [
+    "perturb_and_merge:clip=false",
+    "perturb_and_merge:normalize=trace,per=tensor",
+    "cofima:cap=0.5",
+    "ties:trim=tensor",
+    "dare:on=ties",
+]
 """Settings of registered rules that take other paths than the default ones."""
 
 # Identities of the method's section 9 that some rules do not have by their definition; a rule that
@@ -34,9 +35,7 @@ SELECTS = {"magmax", "random_mix", "tunable_magmax"}
 SEARCHES = {"trm"}
 """Rules whose many steps carry rounding errors along."""
 
-every_rule = pytest.mark.parametrize(
-    "name", [*sorted(rules.REGISTRY), *(f"{name}:{text}" for name, text in VARIANTS.items())]
-)
+every_rule = pytest.mark.parametrize("name", [*sorted(rules.REGISTRY), *VARIANTS])
 
 
 def as_written(name):

@@ -1,13 +1,16 @@
 """Perturb-and-Merge: the convex combination with the smallest total quadratic loss."""
 
+import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from pm_jax import task_vectors, trees
-from pm_jax.coefficients import merge_coefficient, predicted_loss_change
+from pm_jax.coefficients import merge_coefficient, merge_coefficients, predicted_loss_change
 from pm_jax.quadratics import DiagonalQuadratic
-from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, diagonal_of
+from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, diagonal_of, require
 from pm_jax.types import Array, Params
 
 
@@ -23,7 +26,9 @@ class PerturbAndMergeState(NamedTuple):
     memory: DiagonalQuadratic
 
 
-def perturb_and_merge(*, clip: bool = True) -> MergeRule:
+def perturb_and_merge(
+    *, clip: bool = True, normalize: str = "none", per: str = "model"
+) -> MergeRule:
     """Merge with the coefficient that minimises the quadratic losses of all tasks seen.
 
         theta_hat_t = theta_hat_{t-1} + alpha_t Delta_t
@@ -35,10 +40,19 @@ def perturb_and_merge(*, clip: bool = True) -> MergeRule:
 
     Args:
         clip: restrict alpha to [0, 1], as the paper does.
+        normalize: "none", as the paper, or "trace": each task's curvature over its trace, so that
+            tasks count alike however small the loss that they were trained to.
+        per: what has a coefficient of its own: the "model", as in the paper, a "block" (of a path
+            up to its first part with a number), a "module", a "tensor", or what a regular
+            expression matches at the beginning of a path. They minimise the quadratic together.
 
     Returns:
         A `MergeRule` that needs `quadratic` (a `DiagonalQuadratic`) and `curvature_error`; its
-        `update` raises ValueError for any other quadratic.
+        `update` raises ValueError for any other quadratic. Where there are several coefficients,
+        its info has their mean over all entries, and no standard error.
+
+    Raises:
+        ValueError: a setting that is none of these.
 
     References:
         Perturb-and-Merge, `arXiv 2505.22389 <https://arxiv.org/abs/2505.22389>`_, NeurIPS 2025
@@ -55,6 +69,9 @@ def perturb_and_merge(*, clip: bool = True) -> MergeRule:
         >>> start.tolist(), float(info.alpha)  # (3 * 1 + 1 * 5) / (3 + 1)
         ([2.0], 0.25)
     """
+    kinds = ("none", "trace")
+    require("normalize", normalize, normalize in kinds, f"one of {', '.join(kinds)}")
+    group_names([], per)
 
     def init(params: Params) -> PerturbAndMergeState:
         return PerturbAndMergeState(jnp.zeros((), jnp.int32), DiagonalQuadratic.zero(params))
@@ -64,26 +81,84 @@ def perturb_and_merge(*, clip: bool = True) -> MergeRule:
     ):
         quadratic = diagonal_of(evidence)
         tasks = state.tasks + 1
-        memory = state.memory.plus(quadratic)
+        scale = jnp.ones(()) if normalize == "none" else _inverse(quadratic.trace())
+        memory = state.memory.plus(quadratic if normalize == "none" else quadratic.scaled(scale))
         delta = task_vectors.difference(trained, previous)
-        found = merge_coefficient(
-            memory,
-            previous,
-            delta,
-            task=tasks,
-            curvature_error=evidence.curvature_error,
-            clip=clip,
+        names = group_names(list(trees.leaves_by_path(delta)), per)
+        groups = tuple(sorted(set(names)).index(name) for name in names)
+        if max(groups) == 0:
+            found = merge_coefficient(
+                memory,
+                previous,
+                delta,
+                task=tasks,
+                curvature_error=scale * evidence.curvature_error,
+                clip=clip,
+            )
+            found = jax.tree.map(lambda x: x[None], found)
+        else:
+            found = merge_coefficients(memory, previous, delta, groups, task=tasks, clip=clip)
+        sizes = jnp.bincount(
+            jnp.asarray(groups),
+            jnp.asarray([leaf.size for leaf in jax.tree.leaves(delta)], jnp.float32),
+            length=max(groups) + 1,
         )
-        change = predicted_loss_change(found.alpha, quadratic.curvature_along(delta))
+        structure = jax.tree.structure(delta)
+        alphas = jax.tree.unflatten(structure, [found.alpha[group] for group in groups])
+        rest = jax.tree.map(lambda alpha, step: (1 - alpha) * step, alphas, delta)
         info = MergeInfo(
-            alpha=found.alpha,
-            alpha_raw=found.alpha_raw,
-            numerator=found.numerator,
-            denominator=found.denominator,
-            standard_error=found.standard_error,
-            predicted_loss_change=change,
-            degenerate=found.degenerate.astype(jnp.float32),
+            alpha=_mean(found.alpha, sizes),
+            alpha_raw=_mean(found.alpha_raw, sizes),
+            numerator=jnp.sum(found.numerator),
+            denominator=jnp.sum(found.denominator),
+            standard_error=jnp.sum(found.standard_error),
+            predicted_loss_change=predicted_loss_change(0.0, quadratic.curvature_along(rest)),
+            degenerate=_mean(found.degenerate.astype(jnp.float32), sizes),
         )
-        return trees.lerp(previous, trained, found.alpha), PerturbAndMergeState(tasks, memory), info
+        merged = jax.tree.map(trees.lerp, previous, trained, alphas)
+        return merged, PerturbAndMergeState(tasks, memory), info
 
     return MergeRule(init, update, frozenset({"quadratic", "curvature_error"}))
+
+
+def group_names(paths: Sequence[str], per: str) -> list[str]:
+    """The groups of leaves that share a coefficient.
+
+    Args:
+        paths: of the leaves.
+        per: "model", "block", "module", "tensor", or a regular expression.
+
+    Returns:
+        The name of each leaf's group; "" where an expression does not match.
+
+    Raises:
+        ValueError: an expression that cannot be read.
+
+    Example:
+        >>> group_names(["encoder/block_0/attn/key/kernel", "head/bias"], "block")
+        ['encoder/block_0', 'head']
+        >>> group_names(["encoder/block_0/attn/key/kernel", "head/bias"], ".*(key|value)")
+        ['encoder/block_0/attn/key', '']
+    """
+    patterns = {
+        "model": "",
+        "block": r"(?:[^/]*/)*?[^/]*\d[^/]*|[^/]*",
+        "module": r".*(?=/)|",
+        "tensor": r".*",
+    }
+    try:
+        pattern = re.compile(patterns.get(per, per))
+    except re.error as error:
+        raise ValueError(
+            f"per={per}: must be model, block, module, tensor or a regular expression ({error})"
+        ) from None
+    return [found[0] if (found := pattern.match(path)) else "" for path in paths]
+
+
+def _inverse(value: Array) -> Array:
+    sound = jnp.isfinite(value) & (value > jnp.finfo(value.dtype).tiny)
+    return jnp.where(sound, 1 / jnp.where(sound, value, 1.0), 1.0)
+
+
+def _mean(values: Array, sizes: Array) -> Array:
+    return jnp.sum(values * sizes) / jnp.sum(sizes)
