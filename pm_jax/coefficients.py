@@ -119,11 +119,11 @@ def merge_coefficients(
         for center, diagonal, gradient, base, delta in leaves
         for own in (DiagonalQuadratic(center, diagonal, gradient, nothing),)
     ]
-    sums = [
+    numerator, denominator = (
         jax.ops.segment_sum(jnp.stack(values), jnp.asarray(groups), max(groups) + 1)
         for values in zip(*answers, strict=True)
-    ]
-    return _solve(*sums, task, jnp.nan, clip)
+    )
+    return _solve(numerator, denominator, task, jnp.nan, clip)
 
 
 def _solve(

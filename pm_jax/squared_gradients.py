@@ -153,6 +153,74 @@ def by_layers(
         >>> found.total["kernel"].item(), found.total["bias"].item()
         (10.0, 2.0)
     """
+    seen = layer_passes(outputs_fn, passes_fn, params, batch, keys)
+
+    def add_pass(carry, one):
+        gradients = seen.pull_back(one.cotangents)
+        total, along = carry
+        for path in params:
+            name, _, kind = path.rpartition("/")
+            added, values = _dense_squares(
+                seen.inputs[name] if kind == "kernel" else None,
+                gradients[name],
+                one.weights * weights,
+                one.weights,
+                None if direction is None else direction[path],
+            )
+            total = {**total, path: total[path] + added}
+            along = along + values
+        return (total, along), None
+
+    start = (_zeros(params), jnp.zeros(weights.shape, jnp.float32))
+    (total, along), _ = jax.lax.scan(add_pass, start, seen.passes)
+    return SquaredGradients(total, along if direction is not None else along * jnp.nan)
+
+
+class LayerPasses(NamedTuple):
+    """A batch on its way through Dense layers, and what leads back to them.
+
+    Attributes:
+        inputs: `{layer: its inputs [N, ..., in]}`.
+        passes: backward passes to make.
+        pull_back: from cotangents of one pass to `{layer: gradients of its outputs [N, ..., out]}`.
+    """
+
+    inputs: dict[str, Array]
+    passes: Passes
+    pull_back: Callable[[Array], dict[str, Array]]
+
+
+def layer_passes(
+    outputs_fn: OutputsFn,
+    passes_fn: PassesFn,
+    params: Params,
+    batch: Batch,
+    keys: Key | None = None,
+) -> LayerPasses:
+    """Inputs and output gradients of linen Dense layers, example by example.
+
+    Args:
+        outputs_fn: of the model, which applies a linen module.
+        passes_fn: of the matrix that is measured.
+        params: flat `{path: leaf}` of kernels and biases of Dense layers of that module.
+        batch: N examples.
+        keys: one per example, or `None`.
+
+    Returns:
+        `LayerPasses`.
+
+    Raises:
+        ValueError: a path that is no kernel or bias of a Dense layer that is called exactly once.
+
+    Example:
+        >>> layer, params = nn.Dense(1), {"kernel": jnp.ones((1, 1)), "bias": jnp.zeros(1)}
+        >>> found = layer_passes(
+        ...     lambda p, b: layer.apply({"params": p}, b.inputs)[:, 0],
+        ...     lambda outputs, _: Passes(2 * jnp.ones_like(outputs)[None], jnp.ones((1, 1))),
+        ...     params, Batch(jnp.asarray([[3.0]]), jnp.zeros(1, int)))
+        >>> found.inputs[""].tolist(), found.pull_back(found.passes.cotangents[0])[""].tolist()
+        ([[3.0]], [[2.0]])
+    """
     layers = {path.rpartition("/")[0] for path in params}
 
     def tapped(taps: dict[str, Array]) -> tuple[Array, dict[str, tuple[Array, Array]]]:
@@ -166,27 +234,7 @@ def by_layers(
     taps = {name: jnp.zeros(output.shape, output.dtype) for name, (_, output) in seen.items()}
     outputs, pull_back, seen = jax.vjp(tapped, taps, has_aux=True)
     inputs = {name: x for name, (x, _) in seen.items()}
-    passes = passes_fn(outputs, keys)
-
-    def add_pass(carry, one):
-        gradients = pull_back(one.cotangents)[0]
-        total, along = carry
-        for path in params:
-            name, _, kind = path.rpartition("/")
-            added, values = _dense_squares(
-                inputs[name] if kind == "kernel" else None,
-                gradients[name],
-                one.weights * weights,
-                one.weights,
-                None if direction is None else direction[path],
-            )
-            total = {**total, path: total[path] + added}
-            along = along + values
-        return (total, along), None
-
-    start = (_zeros(params), jnp.zeros(weights.shape, jnp.float32))
-    (total, along), _ = jax.lax.scan(add_pass, start, passes)
-    return SquaredGradients(total, along if direction is not None else along * jnp.nan)
+    return LayerPasses(inputs, passes_fn(outputs, keys), lambda one: pull_back(one)[0])
 
 
 def dense_paths(params: PyTree, layers: Sequence[str]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pm_jax import task_vectors, trees
-from pm_jax.coefficients import merge_coefficient, merge_coefficients, predicted_loss_change
+from pm_jax.coefficients import merge_coefficient, merge_coefficients
 from pm_jax.quadratics import DiagonalQuadratic
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, diagonal_of, require
 from pm_jax.types import Array, Params
@@ -112,7 +112,7 @@ def perturb_and_merge(
             numerator=jnp.sum(found.numerator),
             denominator=jnp.sum(found.denominator),
             standard_error=jnp.sum(found.standard_error),
-            predicted_loss_change=predicted_loss_change(0.0, quadratic.curvature_along(rest)),
+            predicted_loss_change=0.5 * quadratic.curvature_along(rest),
             degenerate=_mean(found.degenerate.astype(jnp.float32), sizes),
         )
         merged = jax.tree.map(trees.lerp, previous, trained, alphas)

@@ -1,0 +1,180 @@
+"""Kronecker-factored curvature against the dense matrix that it stands for."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pm_jax import kronecker, losses, trees
+from pm_jax.curvature import fisher_exact, measure_all
+from pm_jax.kronecker import KroneckerQuadratic
+from pm_jax.squared_gradients import Passes
+from pm_jax.types import Batch
+
+SHAPES = {"a": (4, 3), "b": (2, 5), "c": (6,)}
+
+
+def tree(rng):
+    return {name: jnp.asarray(rng.normal(size=shape), jnp.float32)
+            for name, shape in SHAPES.items()}  # fmt: skip
+
+
+def task(rng):
+    """A quadratic and its dense matrix by leaf, float64."""
+
+    def moment(width):
+        rows = rng.normal(size=(2 * width, width))
+        return rows.T @ rows / len(rows)
+
+    inputs = {name: moment(SHAPES[name][0]) for name in "ab"}
+    outputs = {name: moment(SHAPES[name][1]) for name in "ab"}
+    diagonal = abs(rng.normal(size=6))
+    dense = {name: np.kron(inputs[name], outputs[name]) for name in "ab"}
+    as_slots = [
+        {name: jnp.asarray(x[None], jnp.float32) for name, x in side.items()}
+        for side in (inputs, outputs)
+    ]
+    center = tree(rng)
+    quadratic = KroneckerQuadratic.at(center, *as_slots, {"c": jnp.asarray(diagonal, jnp.float32)})
+    return quadratic, {**dense, "c": np.diag(diagonal)}, center
+
+
+def by_hand(matrices, left, right):
+    return sum(
+        np.asarray(left[name], np.float64).ravel()
+        @ matrices[name]
+        @ np.asarray(right[name], np.float64).ravel()
+        for name in SHAPES
+    )
+
+
+def minus(left, right):
+    return {name: np.asarray(left[name], np.float64) - right[name] for name in left}
+
+
+def test_one_task_answers_as_the_dense_matrix():
+    rng = np.random.default_rng(0)
+    quadratic, dense, center = task(rng)
+    theta, first, second = tree(rng), tree(rng), tree(rng)
+    wanted = [[by_hand(dense, a, b) for b in (first, second)] for a in (first, second)]
+    np.testing.assert_allclose(quadratic.gram([first, second]), wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(quadratic.curvature_along(first), wanted[0][0], rtol=1e-5)
+    step = minus(theta, center)
+    np.testing.assert_allclose(quadratic.value(theta), by_hand(dense, step, step) / 2, rtol=1e-5)
+    np.testing.assert_allclose(
+        quadratic.gradient_along(theta, first), by_hand(dense, step, first), rtol=1e-5
+    )
+
+
+def test_a_memory_of_slots_is_the_sum_of_the_tasks():
+    rng = np.random.default_rng(1)
+    tasks = [task(rng) for _ in range(3)]
+    origin, theta, direction = tree(rng), tree(rng), tree(rng)
+    memory = KroneckerQuadratic.zero(origin, ("a", "b"), slots=4)
+    add = jax.jit(KroneckerQuadratic.plus)
+    for quadratic, _, _ in tasks:
+        before = jax.tree.map(lambda x: (x.shape, x.dtype), memory)
+        memory = add(memory, quadratic)
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), memory) == before
+    steps = [minus(theta, center) for _, _, center in tasks]
+    dense = [matrices for _, matrices, _ in tasks]
+    value = sum(by_hand(m, s, s) / 2 for m, s in zip(dense, steps, strict=True))
+    slope = sum(by_hand(m, s, direction) for m, s in zip(dense, steps, strict=True))
+    np.testing.assert_allclose(memory.value(theta), value, rtol=1e-5)
+    np.testing.assert_allclose(memory.gradient_along(theta, direction), slope, rtol=1e-5)
+    np.testing.assert_allclose(
+        memory.curvature_along(direction),
+        sum(by_hand(m, direction, direction) for m in dense),
+        rtol=1e-5,
+    )
+    full = add(add(memory, tasks[0][0]), tasks[1][0])
+    assert np.isnan(full.value(theta)) and int(full.tasks) == 5
+
+
+class Network(nn.Module):
+    """Two dense layers, the first one on tokens."""
+
+    tokens: int = 1
+
+    @nn.compact
+    def __call__(self, inputs):
+        hidden = nn.tanh(nn.Dense(3, name="first")(inputs))
+        return nn.Dense(4, name="second")(hidden.mean(axis=1))
+
+
+def problem(examples, tokens):
+    rng = np.random.default_rng(2)
+    inputs = jnp.asarray(rng.normal(size=(examples, tokens, 5)), jnp.float32)
+    batch = Batch(inputs, jnp.asarray(rng.integers(4, size=examples)))
+    params = Network().init(jax.random.key(0), inputs)["params"]
+    return params, batch
+
+
+def of_labels(logits, _):
+    """One pass for each label: the exact Fisher."""
+    p = jax.nn.softmax(logits)
+    return Passes(
+        jnp.stack([p - jax.nn.one_hot(c, 4)[None] for c in range(4)]), p.T
+    )  # fmt: skip
+
+
+KERNELS = ("first/kernel", "second/kernel")
+
+
+def outputs_of(params):
+    return lambda some, batch: Network().apply(
+        {"params": trees.replace(params, some)}, batch.inputs
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_factors_are_moments_of_inputs_and_output_gradients(tokens):
+    params, batch = problem(6, tokens)
+    weights = jnp.asarray([1.0, 1.0, 0.0, 1.0, 1.0, 1.0])
+    found = kronecker.factors(
+        outputs_of(params), of_labels, trees.select(params, KERNELS), batch, weights=weights
+    )
+    leaves = {path: np.asarray(x, np.float64) for path, x in trees.leaves_by_path(params).items()}
+    a = {path: 0.0 for path in KERNELS}
+    g = {path: 0.0 for path in KERNELS}
+    for example in np.flatnonzero(weights):
+        x = np.asarray(batch.inputs[example], np.float64)
+        hidden = np.tanh(x @ leaves["first/kernel"] + leaves["first/bias"])
+        mean = hidden.mean(axis=0)
+        z = mean @ leaves["second/kernel"] + leaves["second/bias"]
+        p = np.exp(z) / np.exp(z).sum()
+        a["first/kernel"] += x.T @ x / tokens
+        a["second/kernel"] += np.outer(mean, mean)
+        for label in range(4):
+            out = p - np.eye(4)[label]
+            inner = (leaves["second/kernel"] @ out) / tokens * (1 - hidden**2)
+            g["second/kernel"] += p[label] * np.outer(out, out)
+            g["first/kernel"] += p[label] * inner.T @ inner
+    for path in KERNELS:
+        np.testing.assert_allclose(found.inputs[path], a[path], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found.outputs[path], g[path], rtol=1e-5, atol=1e-6)
+
+
+def test_for_one_example_the_diagonal_is_that_of_the_exact_fisher():
+    params, batch = problem(1, 1)
+    selected = trees.select(params, KERNELS)
+    found = kronecker.factors(outputs_of(params), of_labels, selected, batch, weights=jnp.ones(1))
+    exact = measure_all(
+        fisher_exact(lambda p, inputs: outputs_of(params)(p, Batch(inputs, batch.labels))),
+        selected,
+        batch,
+        batch_size=1,
+    ).quadratic.diagonal
+    for path in KERNELS:
+        diagonal = np.outer(np.diag(found.inputs[path]), np.diag(found.outputs[path]))
+        np.testing.assert_allclose(diagonal, exact[path], rtol=1e-5, atol=1e-9)
+
+
+def test_a_kernel_that_is_no_dense_layer_is_refused():
+    params, batch = problem(2, 1)
+    with pytest.raises(ValueError, match="are no linen Dense layers"):
+        kronecker.factors(
+            lambda _, batch: outputs_of(params)({}, batch), of_labels,
+            {"third/kernel": jnp.ones((5, 3))}, batch, weights=losses.weights_of(batch),
+        )  # fmt: skip
