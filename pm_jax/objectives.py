@@ -19,17 +19,19 @@ class Objective(NamedTuple):
     """A model with some examples of the current task.
 
     Attributes:
-        logits: `logits(leaves, inputs) -> float32 [N, C]` over all classes, at the temperature of
-            the training loss; a `jax.tree_util.Partial` of a fixed function.
+        logits: `logits(leaves, inputs) -> float32 [N, C]` over all classes; a
+            `jax.tree_util.Partial` of a fixed function.
         batches: `Batch` whose leaves are [B, N, ...].
         classes: bool [C], of the current task.
         old_classes: bool [C], of the tasks before; none at the first task.
+        temperature: that the training loss divides the logits by.
     """
 
     logits: Callable[..., Array]
     batches: Batch
     classes: Array
     old_classes: Array
+    temperature: Array | float = 1.0
 
     def batch(self, number: Array | int) -> Batch:
         """One of the batches; the number wraps around."""
@@ -37,10 +39,13 @@ class Objective(NamedTuple):
         return jax.tree.map(lambda leaf: leaf[index], self.batches)
 
     def loss(self, leaves: Params, batch: Batch) -> tuple[Array, Array]:
-        """Mean cross-entropy over the current task's classes, and the logits [N, C]."""
+        """Mean cross-entropy over the current task's classes, and the logits [N, C].
+
+        The loss is that of training, at its temperature; the logits are not divided by it.
+        """
         logits = self.logits(leaves, batch.inputs)
         values = optax.softmax_cross_entropy_with_integer_labels(
-            losses.mask_logits(logits, self.classes), batch.labels
+            losses.mask_logits(logits / self.temperature, self.classes), batch.labels
         )
         weights = losses.weights_of(batch)
         return jnp.sum(weights * values) / jnp.maximum(jnp.sum(weights), 1.0), logits
@@ -96,7 +101,7 @@ def stack(objectives: Sequence[Objective], seen: Array) -> Objective:
         >>> stack([one, one], jnp.asarray([True, False])).batches.weights.tolist()
         [[[1.0, 1.0]], [[0.0, 0.0]]]
     """
-    without_model = [tuple(objective)[1:] for objective in objectives]
-    batches, *classes = jax.tree.map(lambda *leaves: jnp.stack(leaves), *without_model)
-    weights = losses.weights_of(batches) * seen[:, None, None]
-    return Objective(objectives[0].logits, batches._replace(weights=weights), *classes)
+    parts = [(each.batches, each.classes, each.old_classes) for each in objectives]
+    batches, classes, old_classes = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+    batches = batches._replace(weights=losses.weights_of(batches) * seen[:, None, None])
+    return objectives[0]._replace(batches=batches, classes=classes, old_classes=old_classes)

@@ -186,6 +186,22 @@ def test_settings_out_of_range_are_refused(settings):
         rules.trm(**settings)
 
 
+def test_the_training_temperature_is_the_losss_and_not_the_consistencys():
+    params, inputs = leaves(1), objective().batch(0)
+    plain, hot = objective(), objective()._replace(temperature=28.0)
+    logits = np.asarray(linear_logits(params, inputs.inputs), np.float64)
+    for task, temperature in ((plain, 1.0), (hot, 28.0)):
+        p = softmax(logits / temperature, CLASSES > 0)
+        wanted = -np.log(p[np.arange(6), inputs.labels]).mean()
+        loss, found = task.loss(params, inputs)
+        np.testing.assert_allclose(loss, wanted, rtol=1e-5)
+        np.testing.assert_allclose(found, logits, rtol=1e-5)
+    stacked = objectives.stack([hot, hot], jnp.asarray([True, True]))
+    np.testing.assert_allclose(
+        stacked.task(1).loss(params, inputs)[0], hot.loss(params, inputs)[0], rtol=1e-6
+    )
+
+
 def test_without_old_classes_there_is_nothing_to_be_consistent_with():
     task = objective(old=np.zeros(5))
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5)), jnp.float32)
@@ -195,7 +211,9 @@ def test_without_old_classes_there_is_nothing_to_be_consistent_with():
 
 # In the learner.
 
-CONFIG = dataclasses.replace(SMALL, rule="trm", perturbation="none", merge_examples=100, epochs=2)
+CONFIG = dataclasses.replace(
+    SMALL, rule="trm", perturbation="none", merge_examples=100, epochs=2, temperature=2.0
+)
 
 
 def collected(config, monkeypatch, directory=None, **options):
@@ -225,6 +243,7 @@ def test_trajectory_and_onset_are_those_of_the_training(config, monkeypatch):
         assert np.array_equal(stack[-1], last)
         steps = [np.linalg.norm(point - last) for point in stack]
         assert steps[0] > steps[3] > 0
+    assert evidence.objective.temperature == config.temperature
     # The examples are the current task's, and their gradient at the onset is what is compared to.
     task = learner._programs.objective(learner._key, previous, learner._train, np.int32(1))
     assert int(task.batches.weights.sum()) == min(
@@ -233,16 +252,21 @@ def test_trajectory_and_onset_are_those_of_the_training(config, monkeypatch):
     assert leaves_equal(task.batches, evidence.objective.batches)
     norms = []
     for number in range(len(task.batches.labels)):
-        batch = task.batch(number)
+        batch, gaps = task.batch(number), []
 
-        def loss(selected, batch=batch):
+        def loss(selected, batch=batch, gaps=gaps):
             params = trees.replace(previous, selected)
             x = batch.inputs.astype(jnp.float32) / 127.5 - 1
             logits = learner.config.network(10).apply({"params": params}, x)
+            found = task.logits(selected, batch.inputs)
+            gaps.append(jax.lax.stop_gradient(jnp.abs(found - logits).max()))
+            logits = logits / config.temperature
             logits = jnp.where(jnp.asarray(learner.stream.class_masks[1])[None], logits, -1e30)
             values = -jax.nn.log_softmax(logits)[jnp.arange(len(x)), batch.labels]
             return jnp.sum(values * batch.weights) / batch.weights.sum()
 
+        loss(trees.select(previous, merging))
+        assert gaps.pop() < 1e-5
         slope = jax.grad(loss)(trees.select(previous, merging))
         norms.append(np.sqrt(sum(float((g**2).sum()) for g in slope.values())))
     wanted = np.average(norms, weights=task.batches.weights.sum(axis=1))

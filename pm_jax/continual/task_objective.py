@@ -46,9 +46,7 @@ def objective_fn(
 
     def logits_fn(params: Params, leaves: Params, inputs: Array) -> Array:
         everything = jnp.ones(1, bool)
-        return logits_of(
-            model, trees.replace(params, leaves), inputs, everything, config.temperature
-        )
+        return logits_of(model, trees.replace(params, leaves), inputs, everything)
 
     @jax.jit
     def choose(key: Key, data: DeviceData, task: Array) -> tuple[Array, Array]:
@@ -76,6 +74,8 @@ def objective_fn(
         batch = Batch(transform(inputs), rest.labels[rows], weights)
         batches = jax.tree.map(lambda x: x.reshape(-1, config.batch_size, *x.shape[1:]), batch)
         logits = jax.tree_util.Partial(logits_fn, params)
-        return Objective(logits, batches, *masks(rest, task))
+        return Objective(logits, batches, *masks(rest, task))._replace(
+            temperature=config.temperature
+        )
 
     return objective
