@@ -74,8 +74,7 @@ def objective_fn(
         batch = Batch(transform(inputs), rest.labels[rows], weights)
         batches = jax.tree.map(lambda x: x.reshape(-1, config.batch_size, *x.shape[1:]), batch)
         logits = jax.tree_util.Partial(logits_fn, params)
-        return Objective(logits, batches, *masks(rest, task))._replace(
-            temperature=config.temperature
-        )
+        classes, old_classes = masks(rest, task)
+        return Objective(logits, batches, classes, old_classes, config.temperature)
 
     return objective
