@@ -8,6 +8,7 @@ import scipy.optimize
 
 from pm_jax import coefficients, curvature, rules, task_vectors
 from pm_jax.quadratics import DiagonalQuadratic
+from pm_jax.types import InvalidInput
 from tests import oracles
 from tests.quadratics_test import listed_value, random_tree, running_sum, task_list
 
@@ -220,3 +221,6 @@ def test_settings_of_the_rule_out_of_range_are_refused():
         rules.make("perturb_and_merge", "normalize=norm")
     with pytest.raises(ValueError, match=r"per=\(: must be model, block, module, tensor or a reg"):
         rules.make("perturb_and_merge", "per=(")
+    rule = rules.make("perturb_and_merge", "per=tensors")
+    with pytest.raises(InvalidInput, match="per=tensors: matches no leaf that merges; they are a,"):
+        rule.init(random_tree(np.random.default_rng(0)))

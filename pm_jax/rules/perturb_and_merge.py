@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from pm_jax import task_vectors, trees
-from pm_jax.coefficients import merge_coefficient, merge_coefficients
+from pm_jax.coefficients import MergeCoefficient, merge_coefficient, merge_coefficients
 from pm_jax.quadratics import DiagonalQuadratic
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, diagonal_of, require
-from pm_jax.types import Array, Params
+from pm_jax.types import Array, InvalidInput, Params
 
 
 class PerturbAndMergeState(NamedTuple):
@@ -71,9 +71,10 @@ def perturb_and_merge(
     """
     kinds = ("none", "trace")
     require("normalize", normalize, normalize in kinds, f"one of {', '.join(kinds)}")
-    group_names([], per)
+    group_names([], per)  # says whether the expression can be read
 
     def init(params: Params) -> PerturbAndMergeState:
+        group_names(list(trees.leaves_by_path(params)), per)
         return PerturbAndMergeState(jnp.zeros((), jnp.int32), DiagonalQuadratic.zero(params))
 
     def update(
@@ -98,23 +99,12 @@ def perturb_and_merge(
             found = jax.tree.map(lambda x: x[None], found)
         else:
             found = merge_coefficients(memory, previous, delta, groups, task=tasks, clip=clip)
-        sizes = jnp.bincount(
-            jnp.asarray(groups),
-            jnp.asarray([leaf.size for leaf in jax.tree.leaves(delta)], jnp.float32),
-            length=max(groups) + 1,
-        )
         structure = jax.tree.structure(delta)
         alphas = jax.tree.unflatten(structure, [found.alpha[group] for group in groups])
         rest = jax.tree.map(lambda alpha, step: (1 - alpha) * step, alphas, delta)
-        info = MergeInfo(
-            alpha=_mean(found.alpha, sizes),
-            alpha_raw=_mean(found.alpha_raw, sizes),
-            numerator=jnp.sum(found.numerator),
-            denominator=jnp.sum(found.denominator),
-            standard_error=jnp.sum(found.standard_error),
-            predicted_loss_change=0.5 * quadratic.curvature_along(rest),
-            degenerate=_mean(found.degenerate.astype(jnp.float32), sizes),
-        )
+        change = 0.5 * quadratic.curvature_along(rest)
+        sizes = [leaf.size for leaf in jax.tree.leaves(delta)]
+        info = _info(found, groups, sizes)._replace(predicted_loss_change=change)
         merged = jax.tree.map(trees.lerp, previous, trained, alphas)
         return merged, PerturbAndMergeState(tasks, memory), info
 
@@ -132,7 +122,7 @@ def group_names(paths: Sequence[str], per: str) -> list[str]:
         The name of each leaf's group; "" where an expression does not match.
 
     Raises:
-        ValueError: an expression that cannot be read.
+        InvalidInput: an expression that cannot be read, or matches none of the paths.
 
     Example:
         >>> group_names(["encoder/block_0/attn/key/kernel", "head/bias"], "block")
@@ -149,10 +139,16 @@ def group_names(paths: Sequence[str], per: str) -> list[str]:
     try:
         pattern = re.compile(patterns.get(per, per))
     except re.error as error:
-        raise ValueError(
+        raise InvalidInput(
             f"per={per}: must be model, block, module, tensor or a regular expression ({error})"
         ) from None
-    return [found[0] if (found := pattern.match(path)) else "" for path in paths]
+    names = [found[0] if (found := pattern.match(path)) else "" for path in paths]
+    if per not in patterns and paths and not any(names):
+        raise InvalidInput(
+            f"rule_settings=per={per}: matches no leaf that merges; they are {', '.join(paths[:3])}"
+            f"{', ...' if len(paths) > 3 else ''}; or use model, block, module or tensor"
+        )
+    return names
 
 
 def _inverse(value: Array) -> Array:
@@ -160,5 +156,21 @@ def _inverse(value: Array) -> Array:
     return jnp.where(sound, 1 / jnp.where(sound, value, 1.0), 1.0)
 
 
-def _mean(values: Array, sizes: Array) -> Array:
-    return jnp.sum(values * sizes) / jnp.sum(sizes)
+def _info(found: MergeCoefficient, groups: Sequence[int], sizes: Sequence[int]) -> MergeInfo:
+    """Of one coefficient, or of several as the mean over all entries."""
+    entries = jnp.bincount(
+        jnp.asarray(groups), jnp.asarray(sizes, jnp.float32), length=max(groups) + 1
+    )
+
+    def mean(values: Array) -> Array:
+        return jnp.sum(values * entries) / jnp.sum(entries)
+
+    return MergeInfo(
+        alpha=mean(found.alpha),
+        alpha_raw=mean(found.alpha_raw),
+        numerator=jnp.sum(found.numerator),
+        denominator=jnp.sum(found.denominator),
+        standard_error=jnp.sum(found.standard_error),
+        predicted_loss_change=jnp.full((), jnp.nan),
+        degenerate=mean(found.degenerate.astype(jnp.float32)),
+    )
