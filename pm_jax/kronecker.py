@@ -111,8 +111,8 @@ class KroneckerQuadratic(Quadratic):
 
         There is no more room than slots: everything is NaN beyond.
         """
-        slots = len(next(iter(self.inputs.values()))) if self.inputs else 1
-        room = jnp.where(self.tasks < slots, 1.0, jnp.nan) if self.inputs else 1.0
+        slots = min((len(own) for own in self.inputs.values()), default=None)
+        room = 1.0 if slots is None else jnp.where(self.tasks < slots, 1.0, jnp.nan)
 
         def kept(own: dict[str, Array], new: dict[str, Array]) -> dict[str, Array]:
             return {path: x.at[self.tasks].set(new[path][0]) for path, x in own.items()}

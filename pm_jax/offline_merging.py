@@ -161,7 +161,7 @@ def _runner(rule: MergeRule, inputs: Inputs, seed: int) -> Callable[..., Params]
             key = functools.reduce(jax.random.fold_in, place, jax.random.key(seed))
             evidence = evidence._replace(key=key)
         merged, state, _ = rule.update(state, previous=previous, trained=trained, evidence=evidence)
-        return merged, state
+        return state, merged  # in this order donated buffers find their own places
 
     def run(load: Load, *part: int) -> Params:
         previous = load(inputs.base)
@@ -170,7 +170,7 @@ def _runner(rule: MergeRule, inputs: Inputs, seed: int) -> Callable[..., Params]
             trained = load(file)
             fisher = load(inputs.fishers[task]) if inputs.fishers else None
             place = np.asarray([*part, task], np.uint32)
-            merged, state = update(state, previous, trained, fisher, place)
+            state, merged = update(state, previous, trained, fisher, place)
             jax.block_until_ready(merged)  # loads no further model while this one is in use
             previous = merged if rule.next_task_from == "merged" else trained
         return jax.tree.map(_with_lost_bits, merged, trained)

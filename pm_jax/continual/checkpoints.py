@@ -54,7 +54,7 @@ class Checkpoints:
             like: pytree of arrays or `jax.ShapeDtypeStruct`, of the same structure.
 
         Returns:
-            Pytree of arrays on the default device.
+            Pytree of arrays on the default device, of NumPy arrays where those were saved.
 
         Raises:
             InvalidInput: the checkpoint cannot be read; nothing is deleted.

@@ -12,6 +12,7 @@ from pm_jax import lora, objectives, trees
 from pm_jax.continual import feed, task_models, training, training_hooks
 from pm_jax.continual.checkpoints import Checkpoints
 from pm_jax.continual.config import Config
+from pm_jax.continual.divergence import check_finite
 from pm_jax.continual.logs import RunLog
 from pm_jax.continual.programs import programs, starting_params
 from pm_jax.continual.records import Records
@@ -20,10 +21,6 @@ from pm_jax.continual.training import Segment, TaskProgram
 from pm_jax.lora import Adapters
 from pm_jax.rules import Evidence
 from pm_jax.types import Array, InvalidInput, Params, PyTree
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss is no longer finite; the message names task and step."""
 
 
 class Learner:
@@ -254,7 +251,7 @@ class Learner:
                 found.append(np.asarray(step_losses)[low:high])
             values = np.concatenate(found)
             seconds = self._records.time("train", clock)
-            self._check_finite(task, epoch * per_epoch + first, values)
+            check_finite(values, task, epoch * per_epoch + first, self.config, self.directory)
             within = epoch * per_epoch + stop
             images = (stop - first) * self.config.batch_size
             log.write(
@@ -282,7 +279,8 @@ class Learner:
         run, task_array = self._programs, np.asarray(task, np.int32)
         trained_loss = float(run.mean_loss(trained, self._train, task_array))
         # The last update can be what diverges.
-        self._check_finite(task, self._bounds[task + 1] - self._bounds[task] - 1, [trained_loss])
+        last = self._bounds[task + 1] - self._bounds[task] - 1
+        check_finite([trained_loss], task, last, self.config, self.directory)
         onset = float("nan")
         if self._wants_onset:
             objective = run.objective(self._key, start, self._train, task_array)
@@ -346,16 +344,6 @@ class Learner:
         self._records.time("evaluate", clock)
         found[:, count:] = np.nan
         return found
-
-    def _check_finite(self, task: int, first_step: int, values) -> None:
-        bad = np.flatnonzero(~np.isfinite(np.asarray(values)))
-        if bad.size:
-            kept = f"; what was saved is kept in {self.directory}" if self.directory else ""
-            raise TrainingDiverged(
-                f"task {task + 1}, step {first_step + int(bad[0]) + 1}: the loss is "
-                f"{np.asarray(values)[bad[0]]}; lower learning_rate={self.config.learning_rate} or "
-                f"set clip_norm, in another work directory{kept}"
-            )
 
     def _hooked(self) -> tuple[PyTree, ...]:
         """What training is given beyond what every rule's is: the state of a rule with a hook."""

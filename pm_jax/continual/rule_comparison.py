@@ -8,7 +8,7 @@ from typing import Any
 
 from pm_jax import comparison
 from pm_jax.continual.config import Config
-from pm_jax.continual.learner import TrainingDiverged
+from pm_jax.continual.divergence import TrainingDiverged
 from pm_jax.continual.logs import check_tensorboard
 from pm_jax.continual.run import read_results, run_seeds
 from pm_jax.continual.shared_training import folder_name

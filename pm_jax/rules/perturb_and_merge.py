@@ -82,8 +82,11 @@ def perturb_and_merge(
     ):
         quadratic = diagonal_of(evidence)
         tasks = state.tasks + 1
-        scale = jnp.ones(()) if normalize == "none" else _inverse(quadratic.trace())
-        memory = state.memory.plus(quadratic if normalize == "none" else quadratic.scaled(scale))
+        counted, error = quadratic, jnp.asarray(evidence.curvature_error)
+        if normalize == "trace":
+            scale = _inverse(quadratic.trace())
+            counted, error = quadratic.scaled(scale), scale * error
+        memory = state.memory.plus(counted)
         delta = task_vectors.difference(trained, previous)
         names = group_names(list(trees.leaves_by_path(delta)), per)
         groups = tuple(sorted(set(names)).index(name) for name in names)
@@ -93,7 +96,7 @@ def perturb_and_merge(
                 previous,
                 delta,
                 task=tasks,
-                curvature_error=scale * evidence.curvature_error,
+                curvature_error=error,
                 clip=clip,
             )
             found = jax.tree.map(lambda x: x[None], found)
