@@ -18,7 +18,7 @@ import numpy as np
 
 from pm_jax.merge_requests import Inputs, Merge, listed, open_inputs, rules_by_settings
 from pm_jax.quadratics import DiagonalQuadratic
-from pm_jax.rules import Evidence, MergeRule
+from pm_jax.rules import Evidence, MergeRule, jit_merge
 from pm_jax.tensor_files import FLOATS, TensorFile, check_output, writing
 from pm_jax.types import InvalidInput, Params
 
@@ -152,7 +152,7 @@ def _runner(rule: MergeRule, inputs: Inputs, seed: int) -> Callable[..., Params]
     def init(base):
         return rule.init(jax.tree.map(jnp.copy, base))  # of its own: `update` donates it
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @jit_merge
     def update(state, previous, trained, fisher, place):
         evidence = Evidence()
         if "quadratic" in rule.needs:
@@ -161,7 +161,7 @@ def _runner(rule: MergeRule, inputs: Inputs, seed: int) -> Callable[..., Params]
             key = functools.reduce(jax.random.fold_in, place, jax.random.key(seed))
             evidence = evidence._replace(key=key)
         merged, state, _ = rule.update(state, previous=previous, trained=trained, evidence=evidence)
-        return state, merged  # in this order donated buffers find their own places
+        return state, merged
 
     def run(load: Load, *part: int) -> Params:
         previous = load(inputs.base)

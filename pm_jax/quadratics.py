@@ -133,8 +133,10 @@ class DiagonalQuadratic(Quadratic):
 
     def recentered(self, center: Params) -> DiagonalQuadratic:
         """The same function of theta, expanded about another center."""
+        # What gradient and value share would be kept for all leaves at once.
+        same, point = jax.lax.optimization_barrier((self, center))
         return DiagonalQuadratic(
-            center, self.diagonal, self._gradient_at(center), self.value(center)
+            center, self.diagonal, self._gradient_at(center), same.value(point)
         )
 
     def scaled(self, factor: Array | float) -> DiagonalQuadratic:

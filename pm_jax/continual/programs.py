@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pm_jax import gradient_projection, trees
+from pm_jax import gradient_projection, rules, trees
 from pm_jax.continual import evaluation, feed, training
 from pm_jax.continual.config import Config
 from pm_jax.continual.evidence import dense_layers_of, evidence_fn
@@ -237,9 +237,7 @@ def programs(
     model, later = shared.model, shared.partition
     dense_layers = dense_layers_of(model, _blank(config, input_shape))
 
-    # The rule's state is replaced, so its buffers are donated. It comes first: donated buffers go
-    # to the first results of their shape, and to another leaf than their own only by a copy.
-    @functools.partial(jax.jit, donate_argnums=0)
+    @rules.jit_merge
     def merge(rule_state, previous, trained, evidence):
         leaves, rule_state, info = rule.update(
             rule_state,

@@ -6,6 +6,7 @@ from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, TrainingHook
 from pm_jax.rules.became import became
 from pm_jax.rules.cofima import cofima
 from pm_jax.rules.coma import coma
+from pm_jax.rules.compilation import jit_merge
 from pm_jax.rules.dare import dare
 from pm_jax.rules.fisher_averaging import fisher_averaging
 from pm_jax.rules.joint import joint
@@ -33,6 +34,7 @@ __all__ = [
     "coma",
     "dare",
     "fisher_averaging",
+    "jit_merge",
     "joint",
     "magmax",
     "make",

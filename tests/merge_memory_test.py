@@ -1,0 +1,20 @@
+import jax
+import pytest
+
+from experiments.benchmarks.merge_rules import measure, without_training
+from pm_jax import rules
+
+LEAVES, ENTRIES = 16, 1 << 16
+MEASURED = [name for name in rules.REGISTRY if without_training(rules.make(name, max_tasks=3))]
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="bounds are of XLA's CPU code")
+@pytest.mark.parametrize("name", MEASURED)
+def test_a_merge_needs_twice_the_model_beyond_what_it_is_given(name):
+    """The merged model included; a copy of the state, or all differences, would be one more."""
+    shapes = {str(i): jax.ShapeDtypeStruct((ENTRIES,), "float32") for i in range(LEAVES)}
+    _, memory, state = measure(rules.make(name, max_tasks=3), shapes)
+    model = LEAVES * 4 * ENTRIES
+    # Tunable MAGMAX stacks the leaves of one shape; CoFiMA needs 2.3, for a mask and a leaf.
+    assert memory <= (8.1 if name == "tunable_magmax" else 2.4) * model
+    assert state <= 4.1 * model
