@@ -22,7 +22,7 @@ from pm_jax.rules import Evidence, MergeRule, jit_merge
 from pm_jax.tensor_files import FLOATS, TensorFile, check_output, writing
 from pm_jax.types import InvalidInput, Params
 
-BLOCK = 1 << 18
+BLOCK = 1 << 16
 """Elements in memory at a time, where the rule allows it; smaller tensors are padded to it."""
 
 Load = Callable[[TensorFile], Params]
