@@ -58,11 +58,16 @@ def random_members(key: Key, members: Array, count: Array | int) -> Array:
         >>> int(chosen.sum()), bool(chosen[1])
         (2, False)
     """
-    draws = jax.random.bits(key, members.shape, jnp.uint32)
-    draws = jnp.where(members, draws | 1, 0)
+    flat = members.ravel()
+    draws = jnp.where(flat, jax.random.bits(key, flat.shape, jnp.uint32) | 1, 0)
     threshold = kth_largest([draws], count)
-    above, tied = draws > threshold, members & (draws == threshold)
-    # Equal draws are rare; of them the first.
+    above, tied = draws > threshold, flat & (draws == threshold)
     missing = jnp.asarray(count, jnp.int32) - jnp.sum(above, dtype=jnp.int32)
-    place = jnp.cumsum(tied.ravel(), dtype=jnp.int32).reshape(tied.shape)
-    return above | (tied & (place <= missing))
+
+    def first(tied):
+        return tied & (jnp.cumsum(tied, dtype=jnp.int32) <= missing)
+
+    # Equal draws are rare; of them the first.
+    too_many = jnp.sum(tied, dtype=jnp.int32) > missing
+    tied = jax.lax.cond(too_many, first, lambda tied: tied, tied)
+    return (above | tied).reshape(members.shape)

@@ -107,8 +107,12 @@ def _map_by_shape(function: Callable[..., Array], keys: PyTree, tree: PyTree) ->
         alike.setdefault((leaf.shape, leaf.dtype), []).append(number)
     of_leaves, found = jax.tree.leaves(keys), dict[int, Array]()
     for group in alike.values():
-        stacked = (jnp.stack([of_leaves[n] for n in group]), jnp.stack([leaves[n] for n in group]))
-        results = jax.lax.map(lambda pair: function(*pair), stacked)
+        # Not stacked, which would be a copy of all of them.
+        picks = [functools.partial(lambda n: (of_leaves[n], leaves[n]), number) for number in group]
+        results = jax.lax.map(
+            lambda place, picks=picks: function(*jax.lax.switch(place, picks)),
+            jnp.arange(len(group)),
+        )
         found.update(zip(group, results, strict=True))
     return jax.tree.unflatten(structure, [found[number] for number in range(len(leaves))])
 
