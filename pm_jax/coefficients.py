@@ -37,6 +37,7 @@ def merge_coefficient(
     *,
     task: Array | int,
     curvature_error: Array | float = float("nan"),
+    correction: Array | float = 0.0,
     clip: bool = True,
 ) -> MergeCoefficient:
     """Closed form of `argmin_a Q(previous + a task_vector)`.
@@ -52,6 +53,8 @@ def merge_coefficient(
         task_vector: Delta, of the same structure.
         task: t, counted from 1; an array or an int.
         curvature_error: standard error of the current task's `Delta^T H_t Delta`.
+        correction: what that is beyond what the quadratic says, where it is known better; it counts
+            in numerator and denominator alike, as the task's own minimum is at the end of Delta.
         clip: restrict alpha to [0, 1].
 
     Returns:
@@ -68,8 +71,8 @@ def merge_coefficient(
         >>> float(merge_coefficient(old + new, jnp.zeros(1), jnp.ones(1), task=2).alpha)
         0.25
     """
-    numerator = -quadratic.gradient_along(previous, task_vector)
-    denominator = quadratic.curvature_along(task_vector)
+    numerator = correction - quadratic.gradient_along(previous, task_vector)
+    denominator = correction + quadratic.curvature_along(task_vector)
     return _solve(numerator, denominator, task, curvature_error, clip)
 
 
@@ -153,7 +156,7 @@ def _solve(
     )
 
 
-def predicted_loss_change(alpha: Array, current_curvature: Array) -> Array:
+def predicted_loss_change(alpha: Array, current_curvature: Array | float) -> Array:
     """Predicted `L_t(theta_hat_t) - L_t(theta_t*)`, `1/2 (1 - alpha)^2 Delta^T H_t Delta`.
 
     Args:

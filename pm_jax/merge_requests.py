@@ -13,8 +13,8 @@ from pm_jax.types import InvalidInput
 SHOWN = 6
 """Names or differences that are listed before the rest is counted."""
 
-OF_FISHERS = frozenset({"quadratic", "curvature_error"})
-"""Fields of `Evidence` that Fisher files stand for; the error itself is not known."""
+OF_FISHERS = frozenset({"quadratic", "curvature_error", "curvature_along"})
+"""Fields of `Evidence` that Fisher files stand for; of these, only the quadratic is known."""
 
 
 @dataclasses.dataclass(frozen=True)

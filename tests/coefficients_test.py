@@ -26,6 +26,30 @@ def test_closed_form_by_hand():
     assert not bool(found.degenerate)
 
 
+@pytest.mark.parametrize("normalize", ["none", "trace"])
+def test_exact_curvature_of_the_current_task_by_hand(normalize):
+    """As above with 10 for the new task's 8; over their traces, 3 and 5, it is 2."""
+    rule = rules.perturb_and_merge(normalize=normalize)
+    old = DiagonalQuadratic.at(jnp.asarray([0.0, 1.0]), jnp.asarray([2.0, 1.0]))
+    new = DiagonalQuadratic.at(jnp.asarray([3.0, 2.0]), jnp.asarray([1.0, 4.0]))
+    _, state, _ = rule.update(
+        rule.init(jnp.zeros(2)),
+        previous=jnp.zeros(2),
+        trained=old.center,
+        evidence=rules.Evidence(old, 0.0, curvature_along=jnp.asarray(5.0)),
+    )
+    evidence = rules.Evidence(new, 0.5, curvature_along=jnp.asarray(10.0))
+    found = rule.update(state, previous=jnp.ones(2), trained=new.center, evidence=evidence)[2]
+    before, slope, own = (9.0, -4.0, 10.0) if normalize == "none" else (3.0, -4 / 3, 2.0)
+    np.testing.assert_allclose(found.numerator, slope + own, rtol=1e-6)
+    np.testing.assert_allclose(found.denominator, before + own, rtol=1e-6)
+    alpha = (slope + own) / (before + own)
+    np.testing.assert_allclose(found.alpha_raw, alpha, rtol=1e-6)
+    error = 0.5 * own / 10 * (1 - alpha) / (before + own)
+    np.testing.assert_allclose(found.standard_error, error, rtol=1e-6)
+    np.testing.assert_allclose(found.predicted_loss_change, (1 - alpha) ** 2 * 10 / 2, rtol=1e-6)
+
+
 @pytest.mark.parametrize("clip", [True, False])
 def test_closed_form_is_the_minimum_along_the_segment(float64, clip):
     rng = np.random.default_rng(0)

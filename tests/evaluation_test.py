@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,16 @@ from tests.small_runs import BY_CLASS, SMALL, VIT
 
 @pytest.mark.parametrize(
     "config",
-    [SMALL, BY_CLASS, VIT, dataclasses.replace(SMALL, temperature=3.0)],
-    ids=["domain", "class", "lora", "temperature"],
+    [
+        SMALL,
+        BY_CLASS,
+        VIT,
+        dataclasses.replace(SMALL, temperature=3.0),
+        dataclasses.replace(BY_CLASS, curvature="exact_current", temperature=3.0),
+    ],
+    ids=["domain", "class", "lora", "temperature", "exact"],
 )
-def test_evidence_is_the_fisher_of_the_tasks_own_loss_over_dense_weights(config):
+def test_evidence_is_the_curvature_of_the_tasks_own_loss_over_dense_weights(config):
     config = dataclasses.replace(config, curvature_memory_mb=0.05)
     learner = Learner(config, seed=0, quiet=True)
     run, stream = learner._programs, learner.stream
@@ -33,17 +40,25 @@ def test_evidence_is_the_fisher_of_the_tasks_own_loss_over_dense_weights(config)
         logits = training.logits_of(model, trees.replace(trained, leaves), inputs, mask)
         return jnp.where(mask[None, :], logits / config.temperature, -1e30)
 
-    direct = curvature.measure_all(
-        curvature.fisher_empirical(losses.cross_entropy(logits_fn)),
-        leaves,
-        Batch(jnp.asarray(stream.inputs[rows]), jnp.asarray(stream.labels[rows])),
-        50,
-        jax.tree.map(lambda x: 0.01 * jnp.ones_like(x), leaves),
+    measure = functools.partial(
+        curvature.measure_all,
+        params=leaves,
+        examples=Batch(jnp.asarray(stream.inputs[rows]), jnp.asarray(stream.labels[rows])),
+        batch_size=50,
+        direction=jax.tree.map(lambda x: 0.01 * jnp.ones_like(x), leaves),
     )
+    exact = config.curvature == "exact_current"
+    empirical = curvature.fisher_empirical(losses.cross_entropy(logits_fn))
+    direct = measure(curvature.fisher_exact(logits_fn) if exact else empirical)
     for a, b in zip(jax.tree.leaves(got.quadratic.diagonal),
                     jax.tree.leaves(direct.quadratic.diagonal), strict=True):  # fmt: skip
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max()))
-    np.testing.assert_allclose(got.curvature_error, direct.standard_error, rtol=1e-4)
+    along = measure(curvature.gauss_newton(logits_fn)) if exact else direct
+    np.testing.assert_allclose(got.curvature_error, along.standard_error, rtol=1e-4)
+    assert exact or got.curvature_along is None
+    if exact:
+        np.testing.assert_allclose(got.curvature_along, along.along, rtol=1e-4)
+        assert abs(float(direct.along / along.along) - 1) > 0.1
 
 
 def test_accuracy_and_loss_do_not_depend_on_the_batch_size_and_count_every_example():

@@ -86,6 +86,12 @@ def test_first_task_of_a_run_from_scratch_is_the_origin_and_later_merges_are_con
         assert merge["degenerate"] == 0.0 and merge["denominator"] > 0
 
 
+def test_with_the_identity_for_curvature_merging_is_averaging():
+    results = Learner(dataclasses.replace(SMALL, curvature="identity"), seed=0, quiet=True).run()
+    alphas = [merge["alpha"] for merge in results["merges"]]
+    np.testing.assert_allclose(alphas, [1 / t for t in range(1, len(alphas) + 1)], rtol=1e-5)
+
+
 def test_class_incremental_matrix_has_no_figures_for_classes_not_seen():
     results = Learner(BY_CLASS, seed=0, quiet=True).run()
     matrix = np.asarray(results["accuracy_matrix"])
@@ -108,6 +114,7 @@ def test_same_seed_same_numbers_other_seed_other_numbers():
         {"perturbation": "gaussian"},
         {"perturbation": "one_sided"},
         {"curvature": "fisher_exact", "curvature_samples": 1, "curvature_examples": 50},
+        {"curvature": "exact_current", "curvature_examples": 50},
         {
             "optimizer": "sgd",
             "learning_rate": 0.05,

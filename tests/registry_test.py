@@ -1,3 +1,4 @@
+import functools
 import re
 
 import jax
@@ -66,6 +67,11 @@ def test_a_configuration_refuses_settings_that_its_rule_does_not_have():
     with pytest.raises(InvalidInput, match="rule_settings=clip=false: .*averaging takes no"):
         Config(rule="averaging", rule_settings="clip=false")
     assert Config(rule_settings="clip=false").merge_rule().needs
+    exact = functools.partial(Config, curvature="exact_current", perturbation="none")
+    for settings in ({"rule": "cofima"}, {"rule_settings": "per=block"}):
+        with pytest.raises(InvalidInput, match="curvature=exact_current: rule=.* takes no curvat"):
+            exact(**settings)
+    assert exact().merge_rule().needs and not exact(rule="sequential").merge_rule().needs
 
 
 def test_the_key_of_a_merge_is_given_where_it_is_needed_and_is_the_tasks_own():

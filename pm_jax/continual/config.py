@@ -36,7 +36,14 @@ class Config(Settings):
             self.perturbation_law()
         except ValueError as error:
             raise InvalidInput(str(error)) from None
-        self.merge_rule()
+        needs = self.merge_rule().needs
+        if self.curvature == "exact_current" and "quadratic" in needs:
+            if "curvature_along" not in needs:
+                raise InvalidInput(
+                    f"curvature=exact_current: rule={self.rule} with rule_settings="
+                    f"{self.rule_settings} takes no curvature along the task vector; use "
+                    "fisher_exact, or perturb_and_merge with one coefficient"
+                )
 
     def perturbation_law(self) -> Perturbation:
         """The perturbation of the training loss."""

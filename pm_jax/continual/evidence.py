@@ -60,12 +60,14 @@ def evidence_fn(
         chunk = curvature.chunk_for_memory(leaves, _memory_bytes(config))
         return min(chunk, data.positions.shape[1])
 
-    def estimator(trained: Params, data: DeviceData, task: Array, chunk: int) -> Measure:
+    def estimators(
+        trained: Params, data: DeviceData, task: Array, chunk: int
+    ) -> tuple[Measure, ...]:
         def logits_fn(leaves: Params, inputs: Array) -> Array:
             params = trees.replace(trained, leaves)
             return logits_of(model, params, inputs, data.class_masks[task], config.temperature)
 
-        return _fisher(config, logits_fn, chunk, dense_layers)
+        return _measures(config, logits_fn, chunk, dense_layers)
 
     def begin(key: Key, trained: Params, previous: Params, data: DeviceData, task: Array):
         chunk = chunk_of(key, trained, previous, data, task)
@@ -73,39 +75,54 @@ def evidence_fn(
         leaves = trees.select(trained, merging)
         delta = task_vectors.difference(leaves, trees.select(previous, merging))
         order, count = _examples(config, key, data, task)
-        state = estimator(trained, data, task, chunk).init(leaves, delta, key)
-        return (state, count), order, -(-count // chunk)
+        measures = estimators(trained, data, task, chunk)
+        states = tuple(measure.init(leaves, delta, key) for measure in measures)
+        return (states, count), order, -(-count // chunk)
 
     def step(number, carry, order, *arguments):
-        (state, count), chunk = carry, chunk_of(*arguments)
+        (states, count), chunk = carry, chunk_of(*arguments)
         _, trained, _, data, task = arguments
         places = number * chunk + jnp.arange(chunk)
         rows = order[jnp.minimum(places, order.shape[0] - 1)]
         weights = (places < count).astype(jnp.float32)
         batch = Batch(transform(data.take(rows, places)), data.labels[rows], weights)
-        return estimator(trained, data, task, chunk).update(state, batch), count
+        measures = estimators(trained, data, task, chunk)
+        pairs = zip(measures, states, strict=True)
+        return tuple(measure.update(state, batch) for measure, state in pairs), count
 
     def finish(carry, *arguments) -> Evidence:
         key, trained, _, data, task = arguments
-        found = estimator(trained, data, task, chunk_of(*arguments)).finalize(carry[0])
-        return Evidence(found.quadratic, found.standard_error, merge_key(key, task))
+        measures = estimators(trained, data, task, chunk_of(*arguments))
+        pairs = zip(measures, carry[0], strict=True)
+        stored, *exact = [measure.finalize(state) for measure, state in pairs]
+        return Evidence(
+            stored.quadratic,
+            exact[0].standard_error if exact else stored.standard_error,
+            merge_key(key, task),
+            curvature_along=exact[0].along if exact else None,
+        )
 
     return Pass(begin=begin, step=step, finish=finish, batch_size=chunk_of)
 
 
-def _fisher(
+def _measures(
     config: Config, logits_fn: LogitsFn, chunk: int, dense_layers: tuple[str, ...]
-) -> Measure:
-    """The curvature that the settings name."""
+) -> tuple[Measure, ...]:
+    """What the settings name: the curvature that is stored, and the exact one along Delta."""
+    if config.curvature == "identity":
+        return (curvature.identity(),)
     if config.curvature == "fisher_empirical":
         losses_fn = losses.cross_entropy(logits_fn)
-        return curvature.fisher_empirical(losses_fn, chunk_size=chunk, dense_layers=dense_layers)
-    return curvature.fisher_exact(
+        return (curvature.fisher_empirical(losses_fn, chunk_size=chunk, dense_layers=dense_layers),)
+    stored = curvature.fisher_exact(
         logits_fn,
         num_samples=config.curvature_samples or None,
         chunk_size=chunk,
         dense_layers=dense_layers,
     )
+    if config.curvature == "fisher_exact":
+        return (stored,)
+    return stored, curvature.gauss_newton(logits_fn)
 
 
 def dense_layers_of(model: nn.Module, inputs: PyTree) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ ADAPTERS = ("full", "lora")
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("constant", "cosine", "linear", "milestones")
 PERTURBATIONS = ("symmetric", "gaussian", "one_sided", "antithetic", "none")
-CURVATURES = ("fisher_empirical", "fisher_exact")
+CURVATURES = ("fisher_empirical", "fisher_exact", "exact_current", "identity")
 SPLITS = ("test", "validation")
 MERGING = (
     *("rule", "rule_settings"),
@@ -230,7 +230,10 @@ class Settings:
         "several with commas between them.",
     )
     curvature: str = _option(
-        "fisher_empirical", "Curvature that a task leaves behind for the merge rule.", CURVATURES
+        "fisher_empirical",
+        "Curvature that a task leaves behind for the merge rule; exact_current: fisher_exact, and "
+        "the current task's own along its task vector by jvp.",
+        CURVATURES,
     )
     curvature_samples: int = _option(
         0, "fisher_exact: labels drawn per example; 0 for the sum over all classes."

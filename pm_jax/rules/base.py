@@ -34,6 +34,7 @@ class Evidence(NamedTuple):
         adapters: the task's adapters; their products are 0 where the task trained in full.
         all_objectives: those of every task of the stream, stacked (see `objectives.stack`); for
             analysis only, as no learner has the data of earlier tasks.
+        curvature_along: exact `Delta^T H_t Delta`, scalar, where it was measured.
     """
 
     quadratic: Quadratic | None = None
@@ -45,6 +46,7 @@ class Evidence(NamedTuple):
     input_moments: dict[str, Array] | None = None
     adapters: Adapters | None = None
     all_objectives: Objective | None = None
+    curvature_along: Array | None = None
 
 
 class MergeInfo(NamedTuple):

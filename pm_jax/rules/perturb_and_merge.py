@@ -8,7 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from pm_jax import task_vectors, trees
-from pm_jax.coefficients import MergeCoefficient, merge_coefficient, merge_coefficients
+from pm_jax.coefficients import (
+    MergeCoefficient,
+    merge_coefficient,
+    merge_coefficients,
+    predicted_loss_change,
+)
 from pm_jax.quadratics import DiagonalQuadratic
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, diagonal_of, require
 from pm_jax.types import Array, InvalidInput, Params
@@ -47,9 +52,10 @@ def perturb_and_merge(
             expression matches at the beginning of a path. They minimise the quadratic together.
 
     Returns:
-        A `MergeRule` that needs `quadratic` (a `DiagonalQuadratic`) and `curvature_error`; its
-        `update` raises ValueError for any other quadratic. Where there are several coefficients,
-        its info has their mean over all entries, and no standard error.
+        A `MergeRule` that needs `quadratic` (a `DiagonalQuadratic`), `curvature_error` and, for one
+        coefficient, `curvature_along`: where it is given, it stands for the current task's
+        curvature along Delta. Its `update` raises ValueError for any other quadratic. Where there
+        are several coefficients, its info has their mean over all entries, and no standard error.
 
     Raises:
         ValueError: a setting that is none of these.
@@ -82,12 +88,16 @@ def perturb_and_merge(
     ):
         quadratic = diagonal_of(evidence)
         tasks = state.tasks + 1
+        delta = task_vectors.difference(trained, previous)
         counted, error = quadratic, jnp.asarray(evidence.curvature_error)
+        correction: Array | float = 0.0
+        if evidence.curvature_along is not None and per == "model":
+            correction = evidence.curvature_along - quadratic.curvature_along(delta)
+        scale: Array | float = 1.0
         if normalize == "trace":
             scale = _inverse(quadratic.trace())
             counted, error = quadratic.scaled(scale), scale * error
         memory = state.memory.plus(counted)
-        delta = task_vectors.difference(trained, previous)
         names = group_names(list(trees.leaves_by_path(delta)), per)
         groups = tuple(sorted(set(names)).index(name) for name in names)
         if max(groups) == 0:
@@ -97,6 +107,7 @@ def perturb_and_merge(
                 delta,
                 task=tasks,
                 curvature_error=error,
+                correction=scale * correction,
                 clip=clip,
             )
             found = jax.tree.map(lambda x: x[None], found)
@@ -106,12 +117,14 @@ def perturb_and_merge(
         alphas = jax.tree.unflatten(structure, [found.alpha[group] for group in groups])
         rest = jax.tree.map(lambda alpha, step: (1 - alpha) * step, alphas, delta)
         change = 0.5 * quadratic.curvature_along(rest)
+        change += predicted_loss_change(found.alpha[0], correction)
         sizes = [leaf.size for leaf in jax.tree.leaves(delta)]
         info = _info(found, groups, sizes)._replace(predicted_loss_change=change)
         merged = jax.tree.map(trees.lerp, previous, trained, alphas)
         return merged, PerturbAndMergeState(tasks, memory), info
 
-    return MergeRule(init, update, frozenset({"quadratic", "curvature_error"}))
+    of_one = {"curvature_along"} if per == "model" else set()
+    return MergeRule(init, update, frozenset({"quadratic", "curvature_error"} | of_one))
 
 
 def group_names(paths: Sequence[str], per: str) -> list[str]:
