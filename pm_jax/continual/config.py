@@ -37,13 +37,14 @@ class Config(Settings):
         except ValueError as error:
             raise InvalidInput(str(error)) from None
         needs = self.merge_rule().needs
-        if self.curvature == "exact_current" and "quadratic" in needs:
-            if "curvature_along" not in needs:
-                raise InvalidInput(
-                    f"curvature=exact_current: rule={self.rule} with rule_settings="
-                    f"{self.rule_settings} takes no curvature along the task vector; use "
-                    "fisher_exact, or perturb_and_merge with one coefficient"
-                )
+        if self.curvature == "exact_current" and needs & {"quadratic", "curvature_along"} == {
+            "quadratic"
+        }:
+            raise InvalidInput(
+                f"curvature=exact_current: rule={self.rule} with rule_settings="
+                f"{self.rule_settings} takes no curvature along the task vector; use "
+                "fisher_exact, or perturb_and_merge with one coefficient"
+            )
 
     def perturbation_law(self) -> Perturbation:
         """The perturbation of the training loss."""
