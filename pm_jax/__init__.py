@@ -6,6 +6,7 @@ from pm_jax import (
     lora,
     losses,
     matrix_products,
+    measures,
     metrics,
     perturbation,
     quadratics,
@@ -15,15 +16,8 @@ from pm_jax import (
     trees,
 )
 from pm_jax.coefficients import MergeCoefficient, merge_coefficient, predicted_loss_change
-from pm_jax.curvature import (
-    Measure,
-    Measurement,
-    fisher_empirical,
-    fisher_exact,
-    gauss_newton,
-    hessian,
-    measure_all,
-)
+from pm_jax.curvature import fisher_empirical, fisher_exact, gauss_newton, hessian
+from pm_jax.measures import Measure, Measurement, measure_all
 from pm_jax.perturbation import Perturbation, curvature_weight, perturbed
 from pm_jax.quadratics import DiagonalQuadratic, ExactQuadratic, Quadratic, SumQuadratic
 from pm_jax.rules import Evidence, MergeInfo, MergeRule
@@ -54,6 +48,7 @@ __all__ = [
     "losses",
     "matrix_products",
     "measure_all",
+    "measures",
     "merge_coefficient",
     "metrics",
     "perturbation",

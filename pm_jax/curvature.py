@@ -1,80 +1,16 @@
-"""Measure curvature by streaming over batches: Fisher, Gauss-Newton, Hessian.
-
-A `Measure` is a triple of pure functions in the manner of a gradient transformation:
-
-    state = measure.init(params, direction, key)
-    state = measure.update(state, batch)          # once per batch, in any batch size
-    result = measure.finalize(state)
-
-The result is a mean over all examples seen, whatever the batch size, and comes with the curvature
-along one direction and the standard error of that over the examples.
-"""
+"""Measure curvature by streaming over batches: Fisher, Gauss-Newton, Hessian."""
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pm_jax import losses, matrix_products, squared_gradients, trees
+from pm_jax.measures import Measure, Measurement, MeasureState
 from pm_jax.quadratics import DiagonalQuadratic
 from pm_jax.squared_gradients import OutputsFn, Passes, PassesFn, SquaredGradients
 from pm_jax.types import Array, Batch, Key, LogitsFn, LossesFn, Params, PyTree
-
-
-class Measurement(NamedTuple):
-    """What a measure finds.
-
-    Attributes:
-        quadratic: `DiagonalQuadratic` at the parameters, `None` for measures along a direction.
-        along: `d^T H d` of the mean loss, scalar; NaN where no direction was given.
-        standard_error: of `along`, over the examples (0 for a single one).
-        examples: number of examples, the sum of their weights.
-    """
-
-    quadratic: DiagonalQuadratic | None
-    along: Array
-    standard_error: Array
-    examples: Array
-
-
-class MeasureState(NamedTuple):
-    """What a measure carries from batch to batch.
-
-    Attributes:
-        params: where the curvature is taken.
-        direction: d, or `None`.
-        key: PRNG key of sampled labels, or `None`.
-        diagonal: sum over examples of the diagonal, or `None`.
-        examples: sum of weights.
-        mean: of `d^T H_n d` over the examples so far.
-        squares: sum of squared deviations from that mean.
-        position: number of rows seen, padding included: the index of the next example.
-    """
-
-    params: Params
-    direction: PyTree | None
-    key: Key | None
-    diagonal: PyTree | None
-    examples: Array
-    mean: Array
-    squares: Array
-    position: Array
-
-
-class Measure(NamedTuple):
-    """A way to measure curvature.
-
-    Attributes:
-        init: `init(params, direction=None, key=None) -> MeasureState`.
-        update: `update(state, batch) -> MeasureState`.
-        finalize: `finalize(state) -> Measurement`.
-    """
-
-    init: Callable[..., MeasureState]
-    update: Callable[[MeasureState, Batch], MeasureState]
-    finalize: Callable[[MeasureState], Measurement]
 
 
 def fisher_empirical(
@@ -103,6 +39,7 @@ def fisher_empirical(
 
     Example:
         >>> import jax.numpy as jnp
+        >>> from pm_jax.measures import measure_all
         >>> losses_fn = lambda w, batch: batch.inputs @ w
         >>> examples = Batch(jnp.asarray([[1.0, 2.0], [3.0, 0.0]]), jnp.zeros(2, int))
         >>> measure_all(fisher_empirical(losses_fn), jnp.zeros(2), examples, 2).quadratic.diagonal
@@ -145,6 +82,7 @@ def fisher_exact(
 
     Example:
         >>> import jax.numpy as jnp
+        >>> from pm_jax.measures import measure_all
         >>> examples = Batch(jnp.ones((1, 1)), jnp.zeros(1, int))
         >>> measure = fisher_exact(lambda w, x: x * w[None])
         >>> measure_all(measure, jnp.zeros(2), examples, 1).quadratic.diagonal
@@ -183,6 +121,7 @@ def identity() -> Measure:
 
     Example:
         >>> import jax.numpy as jnp
+        >>> from pm_jax.measures import measure_all
         >>> examples = Batch(jnp.ones((2, 1)), jnp.zeros(2, int))
         >>> float(measure_all(identity(), jnp.zeros(2), examples, 1, jnp.asarray([1.0, 3.0])).along)
         10.0
@@ -190,7 +129,7 @@ def identity() -> Measure:
 
     def init(params: Params, direction: PyTree | None = None, key: Key | None = None):
         one = jax.tree.map(lambda p: jnp.ones_like(p, trees.compute_dtype(p)), params)
-        return _initial_state(params, direction, key, one)
+        return MeasureState.start(params, direction, key, one)
 
     def update(state: MeasureState, batch: Batch) -> MeasureState:
         along = jnp.full_like(state.mean, jnp.nan)
@@ -200,7 +139,7 @@ def identity() -> Measure:
         return state._replace(mean=along, examples=examples)
 
     def finalize(state: MeasureState) -> Measurement:
-        return _measurement(state, DiagonalQuadratic.at(state.params, state.diagonal))
+        return state.measurement(DiagonalQuadratic.at(state.params, state.total))
 
     return Measure(init, update, finalize)
 
@@ -220,6 +159,7 @@ def gauss_newton(logits_fn: LogitsFn) -> Measure:
 
     Example:
         >>> import jax.numpy as jnp
+        >>> from pm_jax.measures import measure_all
         >>> examples = Batch(jnp.ones((1, 1)), jnp.zeros(1, int))
         >>> measure = gauss_newton(lambda w, x: x * w[None])
         >>> float(measure_all(measure, jnp.zeros(2), examples, 1, jnp.asarray([1.0, 3.0])).along)
@@ -243,6 +183,7 @@ def hessian(losses_fn: LossesFn) -> Measure:
 
     Example:
         >>> import jax.numpy as jnp
+        >>> from pm_jax.measures import measure_all
         >>> examples = Batch(jnp.asarray([1.0, 3.0]), jnp.zeros(2, int))
         >>> measure = hessian(lambda w, batch: batch.inputs * w**2)
         >>> float(measure_all(measure, 5.0, examples, 2, 1.0).along)
@@ -253,46 +194,6 @@ def hessian(losses_fn: LossesFn) -> Measure:
         return matrix_products.hessian_along(losses_fn, params, direction, batch)
 
     return _directional_measure(along)
-
-
-def measure_all(
-    measure: Measure,
-    params: Params,
-    examples: Batch,
-    batch_size: int,
-    direction: PyTree | None = None,
-    key: Key | None = None,
-) -> Measurement:
-    """Run a measure over all examples, in batches of one size.
-
-    Args:
-        measure: how curvature is measured.
-        params: where it is taken.
-        examples: N examples.
-        batch_size: examples per update.
-        direction: d, of the structure of the parameters, or `None`.
-        key: PRNG key, for sampled labels.
-
-    Returns:
-        The `Measurement`, the same for every batch size up to rounding.
-
-    Raises:
-        ValueError: no examples, batch size below 1, or a direction that is needed and missing.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> examples = Batch(jnp.asarray([[1.0], [3.0]]), jnp.zeros(2, int))
-        >>> measure = fisher_empirical(lambda w, batch: batch.inputs @ w)
-        >>> float(measure_all(measure, jnp.zeros(1), examples, 2, jnp.ones(1)).along)
-        5.0
-    """
-
-    def step(state, batch):
-        return measure.update(state, batch), None
-
-    batches = losses.in_batches(examples, batch_size)
-    state, _ = jax.lax.scan(step, measure.init(params, direction, key), batches)
-    return measure.finalize(state)
 
 
 def chunk_for_memory(params: Params, memory_bytes: float) -> int:
@@ -330,8 +231,8 @@ def _diagonal_measure(
             index = state.position + jnp.arange(weights.shape[0])
             keys = jax.vmap(jax.random.fold_in, (None, 0))(state.key, index)
         found = _squares(state, chunk, weights, keys)
-        total = jax.tree.map(jnp.add, state.diagonal, found.total)
-        return _add_values(state._replace(diagonal=total), found.along, weights), None
+        total = jax.tree.map(jnp.add, state.total, found.total)
+        return state._replace(total=total).plus(found.along, weights), None
 
     def _squares(state, chunk, weights, keys) -> SquaredGradients:
         options = {"weights": weights, "keys": keys}
@@ -364,7 +265,7 @@ def _diagonal_measure(
 
     def init(params: Params, direction: PyTree | None = None, key: Key | None = None):
         zero = jax.tree.map(lambda p: jnp.zeros_like(p, trees.compute_dtype(p)), params)
-        return _initial_state(params, direction, key, zero)
+        return MeasureState.start(params, direction, key, zero)
 
     def update(state: MeasureState, batch: Batch) -> MeasureState:
         position = state.position + batch.labels.shape[0]
@@ -372,8 +273,8 @@ def _diagonal_measure(
         return jax.lax.scan(add_chunk, state, chunks)[0]._replace(position=position)
 
     def finalize(state: MeasureState) -> Measurement:
-        diagonal = jax.tree.map(lambda total: total / state.examples, state.diagonal)
-        return _measurement(state, DiagonalQuadratic.at(state.params, diagonal))
+        diagonal = jax.tree.map(lambda total: total / state.examples, state.total)
+        return state.measurement(DiagonalQuadratic.at(state.params, diagonal))
 
     return Measure(init, update, finalize)
 
@@ -384,45 +285,10 @@ def _directional_measure(along: Callable[[Params, PyTree, Batch], Array]) -> Mea
     def init(params: Params, direction: PyTree | None = None, key: Key | None = None):
         if direction is None:
             raise ValueError("direction=None: this measure needs the direction to measure along")
-        return _initial_state(params, direction, key, None)
+        return MeasureState.start(params, direction, key, None)
 
     def update(state: MeasureState, batch: Batch) -> MeasureState:
         values = along(state.params, state.direction, batch)
-        return _add_values(state, values, losses.weights_of(batch))
+        return state.plus(values, losses.weights_of(batch))
 
-    return Measure(init, update, lambda state: _measurement(state, None))
-
-
-def _initial_state(params, direction, key, diagonal) -> MeasureState:
-    zero = jnp.zeros((), trees.compute_dtype(*jax.tree.leaves(params)))
-    return MeasureState(
-        params, direction, key, diagonal, zero, zero, zero, jnp.zeros((), jnp.int32)
-    )
-
-
-def _add_values(state: MeasureState, values: Array, weights: Array) -> MeasureState:
-    """Chan's parallel update of mean and squared deviations: exact for any grouping."""
-    weights = weights.astype(state.mean.dtype)
-    count = jnp.sum(weights)
-    values = jnp.where(weights > 0, values, 0)
-    mean = jnp.sum(weights * values) / jnp.maximum(count, 1)
-    squares = jnp.sum(weights * (values - mean) ** 2)
-    total = state.examples + count
-    shift = mean - state.mean
-    fraction = count / jnp.maximum(total, 1)
-    return state._replace(
-        examples=total,
-        mean=state.mean + shift * fraction,
-        squares=state.squares + squares + shift**2 * state.examples * fraction,
-        position=state.position + values.shape[0],
-    )
-
-
-def _measurement(state: MeasureState, quadratic: DiagonalQuadratic | None) -> Measurement:
-    variance = state.squares / jnp.maximum(state.examples - 1, 1)
-    return Measurement(
-        quadratic=quadratic,
-        along=state.mean,
-        standard_error=jnp.sqrt(variance / jnp.maximum(state.examples, 1)),
-        examples=state.examples,
-    )
+    return Measure(init, update, lambda state: state.measurement(None))

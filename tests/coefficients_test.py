@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from pm_jax import coefficients, curvature, rules, task_vectors
+from pm_jax import coefficients, curvature, measures, rules, task_vectors
 from pm_jax.quadratics import DiagonalQuadratic
 from pm_jax.types import InvalidInput
 from tests import oracles
@@ -92,7 +92,7 @@ def test_standard_error_is_the_spread_over_resampled_data():
     @jax.jit
     def one(inputs, labels):
         batch = oracles.Batch(inputs, labels)
-        found = curvature.measure_all(measure, params, batch, 200, direction)
+        found = measures.measure_all(measure, params, batch, 200, direction)
         return coefficients.merge_coefficient(
             old + found.quadratic, previous, direction, task=2,
             curvature_error=found.standard_error,

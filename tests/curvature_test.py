@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pm_jax import curvature, losses, matrix_products, trees
+from pm_jax import curvature, losses, matrix_products, measures, trees
 from pm_jax.types import Batch
 from tests import oracles
 
@@ -57,7 +57,7 @@ def test_diagonal_fisher_equals_the_dense_one(name, chunk_size):
     make, oracle = DIAGONAL[name]
     params, _, batch = oracles.problem(EXAMPLES)
     measure = make(chunk_size=chunk_size)
-    found = curvature.measure_all(measure, params, batch, 8).quadratic
+    found = measures.measure_all(measure, params, batch, 8).quadratic
     np.testing.assert_allclose(oracles.flat(found.diagonal), oracle(params, batch), rtol=1e-5)
     assert found.center is not None and float(found.value(params)) == 0.0
 
@@ -101,7 +101,7 @@ def test_dense_layers_give_the_same_fisher_as_per_example_gradients(
         samples = 2 if kind == "sampled" else None
         make = functools.partial(curvature.fisher_exact, logits_fn, num_samples=samples)
     found = [
-        curvature.measure_all(
+        measures.measure_all(
             make(chunk_size=chunk_size, dense_layers=dense), params, batch, 7, direction,
             jax.random.key(1),
         )
@@ -119,7 +119,7 @@ def test_a_name_that_is_no_dense_layer_or_is_called_twice_is_refused(tokens):
     logits_fn, params, direction, batch = tokens
     measure = curvature.fisher_exact(logits_fn, dense_layers=("norm",))
     with pytest.raises(ValueError, match="dense_layers=.*norm"):
-        curvature.measure_all(measure, params, batch, 5)
+        measures.measure_all(measure, params, batch, 5)
 
     class Twice(nn.Module):
         @nn.compact
@@ -133,13 +133,13 @@ def test_a_name_that_is_no_dense_layer_or_is_called_twice_is_refused(tokens):
     measure = curvature.fisher_exact(twice, dense_layers=("shared",))
     flat = Batch(batch.inputs[:, 0], batch.labels)
     with pytest.raises(ValueError, match="more than once"):
-        curvature.measure_all(measure, {"shared/kernel": jnp.eye(5)}, flat, 5)
+        measures.measure_all(measure, {"shared/kernel": jnp.eye(5)}, flat, 5)
 
 
 def test_empirical_fisher_is_not_the_square_of_the_batch_gradient():
     params, _, batch = oracles.problem(EXAMPLES)
     per_example = oracles.per_example_gradients(params, batch)
-    found = curvature.measure_all(
+    found = measures.measure_all(
         curvature.fisher_empirical(oracles.losses), params, batch, EXAMPLES
     )
     wrong = per_example.mean(axis=0) ** 2
@@ -158,7 +158,7 @@ MEASURES = {
 @pytest.mark.parametrize("batch_size", [1, 7, 64, EXAMPLES])
 def test_curvature_along_a_direction_and_its_error_for_any_batch_size(name, batch_size):
     params, direction, batch = oracles.problem(EXAMPLES)
-    found = curvature.measure_all(MEASURES[name](), params, batch, batch_size, direction)
+    found = measures.measure_all(MEASURES[name](), params, batch, batch_size, direction)
     values = per_example_along(name, params, direction, batch)
     np.testing.assert_allclose(found.along, values.mean(), rtol=1e-5)
     error = values.std(ddof=1) / np.sqrt(EXAMPLES)
@@ -168,10 +168,10 @@ def test_curvature_along_a_direction_and_its_error_for_any_batch_size(name, batc
 
 def test_the_identity_along_a_direction_is_its_square_without_error():
     params, direction, batch = oracles.problem(EXAMPLES)
-    found = curvature.measure_all(curvature.identity(), params, batch, 7, direction)
+    found = measures.measure_all(curvature.identity(), params, batch, 7, direction)
     np.testing.assert_allclose(found.along, oracles.flat(direction) @ oracles.flat(direction), 1e-5)
     assert float(found.standard_error) == 0.0 and float(found.examples) == EXAMPLES
-    found = curvature.measure_all(curvature.identity(), params, batch, 7)
+    found = measures.measure_all(curvature.identity(), params, batch, 7)
     assert np.isnan(found.along)
 
 
@@ -180,8 +180,8 @@ def test_sampled_labels_do_not_depend_on_the_batch_size(batch_size):
     params, _, batch = oracles.problem(EXAMPLES)
     measure = curvature.fisher_exact(oracles.network, num_samples=2, chunk_size=4)
     key = jax.random.key(5)
-    whole = curvature.measure_all(measure, params, batch, EXAMPLES, key=key).quadratic
-    found = curvature.measure_all(measure, params, batch, batch_size, key=key).quadratic
+    whole = measures.measure_all(measure, params, batch, EXAMPLES, key=key).quadratic
+    found = measures.measure_all(measure, params, batch, batch_size, key=key).quadratic
     np.testing.assert_allclose(
         oracles.flat(found.diagonal), oracles.flat(whole.diagonal), rtol=1e-5, atol=1e-9
     )
@@ -190,7 +190,7 @@ def test_sampled_labels_do_not_depend_on_the_batch_size(batch_size):
 def test_sampled_labels_converge_to_the_expectation():
     params, _, batch = oracles.problem(EXAMPLES)
     measure = curvature.fisher_exact(oracles.network, num_samples=4000)
-    found = curvature.measure_all(measure, params, batch, EXAMPLES, key=jax.random.key(0))
+    found = measures.measure_all(measure, params, batch, EXAMPLES, key=jax.random.key(0))
     wanted = fisher_exact_oracle(params, batch)
     # 52,000 draws: relative errors of about 1 % of the typical entry.
     error = np.linalg.norm(oracles.flat(found.quadratic.diagonal) - wanted)
@@ -200,11 +200,11 @@ def test_sampled_labels_converge_to_the_expectation():
 def test_sampling_without_a_key_and_measuring_without_a_direction_are_refused():
     params, _, batch = oracles.problem(EXAMPLES)
     with pytest.raises(ValueError, match="key=None"):
-        curvature.measure_all(
+        measures.measure_all(
             curvature.fisher_exact(oracles.network, num_samples=1), params, batch, 4
         )
     with pytest.raises(ValueError, match="direction=None"):
-        curvature.measure_all(curvature.gauss_newton(oracles.network), params, batch, 4)
+        measures.measure_all(curvature.gauss_newton(oracles.network), params, batch, 4)
     with pytest.raises(ValueError, match="chunk_size=0"):
         curvature.fisher_empirical(oracles.losses, chunk_size=0)
     with pytest.raises(ValueError, match="num_samples=0"):
@@ -219,8 +219,8 @@ def test_padding_in_the_last_batch_changes_nothing():
         jnp.asarray([1.0] * EXAMPLES + [0.0] * 3),
     )
     for make in MEASURES.values():
-        plain = curvature.measure_all(make(), params, batch, 5, direction)
-        masked = curvature.measure_all(make(), params, padded, 5, direction)
+        plain = measures.measure_all(make(), params, batch, 5, direction)
+        masked = measures.measure_all(make(), params, padded, 5, direction)
         np.testing.assert_allclose(masked.along, plain.along, rtol=1e-5)
         np.testing.assert_allclose(masked.standard_error, plain.standard_error, rtol=1e-5)
 
@@ -260,9 +260,9 @@ def test_masked_classes_have_no_curvature_and_no_nan():
     def masked(p, inputs):
         return jnp.where(mask[None, :], oracles.network(p, inputs), -1e30)
 
-    fisher = curvature.measure_all(curvature.fisher_exact(masked), params, batch, 5, direction)
+    fisher = measures.measure_all(curvature.fisher_exact(masked), params, batch, 5, direction)
     assert float(jnp.abs(fisher.quadratic.diagonal["v"][:, 2]).max()) == 0.0
-    along = curvature.measure_all(curvature.gauss_newton(masked), params, batch, 5, direction)
+    along = measures.measure_all(curvature.gauss_newton(masked), params, batch, 5, direction)
     assert np.isfinite(float(along.along)) and float(along.along) > 0
 
 

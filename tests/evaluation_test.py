@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pm_jax import curvature, losses, trees
+from pm_jax import curvature, losses, measures, trees
 from pm_jax.continual import Learner, training
 from pm_jax.continual.evaluation import accuracy_fn, mean_loss_fn
 from pm_jax.types import Batch
@@ -41,7 +41,7 @@ def test_evidence_is_the_curvature_of_the_tasks_own_loss_over_dense_weights(conf
         return jnp.where(mask[None, :], logits / config.temperature, -1e30)
 
     measure = functools.partial(
-        curvature.measure_all,
+        measures.measure_all,
         params=leaves,
         examples=Batch(jnp.asarray(stream.inputs[rows]), jnp.asarray(stream.labels[rows])),
         batch_size=50,

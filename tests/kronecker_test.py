@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from pm_jax import kronecker, losses, trees
-from pm_jax.curvature import fisher_exact, measure_all
+from pm_jax.curvature import fisher_exact
 from pm_jax.kronecker import KroneckerQuadratic
+from pm_jax.measures import measure_all
 from pm_jax.squared_gradients import Passes
 from pm_jax.types import Batch
 

@@ -12,7 +12,7 @@ from pm_jax.continual.feed import Pass
 from pm_jax.continual.image_transforms import evaluation_transform
 from pm_jax.continual.purpose_keys import CURVATURE, MERGE, purpose_key
 from pm_jax.continual.training import DeviceData, logits_of
-from pm_jax.curvature import Measure
+from pm_jax.measures import Measure
 from pm_jax.rules import Evidence, MergeRule
 from pm_jax.types import Array, Batch, Key, LogitsFn, Params, PyTree
 
