@@ -2,12 +2,13 @@
 
 python -m experiments.compare --rules=all --dataset=digits --seeds=0,1,2 --workdir=runs/rules
 python -m experiments.compare --rules=sequential,ties+keep=0.1,averaging+epochs=9 --workdir=...
+python -m experiments.compare --rules=perturb_and_merge --curvature=kronecker,low_rank --workdir=...
 
 Every rule runs with the settings that the flags give, but training is perturbed for
 perturb_and_merge alone. A rule may have its own after it: settings of the rule, or any flag of
-experiments.train, as averaging+perturbation=symmetric. Runs that are finished in the work directory
-are kept, and training that rules have in common is done once. Oracle and joint, which need the data
-of all tasks, are shown apart, as bounds.
+experiments.train, as averaging+perturbation=symmetric. With a list of curvatures, rules that take
+curvature run with each. Runs that are finished in the work directory are kept, and training that
+rules have in common is done once. What needs the data of all tasks is shown apart, as a bound.
 """
 
 import dataclasses
@@ -42,8 +43,9 @@ def main(argv: Sequence[str]) -> None:
     del argv
     values = flags.FLAGS
     try:
-        base = experiment_flags.config_from_flags()
-        configs = configurations(base, values.rules)
+        curvatures = values.curvature.split(",")
+        base = experiment_flags.config_from_flags(curvature=curvatures[0])
+        configs = configurations(base, values.rules, curvatures)
         experiment_flags.check_run_flags()
         for config in dict.fromkeys(each.without_merging() for each in configs.values()):
             describe(config, values.seeds[0])
@@ -78,7 +80,9 @@ def main(argv: Sequence[str]) -> None:
     print("written:", *files)
 
 
-def configurations(base: Config, names: Sequence[str]) -> dict[str, Config]:
+def configurations(
+    base: Config, names: Sequence[str], curvatures: Sequence[str] = ()
+) -> dict[str, Config]:
     """The settings of each rule, by what was asked for; raises `InvalidInput`."""
     if flags.FLAGS["rule_settings"].present:
         raise InvalidInput(
@@ -90,6 +94,8 @@ def configurations(base: Config, names: Sequence[str]) -> dict[str, Config]:
         expanded += rules.REGISTRY if name == "all" else [name]
     if not expanded:
         raise InvalidInput("rules=: needs one or more, or all")
+    if len(curvatures) > 1:
+        expanded = [label for each in expanded for label in _with_curvatures(each, curvatures)]
     configs = {}
     for label in expanded:
         name, *pairs = label.split("+")
@@ -101,6 +107,15 @@ def configurations(base: Config, names: Sequence[str]) -> dict[str, Config]:
         except InvalidInput as error:
             raise InvalidInput(f"rules={label}: {error}") from None
     return configs
+
+
+def _with_curvatures(label: str, curvatures: Sequence[str]) -> list[str]:
+    """A rule once for each curvature, if it takes any and names none of its own."""
+    name, *pairs = label.split("+")
+    takes = name in rules.REGISTRY and "quadratic" in rules.make(name).needs
+    if not takes or any(pair.startswith("curvature=") for pair in pairs):
+        return [label]
+    return [f"{label}+curvature={curvature}" for curvature in curvatures]
 
 
 def _changes(base: Config, config: Config) -> str:

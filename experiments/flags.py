@@ -24,8 +24,9 @@ NOT_OF_SEQUENTIAL = (
     *("learning_rate", "epochs", "data_dir", "cache_dir", "resident_mb", "evaluate_on"),
     *("rule", "rule_settings"),
     *("perturbation", "epsilon", "probabilities", "perturb_per"),
-    *("curvature", "curvature_samples", "curvature_examples", "curvature_memory_mb"),
-    *("merge_examples", "onset_gradients"),
+    *("curvature", "stored_curvature", "curvature_rank", "curvature_slots"),
+    *("curvature_samples", "curvature_examples", "curvature_memory_mb"),
+    *("merge_examples", "onset_gradients", "landscape_points"),
 )
 """Settings that sequential training does not depend on, and those that it has of its own."""
 
@@ -83,13 +84,11 @@ def define_config_flags() -> None:
     flags.DEFINE_string("preset", None, "A file of experiments/presets, without its ending.")
 
 
-def config_from_flags() -> Config:
-    """The configuration that the parsed flags stand for; raises `InvalidInput`."""
+def config_from_flags(**instead: Any) -> Config:
+    """The configuration of the parsed flags, some replaced; raises `InvalidInput`."""
     values = flags.FLAGS
-    settings: dict[str, Any] = {
-        field.name: values[field.name].value for field in dataclasses.fields(Config)
-    }
-    return Config(**settings)
+    settings = {field.name: values[field.name].value for field in dataclasses.fields(Config)}
+    return Config(**{**settings, **instead})
 
 
 @functools.cache  # two binaries may be imported by one process

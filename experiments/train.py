@@ -10,6 +10,7 @@ from absl import app, flags
 
 from experiments import flags as experiment_flags
 from pm_jax.continual import TrainingDiverged, export
+from pm_jax.continual.report import write_report
 from pm_jax.continual.run import describe, run_with_baseline, table
 from pm_jax.types import InvalidInput
 
@@ -20,6 +21,7 @@ experiment_flags.define_run_flags()
 flags.DEFINE_boolean(
     "keep_task_models", False, "Keep the models that are merged, for experiments.merge --run."
 )
+flags.DEFINE_boolean("report", True, "Write report.html into the work directory.")
 flags.adopt_module_key_flags(experiment_flags)  # --help lists them
 
 
@@ -49,10 +51,19 @@ def main(argv: Sequence[str]) -> None:
             tensorboard=values.tensorboard,
             keep_task_models=values.keep_task_models,
         )
+        if values.report:
+            _write_report(workdir)
         print(table(summaries))
         export.write(destinations, config, values.seeds[0], workdir)
     except (InvalidInput, TrainingDiverged) as error:
         experiment_flags.fail(str(error))
+
+
+def _write_report(workdir: Path) -> None:
+    try:
+        print("report:", write_report(workdir))
+    except ImportError:
+        print("report: skipped, matplotlib is not installed; pip install 'pm_jax[plots]'")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pm_jax.quadratics import DiagonalQuadratic, Quadratic
+from pm_jax.quadratics import LeafwiseQuadratic, Quadratic
 from pm_jax.types import Array, Params, PyTree
+
+SWEEPS = 1000
+"""Of coordinate descent over the groups of joint coefficients."""
 
 
 class MergeCoefficient(NamedTuple):
@@ -66,6 +69,7 @@ def merge_coefficient(
 
     Example:
         >>> import jax.numpy as jnp
+        >>> from pm_jax.quadratics import DiagonalQuadratic
         >>> old = DiagonalQuadratic.at(jnp.zeros(1), diagonal=jnp.asarray([3.0]))
         >>> new = DiagonalQuadratic.at(jnp.ones(1), diagonal=jnp.asarray([1.0]))
         >>> float(merge_coefficient(old + new, jnp.zeros(1), jnp.ones(1), task=2).alpha)
@@ -73,11 +77,13 @@ def merge_coefficient(
     """
     numerator = correction - quadratic.gradient_along(previous, task_vector)
     denominator = correction + quadratic.curvature_along(task_vector)
-    return _solve(numerator, denominator, task, curvature_error, clip)
+    return merge_coefficient_of(
+        numerator, denominator, task=task, curvature_error=curvature_error, clip=clip
+    )
 
 
 def merge_coefficients(
-    quadratic: DiagonalQuadratic,
+    quadratic: Quadratic,
     previous: Params,
     task_vector: PyTree,
     groups: Sequence[int],
@@ -89,8 +95,9 @@ def merge_coefficients(
 
         argmin_{0 <= a <= 1} Q(previous + sum_g a_g Delta_g),   Delta_g the group's part of Delta
 
-    For diagonal curvature and disjoint groups the Gram matrix is diagonal, so the box's minimum is
-    that of each group by itself, clipped. Where a group has none, its alpha is 1/t.
+    Where H has no entries between leaves, the Gram matrix of disjoint groups is diagonal, and the
+    box's minimum is that of each group by itself, clipped. Otherwise see `box_minimum`. Where a
+    group has none, its alpha is 1/t.
 
     Args:
         quadratic: the sum over all tasks seen, the current one included.
@@ -101,42 +108,113 @@ def merge_coefficients(
         clip: restrict each alpha to [0, 1].
 
     Returns:
-        A `MergeCoefficient` of arrays [G], whose standard error is NaN.
+        A `MergeCoefficient` of arrays [G], whose standard error is NaN; its denominator is the
+        diagonal of the Gram matrix. All are degenerate where that is not positive semi-definite.
 
     References:
         The box problem of Perturb-and-Merge's quadratic, ours
 
     Example:
         >>> import jax.numpy as jnp
+        >>> from pm_jax.quadratics import DiagonalQuadratic
         >>> old = DiagonalQuadratic.at([jnp.zeros(1)] * 2, [jnp.ones(1), jnp.full(1, 3.0)])
         >>> new = DiagonalQuadratic.at([jnp.ones(1)] * 2, [jnp.ones(1)] * 2)
         >>> delta = [jnp.ones(1)] * 2
         >>> merge_coefficients(old + new, [jnp.zeros(1)] * 2, delta, (0, 1), task=2).alpha.tolist()
         [0.5, 0.25]
     """
-    memory = (quadratic.center, quadratic.diagonal, quadratic.gradient)
-    leaves = zip(*map(jax.tree.leaves, (*memory, previous, task_vector)), strict=True)
-    nothing = jnp.zeros(())
-    answers = [
-        (-own.gradient_along(base, delta), own.curvature_along(delta))
-        for center, diagonal, gradient, base, delta in leaves
-        for own in (DiagonalQuadratic(center, diagonal, gradient, nothing),)
-    ]
-    numerator, denominator = (
-        jax.ops.segment_sum(jnp.stack(values), jnp.asarray(groups), max(groups) + 1)
-        for values in zip(*answers, strict=True)
+    if isinstance(quadratic, LeafwiseQuadratic):
+        slopes, curvatures = (
+            jax.ops.segment_sum(values, jnp.asarray(groups), max(groups) + 1)
+            for values in quadratic.by_leaf(previous, task_vector)
+        )
+        return merge_coefficient_of(-slopes, curvatures, task=task, clip=clip)
+    leaves, structure = jax.tree.flatten(task_vector)
+    directions = [
+        jax.tree.unflatten(
+            structure,
+            [x if own == group else jnp.zeros_like(x)
+             for x, own in zip(leaves, groups, strict=True)],
+        )
+        for group in range(max(groups) + 1)
+    ]  # fmt: skip
+    slopes = jnp.stack([quadratic.gradient_along(previous, each) for each in directions])
+    gram = quadratic.gram(directions)
+    alone = merge_coefficient_of(-slopes, jnp.diagonal(gram), task=task, clip=clip)
+    together, sound = box_minimum(gram, -slopes, clip=clip)
+    usable = sound & ~alone.degenerate & (jnp.asarray(task) > 1)
+    raw = jnp.where(usable, together, alone.alpha_raw)
+    return alone._replace(
+        alpha=jnp.clip(raw, 0, 1) if clip else raw,
+        alpha_raw=raw,
+        degenerate=alone.degenerate | ((jnp.asarray(task) > 1) & ~sound),
     )
-    return _solve(numerator, denominator, task, jnp.nan, clip)
 
 
-def _solve(
+def box_minimum(gram: Array, slopes: Array, *, clip: bool = True) -> tuple[Array, Array]:
+    """`argmin_{0 <= a <= 1} 1/2 a^T G a - s^T a`, by coordinate descent with a ridge.
+
+    The ridge is 1e-6 times the mean of the diagonal. A coordinate without curvature stays at 0.
+
+    Args:
+        gram: G, [K, K]; its symmetric part counts.
+        slopes: s, [K].
+        clip: keep a in [0, 1].
+
+    Returns:
+        `(a, sound)`: the minimum [K], and whether G is positive semi-definite to rounding; where it
+        is not, a is no minimum.
+
+    References:
+        Wright, `Coordinate Descent Algorithms <https://arxiv.org/abs/1502.04759>`_, 2015
+
+    Example:
+        >>> gram, slopes = jnp.asarray([[1.0, 0.5], [0.5, 1.0]]), jnp.asarray([2.0, 0.75])
+        >>> box_minimum(gram, slopes)[0].round(3).tolist()
+        [1.0, 0.25]
+    """
+    gram, slopes = (jnp.asarray(gram) + jnp.asarray(gram).T) / 2, jnp.asarray(slopes)
+    finite = jnp.all(jnp.isfinite(gram)) & jnp.all(jnp.isfinite(slopes))
+    gram = jnp.where(finite, gram, 0)
+    values = jnp.linalg.eigvalsh(gram)
+    sound = finite & (values[0] >= -1e-5 * jnp.abs(values[-1]))
+    curved = jnp.diagonal(gram) > 0
+    gram += 1e-6 * jnp.mean(jnp.diagonal(gram)) * jnp.eye(len(gram), dtype=gram.dtype)
+
+    def improve(step: Array, a: Array) -> Array:
+        k = step % len(gram)
+        descent = slopes[k] - jnp.dot(gram[k], a, precision="highest")
+        best = a[k] + descent / jnp.where(curved[k], gram[k, k], 1)
+        return a.at[k].set(jnp.where(curved[k], jnp.clip(best, 0, 1) if clip else best, 0))
+
+    return jax.lax.fori_loop(0, SWEEPS * len(gram), improve, jnp.zeros_like(slopes)), sound
+
+
+def merge_coefficient_of(
     numerator: Array,
     denominator: Array,
+    *,
     task: Array | int,
-    curvature_error: Array | float,
-    clip: bool,
+    curvature_error: Array | float = float("nan"),
+    clip: bool = True,
 ) -> MergeCoefficient:
-    """The quotients, entry by entry, and what to do where there is none."""
+    """The quotient of the closed form, entry by entry, and what to do where there is none.
+
+    Args:
+        numerator: `-Delta . grad Q(theta_hat)`, scalar or [G].
+        denominator: `Delta^T H Delta` over all tasks, of the same shape.
+        task: t, counted from 1; an array or an int.
+        curvature_error: standard error of the current task's `Delta^T H_t Delta`.
+        clip: restrict alpha to [0, 1].
+
+    Returns:
+        A `MergeCoefficient`; see `merge_coefficient`.
+
+    Example:
+        >>> found = merge_coefficient_of(jnp.asarray(3.0), jnp.asarray(0.0), task=4)
+        >>> float(found.alpha), bool(found.degenerate)
+        (0.25, True)
+    """
     task = jnp.asarray(task)
     first = task <= 1
     solvable = jnp.isfinite(numerator) & jnp.isfinite(denominator)

@@ -21,6 +21,8 @@ FIGURES = {
     "learning_accuracy": "learning accuracy",
 }
 """Figures of a run that are compared, and their headings; fractions."""
+MEASURED_ON_DEMAND = {"mean_regret_accuracy": "regret"}
+"""The same of runs that were made with landscapes; compared where one of them was."""
 LEARNING_PHASES = ("train", "curvature", "merge")
 NAN = float("nan")
 
@@ -124,10 +126,13 @@ def compare(
     rank[ranked] = ranks(values[ranked]).mean(axis=1)
     best = max(ranked, key=lambda row: values[row].mean())
     difference, error = paired_differences(values, best)
+    runs_of_all = [run for runs in results.values() for run in runs]
+    names = [*FIGURES, *(name for name in MEASURED_ON_DEMAND
+                         if any(run.get(name) is not None for run in runs_of_all))]  # fmt: skip
     found = [
         Comparison(
             rule=label,
-            figures={name: [_number(run[name]) for run in runs] for name in FIGURES},
+            figures={name: [_number(run.get(name)) for run in runs] for name in names},
             rank=float(rank[row]),
             difference=float(difference[row]),
             difference_error=float(error[row]),
@@ -250,7 +255,9 @@ def as_csv(rows: Sequence[Comparison]) -> str:
 
 
 def _cells(rows: Sequence[Comparison]) -> list[list[str]]:
-    head = ["rule", *FIGURES.values(), "rank", "to the best", "seconds", "state"]
+    headings = FIGURES | MEASURED_ON_DEMAND
+    names = (headings[name] for name in rows[0].figures)
+    head = ["rule", *names, "rank", "to the best", "seconds", "state"]
     return [head] + [
         [
             row.rule,

@@ -88,28 +88,11 @@ def fisher_exact(
         >>> measure_all(measure, jnp.zeros(2), examples, 1).quadratic.diagonal
         Array([0.25, 0.25], dtype=float32)
     """
-    if num_samples is not None and num_samples < 1:
-        raise ValueError(f"num_samples={num_samples}: must be at least 1, or None for all labels")
-
-    def passes(logits: Array, keys: Key | None) -> Passes:
-        examples, classes = logits.shape
-        probabilities = jax.nn.softmax(logits)
-        if num_samples is None:
-            labels = jnp.broadcast_to(jnp.arange(classes)[:, None], (classes, examples))
-            weights = probabilities.T
-        else:
-            if keys is None:
-                raise ValueError("key=None: sampled labels need a PRNG key in Measure.init")
-            draw = functools.partial(jax.random.categorical, shape=(num_samples,))
-            labels = jax.vmap(draw, out_axes=1)(keys, logits)
-            weights = jnp.full((num_samples, examples), 1 / num_samples)
-        # d log p_label / d logits.
-        scores = jax.nn.one_hot(labels, classes, dtype=logits.dtype) - probabilities[None]
-        return Passes(scores, weights)
 
     def outputs(params: Params, batch: Batch) -> Array:
         return logits_fn(params, batch.inputs)
 
+    passes = squared_gradients.label_passes(num_samples)
     return _diagonal_measure(outputs, passes, chunk_size, dense_layers)
 
 
@@ -226,11 +209,7 @@ def _diagonal_measure(
 
     def add_chunk(state: MeasureState, chunk: Batch) -> tuple[MeasureState, None]:
         weights = losses.weights_of(chunk)
-        keys = None
-        if state.key is not None:
-            index = state.position + jnp.arange(weights.shape[0])
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(state.key, index)
-        found = _squares(state, chunk, weights, keys)
+        found = _squares(state, chunk, weights, state.keys(weights.shape[0]))
         total = jax.tree.map(jnp.add, state.total, found.total)
         return state._replace(total=total).plus(found.along, weights), None
 

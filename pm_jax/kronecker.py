@@ -18,6 +18,7 @@ References:
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,18 +26,23 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from pm_jax import squared_gradients, task_vectors, trees
-from pm_jax.quadratics import Quadratic
+from pm_jax import curvature, losses, matrix_products, squared_gradients, task_vectors, trees
+from pm_jax.measures import Measure, Measurement, MeasureState
+from pm_jax.quadratics import LeafwiseQuadratic
 from pm_jax.squared_gradients import OutputsFn, PassesFn
-from pm_jax.types import Array, Batch, Key, Params, PyTree
+from pm_jax.types import Array, Batch, Key, LogitsFn, Params, PyTree
+
+POWER_STEPS = 50
 
 
 @flax.struct.dataclass
-class KroneckerQuadratic(Quadratic):
+class KroneckerQuadratic(LeafwiseQuadratic):
     """A quadratic with Kronecker-factored curvature for dense kernels, diagonal for other leaves.
 
     A sum of Kronecker products is none, so every task keeps its own factors, in a slot of a
-    preallocated axis; center and gradient are one tree each, however many tasks are summed.
+    preallocated axis; center and gradient are one tree each, however many tasks are summed. Tasks
+    beyond the slots share the last one, as the Kronecker product that is nearest to their sum in
+    the Frobenius norm: center and gradient stay exact.
 
     Attributes:
         center: pytree of float32 arrays, where the expansion is taken.
@@ -45,7 +51,11 @@ class KroneckerQuadratic(Quadratic):
         diagonal: `{path of another leaf: diagonal of H}`, summed over the tasks.
         gradient: at the center, of the structure of the center.
         constant: value at the center, scalar.
-        tasks: int32 scalar, slots in use.
+        tasks: int32 scalar, tasks summed.
+
+    References:
+        Van Loan and Pitsianis, `Approximation with Kronecker Products
+        <https://doi.org/10.1007/978-94-015-8196-7_17>`_, 1993
 
     Example:
         >>> factors = {"w": jnp.full((1, 1, 1), 2.0)}, {"w": jnp.full((1, 1, 1), 3.0)}
@@ -106,24 +116,62 @@ class KroneckerQuadratic(Quadratic):
         """`direction . grad Q(theta)`, scalar."""
         return trees.inner(self._gradient_at(theta), direction)
 
+    def by_leaf(self, theta: Params, direction: PyTree) -> tuple[Array, Array]:
+        """The parts of L leaves in the slope and the curvature along a direction, both [L]."""
+        pairs = [
+            jax.tree.leaves(jax.tree.map(trees.inner, direction, side))
+            for side in (self._gradient_at(theta), self._times(direction))
+        ]
+        slopes, curvatures = map(jnp.stack, pairs)
+        return slopes, curvatures
+
+    def scaled(self, factor: Array | float) -> KroneckerQuadratic:
+        """This function times a number, at least 0."""
+        inputs, diagonal, gradient = (
+            jax.tree.map(lambda leaf: factor * leaf, tree)
+            for tree in (self.inputs, self.diagonal, self.gradient)
+        )
+        return dataclasses.replace(
+            self,
+            inputs=inputs,
+            diagonal=diagonal,
+            gradient=gradient,
+            constant=factor * self.constant,
+        )
+
+    def trace(self) -> Array:
+        """Trace of H, scalar."""
+
+        def traces(factors: Array) -> Array:
+            return jnp.trace(factors, axis1=1, axis2=2)
+
+        kernels = [
+            jnp.vdot(traces(x), traces(self.outputs[path])) for path, x in self.inputs.items()
+        ]
+        return functools.reduce(
+            jnp.add, [*kernels, *(jnp.sum(x) for x in self.diagonal.values())], jnp.zeros(())
+        )
+
     def plus(self, other: KroneckerQuadratic) -> KroneckerQuadratic:
-        """The sum with the quadratic of one task, about this one's center.
-
-        There is no more room than slots: everything is NaN beyond.
-        """
-        slots = min((len(own) for own in self.inputs.values()), default=None)
-        room = 1.0 if slots is None else jnp.where(self.tasks < slots, 1.0, jnp.nan)
-
-        def kept(own: dict[str, Array], new: dict[str, Array]) -> dict[str, Array]:
-            return {path: x.at[self.tasks].set(new[path][0]) for path, x in own.items()}
-
+        """The sum with the quadratic of one task, about this one's center."""
+        inputs, outputs = {}, {}
+        for path, own in self.inputs.items():
+            last = len(own) - 1
+            slot = jnp.minimum(self.tasks, last)
+            new = other.inputs[path][0], other.outputs[path][0]
+            shared = _nearest((own[last], self.outputs[path][last]), new)
+            full = self.tasks > last
+            inputs[path], outputs[path] = (
+                side.at[slot].set(jnp.where(full, both, alone))
+                for side, both, alone in zip((own, self.outputs[path]), shared, new, strict=True)
+            )
         return KroneckerQuadratic(
             self.center,
-            kept(self.inputs, other.inputs),
-            kept(self.outputs, other.outputs),
+            inputs,
+            outputs,
             jax.tree.map(jnp.add, self.diagonal, other.diagonal),
             jax.tree.map(jnp.add, self.gradient, other._gradient_at(self.center)),
-            room * (self.constant + other.value(self.center)),
+            self.constant + other.value(self.center),
             self.tasks + 1,
         )
 
@@ -156,6 +204,32 @@ def _between(left: Array, middle: Array, right: Array) -> Array:
     return jnp.matmul(product, right, precision="highest")
 
 
+def _nearest(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:
+    """The Kronecker product nearest to the sum of two, for positive semi-definite factors.
+
+    As matrices of rank 2, `sum_i vec(A_i) vec(G_i)^T`, that is their first singular pair. All inner
+    products of the factors are at least 0, so its weights are too, and both sides stay positive
+    semi-definite.
+    """
+    left, right = (jnp.stack(pair) for pair in zip(first, second, strict=True))
+
+    def products(sides: Array) -> Array:
+        return jnp.einsum("iab,jab->ij", sides, sides, precision="highest")
+
+    # The left singular vector is sum_i c_i A_i where c is the first eigenvector of this.
+    square = jnp.matmul(products(right), products(left), precision="highest")
+    square /= jnp.maximum(jnp.max(square), jnp.finfo(square.dtype).tiny)
+    weights = jnp.ones(2, square.dtype)
+    for _ in range(POWER_STEPS):
+        weights = square @ weights
+        weights /= jnp.maximum(jnp.max(weights), jnp.finfo(square.dtype).tiny)
+    inputs = jnp.tensordot(weights, left, 1)
+    overlaps = jnp.einsum("ab,iab->i", inputs, left, precision="highest")
+    norm = jnp.sum(inputs**2)
+    outputs = jnp.tensordot(overlaps / jnp.where(norm > 0, norm, 1), right, 1)
+    return inputs, outputs
+
+
 class Factors(NamedTuple):
     """Sums over examples, by the path of a kernel.
 
@@ -166,6 +240,15 @@ class Factors(NamedTuple):
 
     inputs: dict[str, Array]
     outputs: dict[str, Array]
+
+    @classmethod
+    def zero(cls, kernels: dict[str, Array]) -> Factors:
+        """Of no examples."""
+        inputs, outputs = (
+            {path: jnp.zeros((x.shape[axis],) * 2) for path, x in kernels.items()}
+            for axis in (0, 1)
+        )
+        return cls(inputs, outputs)
 
 
 def factors(
@@ -225,5 +308,94 @@ def factors(
             for path, name in names.items()
         }, None
 
-    start = {path: jnp.zeros((params[path].shape[1],) * 2) for path in params}
+    start = Factors.zero(params).outputs
     return Factors(inputs, jax.lax.scan(add_pass, start, found.passes)[0])
+
+
+def fisher_kronecker(
+    logits_fn: LogitsFn,
+    kernels: Sequence[str],
+    *,
+    num_samples: int | None = None,
+    chunk_size: int = 32,
+    dense_layers: Sequence[str] = (),
+) -> Measure:
+    """Fisher in Kronecker factors for linen Dense kernels, in its diagonal for other leaves.
+
+    The curvature along the direction is exact, by jvp: that of the factors has no value per
+    example.
+
+    Args:
+        logits_fn: `logits_fn(params, inputs) -> [N, C]`, which applies a linen module.
+        kernels: paths of kernels "a/b/kernel" of Dense layers that are called exactly once; the
+            parameters are a flat `{path: leaf}`.
+        num_samples: as for `fisher_exact`.
+        chunk_size: of the other leaves, as for `fisher_exact`.
+        dense_layers: of the other leaves, as for `fisher_exact`.
+
+    Returns:
+        A `Measure`; its quadratic is a `KroneckerQuadratic`. Sampling needs a key in `init`.
+
+    Raises:
+        ValueError: as `fisher_exact`; in `update`, a kernel of no such layer.
+
+    Example:
+        >>> import flax.linen as nn
+        >>> from pm_jax.measures import measure_all
+        >>> layer, params = nn.Dense(2, use_bias=False), {"kernel": jnp.zeros((1, 2))}
+        >>> examples = Batch(jnp.full((1, 1), 2.0), jnp.zeros(1, int))
+        >>> logits_fn = lambda p, inputs: layer.apply({"params": p}, inputs)
+        >>> measure = fisher_kronecker(logits_fn, ("kernel",))
+        >>> found = measure_all(measure, params, examples, 1).quadratic
+        >>> found.inputs["kernel"].tolist(), found.outputs["kernel"].tolist()
+        ([[[4.0]]], [[[0.25, -0.25], [-0.25, 0.25]]])
+    """
+    passes = squared_gradients.label_passes(num_samples)
+
+    def others(params: Params) -> tuple[Measure, Params]:
+        rest = curvature.fisher_exact(
+            lambda some, inputs: logits_fn({**params, **some}, inputs),
+            num_samples=num_samples,
+            chunk_size=chunk_size,
+            dense_layers=dense_layers,
+        )
+        return rest, {path: leaf for path, leaf in params.items() if path not in kernels}
+
+    def init(params: Params, direction: PyTree | None = None, key: Key | None = None):
+        sums = Factors.zero({path: params[path] for path in kernels})
+        rest, leaves = others(params)
+        states = rest.init(leaves, None, key) if leaves else None
+        return MeasureState.start(params, direction, key, (sums, states))
+
+    def update(state: MeasureState, batch: Batch) -> MeasureState:
+        weights = losses.weights_of(batch)
+        sums, rest_state = state.total
+        found = factors(
+            lambda some, batch: logits_fn({**state.params, **some}, batch.inputs),
+            passes,
+            {path: state.params[path] for path in kernels},
+            batch,
+            weights=weights,
+            keys=state.keys(weights.shape[0]),
+        )
+        if rest_state is not None:
+            rest_state = others(state.params)[0].update(rest_state, batch)
+        values = jnp.full(weights.shape, jnp.nan)
+        if state.direction is not None:
+            values = matrix_products.gauss_newton_along(
+                logits_fn, state.params, state.direction, batch.inputs
+            )
+        total = (jax.tree.map(jnp.add, sums, found), rest_state)
+        return state._replace(total=total).plus(values, weights)
+
+    def finalize(state: MeasureState) -> Measurement:
+        sums, rest_state = state.total
+        inputs, outputs = (
+            {path: (x / state.examples)[None] for path, x in side.items()} for side in sums
+        )
+        diagonal = {}
+        if rest_state is not None:
+            diagonal = {path: x / state.examples for path, x in rest_state.total.items()}
+        return state.measurement(KroneckerQuadratic.at(state.params, inputs, outputs, diagonal))
+
+    return Measure(init, update, finalize)

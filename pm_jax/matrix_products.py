@@ -170,3 +170,36 @@ def gauss_newton_products(
     probabilities, left = tangents_of(lefts)
     right = left if lefts is rights else tangents_of(rights)[1]
     return jnp.einsum("nc,nkc,nlc->nkl", probabilities, left, right, precision="highest")
+
+
+def gauss_newton_times(
+    logits_fn: LogitsFn, params: Params, directions: PyTree, inputs: PyTree, weights: Array
+) -> PyTree:
+    """`sum_n weight_n G_n d_k` for K directions, one jvp and one vjp each.
+
+    Args:
+        logits_fn: `logits_fn(params, inputs) -> [N, C]`.
+        params: pytree of floating-point arrays.
+        directions: of the structure of the parameters, leaves [K, ...].
+        inputs: of N examples.
+        weights: of the examples, [N].
+
+    Returns:
+        As `directions`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> gauss_newton_times(lambda w, x: x * w[None], jnp.zeros(2), jnp.asarray([[1.0, 3.0]]),
+        ...                    jnp.ones((1, 1)), jnp.ones(1)).tolist()
+        [[-0.5, 0.5]]
+    """
+    logits, forward = jax.linearize(lambda p: logits_fn(p, inputs), params)
+    backward = jax.linear_transpose(forward, params)
+    probabilities = jax.nn.softmax(logits)
+
+    def product(direction: PyTree) -> PyTree:
+        tangents = forward(direction)
+        means = jnp.sum(probabilities * tangents, axis=-1, keepdims=True)
+        return backward(weights[:, None] * probabilities * (tangents - means))[0]
+
+    return jax.lax.map(product, directions)

@@ -54,7 +54,7 @@ class MeasureState(NamedTuple):
     params: Params
     direction: PyTree | None
     key: Key | None
-    total: PyTree | None
+    total: PyTree
     examples: Array
     mean: Array
     squares: Array
@@ -62,11 +62,18 @@ class MeasureState(NamedTuple):
 
     @classmethod
     def start(
-        cls, params: Params, direction: PyTree | None, key: Key | None, total: PyTree | None
+        cls, params: Params, direction: PyTree | None, key: Key | None, total: PyTree
     ) -> "MeasureState":
         """Nothing seen yet."""
         zero = jnp.zeros((), trees.compute_dtype(*jax.tree.leaves(params)))
         return cls(params, direction, key, total, zero, zero, zero, jnp.zeros((), jnp.int32))
+
+    def keys(self, examples: int) -> Key | None:
+        """A key for each of the next examples, by its index; `None` without a key."""
+        if self.key is None:
+            return None
+        index = self.position + jnp.arange(examples)
+        return jax.vmap(jax.random.fold_in, (None, 0))(self.key, index)
 
     def plus(self, values: Array, weights: Array) -> "MeasureState":
         """With some examples' `d^T H_n d`, [N], by Chan's update: exact for any grouping."""

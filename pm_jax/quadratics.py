@@ -10,8 +10,8 @@ A `Quadratic` stands for
     H         curvature, positive semi-definite unless it is a Hessian
 
 and answers four questions: its value at a point, its slope along a direction, its curvature along
-a direction, and the Gram matrix of several directions. Quadratics add up, and the sum over the
-tasks seen is all the memory that a curvature-based merge rule needs.
+a direction, and the Gram matrix of several directions. Quadratics add up. A `StoredQuadratic` needs
+no data, and its sum over the tasks seen is all the memory that a curvature-based merge rule needs.
 """
 
 from __future__ import annotations
@@ -58,8 +58,32 @@ class Quadratic(abc.ABC):
         return SumQuadratic((self, other))
 
 
+class StoredQuadratic(Quadratic):
+    """A quadratic that is kept when the data of its tasks are gone: the memory of a merge rule."""
+
+    @abc.abstractmethod
+    def plus(self, other: Any) -> StoredQuadratic:
+        """The sum with another one of the same kind, in arrays of the same shapes as this one's."""
+
+    @abc.abstractmethod
+    def scaled(self, factor: Array | float) -> StoredQuadratic:
+        """This function times a number, at least 0."""
+
+    @abc.abstractmethod
+    def trace(self) -> Array:
+        """Trace of H, scalar."""
+
+
+class LeafwiseQuadratic(StoredQuadratic):
+    """A stored quadratic whose H has no entries between one leaf and another."""
+
+    @abc.abstractmethod
+    def by_leaf(self, theta: Params, direction: PyTree) -> tuple[Array, Array]:
+        """The parts of L leaves in the slope and the curvature along a direction, both [L]."""
+
+
 @flax.struct.dataclass
-class DiagonalQuadratic(Quadratic):
+class DiagonalQuadratic(LeafwiseQuadratic):
     """A quadratic with diagonal curvature: two pytrees and a center, however many tasks it sums.
 
     For the sum over tasks, `diagonal` is `S = sum_i F_i` and `gradient` is
@@ -126,6 +150,18 @@ class DiagonalQuadratic(Quadratic):
     def gradient_along(self, theta: Params, direction: PyTree) -> Array:
         """`direction . grad Q(theta)`, scalar."""
         return trees.inner(self._gradient_at(theta), direction)
+
+    def by_leaf(self, theta: Params, direction: PyTree) -> tuple[Array, Array]:
+        """The parts of L leaves in the slope and the curvature along a direction, both [L]."""
+        memory = (self.center, self.diagonal, self.gradient, theta, direction)
+        slopes, curvatures = [], []
+        for center, diagonal, gradient, point, step in zip(
+            *map(jax.tree.leaves, memory), strict=True
+        ):
+            own = DiagonalQuadratic(center, diagonal, gradient, self.constant)
+            slopes.append(own.gradient_along(point, step))
+            curvatures.append(own.curvature_along(step))
+        return jnp.stack(slopes), jnp.stack(curvatures)
 
     def _gradient_at(self, theta: Params) -> PyTree:
         step = task_vectors.difference(theta, self.center)

@@ -53,6 +53,45 @@ class SquaredGradients(NamedTuple):
     along: Array
 
 
+def label_passes(num_samples: int | None) -> PassesFn:
+    """Passes of the exact Fisher of logits: of every label, or of some that the model draws.
+
+    Args:
+        num_samples: `None` for a pass per class, weighted by its probability; otherwise that many
+            labels, drawn with the key of each example.
+
+    Returns:
+        A `PassesFn` for logits [N, C].
+
+    Raises:
+        ValueError: num_samples below 1; when it is called, no keys to sample with.
+
+    Example:
+        >>> label_passes(None)(jnp.zeros((1, 2)), None).weights.tolist()
+        [[0.5], [0.5]]
+    """
+    if num_samples is not None and num_samples < 1:
+        raise ValueError(f"num_samples={num_samples}: must be at least 1, or None for all labels")
+
+    def passes(logits: Array, keys: Key | None) -> Passes:
+        examples, classes = logits.shape
+        probabilities = jax.nn.softmax(logits)
+        if num_samples is None:
+            labels = jnp.broadcast_to(jnp.arange(classes)[:, None], (classes, examples))
+            weights = probabilities.T
+        else:
+            if keys is None:
+                raise ValueError("key=None: sampled labels need a PRNG key in Measure.init")
+            draw = functools.partial(jax.random.categorical, shape=(num_samples,))
+            labels = jax.vmap(draw, out_axes=1)(keys, logits)
+            weights = jnp.full((num_samples, examples), 1 / num_samples)
+        # d log p_label / d logits.
+        scores = jax.nn.one_hot(labels, classes, dtype=logits.dtype) - probabilities[None]
+        return Passes(scores, weights)
+
+    return passes
+
+
 def by_vmap(
     outputs_fn: OutputsFn,
     passes_fn: PassesFn,

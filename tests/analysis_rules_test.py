@@ -11,8 +11,8 @@ from pm_jax import objectives, rules
 from pm_jax.continual import Learner
 from pm_jax.continual.training import normalized
 from pm_jax.rules import Evidence
-from pm_jax.types import Batch
-from tests.small_runs import BY_CLASS, SMALL, VIT
+from pm_jax.types import Batch, InvalidInput
+from tests.small_runs import BY_CLASS, SMALL, VIT, comparable
 
 LOGITS = jax.tree_util.Partial(lambda leaves, inputs: inputs @ leaves["kernel"])
 CLASSES = 6
@@ -84,6 +84,51 @@ def test_settings_of_the_oracle_out_of_range_are_refused():
     rule = rules.make("oracle")
     with pytest.raises(ValueError, match="evidence.all_objectives=None"):
         rule.update(rule.init({}), previous={}, trained={}, evidence=Evidence())
+
+
+def test_exact_curvature_is_the_formula_with_dense_gauss_newton_matrices():
+    rng = np.random.default_rng(2)
+    models = [{"kernel": rng.normal(size=(4, CLASSES)).astype(np.float32)} for _ in range(4)]
+    rule = rules.make("exact_curvature", "clip=false", max_tasks=3)
+    previous = models[0]
+    state = rule.init(previous)
+    for task in range(3):
+        stacked, arrays = random_objectives(3, task + 1)
+        delta = models[task + 1]["kernel"].astype(np.float64) - previous["kernel"]
+        numerator = denominator = 0.0
+        for (inputs, _, classes), star in zip(arrays, models[1:], strict=False):
+            logits = np.where(classes, inputs @ star["kernel"].astype(np.float64), -np.inf)
+            p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+            inner = np.einsum("nc,cd->ncd", p, np.eye(CLASSES)) - np.einsum("nc,nd->ncd", p, p)
+            matrix = np.einsum("ni,ncd,nj->icjd", inputs, inner, inputs) / len(inputs)
+            offset = star["kernel"].astype(np.float64) - previous["kernel"]
+            numerator += np.einsum("ic,icjd,jd", offset, matrix, delta)
+            own = np.einsum("ic,icjd,jd", delta, matrix, delta)
+            denominator += own
+        alpha = 1.0 if task == 0 else numerator / denominator
+        previous, state, info = rule.update(
+            state, previous=previous, trained=models[task + 1],
+            evidence=Evidence(all_objectives=stacked),
+        )  # fmt: skip
+        np.testing.assert_allclose(info.alpha, alpha, rtol=1e-5)
+        change = (1 - alpha) ** 2 * own / 2
+        np.testing.assert_allclose(info.predicted_loss_change, change, rtol=1e-4, atol=1e-9)
+    stacked, _ = random_objectives(3, 3)
+    *_, info = rule.update(
+        state, previous=previous, trained=models[1], evidence=Evidence(all_objectives=stacked)
+    )
+    assert np.isnan(info.alpha)  # there is no room for a fourth
+    with pytest.raises(ValueError, match="evidence.all_objectives=None: exact_curvature looks"):
+        rule.update(state, previous={}, trained={}, evidence=Evidence())
+
+
+def test_a_run_with_exact_curvature_of_all_tasks_is_that_rule():
+    config = dataclasses.replace(BY_CLASS, curvature="exact_all", num_tasks=2)
+    by_name = dataclasses.replace(config, curvature="identity", rule="exact_curvature")
+    found, wanted = (Learner(each, 0, quiet=True).run() for each in (config, by_name))
+    assert comparable(found) == comparable(wanted) and 0 < found["merges"][1]["alpha"] < 1
+    with pytest.raises(InvalidInput, match="curvature=exact_all: rule=cofima takes curvature"):
+        dataclasses.replace(config, rule="cofima", perturbation="none")
 
 
 @pytest.mark.parametrize("streamed", [False, True])

@@ -301,8 +301,8 @@ def test_training_sees_augmented_and_evaluation_central_images():
     guess = training.logits_of(model, learner.params, test_view, mask).argmax(axis=1)
     right = np.mean(np.asarray(guess) == stream.labels[held_out])
     seen = np.ones(10, bool)
-    found = run.accuracy(learner.params, learner._held_out, seen, stream.num_tasks)
-    np.testing.assert_allclose(found[1, 1], right, rtol=1e-6)
+    found = run.scores(learner.params, learner._held_out, seen, stream.num_tasks)
+    np.testing.assert_allclose(found.task_aware[1], right, rtol=1e-6)
     # One step on the whole task: its loss is that of the images augmented with the step's key.
     state = run.first.begin(learner._key, learner.params, task)
     *_, values = run.first.train(

@@ -4,9 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.linalg
 import scipy.optimize
 
 from pm_jax import coefficients, curvature, measures, rules, task_vectors
+from pm_jax.kronecker import KroneckerQuadratic
+from pm_jax.low_rank import LowRankQuadratic
 from pm_jax.quadratics import DiagonalQuadratic
 from pm_jax.types import InvalidInput
 from tests import oracles
@@ -186,6 +189,151 @@ def test_one_coefficient_a_group_is_the_minimum_in_the_box(float64):
         one = coefficients.merge_coefficients(memory, previous, delta, [0] * len(leaves), task=3)
         scalar = coefficients.merge_coefficient(memory, previous, delta, task=3)
         np.testing.assert_allclose(one.alpha_raw[0], scalar.alpha_raw, rtol=1e-12)
+
+
+def flat_directions(delta, groups):
+    leaves = [np.asarray(x, np.float64) for x in jax.tree.leaves(delta)]
+    return np.stack(
+        [np.concatenate([(x * (own == group)).ravel()
+                         for x, own in zip(leaves, groups, strict=True)])
+         for group in range(max(groups) + 1)], axis=1,
+    )  # fmt: skip
+
+
+def test_coefficients_of_correlated_groups_are_the_minimum_in_the_box(float64):
+    """Against SciPy, for curvature with entries between the groups."""
+    rng = np.random.default_rng(6)
+    moved = 0
+    for _ in range(10):
+        tasks = [random_tree(rng, np.float64) for _ in range(3)]
+        previous = random_tree(rng, np.float64)
+        delta = task_vectors.difference(tasks[-1], previous)
+        memory = LowRankQuadratic.zero(previous, 24)
+        matrix, target = [], []
+        groups = [number % 2 for number in range(len(jax.tree.leaves(delta)))]
+        directions = flat_directions(delta, groups)
+        for star in tasks:
+            columns = [random_tree(rng, np.float64) for _ in range(8)]
+            stacked = jax.tree.map(lambda *x: jnp.stack(x), *columns)
+            memory = memory.plus(LowRankQuadratic.zero(star, 8).replace(columns=stacked))
+            rows = np.stack([oracles.flat(column) for column in columns])
+            matrix.append(rows @ directions)
+            target.append(rows @ (oracles.flat(star) - oracles.flat(previous)))
+        matrix, target = np.concatenate(matrix), np.concatenate(target)
+        found = coefficients.merge_coefficients(memory, previous, delta, groups, task=3)
+        wanted = scipy.optimize.lsq_linear(matrix, target, (0, 1), tol=1e-14).x
+        np.testing.assert_allclose(found.alpha, wanted, atol=1e-5)  # the ridge
+        free = coefficients.merge_coefficients(memory, previous, delta, groups, task=3, clip=False)
+        raw = np.linalg.lstsq(matrix, target, rcond=None)[0]
+        np.testing.assert_allclose(free.alpha, raw, atol=1e-4)
+        moved += np.abs(np.clip(raw, 0, 1) - wanted).max() > 1e-3
+    assert moved  # where clipping the free minimum would not do
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e4])
+def test_the_minimum_in_a_box_of_many_coefficients(float64, condition):
+    rng = np.random.default_rng(7)
+    for _ in range(5):
+        q, _ = np.linalg.qr(rng.normal(size=(24, 24)))
+        scales = np.geomspace(1, condition**-0.5, 24)
+        matrix, target = q * scales @ q.T, rng.normal(size=24)
+        found, sound = coefficients.box_minimum(matrix.T @ matrix, matrix.T @ target)
+        wanted = scipy.optimize.lsq_linear(matrix, target, (0, 1), tol=1e-14).x
+        assert bool(sound)
+        value = np.sum((matrix @ found - target) ** 2)
+        least = np.sum((matrix @ wanted - target) ** 2)
+        np.testing.assert_allclose(value, least, rtol=1e-5)
+
+
+def test_a_gram_matrix_that_is_none_is_called_degenerate():
+    slopes = jnp.ones(2)
+    for gram in ([[1.0, 2.0], [2.0, 1.0]], [[jnp.nan, 0.0], [0.0, 1.0]]):
+        assert not bool(coefficients.box_minimum(jnp.asarray(gram), slopes)[1])
+    a, sound = coefficients.box_minimum(jnp.asarray([[2.0, 0.0], [0.0, 0.0]]), slopes)
+    assert bool(sound)
+    np.testing.assert_allclose(a, [0.5, 0.0], rtol=1e-5)
+
+    class Hessian(LowRankQuadratic):
+        def products(self, lefts, rights):
+            return jnp.asarray([[1.0, 2.0], [2.0, 1.0]])[: len(lefts), : len(rights)]
+
+    delta = [jnp.ones(1)] * 2
+    memory = Hessian.zero(delta, 1)
+    found = coefficients.merge_coefficients(memory, delta, delta, (0, 1), task=3)
+    assert found.degenerate.all() and np.isfinite(found.alpha).all()
+
+
+def dense_tasks(kind, rng, count):
+    """Tasks' quadratics of one kind, their matrices and minima, and an empty memory."""
+    found = []
+    for _ in range(count):
+        star = random_tree(rng, np.float64)
+        names = sorted(star)
+        if kind == "diagonal":
+            fisher = jax.tree.map(jnp.abs, random_tree(rng, np.float64))
+            quadratic, matrix = DiagonalQuadratic.at(star, fisher), np.diag(oracles.flat(fisher))
+        elif kind == "low_rank":
+            columns = [random_tree(rng, np.float64) for _ in range(3)]
+            stacked = jax.tree.map(lambda *x: jnp.stack(x), *columns)
+            quadratic = LowRankQuadratic.zero(star, 3).replace(columns=stacked)
+            rows = np.stack([oracles.flat(column) for column in columns])
+            matrix = rows.T @ rows
+        else:
+            sides = [{}, {}]
+            diagonal, blocks = {}, []
+            for name in names:
+                if star[name].ndim < 2:
+                    diagonal[name] = jnp.abs(random_tree(rng, np.float64)[name])
+                    blocks.append(np.diag(np.ravel(diagonal[name])))
+                    continue
+                for side, width in zip(sides, star[name].shape, strict=True):
+                    rows = rng.normal(size=(2 * width, width))
+                    side[name] = jnp.asarray(rows.T @ rows)[None]
+                blocks.append(np.kron(sides[0][name][0], sides[1][name][0]))
+            quadratic = KroneckerQuadratic.at(star, *sides, diagonal)
+            matrix = scipy.linalg.block_diag(*blocks)
+        found.append((quadratic, matrix, star))
+    kernels = [name for name in star if star[name].ndim == 2]
+    return found, {
+        "diagonal": DiagonalQuadratic.zero,
+        "kronecker": lambda params: KroneckerQuadratic.zero(params, kernels, count),
+        "low_rank": lambda params: LowRankQuadratic.zero(params, 3 * count),
+    }[kind]
+
+
+@pytest.mark.parametrize("normalize", ["none", "trace"])
+@pytest.mark.parametrize("kind", ["diagonal", "kronecker", "low_rank"])
+def test_the_rule_follows_the_formula_for_every_kind_of_memory(float64, kind, normalize):
+    """alpha by the sums over all tasks written out with dense matrices."""
+    rng = np.random.default_rng(8)
+    tasks, memory = dense_tasks(kind, rng, 4)
+    origin = random_tree(rng, np.float64)
+    rule = rules.perturb_and_merge(memory=memory, normalize=normalize, clip=False)
+    state, previous = rule.init(origin), origin
+    for count, (quadratic, _, star) in enumerate(tasks, 1):
+        delta = oracles.flat(star) - oracles.flat(previous)
+        listed = [
+            (matrix / np.trace(matrix) if normalize == "trace" else matrix, oracles.flat(minimum))
+            for _, matrix, minimum in tasks[:count]
+        ]
+        numerator = -sum((oracles.flat(previous) - s) @ m @ delta for m, s in listed)
+        denominator = sum(delta @ m @ delta for m, _ in listed)
+        last = tasks[count - 1][1]
+        previous, state, info = rule.update(
+            state, previous=previous, trained=star, evidence=rules.Evidence(quadratic, 0.1)
+        )
+        alpha = 1.0 if count == 1 else numerator / denominator
+        np.testing.assert_allclose(info.alpha, alpha, rtol=1e-5)
+        change = (1 - alpha) ** 2 * delta @ last @ delta / 2
+        np.testing.assert_allclose(info.predicted_loss_change, change, rtol=1e-4, atol=1e-9)
+
+
+def test_evidence_of_another_kind_than_the_memory_is_refused():
+    rule = rules.perturb_and_merge(memory=lambda params: LowRankQuadratic.zero(params, 2))
+    params = jnp.zeros(2)
+    evidence = rules.Evidence(DiagonalQuadratic.at(params, params))
+    with pytest.raises(ValueError, match="quadratic=DiagonalQuadratic: must be a LowRankQuad"):
+        rule.update(rule.init(params), previous=params, trained=params, evidence=evidence)
 
 
 def test_tasks_of_any_scale_count_alike_over_their_traces():

@@ -106,6 +106,22 @@ def test_rules_have_settings_of_their_own_and_all_is_each_once():
     assert found["averaging"].epochs == 2 and found["averaging"].rule_settings == ""
 
 
+def test_a_list_of_curvatures_is_a_run_of_each_for_the_rules_that_take_one(capsys, learners):
+    own = "perturb_and_merge+curvature=low_rank"
+    named = f"--rules=sequential,perturb_and_merge+per=block,fisher_averaging,{own}"
+    run("--dry_run", named, "--curvature=identity,fisher_exact", *TINY)
+    lines = capsys.readouterr().out.splitlines()
+    assert "curvature=identity" in lines
+    *_, first, blocks, exact_blocks, fisher, exact_fisher, alone = lines
+    assert first == "sequential: perturbation=none, rule=sequential"
+    assert blocks == "perturb_and_merge+per=block+curvature=identity: rule_settings=per=block"
+    assert exact_blocks.endswith("rule_settings=per=block, curvature=fisher_exact")
+    assert fisher.startswith("fisher_averaging+curvature=identity: perturbation=none, rule=fish")
+    assert exact_fisher.startswith("fisher_averaging+curvature=fisher_exact: ")
+    assert alone == f"{own}: curvature=low_rank"
+    assert not learners
+
+
 def test_a_dry_run_says_what_would_run_and_trains_nothing(capsys, learners):
     run("--dry_run", "--rules=perturb_and_merge,ties+keep=0.1", *TINY)
     *_, first, second = capsys.readouterr().out.splitlines()
@@ -143,6 +159,14 @@ REFUSED = {
     "settings of all": (
         ["--rules=averaging", "--rule_settings=clip=false"],
         "--rule_settings=clip=false: belongs to one rule",
+    ),
+    "unknown curvature": (
+        ["--rules=perturb_and_merge", "--curvature=identity,nonsense"],
+        r"--rules=perturb_and_merge\+curvature=nonsense: .*curvature=nonsense: must be one of",
+    ),
+    "curvature that a rule does not take": (
+        ["--rules=fisher_averaging", "--curvature=identity,kronecker"],
+        r"curvature=kronecker: rule=fisher_averaging takes curvature entry by entry",
     ),
     "no seeds": (["--seeds="], "--seeds="),
     "no workdir": (["--workdir="], "--workdir=: needs a directory"),

@@ -90,3 +90,13 @@ def test_other_seeds_cannot_be_paired():
 def test_labels_with_settings_are_escaped_in_latex(rows):
     odd = rows[0]._replace(rule="ties+keep=50%_a&b")
     assert r"ties+keep=50\%\_a\&b & " in comparison.as_latex([odd])
+
+
+def test_regret_is_a_column_where_a_run_has_it():
+    assert "regret" not in comparison.as_text(comparison.compare({"a": [run(0, 0.5)]}))
+    without = run(0, 0.25, mean_regret_accuracy=None)
+    rows = comparison.compare({"a": [run(0, 0.5, mean_regret_accuracy=0.0125)], "b": [without]})
+    heading, first, second = comparison.as_text(rows).splitlines()
+    place = heading.index("regret")
+    assert first[place:].split()[0] == "1.2" and second[place:].split()[0] == "-"
+    assert comparison.as_records(rows)[0]["mean_regret_accuracy_mean"] == 0.0125

@@ -6,9 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pm_jax import curvature, losses, measures, trees
+from pm_jax import curvature, kronecker, losses, low_rank, measures, trees
 from pm_jax.continual import Learner, training
-from pm_jax.continual.evaluation import accuracy_fn, mean_loss_fn
+from pm_jax.continual.evaluation import mean_loss_fn, scores_fn
+from pm_jax.continual.purpose_keys import CURVATURE, purpose_key
+from pm_jax.gradient_projection import kernel_paths
 from pm_jax.types import Batch
 from tests.small_runs import BY_CLASS, SMALL, VIT
 
@@ -61,25 +63,77 @@ def test_evidence_is_the_curvature_of_the_tasks_own_loss_over_dense_weights(conf
         assert abs(float(direct.along / along.along) - 1) > 0.1
 
 
-def test_accuracy_and_loss_do_not_depend_on_the_batch_size_and_count_every_example():
+@pytest.mark.parametrize("kind", ["kronecker", "low_rank"])
+@pytest.mark.parametrize("config", [SMALL, VIT], ids=["mlp", "lora"])
+def test_evidence_of_correlated_curvature_is_that_of_the_tasks_own_loss(config, kind):
+    config = dataclasses.replace(
+        config, curvature=kind, curvature_memory_mb=0.5, temperature=2.0, curvature_rank=3
+    )
+    learner = Learner(config, seed=0, quiet=True)
+    run, stream, task = learner._programs, learner.stream, 1
+    trained = jax.tree.map(lambda x: x + 0.01, learner.params)
+    number = np.asarray(task, np.int32)
+    got = run.measure(learner._key, trained, learner.params, learner._train, number)
+    rows = stream.train.rows()[task]
+    leaves = trees.select(trained, run.merging)
+    model, mask = config.network(10), jnp.asarray(stream.class_masks[task])
+
+    def logits_fn(leaves, inputs):
+        params = trees.replace(trained, leaves)
+        return training.logits_of(model, params, inputs, mask, config.temperature)
+
+    if kind == "kronecker":
+        measure = kronecker.fisher_kronecker(logits_fn, kernel_paths(leaves))
+    else:
+        measure = low_rank.gauss_newton_low_rank(logits_fn, rank=3)
+    direction = jax.tree.map(lambda x: 0.01 * jnp.ones_like(x), leaves)
+    direct = measures.measure_all(
+        measure, leaves, Batch(jnp.asarray(stream.inputs[rows]), jnp.asarray(stream.labels[rows])),
+        50, direction, purpose_key(learner._key, CURVATURE, task),
+    )  # fmt: skip
+    other = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape), leaves)
+    directions = [direction, other]
+    wanted = direct.quadratic.gram(directions)
+    # 300 examples summed in other groups; the first direction is nearly flat.
+    np.testing.assert_allclose(
+        got.quadratic.gram(directions), wanted, rtol=1e-4, atol=1e-6 * float(wanted.max())
+    )
+    np.testing.assert_allclose(got.curvature_error, direct.standard_error, rtol=1e-4)
+    assert float(got.curvature_error) > 0
+
+
+def test_scores_do_not_depend_on_the_batch_size_and_count_every_example():
     learner = Learner(BY_CLASS, seed=0, quiet=True)
     model, stream = BY_CLASS.network(10), learner.stream
     seen = stream.class_masks[:2].any(axis=0)
-    found = [
-        np.asarray(accuracy_fn(model, size)(learner.params, learner._held_out, seen, 2))
-        for size in (1, 7, 256)
-    ]
-    assert np.array_equal(found[0], found[1]) and np.array_equal(found[1], found[2])
-    assert (found[0][:, 2:] == 0).all()
+
+    def scores(size):
+        found = scores_fn(model, size, temperature=2.0)(learner.params, learner._held_out, seen, 2)
+        return np.stack([found.accuracy, found.task_aware]), np.asarray(found.loss)
+
+    accuracies, losses_found = zip(*map(scores, (1, 7, 256)), strict=True)
+    assert np.array_equal(accuracies[0], accuracies[1])
+    assert np.array_equal(accuracies[1], accuracies[2])
+    assert (accuracies[0][:, 2:] == 0).all() and (losses_found[0][2:] == 0).all()
     for task, rows in enumerate(stream.test.rows()[:2]):
         logits = np.array(training.logits_of(
             model, learner.params, jnp.asarray(stream.inputs[rows]), jnp.ones(10)))  # fmt: skip
         for row, mask in enumerate((seen, stream.class_masks[task])):
             guess = np.where(mask, logits, -np.inf).argmax(axis=1)
             wanted = np.mean(guess == stream.labels[rows])
-            np.testing.assert_allclose(found[0][row, task], wanted, rtol=1e-6)
-    losses_found = [
+            np.testing.assert_allclose(accuracies[0][row, task], wanted, rtol=1e-6)
+        own = np.where(stream.class_masks[task], logits.astype(np.float64) / 2, -np.inf)
+        chosen = own[np.arange(len(rows)), stream.labels[rows]]
+        wanted = np.mean(np.log(np.exp(own).sum(axis=1)) - chosen)
+        for found in losses_found:
+            np.testing.assert_allclose(found[task], wanted, rtol=1e-5)
+
+
+def test_mean_loss_does_not_depend_on_the_batch_size():
+    learner = Learner(BY_CLASS, seed=0, quiet=True)
+    model = BY_CLASS.network(10)
+    found = [
         float(mean_loss_fn(model, size)(learner.params, learner._train, np.asarray(1, np.int32)))
         for size in (1, 50, 1000)
     ]
-    np.testing.assert_allclose(losses_found, losses_found[0], rtol=1e-5)
+    np.testing.assert_allclose(found, found[0], rtol=1e-5)

@@ -32,7 +32,7 @@ def test_a_streamed_run_has_the_numbers_of_a_resident_one(config):
     run = streamed._programs
     for function in (
         run.first.train, run.first.order, run.later.train, run.measure._stretch,
-        run.mean_loss._stretch, run.accuracy._stretch,
+        run.mean_loss._stretch, run.scores._stretch,
     ):  # fmt: skip
         assert function._cache_size() == 1
     assert not run.measure.resident._cache_size()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pm_jax import kronecker, losses, trees
-from pm_jax.curvature import fisher_exact
+from pm_jax.curvature import fisher_exact, gauss_newton
 from pm_jax.kronecker import KroneckerQuadratic
 from pm_jax.measures import measure_all
 from pm_jax.squared_gradients import Passes
@@ -89,8 +89,42 @@ def test_a_memory_of_slots_is_the_sum_of_the_tasks():
         sum(by_hand(m, direction, direction) for m in dense),
         rtol=1e-5,
     )
-    full = add(add(memory, tasks[0][0]), tasks[1][0])
-    assert np.isnan(full.value(theta)) and int(full.tasks) == 5
+    trace = sum(np.trace(m[name]) for m in dense for name in SHAPES)
+    np.testing.assert_allclose(memory.trace(), trace, rtol=1e-5)
+    half = memory.scaled(0.5)
+    np.testing.assert_allclose(half.value(theta), value / 2, rtol=1e-5)
+    np.testing.assert_allclose(half.trace(), trace / 2, rtol=1e-5)
+    slopes, curvatures = memory.by_leaf(theta, direction)
+    for number, name in enumerate(sorted(SHAPES)):
+        d = np.asarray(direction[name], np.float64).ravel()
+        wanted = sum(d @ m[name] @ d for m in dense)
+        np.testing.assert_allclose(curvatures[number], wanted, rtol=1e-5)
+        wanted = sum(d @ m[name] @ s[name].ravel() for m, s in zip(dense, steps, strict=True))
+        np.testing.assert_allclose(slopes[number], wanted, rtol=1e-5, atol=1e-5 * abs(slope))
+
+
+def test_beyond_the_slots_the_last_one_is_the_nearest_product_to_the_sum():
+    rng = np.random.default_rng(3)
+    tasks = [task(rng) for _ in range(3)]
+    origin, theta, direction = tree(rng), tree(rng), tree(rng)
+    memory = KroneckerQuadratic.zero(origin, ("a", "b"), slots=2)
+    for quadratic, _, _ in tasks:
+        memory = KroneckerQuadratic.plus(memory, quadratic)
+    for name in "ab":
+        first, *rest = (matrices[name] for _, matrices, _ in tasks)
+        m, n = SHAPES[name]
+        rearranged = sum(rest).reshape(m, n, m, n).transpose(0, 2, 1, 3).reshape(m * m, n * n)
+        u, singular, v = np.linalg.svd(rearranged)
+        nearest = np.kron((singular[0] * u[:, 0]).reshape(m, m), v[0].reshape(n, n))
+        found = np.kron(memory.inputs[name][1], memory.outputs[name][1])
+        np.testing.assert_allclose(found, nearest, atol=1e-5 * abs(nearest).max())
+        assert abs(nearest - sum(rest)).max() > 0.01 * abs(nearest).max()
+        kept = np.kron(memory.inputs[name][0], memory.outputs[name][0])
+        np.testing.assert_allclose(kept, first, rtol=1e-5, atol=1e-6)
+    steps = [minus(origin, center) for _, _, center in tasks]
+    slope = sum(by_hand(m, s, direction) for (_, m, _), s in zip(tasks, steps, strict=True))
+    np.testing.assert_allclose(memory.gradient_along(origin, direction), slope, rtol=1e-5)
+    assert int(memory.tasks) == 3 and np.isfinite(memory.value(theta))
 
 
 class Network(nn.Module):
@@ -170,6 +204,52 @@ def test_for_one_example_the_diagonal_is_that_of_the_exact_fisher():
     for path in KERNELS:
         diagonal = np.outer(np.diag(found.inputs[path]), np.diag(found.outputs[path]))
         np.testing.assert_allclose(diagonal, exact[path], rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("num_samples", [None, 2])
+def test_the_measure_is_a_mean_of_factors_and_of_the_other_leaves_diagonal(num_samples):
+    params, batch = problem(7, 2)
+    leaves = trees.leaves_by_path(params)
+    direction = jax.tree.map(lambda x: jnp.cos(1.0 + x), leaves)
+
+    def logits_fn(some, inputs):
+        return outputs_of(params)(some, Batch(inputs, batch.labels))
+
+    measure = kronecker.fisher_kronecker(logits_fn, KERNELS, num_samples=num_samples)
+    key = jax.random.key(1) if num_samples else None
+    twice = Batch(*(jnp.concatenate([x, x]) for x in batch[:2]))
+    weights = (jnp.arange(14) < 7).astype(jnp.float32)
+    found = [
+        measure_all(measure, leaves, examples, size, direction, key)
+        for examples, size in (
+            (batch, 7), (batch, 3), (twice._replace(weights=weights), 4),
+            *(((twice, 7),) if key is None else ()),
+        )
+    ]  # fmt: skip
+    for other in found[1:]:
+        sides = ((each.quadratic, each.along) for each in (found[0], other))
+        for a, b in zip(*map(jax.tree.leaves, sides), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    quadratic = found[0].quadratic
+    if num_samples is None:
+        sums = kronecker.factors(
+            outputs_of(params), of_labels, trees.select(params, KERNELS), batch,
+            weights=jnp.full(7, 1 / 7),
+        )  # fmt: skip
+        for path in KERNELS:
+            np.testing.assert_allclose(quadratic.inputs[path][0], sums.inputs[path], rtol=1e-5)
+            np.testing.assert_allclose(
+                quadratic.outputs[path][0], sums.outputs[path], rtol=1e-5, atol=1e-7
+            )
+    rest = {path: x for path, x in leaves.items() if path not in KERNELS}
+    exact = fisher_exact(lambda p, x: logits_fn({**leaves, **p}, x), num_samples=num_samples)
+    wanted = measure_all(exact, rest, batch, 7, key=key).quadratic.diagonal
+    assert list(quadratic.diagonal) == list(rest)
+    for path in rest:
+        np.testing.assert_allclose(quadratic.diagonal[path], wanted[path], rtol=1e-5)
+    along = measure_all(gauss_newton(logits_fn), leaves, batch, 7, direction)
+    np.testing.assert_allclose(found[0].along, along.along, rtol=1e-5)
+    np.testing.assert_allclose(found[0].standard_error, along.standard_error, rtol=1e-5)
 
 
 def test_a_kernel_that_is_no_dense_layer_is_refused():

@@ -22,7 +22,7 @@ def test_every_function_compiles_once_for_the_whole_stream(config):
     run = learner._programs
     for function in (
         run.first.begin, run.first.train, run.later.begin, run.later.train, run.measure.resident,
-        run.merge, run.accuracy.resident, run.mean_loss.resident,
+        run.merge, run.scores.resident, run.mean_loss.resident,
     ):  # fmt: skip
         assert function._cache_size() == 1
     assert (run.first is run.later) == (config.adapter == "full")

@@ -59,6 +59,14 @@ def test_notebooks_run(path):
             ["--benchmark_model=vit_tiny_patch16", "--benchmark_rules=averaging,magmax,joint"],
             "magmax",
         ),
+        (
+            "curvature_ladder",
+            [
+                *("--model=vit", "--depth=1", "--image_size=32", "--vit_examples=4"),
+                *("--repeats=1", "--curvature_rank=2"),
+            ],
+            "low_rank",
+        ),
         ("offline_merging", ["--depth=1", "--models=1"], "peak above the baseline"),
     ],
 )

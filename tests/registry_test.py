@@ -72,6 +72,18 @@ def test_a_configuration_refuses_settings_that_its_rule_does_not_have():
         with pytest.raises(InvalidInput, match="curvature=exact_current: rule=.* takes no curvat"):
             exact(**settings)
     assert exact().merge_rule().needs and not exact(rule="sequential").merge_rule().needs
+    for kind in ({"curvature": "kronecker"}, {"stored_curvature": "low_rank"}):
+        settings = {"curvature": "exact_current", **kind}
+        assert exact(**settings).merge_rule().needs
+        with pytest.raises(InvalidInput, match="curvature=.*: rule=cofima takes curvature entry"):
+            exact(**settings, rule="cofima")
+    for name in ("curvature_rank", "curvature_slots"):
+        with pytest.raises(InvalidInput, match=f"{name}=0: must be at least 1"):
+            Config(**{name: 0})
+    with pytest.raises(InvalidInput, match="landscape_points=1: must be 0, or at least 2"):
+        Config(landscape_points=1)
+    with pytest.raises(InvalidInput, match="memory=x: memory is set by the run"):
+        Config(rule_settings="memory=x")
 
 
 def test_the_key_of_a_merge_is_given_where_it_is_needed_and_is_the_tasks_own():

@@ -18,7 +18,9 @@ from experiments import train
 from pm_jax import rules
 
 ROOT = pathlib.Path(__file__).parent.parent
-TINY = ["--num_tasks=2", "--epochs=1", "--first_task_epochs=1", "--hidden_sizes=8"]
+TINY = [
+    *("--num_tasks=2", "--epochs=1", "--first_task_epochs=1", "--hidden_sizes=8", "--noreport"),
+]
 
 
 def run(*arguments):
@@ -81,6 +83,17 @@ def test_the_baseline_has_its_own_best_rate_only_where_that_was_chosen():
     assert baseline("--rule=averaging") is None and baseline("--baseline=") is None
 
 
+def test_a_run_ends_with_its_report_and_the_table(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    run(f"--workdir={tmp_path}", "--rule=averaging", *TINY, "--report")
+    report = tmp_path / "report.html"
+    *_, line, heading, _ = capsys.readouterr().out.splitlines()
+    assert line == f"report: {report}" and heading.startswith("rule ") and report.exists()
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    run(f"--workdir={tmp_path}", "--rule=averaging", *TINY, "--report")
+    assert "report: skipped, matplotlib is not installed; pip" in capsys.readouterr().out
+
+
 def test_results_hold_what_is_promised(tmp_path):
     run(f"--workdir={tmp_path}", "--rule=perturb_and_merge", *TINY)
     assert not (tmp_path / "baseline").exists()
@@ -89,8 +102,9 @@ def test_results_hold_what_is_promised(tmp_path):
         *("config", "seed", "accuracy_matrix", "final_average_accuracy"),
         *("average_incremental_accuracy", "forgetting", "backward_transfer", "forward_transfer"),
         *("learning_accuracy", "task_aware", "merges", "manifest", "environment", "seconds"),
-        "rule_state_bytes",
+        *("rule_state_bytes", "mean_regret_loss", "mean_regret_accuracy"),
     }
+    assert not (tmp_path / "report.html").exists()
     assert len(found["merges"]) == 2
     assert {
         *("alpha", "alpha_raw", "numerator", "denominator", "standard_error"),

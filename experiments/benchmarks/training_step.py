@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from absl import app, flags
 
-from experiments.benchmarks.workloads import Workload, interleaved, random_data
+from experiments.benchmarks.workloads import VIT, Workload, interleaved, random_data
 from pm_jax import lora
 from pm_jax.continual import Config
 from pm_jax.continual.training import logits_of
@@ -29,15 +29,6 @@ flags.DEFINE_integer("vit_examples", 128, "Examples of the ViT's task.")
 flags.DEFINE_integer("depth", 12, "Blocks of the ViT, with model=vit.")
 flags.DEFINE_integer("batch_size", 32, "Images of the ViT's step.")
 flags.DEFINE_float("curvature_memory_mb", 0.0, "As for a run.")
-
-VIT = Config(
-    model="vit",
-    patch_size=16,
-    width=192,
-    num_heads=3,
-    adapter="lora",
-    scenario="class_incremental",
-)
 
 
 def ratios(config: Config, shape: tuple[int, ...], examples: int, repeats: int) -> dict[str, float]:

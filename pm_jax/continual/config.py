@@ -1,6 +1,7 @@
 """What the settings of a run stand for: its model, merge rule, perturbation and task stream."""
 
 import dataclasses
+import inspect
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -8,12 +9,15 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from pm_jax import models, perturbation, rules
+from pm_jax import gradient_projection, models, perturbation, rules
 from pm_jax.continual.settings import MERGING, PUBLIC_SIZES, TEXT_POSITIONS, Settings
 from pm_jax.data import digits, sources, stream, texts
+from pm_jax.kronecker import KroneckerQuadratic
+from pm_jax.low_rank import LowRankQuadratic
 from pm_jax.perturbation import Perturbation
+from pm_jax.quadratics import DiagonalQuadratic, StoredQuadratic
 from pm_jax.rules import MergeRule
-from pm_jax.types import InvalidInput
+from pm_jax.types import InvalidInput, Params
 
 MLP_KERNELS, ATTENTION_KERNELS = r"hidden_\d+/kernel", r".*/attn/(key|value)/kernel"
 
@@ -37,9 +41,15 @@ class Config(Settings):
         except ValueError as error:
             raise InvalidInput(str(error)) from None
         needs = self.merge_rule().needs
-        if self.curvature == "exact_current" and needs & {"quadratic", "curvature_along"} == {
-            "quadratic"
-        }:
+        takes = inspect.signature(rules.REGISTRY[self.rule]).parameters
+        if "quadratic" not in needs:
+            return
+        if self.kept_curvature in ("kronecker", "low_rank", "exact_all") and "memory" not in takes:
+            raise InvalidInput(
+                f"curvature={self.kept_curvature}: rule={self.rule} takes curvature entry by "
+                "entry; use fisher_exact, or perturb_and_merge"
+            )
+        if self.curvature == "exact_current" and "curvature_along" not in needs:
             raise InvalidInput(
                 f"curvature=exact_current: rule={self.rule} with rule_settings="
                 f"{self.rule_settings} takes no curvature along the task vector; use "
@@ -61,7 +71,24 @@ class Config(Settings):
 
     def merge_rule(self) -> MergeRule:
         """The merge rule with its settings."""
-        return rules.make(self.rule, self.rule_settings, max_tasks=self.num_tasks)
+        replays = self.rule == "perturb_and_merge" and self.curvature == "exact_all"
+        return rules.make(
+            "exact_curvature" if replays else self.rule,
+            self.rule_settings,
+            max_tasks=self.num_tasks,
+            memory=self._memory,
+        )
+
+    def _memory(self, params: Params) -> StoredQuadratic:
+        """The quadratic that is 0 everywhere, of the kind that tasks leave behind."""
+        match self.kept_curvature:
+            case "kronecker":
+                kernels = gradient_projection.kernel_paths(params)
+                slots = min(self.num_tasks, self.curvature_slots)
+                return KroneckerQuadratic.zero(params, kernels, slots)
+            case "low_rank":
+                return LowRankQuadratic.zero(params, self.curvature_rank)
+        return DiagonalQuadratic.zero(params)
 
     def without_merging(self) -> "Config":
         """The same settings for training and evaluation, with the defaults of merging."""

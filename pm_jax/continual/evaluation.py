@@ -1,6 +1,7 @@
 """Accuracy and loss of a model on the tasks of a stream, per example and in one compiled call."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import optax
 
 from pm_jax.continual.feed import Pass
 from pm_jax.continual.training import DeviceData, logits_of
+from pm_jax.losses import MASKED_LOGIT
 from pm_jax.types import Array, Params
 
 
@@ -15,36 +17,54 @@ def _as_they_are(inputs: Array) -> Array:
     return inputs
 
 
-def accuracy_fn(
+class Scores(NamedTuple):
+    """How well a model does on the tasks of a stream; float32 [T] each.
+
+    Attributes:
+        accuracy: over all classes seen.
+        task_aware: accuracy over the task's own classes.
+        loss: mean cross-entropy over the task's own classes, without perturbation.
+    """
+
+    accuracy: Array
+    task_aware: Array
+    loss: Array
+
+
+def scores_fn(
     model: nn.Module,
     batch_size: int = 256,
     *,
+    temperature: float = 1.0,
     transform: Callable[[Array], Array] = _as_they_are,
 ) -> Pass:
-    """Accuracy on the first tasks, over the classes seen and with the task known.
+    """Accuracy on the first tasks, over the classes seen and with the task known, and loss.
 
     Args:
         model: linen module.
-        batch_size: examples at a time; the result does not depend on it.
+        batch_size: examples at a time; accuracies do not depend on it, losses by rounding only.
+        temperature: that the logits are divided by for the loss, as in training.
         transform: of the inputs.
 
     Returns:
-        A pass `accuracy(params, data, seen_mask, count) -> float32 [2, T]`: first with the argmax
-        over `seen_mask` (bool [C]), then over the task's own classes; 0 from task `count` (int32
-        scalar) on, which is not looked at.
+        A pass `scores(params, data, seen_mask, count) -> Scores`, with the argmax over `seen_mask`
+        (bool [C]) for the first accuracy; 0 from task `count` (int32 scalar) on, which is not
+        looked at.
 
     Example:
-        >>> type(accuracy_fn(nn.Dense(2))).__name__
+        >>> type(scores_fn(nn.Dense(2))).__name__
         'Pass'
     """
 
     def begin(params: Params, data: DeviceData, seen_mask: Array, count: Array):
         del params, seen_mask
         rows, largest = data.positions.ravel(), data.positions.shape[1]
-        correct = jnp.zeros((2, data.positions.shape[0]), jnp.int32)
-        return correct, rows, -(-count * largest // batch_size)
+        tasks = data.positions.shape[0]
+        correct = jnp.zeros((2, tasks), jnp.int32)
+        return (correct, jnp.zeros(tasks)), rows, -(-count * largest // batch_size)
 
-    def step(number, correct, rows, params: Params, data: DeviceData, seen_mask: Array, count):
+    def step(number, carry, rows, params: Params, data: DeviceData, seen_mask: Array, count):
+        correct, losses = carry
         places = number * batch_size + jnp.arange(batch_size)
         largest = data.positions.shape[1]
         inside = places < count * largest
@@ -54,15 +74,24 @@ def accuracy_fn(
         inputs = transform(data.take(rows, places))
         logits = logits_of(model, params, inputs, jnp.ones_like(seen_mask))
         real = inside & (places % largest < data.sizes[task])
+        own = data.class_masks[task]
         hits = [
             real & (jnp.argmax(jnp.where(mask, logits, -jnp.inf), axis=-1) == labels)
-            for mask in (seen_mask[None, :], data.class_masks[task])
+            for mask in (seen_mask[None, :], own)
         ]
-        return correct.at[:, task].add(jnp.stack(hits).astype(jnp.int32))
+        values = optax.softmax_cross_entropy_with_integer_labels(
+            jnp.where(own, logits / temperature, MASKED_LOGIT), labels
+        )
+        return (
+            correct.at[:, task].add(jnp.stack(hits).astype(jnp.int32)),
+            losses.at[task].add(jnp.where(real, values, 0.0)),
+        )
 
-    def finish(correct, params: Params, data: DeviceData, seen_mask: Array, count) -> Array:
+    def finish(carry, params: Params, data: DeviceData, seen_mask: Array, count) -> Scores:
         del params, seen_mask, count
-        return correct / data.sizes[None, :]
+        correct, losses = carry
+        accuracy, task_aware = correct / data.sizes[None, :]
+        return Scores(accuracy, task_aware, losses / data.sizes)
 
     return Pass(begin=begin, step=step, finish=finish, batch_size=lambda *_: batch_size)
 

@@ -1,12 +1,21 @@
 """What a finished task offers to the merge rule: its curvature at the trained model."""
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pm_jax import curvature, losses, task_vectors, trees
+from pm_jax import (
+    curvature,
+    gradient_projection,
+    kronecker,
+    losses,
+    low_rank,
+    task_vectors,
+    trees,
+)
 from pm_jax.continual.config import Config
 from pm_jax.continual.feed import Pass
 from pm_jax.continual.image_transforms import evaluation_transform
@@ -67,7 +76,8 @@ def evidence_fn(
             params = trees.replace(trained, leaves)
             return logits_of(model, params, inputs, data.class_masks[task], config.temperature)
 
-        return _measures(config, logits_fn, chunk, dense_layers)
+        leaves = trees.select(trained, merging)
+        return _measures(config, logits_fn, leaves, chunk, dense_layers)
 
     def begin(key: Key, trained: Params, previous: Params, data: DeviceData, task: Array):
         chunk = chunk_of(key, trained, previous, data, task)
@@ -106,23 +116,26 @@ def evidence_fn(
 
 
 def _measures(
-    config: Config, logits_fn: LogitsFn, chunk: int, dense_layers: tuple[str, ...]
+    config: Config, logits_fn: LogitsFn, leaves: Params, chunk: int, dense_layers: tuple[str, ...]
 ) -> tuple[Measure, ...]:
     """What the settings name: the curvature that is stored, and the exact one along Delta."""
-    if config.curvature == "identity":
-        return (curvature.identity(),)
-    if config.curvature == "fisher_empirical":
-        losses_fn = losses.cross_entropy(logits_fn)
-        return (curvature.fisher_empirical(losses_fn, chunk_size=chunk, dense_layers=dense_layers),)
-    stored = curvature.fisher_exact(
-        logits_fn,
-        num_samples=config.curvature_samples or None,
-        chunk_size=chunk,
-        dense_layers=dense_layers,
-    )
-    if config.curvature == "fisher_exact":
-        return (stored,)
-    return stored, curvature.gauss_newton(logits_fn)
+    options: dict[str, Any] = {"chunk_size": chunk, "dense_layers": dense_layers}
+    samples = config.curvature_samples or None
+    match config.kept_curvature:
+        case "identity":
+            stored = curvature.identity()
+        case "fisher_empirical":
+            stored = curvature.fisher_empirical(losses.cross_entropy(logits_fn), **options)
+        case "kronecker":
+            kernels = gradient_projection.kernel_paths(leaves)
+            stored = kronecker.fisher_kronecker(logits_fn, kernels, num_samples=samples, **options)
+        case "low_rank":
+            stored = low_rank.gauss_newton_low_rank(logits_fn, rank=config.curvature_rank)
+        case _:  # For a softmax, fisher_exact is the diagonal of the Gauss-Newton matrix.
+            stored = curvature.fisher_exact(logits_fn, num_samples=samples, **options)
+    if config.curvature == "exact_current":
+        return stored, curvature.gauss_newton(logits_fn)
+    return (stored,)
 
 
 def dense_layers_of(model: nn.Module, inputs: PyTree) -> tuple[str, ...]:

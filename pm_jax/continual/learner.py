@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pm_jax import lora, objectives, trees
-from pm_jax.continual import feed, task_models, training, training_hooks
+from pm_jax.continual import feed, landscape, task_models, training, training_hooks
 from pm_jax.continual.checkpoints import Checkpoints
 from pm_jax.continual.config import Config
 from pm_jax.continual.divergence import check_finite
@@ -81,8 +81,10 @@ class Learner:
         )
         self._key = jax.random.key(seed)
         self._train = feed.placed(config, lessons, lessons.train)
-        held_out = getattr(self.stream, config.evaluate_on)
-        self._held_out = feed.of_split(self._train, held_out, self.stream.class_masks)
+        self._held_out, self._validation = (
+            feed.of_split(self._train, split, self.stream.class_masks)
+            for split in (getattr(self.stream, config.evaluate_on), self.stream.validation)
+        )
         per_epoch = -(-lessons.train.sizes // config.batch_size)
         epochs = np.asarray([config.epochs_of(task) for task in range(lessons.num_tasks)])
         self._steps_per_epoch = per_epoch.tolist()
@@ -97,7 +99,12 @@ class Learner:
         if self._rule.next_task_from != "merged":
             self._start = trees.select(self.params, self._programs.merging)
         self._rule_state = self._fresh_rule_state(self.params)
-        self._records = Records(self.stream.num_tasks, self._rule, onset=self._wants_onset)
+        self._records = Records(
+            self.stream.num_tasks,
+            self._rule,
+            onset=self._wants_onset,
+            landscape_points=self.config.landscape_points,
+        )
 
     def _fresh_rule_state(self, theta_0: Params) -> PyTree:
         """The rule's state before any merge, in buffers of its own: merging donates them."""
@@ -125,6 +132,12 @@ class Learner:
         self.directory.mkdir(parents=True, exist_ok=True)
         with Checkpoints(self.directory / "checkpoints") as checkpoints:
             return self._run(checkpoints)
+
+    def write_landscape(self, directory: Path) -> None:
+        """Write what was seen around the merges, if anything was, as an .npz and a picture."""
+        if self.config.landscape_points:
+            alphas = landscape.grid(self.config.landscape_points)
+            landscape.write(directory / landscape.FILE, alphas, self._records.arrays["landscape"])
 
     def finished_params(self) -> Params:
         """The merged model of a run that is finished, from its last checkpoint.
@@ -187,7 +200,7 @@ class Learner:
             if self._shared:
                 self._shared.keep(task, start, trained, log.lines("epoch", task + 1))
         info = self._merge_task(task, start, trained)
-        seen = self.stream.num_tasks if self._rule.tasks_at_once else task + 1
+        seen = self._tasks_seen(task)
         accuracies = self._accuracy(self.stream.num_tasks if self._by_domain else seen)
         self._records.arrays["accuracy"][:, seen - 1] = accuracies
         end, mean = self._bounds[task + 1], float(np.mean(accuracies[0, :seen]))
@@ -314,9 +327,25 @@ class Learner:
         if self._rule.next_task_from == "trained" or (self._start and is_origin):
             self._start = trees.select(trained, run.merging)
         change = float(run.mean_loss(self.params, self._train, task_array)) - trained_loss
-        return self._records.add_merge(
-            task, info, actual_loss_change=change, onset_gradient_norm=onset
-        )
+        more = {"actual_loss_change": change, "onset_gradient_norm": onset}
+        if self.config.landscape_points:
+            more |= self._look_around(task, start, trained)
+        return self._records.add_merge(task, info, **more)
+
+    def _look_around(self, task: int, start: Params, trained: Params) -> dict[str, float]:
+        """Keep the landscape of a merge; returns what it says of the coefficient."""
+        clock = time.perf_counter()
+        run, alphas = self._programs, landscape.grid(self.config.landscape_points)
+        seen = self._tasks_seen(task)
+        classes = self.stream.class_masks[:seen].any(axis=0)
+        points = (run.between(start, trained, alpha) for alpha in alphas)
+        found = np.stack([
+            np.stack(run.scores(params, self._validation, classes, np.asarray(seen, np.int32)))
+            for params in (*points, self.params)
+        ])  # fmt: skip
+        self._records.arrays["landscape"][task, ..., :seen] = found[..., :seen]
+        self._records.time("landscape", clock)
+        return landscape.regret(alphas, found[..., :seen]) if task else {}
 
     def _evidence(self, task: np.ndarray, start: Params, trained: Params, onset: float) -> Evidence:
         """All that the rule needs, and the onset's gradient norm where it was measured."""
@@ -334,13 +363,18 @@ class Learner:
             )
         return found._replace(adapters=self._adapters) if "adapters" in needs else found
 
+    def _tasks_seen(self, task: int) -> int:
+        """Number of tasks whose data have been trained on after a task."""
+        return self.stream.num_tasks if self._rule.tasks_at_once else task + 1
+
     def _accuracy(self, count: int) -> np.ndarray:
         """Accuracies [2, T] of the merged model on the first tasks, NaN for the others."""
         clock = time.perf_counter()
         seen = self.stream.class_masks[:count].any(axis=0)
-        found = np.array(
-            self._programs.accuracy(self.params, self._held_out, seen, np.asarray(count, np.int32))
+        scores = self._programs.scores(
+            self.params, self._held_out, seen, np.asarray(count, np.int32)
         )
+        found = np.stack([scores.accuracy, scores.task_aware])
         self._records.time("evaluate", clock)
         found[:, count:] = np.nan
         return found

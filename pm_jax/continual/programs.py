@@ -34,10 +34,11 @@ class Programs(NamedTuple):
         merging: paths of the leaves that merge.
         adapted: those of them that have adapters, from the second task on at the latest.
         measure: see `evidence_fn`.
+        between: `between(previous, trained, alpha) -> params`, a point of the merge segment.
         merge: `merge(rule_state, previous, trained, evidence) -> (rule_state, leaves, info)`, from
             full parameter trees to the merged leaves.
         trained: `trained(start, trainable) -> params`.
-        accuracy: see `evaluation.accuracy_fn`.
+        scores: see `evaluation.scores_fn`.
         mean_loss: see `evaluation.mean_loss_fn`.
         objective: see `task_objective.objective_fn`.
         gradient_norm: `gradient_norm(objective, params)`, `Objective.gradient_norm` at full
@@ -53,9 +54,10 @@ class Programs(NamedTuple):
     merging: tuple[str, ...]
     adapted: tuple[str, ...]
     measure: Callable[..., Any]
+    between: Callable[..., Params]
     merge: Callable[..., tuple[PyTree, Params, MergeInfo]]
     trained: Callable[..., Params]
-    accuracy: Callable[..., Array]
+    scores: Callable[..., evaluation.Scores]
     mean_loss: Callable[..., Array]
     objective: Callable[..., Objective]
     gradient_norm: Callable[[Objective, Params], Array]
@@ -175,7 +177,7 @@ class SharedPrograms(NamedTuple):
     first: TaskProgram
     later: TaskProgram
     trained: Callable[..., Params]
-    accuracy: Callable[..., Array]
+    scores: Callable[..., evaluation.Scores]
     mean_loss: Callable[..., Array]
 
 
@@ -202,11 +204,22 @@ def shared_programs(
         else training.task_program(config, model, first, largest_task, hook),
         later=program,
         trained=jax.jit(trained_params),
-        accuracy=evaluation.accuracy_fn(model, transform=transform),
+        scores=evaluation.scores_fn(model, temperature=config.temperature, transform=transform),
         mean_loss=evaluation.mean_loss_fn(
             model, temperature=config.temperature, transform=transform
         ),
     )
+
+
+def _check_dense(shared: SharedPrograms, dense_layers: tuple[str, ...]) -> None:
+    """Raise `InvalidInput` where a kernel that merges cannot have Kronecker factors."""
+    shapes = trees.select(jax.eval_shape(shared.init, jax.random.key(0)), shared.partition.merging)
+    for path in gradient_projection.kernel_paths(shapes):
+        if path.rpartition("/")[0] not in dense_layers:
+            raise InvalidInput(
+                f"curvature=kronecker: {path} is not the kernel of a dense layer that is called "
+                "once; use fisher_exact, or lora_pattern to choose other kernels"
+            )
 
 
 @functools.lru_cache(maxsize=8)
@@ -236,6 +249,8 @@ def programs(
     shared = shared_programs(config.without_merging(), *shape, rule.hook)
     model, later = shared.model, shared.partition
     dense_layers = dense_layers_of(model, _blank(config, input_shape))
+    if config.kept_curvature == "kronecker":
+        _check_dense(shared, dense_layers)
 
     @rules.jit_merge
     def merge(rule_state, previous, trained, evidence):
@@ -246,6 +261,11 @@ def programs(
             evidence=evidence,
         )
         return rule_state, leaves, info
+
+    @jax.jit
+    def between(previous, trained, alpha):
+        ends = trees.select(previous, later.merging), trees.select(trained, later.merging)
+        return trees.replace(trained, trees.lerp(*ends, alpha))
 
     @functools.partial(jax.jit, donate_argnums=0)
     def absorb(rule_state, merged, objective, evidence):
@@ -262,9 +282,10 @@ def programs(
         merging=later.merging,
         adapted=later.adapted,
         measure=evidence_fn(config, model, rule, later.merging, dense_layers),
+        between=between,
         merge=merge,
         trained=shared.trained,
-        accuracy=shared.accuracy,
+        scores=shared.scores,
         mean_loss=shared.mean_loss,
         objective=objective_fn(config, model, later.merging),
         gradient_norm=jax.jit(

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from pm_jax import metrics
+from pm_jax.continual import landscape
 from pm_jax.rules import MergeInfo, MergeRule
 
 MERGE_FIELDS = (
@@ -14,7 +15,7 @@ MERGE_FIELDS = (
     "actual_loss_change",
 )
 """Figures of every merge; a rule may add its own, and `onset_gradients` one more."""
-PHASES = ("train", "curvature", "merge", "evaluate")
+PHASES = ("train", "curvature", "merge", "evaluate", "landscape")
 
 
 class Records:
@@ -24,6 +25,7 @@ class Records:
         tasks: T.
         rule: of the run, which may have figures of its own.
         onset: whether the gradient norm at the onset of each task is among the figures.
+        landscape_points: see `landscape.grid`; 0 for no landscapes.
 
     Attributes:
         arrays: all that was recorded, for checkpoints; NaN for what is to come.
@@ -35,16 +37,22 @@ class Records:
         (['accuracy', 'initial', 'merges', 'seconds'], (2, 2, 2))
     """
 
-    def __init__(self, tasks: int, rule: MergeRule, *, onset: bool):
+    def __init__(self, tasks: int, rule: MergeRule, *, onset: bool, landscape_points: int = 0):
         self._fields = (
-            *MERGE_FIELDS, *rule.figures, *(("onset_gradient_norm",) if onset else ())
-        )  # fmt: skip
+            *MERGE_FIELDS,
+            *rule.figures,
+            *(("onset_gradient_norm",) if onset else ()),
+            *(landscape.FIGURES if landscape_points else ()),
+        )
         self.arrays: dict[str, np.ndarray] = {
             "accuracy": np.full((2, tasks, tasks), np.nan, np.float32),
             "initial": np.full((2, tasks), np.nan, np.float32),
             "merges": np.full((tasks, len(self._fields)), np.nan, np.float32),
             "seconds": np.zeros(len(PHASES), np.float64),
         }
+        if landscape_points:
+            shape = (tasks, len(landscape.grid(landscape_points)) + 1, len(landscape.SCORES), tasks)
+            self.arrays["landscape"] = np.full(shape, np.nan, np.float32)
 
     def restore(self, arrays: dict[str, Any]) -> None:
         """Take over what a checkpoint has."""
@@ -61,7 +69,8 @@ class Records:
 
     def add_merge(self, task: int, info: MergeInfo, **more: float) -> dict[str, float]:
         """Keep the figures of a merge; returns them by name."""
-        found = {**info._asdict(), **info.figures, **more}
+        blank = dict.fromkeys(landscape.FIGURES, float("nan"))
+        found = {**blank, **info._asdict(), **info.figures, **more}
         figures = {name: float(found[name]) for name in self._fields}
         self.arrays["merges"][task] = list(figures.values())
         return figures
@@ -86,12 +95,20 @@ class Records:
                 strict=True,
             )
         )
+        merges = [
+            dict(zip(self._fields, row, strict=True))
+            for row in self.arrays["merges"].astype(np.float64).tolist()
+        ]
+        regrets = {
+            f"mean_{name}": float(
+                np.mean([merge.get(name, np.nan) for merge in merges[1:]] or [np.nan])
+            )
+            for name in ("regret_loss", "regret_accuracy")
+        }
         return {
             **seen,
+            **regrets,
             "task_aware": aware,
-            "merges": [
-                dict(zip(self._fields, row, strict=True))
-                for row in self.arrays["merges"].astype(np.float64).tolist()
-            ],
+            "merges": merges,
             "seconds": dict(zip(PHASES, self.arrays["seconds"].tolist(), strict=True)),
         }

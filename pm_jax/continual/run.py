@@ -29,6 +29,8 @@ METRICS = (
     "backward_transfer",
     "forward_transfer",
     "learning_accuracy",
+    "mean_regret_loss",
+    "mean_regret_accuracy",
 )
 PACKAGES = ("pm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scikit-learn")
 
@@ -100,6 +102,7 @@ def run_seeds(
             "manifest": learner.stream.manifest(),
             "environment": environment(),
         }
+        learner.write_landscape(directory)
         write_json(directory / RESULTS_FILE, content)
     summary = summarize_seeds(workdir)
     write_json(workdir / SUMMARY_FILE, summary)
@@ -220,7 +223,7 @@ def summarize_seeds(workdir: Path) -> dict[str, Any]:
     results.sort(key=lambda result: result["seed"])
 
     def figures(of: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        return {name: _spread([result[name] for result in of]) for name in METRICS}
+        return {name: _spread([result.get(name) for result in of]) for name in METRICS}
 
     return {
         "seeds": [result["seed"] for result in results],

@@ -23,12 +23,17 @@ ADAPTERS = ("full", "lora")
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("constant", "cosine", "linear", "milestones")
 PERTURBATIONS = ("symmetric", "gaussian", "one_sided", "antithetic", "none")
-CURVATURES = ("fisher_empirical", "fisher_exact", "exact_current", "identity")
+STORED_CURVATURES = (
+    *("fisher_empirical", "fisher_exact", "gauss_newton_diag", "kronecker", "low_rank"),
+    "identity",
+)
+CURVATURES = (*STORED_CURVATURES, "exact_current", "exact_all")
 SPLITS = ("test", "validation")
 MERGING = (
     *("rule", "rule_settings"),
-    *("curvature", "curvature_samples", "curvature_examples", "curvature_memory_mb"),
-    *("merge_examples", "onset_gradients"),
+    *("curvature", "stored_curvature", "curvature_rank", "curvature_slots"),
+    *("curvature_samples", "curvature_examples", "curvature_memory_mb"),
+    *("merge_examples", "onset_gradients", "landscape_points"),
 )
 """Settings that the training of a task does not depend on, given the model it starts from."""
 
@@ -231,12 +236,26 @@ class Settings:
     )
     curvature: str = _option(
         "fisher_empirical",
-        "Curvature that a task leaves behind for the merge rule; exact_current: fisher_exact, and "
-        "the current task's own along its task vector by jvp.",
+        "Curvature that a task leaves behind for the merge rule: the diagonal of the Fisher of the "
+        "true labels or of all labels (which is gauss_newton_diag too), its Kronecker factors for "
+        "dense kernels, or a Gauss-Newton matrix of low rank; exact_current: stored_curvature, and "
+        "the current task's own along its task vector by jvp; exact_all: that of all tasks, by "
+        "replay of merge_examples of each, for analysis.",
         CURVATURES,
     )
+    stored_curvature: str = _option(
+        "fisher_exact", "exact_current: what earlier tasks left behind.", STORED_CURVATURES
+    )
+    curvature_rank: int = _option(
+        16, "low_rank: columns of the size of what merges, of a task and of the memory of all."
+    )
+    curvature_slots: int = _option(
+        16, "kronecker: tasks whose factors are kept apart; later ones share the last slot."
+    )
     curvature_samples: int = _option(
-        0, "fisher_exact: labels drawn per example; 0 for the sum over all classes."
+        0,
+        "fisher_exact, gauss_newton_diag, kronecker: labels drawn per example; 0 for the sum over "
+        "all classes.",
     )
     curvature_examples: int = _option(
         0, "Training examples that curvature is measured on; 0 for all of the task's."
@@ -248,6 +267,12 @@ class Settings:
     )
     onset_gradients: bool = _option(
         False, "Log the norm of the loss gradient at the onset of each task, as trm always does."
+    )
+    landscape_points: int = _option(
+        0,
+        "Points between the model that a task started from and the trained one at which, after "
+        "each merge, the losses and accuracies of all tasks seen are measured on validation data; "
+        "some more lie beyond either. 0 for none.",
     )
     curvature_memory_mb: float = _option(
         0.0,
@@ -283,13 +308,13 @@ class Settings:
             *("num_tasks", "patch_size", "width", "depth", "num_heads", "lora_rank"),
             *("epochs", "epoch_repeats", "batch_size", "accumulation_steps"),
             *("max_tokens", "vocabulary", "randaugment_layers", "evaluation_resize"),
-            "merge_examples",
+            *("merge_examples", "curvature_rank", "curvature_slots"),
         )
         not_negative = (
             *("base_classes", "first_task_epochs", "head_learning_rate", "weight_decay"),
             *("clip_norm", "curvature_samples", "curvature_examples", "curvature_memory_mb"),
             *("train_per_class", "test_per_class", "image_size", "stored_size"),
-            *("layer_norm_epsilon", "resident_mb"),
+            *("layer_norm_epsilon", "resident_mb", "landscape_points"),
         )
         conditions = [
             *((name, getattr(self, name) >= 1, "must be at least 1") for name in at_least_one),
@@ -309,6 +334,7 @@ class Settings:
             ("randaugment_magnitude", 0 <= self.randaugment_magnitude <= 10, "must lie in [0, 10]"),
             ("warmup_fraction", 0 <= self.warmup_fraction < 1, "must lie in [0, 1)"),
             ("validation_fraction", 0 < self.validation_fraction < 1, "must lie between 0 and 1"),
+            ("landscape_points", self.landscape_points != 1, "must be 0, or at least 2"),
             ("hidden_sizes", min(self.hidden_sizes, default=0) >= 1, "needs one width or more"),
             (
                 "scenario",
@@ -356,6 +382,12 @@ class Settings:
     def reads_text(self) -> bool:
         """Whether examples are token ids instead of images."""
         return self.model in TEXT_MODELS
+
+    @property
+    def kept_curvature(self) -> str:
+        """The kind of curvature that tasks leave behind."""
+        exact = self.curvature == "exact_current"
+        return self.stored_curvature if exact else self.curvature
 
     @property
     def from_scratch(self) -> bool:

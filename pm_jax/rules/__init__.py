@@ -8,6 +8,7 @@ from pm_jax.rules.cofima import cofima
 from pm_jax.rules.coma import coma
 from pm_jax.rules.compilation import jit_merge
 from pm_jax.rules.dare import dare
+from pm_jax.rules.exact_curvature import exact_curvature
 from pm_jax.rules.fisher_averaging import fisher_averaging
 from pm_jax.rules.joint import joint
 from pm_jax.rules.magmax import magmax
@@ -33,6 +34,7 @@ __all__ = [
     "cofima",
     "coma",
     "dare",
+    "exact_curvature",
     "fisher_averaging",
     "jit_merge",
     "joint",

@@ -6,7 +6,7 @@ each.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,16 @@ import jax.numpy as jnp
 from pm_jax import task_vectors, trees
 from pm_jax.lora import Adapter, Adapters
 from pm_jax.objectives import Objective
-from pm_jax.quadratics import DiagonalQuadratic, Quadratic
+from pm_jax.quadratics import DiagonalQuadratic, Quadratic, StoredQuadratic
 from pm_jax.types import Array, Key, Params, PyTree
+
+Kind = TypeVar("Kind", bound=StoredQuadratic)
+MEASURES = {
+    "DiagonalQuadratic": "fisher_empirical or fisher_exact",
+    "KroneckerQuadratic": "fisher_kronecker",
+    "LowRankQuadratic": "gauss_newton_low_rank",
+}
+"""By the quadratic that they find."""
 
 
 class Evidence(NamedTuple):
@@ -302,10 +310,32 @@ def diagonal_of(evidence: Evidence) -> DiagonalQuadratic:
         >>> diagonal_of(Evidence(DiagonalQuadratic.at(jnp.zeros(1), jnp.ones(1)))).diagonal.tolist()
         [1.0]
     """
-    if not isinstance(evidence.quadratic, DiagonalQuadratic):
+    return quadratic_of(evidence, DiagonalQuadratic)
+
+
+def quadratic_of(evidence: Evidence, kind: type[Kind]) -> Kind:
+    """The quadratic of a task, of the kind that a rule keeps.
+
+    Args:
+        evidence: of the task.
+        kind: a subclass of `StoredQuadratic`.
+
+    Returns:
+        Its quadratic.
+
+    Raises:
+        ValueError: it is of another kind.
+
+    Example:
+        >>> quadratic_of(Evidence(), DiagonalQuadratic)
+        Traceback (most recent call last):
+        ValueError: evidence.quadratic=NoneType: must be a DiagonalQuadratic; measure it by ...
+    """
+    if not isinstance(evidence.quadratic, kind):
+        measures = MEASURES.get(kind.__name__, "a measure of that kind")
         raise ValueError(
-            f"evidence.quadratic={type(evidence.quadratic).__name__}: must be a DiagonalQuadratic, "
-            "as fisher_empirical or fisher_exact measure"
+            f"evidence.quadratic={type(evidence.quadratic).__name__}: must be a {kind.__name__}; "
+            f"measure it by {measures}, or give the rule another memory"
         )
     return evidence.quadratic
 

@@ -1,7 +1,7 @@
 """Perturb-and-Merge: the convex combination with the smallest total quadratic loss."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,8 +14,8 @@ from pm_jax.coefficients import (
     merge_coefficients,
     predicted_loss_change,
 )
-from pm_jax.quadratics import DiagonalQuadratic
-from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, diagonal_of, require
+from pm_jax.quadratics import DiagonalQuadratic, StoredQuadratic
+from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, quadratic_of, require
 from pm_jax.types import Array, InvalidInput, Params
 
 
@@ -28,11 +28,15 @@ class PerturbAndMergeState(NamedTuple):
     """
 
     tasks: Array
-    memory: DiagonalQuadratic
+    memory: StoredQuadratic
 
 
 def perturb_and_merge(
-    *, clip: bool = True, normalize: str = "none", per: str = "model"
+    *,
+    clip: bool = True,
+    normalize: str = "none",
+    per: str = "model",
+    memory: Callable[[Params], StoredQuadratic] = DiagonalQuadratic.zero,
 ) -> MergeRule:
     """Merge with the coefficient that minimises the quadratic losses of all tasks seen.
 
@@ -50,9 +54,10 @@ def perturb_and_merge(
         per: what has a coefficient of its own: the "model", as in the paper, a "block" (of a path
             up to its first part with a number), a "module", a "tensor", or what a regular
             expression matches at the beginning of a path. They minimise the quadratic together.
+        memory: the quadratic that is 0 everywhere, of the kind that the evidence has.
 
     Returns:
-        A `MergeRule` that needs `quadratic` (a `DiagonalQuadratic`), `curvature_error` and, for one
+        A `MergeRule` that needs `quadratic` (of the memory's kind), `curvature_error` and, for one
         coefficient, `curvature_along`: where it is given, it stands for the current task's
         curvature along Delta. Its `update` raises ValueError for any other quadratic. Where there
         are several coefficients, its info has their mean over all entries, and no standard error.
@@ -81,12 +86,12 @@ def perturb_and_merge(
 
     def init(params: Params) -> PerturbAndMergeState:
         group_names(list(trees.leaves_by_path(params)), per)
-        return PerturbAndMergeState(jnp.zeros((), jnp.int32), DiagonalQuadratic.zero(params))
+        return PerturbAndMergeState(jnp.zeros((), jnp.int32), memory(params))
 
     def update(
         state: PerturbAndMergeState, *, previous: Params, trained: Params, evidence: Evidence
     ):
-        quadratic = diagonal_of(evidence)
+        quadratic = quadratic_of(evidence, type(state.memory))
         tasks = state.tasks + 1
         delta = task_vectors.difference(trained, previous)
         counted, error = quadratic, jnp.asarray(evidence.curvature_error)
@@ -97,12 +102,12 @@ def perturb_and_merge(
         if normalize == "trace":
             scale = _inverse(quadratic.trace())
             counted, error = quadratic.scaled(scale), scale * error
-        memory = state.memory.plus(counted)
+        total = state.memory.plus(counted)
         names = group_names(list(trees.leaves_by_path(delta)), per)
         groups = tuple(sorted(set(names)).index(name) for name in names)
         if max(groups) == 0:
             found = merge_coefficient(
-                memory,
+                total,
                 previous,
                 delta,
                 task=tasks,
@@ -112,7 +117,7 @@ def perturb_and_merge(
             )
             found = jax.tree.map(lambda x: x[None], found)
         else:
-            found = merge_coefficients(memory, previous, delta, groups, task=tasks, clip=clip)
+            found = merge_coefficients(total, previous, delta, groups, task=tasks, clip=clip)
         structure = jax.tree.structure(delta)
         alphas = jax.tree.unflatten(structure, [found.alpha[group] for group in groups])
         rest = jax.tree.map(lambda alpha, step: (1 - alpha) * step, alphas, delta)
@@ -121,7 +126,7 @@ def perturb_and_merge(
         sizes = [leaf.size for leaf in jax.tree.leaves(delta)]
         info = _info(found, groups, sizes)._replace(predicted_loss_change=change)
         merged = jax.tree.map(trees.lerp, previous, trained, alphas)
-        return merged, PerturbAndMergeState(tasks, memory), info
+        return merged, PerturbAndMergeState(tasks, total), info
 
     of_one = {"curvature_along"} if per == "model" else set()
     return MergeRule(init, update, frozenset({"quadratic", "curvature_error"} | of_one))

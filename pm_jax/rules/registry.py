@@ -11,6 +11,7 @@ from pm_jax.rules.became import became
 from pm_jax.rules.cofima import cofima
 from pm_jax.rules.coma import coma
 from pm_jax.rules.dare import dare
+from pm_jax.rules.exact_curvature import exact_curvature
 from pm_jax.rules.fisher_averaging import fisher_averaging
 from pm_jax.rules.joint import joint
 from pm_jax.rules.magmax import magmax
@@ -41,6 +42,7 @@ REGISTRY: dict[str, Callable[..., MergeRule]] = {
     "random_mix": random_mix,
     "magmax": magmax,
     "tunable_magmax": tunable_magmax,
+    "exact_curvature": exact_curvature,
     "oracle": oracle,
     "joint": joint,
 }
@@ -72,13 +74,18 @@ def make(name: str, settings: str = "", **given: Any) -> MergeRule:
         raise InvalidInput(f"rule={name}: must be one of {', '.join(REGISTRY)}")
     keywords = inspect.signature(REGISTRY[name]).parameters
     values = {key: value for key, value in given.items() if key in keywords}
-    defaults = {key: each.default for key, each in keywords.items() if key not in values}
+    defaults = {
+        key: each.default
+        for key, each in keywords.items()
+        if key not in values and not callable(each.default)  # no line can say a function
+    }
     listed = ", ".join(f"{key}={_written(value)}" for key, value in defaults.items())
     remedy = f"{name} takes {listed or 'no settings'}" + (" by default" if listed else "")
     for setting in filter(None, settings.replace(" ", "").split(",")):
         key, equals, text = setting.partition("=")
         if not equals or key not in defaults:
-            wrong = "is set by the run" if key in values else "is not a setting of the rule"
+            given_by_run = key in keywords.keys() - defaults.keys()
+            wrong = "is set by the run" if given_by_run else "is not a setting of the rule"
             raise InvalidInput(f"rule_settings={setting}: {key} {wrong}; {remedy}")
         try:
             values[key] = _read(text, defaults[key])

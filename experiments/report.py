@@ -1,0 +1,39 @@
+"""Write the report of a finished run, WORKDIR/report.html, and print its path.
+
+python -m experiments.report --workdir=runs/digits
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import app, flags
+
+from experiments import flags as experiment_flags
+from pm_jax.continual.report import write_report
+from pm_jax.types import InvalidInput
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Define the flag; not on import, because experiments.train has it too."""
+    flags.DEFINE_string("workdir", None, "Of a run of experiments.train.", values)
+
+
+def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
+    """Write the report."""
+    del argv
+    try:
+        if not values.workdir:
+            raise InvalidInput("workdir=: needs that of a run, as --workdir=runs/digits")
+        print(write_report(Path(values.workdir)))
+    except InvalidInput as error:
+        experiment_flags.fail(str(error), values)
+    except ImportError:
+        experiment_flags.fail(
+            "the report needs matplotlib, which is not installed; pip install 'pm_jax[plots]'",
+            values,
+        )
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main, flags_parser=experiment_flags.parse)

@@ -1,0 +1,95 @@
+"""What is to be doubted about the merges of a run, in words."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+FACTOR = 3.0
+"""A predicted loss change further than this from the actual one is said to be wrong."""
+NEGLIGIBLE = 1e-3
+"""Loss changes below this are not told from 0."""
+
+
+def warnings_of(results: Mapping[str, Any]) -> list[str]:
+    """What is to be doubted about the merges of a run.
+
+    The first task has nothing to be merged with. Of a coefficient that the rule did not find in
+    closed form, such as 1/t, it is not said that it is extreme.
+
+    Args:
+        results: contents of a `results.json`.
+
+    Returns:
+        Sentences, each beginning with its task.
+
+    Example:
+        >>> merge = {"alpha": 0.5, "predicted_loss_change": 0.031, "actual_loss_change": 0.01}
+        >>> warnings_of({"merges": [{"alpha": 1.0}, merge]})
+        ["task 2: the quadratic model over-predicted the rise of the task's own loss by 3.1 x ..."]
+    """
+    return [
+        f"task {task}: {text}"
+        for task, merge in enumerate(results["merges"][1:], start=2)
+        for text in (*_of_the_prediction(merge), *_of_the_coefficient(merge))
+    ]
+
+
+def _of_the_prediction(merge: Mapping[str, Any]) -> Iterable[str]:
+    predicted = _known(merge, "predicted_loss_change")
+    actual = _known(merge, "actual_loss_change")
+    smaller, larger = sorted((abs(predicted), abs(actual)))
+    if math.isnan(predicted + actual) or larger < NEGLIGIBLE:
+        return
+    moves = {True: ("rise", "rose"), False: ("fall", "fell")}
+    noun, verb = moves[predicted > 0][0], moves[actual > 0][1]
+    if predicted * actual < 0:
+        yield (
+            f"the task's own loss {verb} by {_plain(abs(actual))} although a {noun} by "
+            f"{_plain(abs(predicted))} was predicted"
+        )
+    elif larger > FACTOR * smaller:
+        noun = moves[predicted + actual > 0][0]
+        over = "over" if abs(predicted) > abs(actual) else "under"
+        times = f"{larger / smaller:.1f}" if larger < 1000 * smaller else "more than 1,000"
+        yield (
+            f"the quadratic model {over}-predicted the {noun} of the task's own loss by {times} x "
+            f"({_plain(predicted)} predicted, {_plain(actual)} measured)"
+        )
+
+
+def _of_the_coefficient(merge: Mapping[str, Any]) -> Iterable[str]:
+    alpha, raw, error = (_known(merge, n) for n in ("alpha", "alpha_raw", "standard_error"))
+    if _known(merge, "degenerate") >= 0.5:
+        yield (
+            "the curvature gave no minimum along the task vector; the coefficient "
+            f"{alpha:.2f} was used for want of one"
+        )
+    elif merge.get("numerator") is not None:
+        if raw < -1e-6 or raw > 1 + 1e-6:
+            used = f"clipped to {alpha:.2f}" if 0 <= alpha <= 1 else "used as it is"
+            yield f"the quadratic model's minimum is at {raw:.2f}, outside [0, 1], and was {used}"
+        if alpha < 0.02 or alpha > 0.98:
+            lost = "the new task" if alpha < 0.02 else "the earlier tasks' model"
+            yield f"the merge, with the coefficient {alpha:.3f}, kept almost nothing of {lost}"
+    if error > abs(raw) / 2:
+        yield (
+            f"the coefficient {raw:.2f} is uncertain: its standard error {error:.2f} is more than "
+            "half of it"
+        )
+    if (regret := _known(merge, "regret_accuracy")) > 0.01:
+        yield (
+            f"a coefficient of {_known(merge, 'most_accurate_alpha'):.2f} instead of "
+            f"{alpha:.2f} would have been {100 * regret:.1f} points better on validation data"
+        )
+
+
+def _known(merge: Mapping[str, Any], name: str) -> float:
+    value = merge.get(name)
+    return math.nan if value is None else value
+
+
+def _plain(value: float) -> str:
+    """Two digits that count, without an exponent."""
+    return np.format_float_positional(value, precision=2, fractional=False, trim="-")

@@ -1,0 +1,114 @@
+"""Perturb-and-Merge's coefficient with all tasks' exact curvature, by replay of their data."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pm_jax import losses, matrix_products, task_vectors, trees
+from pm_jax.coefficients import merge_coefficient_of, predicted_loss_change
+from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, require
+from pm_jax.types import Array, Params
+
+
+class ExactCurvatureState(NamedTuple):
+    """State of the rule.
+
+    Attributes:
+        tasks: int32 scalar, tasks merged so far.
+        models: theta_1*, theta_2*, ..., leaves [max_tasks, ...].
+    """
+
+    tasks: Array
+    models: Params
+
+
+def exact_curvature(*, clip: bool = True, max_tasks: int = 10) -> MergeRule:
+    """Merge with the minimum of all tasks' second-order expansions, curvature not approximated.
+
+        alpha_t = - sum_{i<=t} (theta_hat_{t-1} - theta_i*)^T G_i Delta_t
+                  / sum_{i<=t} Delta_t^T G_i Delta_t
+
+    with `G_i` the Gauss-Newton matrix of task i's loss at `theta_i*` on some of its training
+    examples, by jvp. What is left between this coefficient and the oracle's is due to the expansion
+    itself. An analysis tool: it keeps every model and needs the data of earlier tasks.
+
+    Args:
+        clip: restrict alpha to [0, 1].
+        max_tasks: tasks that there is room for; later merges are NaN.
+
+    Returns:
+        A `MergeRule` that needs `all_objectives`.
+
+    Raises:
+        ValueError: max_tasks below 1.
+
+    References:
+        Perturb-and-Merge, `arXiv 2505.22389 <https://arxiv.org/abs/2505.22389>`_, section 3.1,
+        with the Hessian that its Fisher stands for
+
+    Example:
+        >>> exact_curvature().analysis_only
+        True
+    """
+    require("max_tasks", max_tasks, max_tasks >= 1, "at least 1")
+
+    def init(params: Params) -> ExactCurvatureState:
+        models = jax.tree.map(
+            lambda x: jnp.zeros((max_tasks, *jnp.shape(x)), jnp.asarray(x).dtype), params
+        )
+        return ExactCurvatureState(jnp.zeros((), jnp.int32), models)
+
+    def update(
+        state: ExactCurvatureState, *, previous: Params, trained: Params, evidence: Evidence
+    ) -> tuple[Params, ExactCurvatureState, MergeInfo]:
+        objectives = evidence.all_objectives
+        if objectives is None:
+            raise ValueError("evidence.all_objectives=None: exact_curvature looks at all tasks")
+        models = jax.tree.map(
+            lambda stack, new: stack.at[state.tasks].set(new), state.models, trained
+        )
+        delta = task_vectors.difference(trained, previous)
+
+        def of_task(number: Array) -> Array:
+            """Slope at the previous model and curvature, both along Delta."""
+            objective = objectives.task(number)
+            model = jax.tree.map(lambda stack: stack[number], models)
+            offset = task_vectors.difference(previous, model)
+
+            def logits_fn(leaves: Params, inputs: Array) -> Array:
+                logits = objective.logits(leaves, inputs) / objective.temperature
+                return losses.mask_logits(logits, objective.classes)
+
+            def of_batch(index: Array) -> Array:
+                batch = objective.batch(index)
+                weights = losses.weights_of(batch)
+                values = matrix_products.gauss_newton_products(
+                    logits_fn, model, [offset, delta], [delta], batch.inputs
+                )
+                total = jnp.tensordot(weights, values[:, :, 0], 1, precision="highest")
+                return total / jnp.maximum(jnp.sum(weights), 1)
+
+            return objective.mean_over_batches(of_batch)
+
+        each = jax.lax.map(
+            lambda number: jax.lax.cond(
+                number <= state.tasks, of_task, lambda _: jnp.zeros(2), number
+            ),
+            jnp.arange(min(max_tasks, len(objectives.classes))),
+        )
+        slope, curvature = jnp.sum(each, axis=0)
+        tasks = state.tasks + 1
+        overflow = jnp.where(tasks > max_tasks, jnp.nan, 0.0)
+        found = merge_coefficient_of(-slope, curvature, task=tasks, clip=clip)
+        own = each[jnp.minimum(state.tasks, len(each) - 1), 1]
+        info = MergeInfo.of(found.alpha + overflow, found.degenerate)._replace(
+            alpha_raw=found.alpha_raw,
+            numerator=found.numerator,
+            denominator=found.denominator,
+            predicted_loss_change=predicted_loss_change(found.alpha, own),
+        )
+        merged = trees.lerp(previous, trained, info.alpha)
+        return merged, ExactCurvatureState(tasks, models), info
+
+    return MergeRule(init, update, frozenset({"all_objectives"}), analysis_only=True)
