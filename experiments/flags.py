@@ -25,8 +25,8 @@ NOT_OF_SEQUENTIAL = (
     *("rule", "rule_settings"),
     *("perturbation", "epsilon", "probabilities", "perturb_per"),
     *("curvature", "stored_curvature", "curvature_rank", "curvature_slots"),
-    *("curvature_samples", "curvature_examples", "curvature_memory_mb"),
-    *("merge_examples", "onset_gradients", "landscape_points"),
+    *("curvature_samples", "curvature_examples", "curvature_error", "curvature_memory_mb"),
+    *("merge_examples", "onset_gradients", "landscape_points", "trust"),
 )
 """Settings that sequential training does not depend on, and those that it has of its own."""
 

@@ -27,7 +27,9 @@ from tests.small_runs import BY_CLASS, SMALL, VIT
     ids=["domain", "class", "lora", "temperature", "exact"],
 )
 def test_evidence_is_the_curvature_of_the_tasks_own_loss_over_dense_weights(config):
-    config = dataclasses.replace(config, curvature_memory_mb=0.05)
+    if config.curvature != "exact_current":
+        config = dataclasses.replace(config, curvature="fisher_empirical")
+    config = dataclasses.replace(config, curvature_memory_mb=0.05, curvature_samples=0)
     learner = Learner(config, seed=0, quiet=True)
     run, stream = learner._programs, learner.stream
     previous = learner.params
@@ -67,7 +69,12 @@ def test_evidence_is_the_curvature_of_the_tasks_own_loss_over_dense_weights(conf
 @pytest.mark.parametrize("config", [SMALL, VIT], ids=["mlp", "lora"])
 def test_evidence_of_correlated_curvature_is_that_of_the_tasks_own_loss(config, kind):
     config = dataclasses.replace(
-        config, curvature=kind, curvature_memory_mb=0.5, temperature=2.0, curvature_rank=3
+        config,
+        curvature=kind,
+        curvature_memory_mb=0.5,
+        temperature=2.0,
+        curvature_rank=3,
+        curvature_samples=0,
     )
     learner = Learner(config, seed=0, quiet=True)
     run, stream, task = learner._programs, learner.stream, 1
@@ -100,6 +107,34 @@ def test_evidence_of_correlated_curvature_is_that_of_the_tasks_own_loss(config, 
     )
     np.testing.assert_allclose(got.curvature_error, direct.standard_error, rtol=1e-4)
     assert float(got.curvature_error) > 0
+
+
+def test_curvature_is_measured_on_as_many_examples_as_an_error_asks_for():
+    base = dataclasses.replace(SMALL, curvature="fisher_empirical", curvature_memory_mb=0.05)
+
+    def measured(error, still=False):
+        learner = Learner(dataclasses.replace(base, curvature_error=error), seed=0, quiet=True)
+        step = 0.0 if still else 0.01
+        trained = jax.tree.map(lambda x: x + step, learner.params)
+        task = np.asarray(1, np.int32)
+        found = learner._programs.measure(
+            learner._key, trained, learner.params, learner._train, task
+        )
+        return found
+
+    exact = measured(0.0)
+    for error in (0.2, 0.05):
+        found = measured(error)
+        size = float(found.quadratic.curvature_along(
+            jax.tree.map(lambda x: jnp.full_like(x, 0.01), found.quadratic.center)))  # fmt: skip
+        assert 0.3 * error < float(found.curvature_error) / size <= error
+        assert float(found.curvature_error) > float(exact.curvature_error)
+    reached = measured(1e-6)  # with all examples, in another order
+    np.testing.assert_allclose(reached.curvature_error, exact.curvature_error, rtol=1e-4)
+    still = measured(0.2, still=True)
+    whole = measured(0.0, still=True)
+    for a, b in zip(*(jax.tree.leaves(x.quadratic.diagonal) for x in (still, whole)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(b.max()))
 
 
 def test_scores_do_not_depend_on_the_batch_size_and_count_every_example():

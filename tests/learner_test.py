@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from pm_jax import rules, trees
-from pm_jax.continual import Config, Learner
+from pm_jax.continual import Config, Learner, merge_warnings
 from pm_jax.continual.partition import partition
 from pm_jax.continual.run import describe
 from pm_jax.models import pretrained
+from pm_jax.types import InvalidInput
 from tests.small_runs import BY_CLASS, SMALL, VIT, comparable, forget_programs, leaves_equal
 
 
@@ -212,3 +213,38 @@ def test_a_run_from_pretrained_weights_starts_from_them_and_keeps_the_learned_he
     assert leaves_equal(center, {path: theta_0[path] for path in center})
     frozen = tuple(path for path in body if path not in center)
     assert leaves_equal(trees.select(learner.params, frozen), trees.select(theta_0, frozen))
+
+
+def test_an_untrusted_coefficient_is_moved_towards_averaging(tmp_path, capsys):
+    """The merges of SMALL are far from what the diagonal predicts."""
+    runs = {}
+    for trust in ("off", "warn", "shrink"):
+        config = dataclasses.replace(SMALL, trust=trust)
+        learner = Learner(config, 0, tmp_path / trust)
+        runs[trust] = learner.run()["merges"]
+        warned = "-predicted the rise of the task's own loss by" in capsys.readouterr().err
+        assert warned == (trust != "off")
+    assert comparable({"merges": runs["off"]}) == comparable({"merges": runs["warn"]})
+    plain, shrunk = (runs[trust][1] for trust in ("off", "shrink"))
+    assert plain["alpha_raw"] == shrunk["alpha_raw"]
+    share = merge_warnings.trusted_share(
+        plain["alpha_raw"], plain["predicted_loss_change"], plain["actual_loss_change"]
+    )
+    assert 0 < share < 0.9 and abs(plain["alpha"] - 0.5) > 0.01
+    wanted = 0.5 + share * (plain["alpha"] - 0.5)
+    np.testing.assert_allclose(shrunk["alpha"], wanted, rtol=1e-5)
+    assert shrunk["actual_loss_change"] != plain["actual_loss_change"]
+    ratio = plain["actual_loss_change"] / plain["predicted_loss_change"]
+    np.testing.assert_allclose(plain["loss_change_ratio"], ratio, rtol=1e-5)
+    assert runs["shrink"][0]["alpha"] == 1
+    with pytest.raises(InvalidInput, match="trust=shrink: rule=averaging .* no closed form"):
+        dataclasses.replace(SMALL, trust="shrink", rule="averaging", perturbation="none")
+
+
+def test_a_trusted_share_by_hand():
+    share = merge_warnings.trusted_share
+    assert share(0.5, 0.1, 0.29) == 1 and share(0.5, 0.1, 0.6) == pytest.approx(0.5)
+    assert share(0.5, 0.6, 0.1) == pytest.approx(0.5)
+    assert share(0.5, 0.1, -0.1) == 0 and share(0.5, 0.0, 0.1) == 0
+    assert share(1.2, 0.1, 0.1) == 0 and share(-0.1, float("nan"), 0.1) == 0
+    assert share(0.5, float("nan"), 0.1) == 1 and share(0.5, 1e-5, -9e-4) == 1

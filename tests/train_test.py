@@ -72,7 +72,10 @@ def test_the_baseline_has_its_own_best_rate_only_where_that_was_chosen():
         experiment_flags.parse(["train", *arguments])
         return experiment_flags.baseline_from_flags(experiment_flags.config_from_flags())
 
-    for arguments in ([], ["--curvature=fisher_exact", "--epsilon=0.3", "--learning_rate=0.01"]):
+    for arguments in (
+        [],
+        ["--curvature=fisher_empirical", "--epsilon=0.3", "--learning_rate=0.01"],
+    ):
         own = baseline(*arguments)
         assert (own.learning_rate, own.epochs) == (3e-4, 1)
     for arguments in (["--num_tasks=3"], ["--batch_size=64"], ["--baseline=averaging"]):

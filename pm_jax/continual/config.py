@@ -41,6 +41,11 @@ class Config(Settings):
         except ValueError as error:
             raise InvalidInput(str(error)) from None
         needs = self.merge_rule().needs
+        if self.trust == "shrink" and "curvature_along" not in needs:
+            raise InvalidInput(
+                f"trust=shrink: rule={self.rule} with rule_settings={self.rule_settings} has no "
+                "closed form for one coefficient; use warn, or perturb_and_merge with one"
+            )
         takes = inspect.signature(rules.REGISTRY[self.rule]).parameters
         if "quadratic" not in needs:
             return

@@ -21,9 +21,12 @@ from pm_jax.continual.feed import Pass
 from pm_jax.continual.image_transforms import evaluation_transform
 from pm_jax.continual.purpose_keys import CURVATURE, MERGE, purpose_key
 from pm_jax.continual.training import DeviceData, logits_of
-from pm_jax.measures import Measure
+from pm_jax.measures import Measure, MeasureState
 from pm_jax.rules import Evidence, MergeRule
 from pm_jax.types import Array, Batch, Key, LogitsFn, Params, PyTree
+
+FEWEST_EXAMPLES = 32
+"""To know a standard error from."""
 
 
 def evidence_fn(
@@ -97,8 +100,14 @@ def evidence_fn(
         weights = (places < count).astype(jnp.float32)
         batch = Batch(transform(data.take(rows, places)), data.labels[rows], weights)
         measures = estimators(trained, data, task, chunk)
-        pairs = zip(measures, states, strict=True)
-        return tuple(measure.update(state, batch) for measure, state in pairs), count
+
+        def update(states):
+            pairs = zip(measures, states, strict=True)
+            return tuple(measure.update(state, batch) for measure, state in pairs)
+
+        if not config.curvature_error:
+            return update(states), count
+        return jax.lax.cond(_known_enough(config, states[-1]), lambda x: x, update, states), count
 
     def finish(carry, *arguments) -> Evidence:
         key, trained, _, data, task = arguments
@@ -168,11 +177,19 @@ def dense_layers_of(model: nn.Module, inputs: PyTree) -> tuple[str, ...]:
 def _examples(config: Config, key: Key, data: DeviceData, task: Array) -> tuple[Array, Array]:
     """Positions of the examples to measure on, and how many of them count."""
     row, count = data.positions[task], data.sizes[task]
-    if not config.curvature_examples:
+    if not (config.curvature_examples or config.curvature_error):
         return row, count
     draws = jax.random.uniform(key, row.shape)
     order = jnp.argsort(jnp.where(jnp.arange(row.shape[0]) < count, draws, 2.0))
-    return row[order], jnp.minimum(count, config.curvature_examples)
+    return row[order], jnp.minimum(count, config.curvature_examples or count)
+
+
+def _known_enough(config: Config, state: MeasureState) -> Array:
+    """Whether the curvature along Delta is known to the error that is asked for."""
+    found = state.measurement(None)
+    precise = found.standard_error <= config.curvature_error * found.along
+    # Few examples do not know their own spread; without a displacement there is no value.
+    return precise & (found.along > 0) & (found.examples >= FEWEST_EXAMPLES)
 
 
 def _memory_bytes(config: Config) -> float:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pm_jax import lora, objectives, trees
-from pm_jax.continual import feed, landscape, task_models, training, training_hooks
+from pm_jax.continual import feed, landscape, merge_warnings, task_models, training, training_hooks
 from pm_jax.continual.checkpoints import Checkpoints
 from pm_jax.continual.config import Config
 from pm_jax.continual.divergence import check_finite
@@ -205,6 +205,9 @@ class Learner:
         self._records.arrays["accuracy"][:, seen - 1] = accuracies
         end, mean = self._bounds[task + 1], float(np.mean(accuracies[0, :seen]))
         log.write("merge", step=end, task=task + 1, **info)
+        if task and self.config.trust != "off":
+            for warning in merge_warnings.of_merge(info):
+                log.tell(f"task {task + 1}: {warning}")
         log.write("evaluate", step=end, task=task + 1, accuracy=mean)
         log.tell(
             f"task {task + 1} of {len(self._steps_per_epoch)}: alpha {info['alpha']:.3f}, "
@@ -290,7 +293,7 @@ class Learner:
     def _merge_task(self, task: int, start: Params, trained: Params) -> dict[str, float]:
         """Merge, and say what came of it; the learner's model and rule state move on."""
         run, task_array = self._programs, np.asarray(task, np.int32)
-        trained_loss = float(run.mean_loss(trained, self._train, task_array))
+        trained_loss = float(run.mean_loss(trained, self._validation, task_array))
         # The last update can be what diverges.
         last = self._bounds[task + 1] - self._bounds[task] - 1
         check_finite([trained_loss], task, last, self.config, self.directory)
@@ -326,7 +329,15 @@ class Learner:
         # What a rule that starts from theta_0 has kept moves with theta_0.
         if self._rule.next_task_from == "trained" or (self._start and is_origin):
             self._start = trees.select(trained, run.merging)
-        change = float(run.mean_loss(self.params, self._train, task_array)) - trained_loss
+        change = float(run.mean_loss(self.params, self._validation, task_array)) - trained_loss
+        if task and self.config.trust == "shrink":
+            share = merge_warnings.trusted_share(
+                float(info.alpha_raw), float(info.predicted_loss_change), change
+            )
+            alpha = share * info.alpha + (1 - share) / (task + 1)
+            info = info._replace(alpha=alpha)
+            self.params = run.between(start, trained, alpha)
+            change = float(run.mean_loss(self.params, self._validation, task_array)) - trained_loss
         more = {"actual_loss_change": change, "onset_gradient_norm": onset}
         if self.config.landscape_points:
             more |= self._look_around(task, start, trained)

@@ -32,8 +32,49 @@ def warnings_of(results: Mapping[str, Any]) -> list[str]:
     return [
         f"task {task}: {text}"
         for task, merge in enumerate(results["merges"][1:], start=2)
-        for text in (*_of_the_prediction(merge), *_of_the_coefficient(merge))
+        for text in of_merge(merge)
     ]
+
+
+def of_merge(merge: Mapping[str, Any]) -> list[str]:
+    """What is to be doubted about one merge, of a task after the first.
+
+    Args:
+        merge: its figures by name; what is missing, `None` or NaN is not known.
+
+    Returns:
+        Sentences.
+
+    Example:
+        >>> of_merge({"alpha": 0.5, "alpha_raw": 0.5, "standard_error": 0.3})
+        ['the coefficient 0.50 is uncertain: its standard error 0.30 is more than half of it']
+    """
+    return [*_of_the_prediction(merge), *_of_the_coefficient(merge)]
+
+
+def trusted_share(alpha_raw: float, predicted: float, actual: float) -> float:
+    """How much of a coefficient's distance from 1/t to keep where the quadratic model is wrong.
+
+    Args:
+        alpha_raw: the model's minimum, before clipping.
+        predicted: loss change of the current task by the merge; NaN if it is not known.
+        actual: the same, measured.
+
+    Returns:
+        1 where the loss changes are within `FACTOR` of each other, less in proportion to what they
+        are apart beyond it, and 0 where one is a rise and the other a fall or the minimum lies
+        outside [0, 1].
+
+    Example:
+        >>> trusted_share(0.4, 0.01, 0.02), trusted_share(0.4, 0.01, 0.06)
+        (1.0, 0.5)
+    """
+    if not 0 <= alpha_raw <= 1:
+        return 0.0
+    smaller, larger = sorted((abs(predicted), abs(actual)))
+    if math.isnan(predicted + actual) or larger < NEGLIGIBLE:
+        return 1.0
+    return 0.0 if predicted * actual <= 0 else min(1.0, FACTOR * smaller / larger)
 
 
 def _of_the_prediction(merge: Mapping[str, Any]) -> Iterable[str]:

@@ -12,7 +12,7 @@ from pm_jax.rules import MergeInfo, MergeRule
 
 MERGE_FIELDS = (
     *(name for name in MergeInfo._fields if name != "figures"),
-    "actual_loss_change",
+    *("actual_loss_change", "loss_change_ratio"),
 )
 """Figures of every merge; a rule may add its own, and `onset_gradients` one more."""
 PHASES = ("train", "curvature", "merge", "evaluate", "landscape")
@@ -71,6 +71,9 @@ class Records:
         """Keep the figures of a merge; returns them by name."""
         blank = dict.fromkeys(landscape.FIGURES, float("nan"))
         found = {**blank, **info._asdict(), **info.figures, **more}
+        predicted = float(info.predicted_loss_change)
+        ratio = more["actual_loss_change"] / predicted if predicted else float("nan")
+        found["loss_change_ratio"] = ratio
         figures = {name: float(found[name]) for name in self._fields}
         self.arrays["merges"][task] = list(figures.values())
         return figures

@@ -23,6 +23,7 @@ ADAPTERS = ("full", "lora")
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("constant", "cosine", "linear", "milestones")
 PERTURBATIONS = ("symmetric", "gaussian", "one_sided", "antithetic", "none")
+TRUST = ("off", "warn", "shrink")
 STORED_CURVATURES = (
     *("fisher_empirical", "fisher_exact", "gauss_newton_diag", "kronecker", "low_rank"),
     "identity",
@@ -32,8 +33,8 @@ SPLITS = ("test", "validation")
 MERGING = (
     *("rule", "rule_settings"),
     *("curvature", "stored_curvature", "curvature_rank", "curvature_slots"),
-    *("curvature_samples", "curvature_examples", "curvature_memory_mb"),
-    *("merge_examples", "onset_gradients", "landscape_points"),
+    *("curvature_samples", "curvature_examples", "curvature_error", "curvature_memory_mb"),
+    *("merge_examples", "onset_gradients", "landscape_points", "trust"),
 )
 """Settings that the training of a task does not depend on, given the model it starts from."""
 
@@ -235,7 +236,7 @@ class Settings:
         "several with commas between them.",
     )
     curvature: str = _option(
-        "fisher_empirical",
+        "fisher_exact",
         "Curvature that a task leaves behind for the merge rule: the diagonal of the Fisher of the "
         "true labels or of all labels (which is gauss_newton_diag too), its Kronecker factors for "
         "dense kernels, or a Gauss-Newton matrix of low rank; exact_current: stored_curvature, and "
@@ -253,12 +254,18 @@ class Settings:
         16, "kronecker: tasks whose factors are kept apart; later ones share the last slot."
     )
     curvature_samples: int = _option(
-        0,
+        1,
         "fisher_exact, gauss_newton_diag, kronecker: labels drawn per example; 0 for the sum over "
         "all classes.",
     )
     curvature_examples: int = _option(
         0, "Training examples that curvature is measured on; 0 for all of the task's."
+    )
+    curvature_error: float = _option(
+        0.0,
+        "Stop measuring a task's curvature, on examples in random order, as soon as its relative "
+        "standard error along the task vector is at most this, which bounds that of the "
+        "coefficient; 0 to go on to the last example.",
     )
     merge_examples: int = _option(
         256,
@@ -267,6 +274,14 @@ class Settings:
     )
     onset_gradients: bool = _option(
         False, "Log the norm of the loss gradient at the onset of each task, as trm always does."
+    )
+    trust: str = _option(
+        "off",
+        "What to do where a merge's quadratic model is wrong: its minimum outside [0, 1], or a "
+        "predicted loss change of the task, on held-out data, that is not within 3 times the "
+        "measured one. warn says so when it happens; shrink also moves the coefficient towards "
+        "1/t, the further the more the two differ. The report says it in any case.",
+        TRUST,
     )
     landscape_points: int = _option(
         0,
@@ -314,7 +329,7 @@ class Settings:
             *("base_classes", "first_task_epochs", "head_learning_rate", "weight_decay"),
             *("clip_norm", "curvature_samples", "curvature_examples", "curvature_memory_mb"),
             *("train_per_class", "test_per_class", "image_size", "stored_size"),
-            *("layer_norm_epsilon", "resident_mb", "landscape_points"),
+            *("layer_norm_epsilon", "resident_mb", "landscape_points", "curvature_error"),
         )
         conditions = [
             *((name, getattr(self, name) >= 1, "must be at least 1") for name in at_least_one),
