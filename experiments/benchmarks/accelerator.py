@@ -250,7 +250,8 @@ def run_seconds(sizes: Sizes) -> tuple[float, ...]:
         config = RandomImages(**{**settings, "pretrained": str(weights)})
         results = Learner(config, seed=0, quiet=True).run()
         seconds = time.perf_counter() - clock
-    return seconds, *results["seconds"].values()
+    phases = ("train", "curvature", "merge", "evaluate")
+    return seconds, *(results["seconds"][phase] for phase in phases)
 
 
 def measure(sizes: Sizes, table: Table) -> None:
