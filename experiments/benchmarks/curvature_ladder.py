@@ -4,9 +4,9 @@ python -m experiments.benchmarks.curvature_ladder
 python -m experiments.benchmarks.curvature_ladder --model=vit_base_patch16 --image_size=224 \
     --vit_examples=128 --repeats=1
 
-A forward pass is the evaluation of the same examples, which is in batches of 256 for two such tasks:
-give a multiple of 128. Everything that is compared runs in one process, in turns; ratios are those
-of the medians.
+A forward pass is the evaluation of the same examples, in batches of 256 for two such tasks: give
+a multiple of 128. Everything that is compared runs in one process, in turns; ratios are those of
+the medians.
 """
 
 import dataclasses
