@@ -287,7 +287,7 @@ def _merges(run: _Run) -> str:
             _figure(
                 report_figures.loss_changes(run.results),
                 "Predicted against actual loss change",
-                "What a merge did to the loss of the task just trained, on its training data, and "
+                "What a merge did to the loss of the task just trained, on held-out data, and "
                 "what the quadratic model said it would; the numbers are tasks.",
             )
         )
