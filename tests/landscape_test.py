@@ -8,7 +8,7 @@ import numpy as np
 from pm_jax import trees
 from pm_jax.continual import Learner, landscape
 from pm_jax.continual.run import run_seeds
-from tests.small_runs import BY_CLASS, VIT, comparable, forget_programs, straight_and_killed
+from tests.small_runs import BY_CLASS, comparable, forget_programs, straight_and_killed
 
 CONFIG = dataclasses.replace(BY_CLASS, rule="averaging", perturbation="none", landscape_points=5)
 
@@ -77,7 +77,7 @@ def test_looking_changes_nothing_and_compiles_once(tmp_path):
 
 
 def test_a_killed_run_has_the_same_landscape(tmp_path, monkeypatch):
-    config = dataclasses.replace(VIT, landscape_points=3)
+    config = dataclasses.replace(CONFIG, landscape_points=2)
     boundary = []
 
     def dies(learner, step, tree):

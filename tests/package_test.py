@@ -63,7 +63,7 @@ def test_notebooks_run(path):
             "curvature_ladder",
             [
                 *("--model=vit", "--depth=1", "--image_size=32", "--vit_examples=4"),
-                *("--repeats=1", "--curvature_rank=2"),
+                *("--repeats=1", "--curvature_rank=2", "--kind=low_rank"),
             ],
             "low_rank",
         ),
