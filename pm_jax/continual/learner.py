@@ -134,7 +134,7 @@ class Learner:
             return self._run(checkpoints)
 
     def write_landscape(self, directory: Path) -> None:
-        """Write what was seen around the merges, if anything was, as an .npz and a picture."""
+        """Write what was seen around the merges, if anything was."""
         if self.config.landscape_points:
             alphas = landscape.grid(self.config.landscape_points)
             landscape.write(directory / landscape.FILE, alphas, self._records.arrays["landscape"])
