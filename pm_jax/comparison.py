@@ -23,7 +23,7 @@ FIGURES = {
 """Figures of a run that are compared, and their headings; fractions."""
 MEASURED_ON_DEMAND = {"mean_regret_accuracy": "regret"}
 """The same of runs that were made with landscapes; compared where one of them was."""
-LEARNING_PHASES = ("train", "curvature", "merge")
+LEARNING_PHASES = ("train", "curvature", "merge", "classifier")
 NAN = float("nan")
 
 

@@ -148,7 +148,7 @@ def test_in_a_run_the_oracle_sees_all_tasks_so_far(streamed):
         seen.append((weights.sum(axis=(1, 2)) > 0).tolist())
         return run.merge(state, previous, trained, evidence)
 
-    learner._programs = run._replace(merge=merge)
+    learner._programs = learner._merging._programs = run._replace(merge=merge)
     merges = learner.run()["merges"]
     assert seen == [[True, False], [True, True]]
     stream, total = learner.stream, 0.0

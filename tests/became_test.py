@@ -239,7 +239,7 @@ def test_the_projected_stage_leaves_the_memory_alone_and_the_free_stage_does_not
         given.append((previous, trained, evidence.trajectory))
         return run.merge(state, previous, trained, evidence)
 
-    learner._programs = run._replace(merge=merge)
+    learner._programs = learner._merging._programs = run._replace(merge=merge)
     results = learner.run()
     assert run.later.train._cache_size() == run.merge._cache_size() == 1
     previous, trained, trajectory = given[1]
@@ -265,7 +265,7 @@ def test_the_projected_stage_leaves_the_memory_alone_and_the_free_stage_does_not
         for where in (learner.params, given[-1][1])
     )
     gained = jax.tree.map(
-        lambda new, old: new - old, learner._rule_state.precision, states[-1].precision
+        lambda new, old: new - old, learner._state.rule.precision, states[-1].precision
     )
     size = max(np.abs(states[-1].precision[path]).max() for path in gained)
     for path, own in gained.items():
@@ -282,4 +282,4 @@ def test_a_run_killed_in_the_projected_stage_ends_with_the_same_numbers(tmp_path
     )
     assert comparable(found) == comparable(wanted)
     assert leaves_equal(again.params, straight.params)
-    assert leaves_equal(again._rule_state, straight._rule_state)
+    assert leaves_equal(again._state.rule, straight._state.rule)

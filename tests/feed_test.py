@@ -28,7 +28,7 @@ def test_a_streamed_run_has_the_numbers_of_a_resident_one(config):
     assert isinstance(streamed._train, HostData)
     assert comparable(streamed.run()) == comparable(wanted)
     assert leaves_equal(streamed.params, resident.params)
-    assert leaves_equal(streamed._rule_state, resident._rule_state)
+    assert leaves_equal(streamed._state.rule, resident._state.rule)
     run = streamed._programs
     for function in (
         run.first.train, run.first.order, run.later.train, run.measure._stretch,

@@ -78,7 +78,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         return trainable, optimizer, values.at[2].set(jnp.nan) if piece.task == 1 else values
 
     program = learner._programs.later._replace(train=poisoned)
-    learner._programs = learner._programs._replace(first=program, later=program)
+    learner._programs = learner._merging._programs = learner._programs._replace(
+        first=program, later=program
+    )
     with pytest.raises(TrainingDiverged, match="task 2, step 3: the loss is nan"):
         learner.run()
     kept = [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]

@@ -15,14 +15,14 @@ CONFIG = dataclasses.replace(BY_CLASS, rule="averaging", perturbation="none", la
 
 def test_points_are_scored_on_validation_data_and_the_regret_is_to_the_best_of_them(tmp_path):
     learner = Learner(CONFIG, seed=0, quiet=True)
-    merges, merge_task = [], learner._merge_task
+    merges, merge_task = [], learner._merge
 
     def watched(task, start, trained):
         found = merge_task(task, start, trained)
         merges.append((start, trained, learner.params))
         return found
 
-    learner._merge_task = watched
+    learner._merge = watched
     results = learner.run()
     learner.write_landscape(tmp_path)
     found = np.load(tmp_path / "landscape.npz")
@@ -41,7 +41,9 @@ def test_points_are_scored_on_validation_data_and_the_regret_is_to_the_best_of_t
         points = {1: ends[0], 5: ends[1], 6: beyond}  # alphas 0, 1 and 5/4
         models = {place: trees.replace(trained, x) for place, x in points.items()}
         for place, params in {**models, None: merged}.items():
-            wanted = run.scores(params, learner._validation, classes, np.asarray(seen, np.int32))
+            wanted = run.scores(
+                params, learner._merging._validation, classes, np.asarray(seen, np.int32)
+            )
             for name, values in zip(landscape.SCORES, wanted, strict=True):
                 at_merged = found[f"merged_{name}"][task]
                 stored = at_merged if place is None else found[name][task, place]

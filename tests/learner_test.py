@@ -44,14 +44,14 @@ def test_head_columns_of_other_tasks_and_frozen_weights_do_not_move():
     initial = jax.tree.map(np.asarray, learner.params)
     first_mask, second_mask = learner.stream.class_masks
     snapshots = []
-    original = learner._merge_task
+    original = learner._merge
 
     def spy(task, start, trained):
         info = original(task, start, trained)
         snapshots.append(jax.tree.map(np.asarray, learner.params))
         return info
 
-    learner._merge_task = spy
+    learner._merge = spy
     learner.run()
     one, two = snapshots
     kernel = lambda params: params["head"]["kernel"]  # noqa: E731
@@ -148,7 +148,7 @@ def test_computation_in_bfloat16_keeps_float32_parameters_and_curvature():
     logits = learner.config.network(10).apply({"params": learner.params}, jnp.ones((1, 8, 8, 1)))
     assert logits.dtype == jnp.bfloat16
     learner.run()
-    for leaf in jax.tree.leaves((learner.params, learner._rule_state.memory)):
+    for leaf in jax.tree.leaves((learner.params, learner._state.rule.memory)):
         assert leaf.dtype == jnp.float32
 
 
@@ -160,13 +160,13 @@ def test_a_rule_that_merges_for_inference_only_keeps_training_from_the_trained_m
     trained = {}
 
     def models_of(learner, name):
-        original = learner._merge_task
+        original = learner._merge
 
         def spy(task, start, params):
             trained.setdefault(name, []).append(jax.tree.map(np.asarray, params))
             return original(task, start, params)
 
-        learner._merge_task = spy
+        learner._merge = spy
         learner.run()
         return trained[name]
 
@@ -183,7 +183,9 @@ def test_a_rule_that_merges_for_inference_only_keeps_training_from_the_trained_m
     merged = learner.params
     again = Learner(config, 0, tmp_path, quiet=True)
     again.run()  # restored from the last checkpoint
-    assert leaves_equal(again.params, merged) and leaves_equal(again._start, learner._start)
+    assert leaves_equal(again.params, merged) and leaves_equal(
+        again._state.start, learner._state.start
+    )
     forget_programs()
 
 
@@ -209,7 +211,7 @@ def test_a_run_from_pretrained_weights_starts_from_them_and_keeps_the_learned_he
     assert learner._bounds[1] == -(-int(learner.stream.train.sizes[0]) // config.batch_size)
     first = results["merges"][0]
     assert first["alpha"] == 1.0 and first["denominator"] > 0
-    center = learner._rule_state.memory.center
+    center = learner._state.rule.memory.center
     assert leaves_equal(center, {path: theta_0[path] for path in center})
     frozen = tuple(path for path in body if path not in center)
     assert leaves_equal(trees.select(learner.params, frozen), trees.select(theta_0, frozen))

@@ -102,7 +102,9 @@ def test_every_task_starts_from_the_origin_and_is_kept_in_line(config):
 
     later = run.later._replace(refresh=refresh)
     first = later if run.first is run.later else run.first
-    learner._programs = run._replace(merge=merge, first=first, later=later)
+    learner._programs = learner._merging._programs = run._replace(
+        merge=merge, first=first, later=later
+    )
     learner.run()
     assert run.later.train._cache_size() == run.merge._cache_size() == 1
     assert leaves_equal(given[1], given[0]) and leaves_equal(given[2], given[0])
@@ -110,7 +112,7 @@ def test_every_task_starts_from_the_origin_and_is_kept_in_line(config):
     task, (old, shared, moments), (new, cleared) = refreshed[-1]
     assert task == 2
     opposed = 0
-    origin = learner._rule_state.origin
+    origin = learner._state.rule.origin
     for path in run.merging:
         if path in run.adapted:
             triples = zip(shared[path], old[path], new[path], strict=True)

@@ -225,7 +225,7 @@ def collected(config, monkeypatch, directory=None, **options):
         given.append((previous, trained, evidence))
         return merge(state, previous, trained, evidence)
 
-    learner._programs = learner._programs._replace(merge=spy)
+    learner._programs = learner._merging._programs = learner._programs._replace(merge=spy)
     results = learner.run()
     assert learner._programs.later.train._cache_size() == merge._cache_size() == 1
     return learner, results, given

@@ -35,6 +35,7 @@ def evidence_fn(
     rule: MergeRule,
     merging: tuple[str, ...],
     dense_layers: tuple[str, ...] = (),
+    task_classes: int | None = None,
 ) -> Callable[..., Evidence]:
     """How the evidence that a rule needs is measured, in the coordinates that merge.
 
@@ -47,6 +48,8 @@ def evidence_fn(
         rule: says what it needs; nothing else is computed.
         merging: paths of the leaves that merge.
         dense_layers: those of the model, for speed (see `dense_layers_of`).
+        task_classes: most classes that a task has, for speed: sums over all labels are over so
+            many; `None` for all classes of the stream.
 
     Returns:
         A pass `measure(key, trained, previous, data, task) -> Evidence`: full parameter trees, the
@@ -79,8 +82,17 @@ def evidence_fn(
             params = trees.replace(trained, leaves)
             return logits_of(model, params, inputs, data.class_masks[task], config.temperature)
 
+        def own_logits_fn(leaves: Params, inputs: Array) -> Array:
+            logits, mask = logits_fn(leaves, inputs), data.class_masks[task]
+            if task_classes in (None, mask.shape[0]):
+                return logits
+            (own,) = jnp.nonzero(mask, size=task_classes, fill_value=mask.shape[0])
+            return jnp.take(logits, own, axis=1, fill_value=losses.MASKED_LOGIT)
+
         leaves = trees.select(trained, merging)
-        return _measures(config, logits_fn, leaves, chunk, dense_layers)
+        # Drawn labels are the same ones whatever the classes of other tasks.
+        each_label_fn = logits_fn if config.curvature_samples else own_logits_fn
+        return _measures(config, logits_fn, each_label_fn, leaves, chunk, dense_layers)
 
     def begin(key: Key, trained: Params, previous: Params, data: DeviceData, task: Array):
         chunk = chunk_of(key, trained, previous, data, task)
@@ -125,9 +137,17 @@ def evidence_fn(
 
 
 def _measures(
-    config: Config, logits_fn: LogitsFn, leaves: Params, chunk: int, dense_layers: tuple[str, ...]
+    config: Config,
+    logits_fn: LogitsFn,
+    each_label_fn: LogitsFn,
+    leaves: Params,
+    chunk: int,
+    dense_layers: tuple[str, ...],
 ) -> tuple[Measure, ...]:
-    """What the settings name: the curvature that is stored, and the exact one along Delta."""
+    """What the settings name: the curvature that is stored, and the exact one along Delta.
+
+    `each_label_fn` are the logits for kinds that make a pass for each label.
+    """
     options: dict[str, Any] = {"chunk_size": chunk, "dense_layers": dense_layers}
     samples = config.curvature_samples or None
     match config.kept_curvature:
@@ -137,11 +157,13 @@ def _measures(
             stored = curvature.fisher_empirical(losses.cross_entropy(logits_fn), **options)
         case "kronecker":
             kernels = gradient_projection.kernel_paths(leaves)
-            stored = kronecker.fisher_kronecker(logits_fn, kernels, num_samples=samples, **options)
+            stored = kronecker.fisher_kronecker(
+                each_label_fn, kernels, num_samples=samples, **options
+            )
         case "low_rank":
             stored = low_rank.gauss_newton_low_rank(logits_fn, rank=config.curvature_rank)
         case _:  # For a softmax, fisher_exact is the diagonal of the Gauss-Newton matrix.
-            stored = curvature.fisher_exact(logits_fn, num_samples=samples, **options)
+            stored = curvature.fisher_exact(each_label_fn, num_samples=samples, **options)
     if config.curvature == "exact_current":
         return stored, curvature.gauss_newton(logits_fn)
     return (stored,)

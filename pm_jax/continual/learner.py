@@ -5,22 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from pm_jax import lora, objectives, trees
+from pm_jax import trees
 from pm_jax.continual import feed, landscape, merge_warnings, task_models, training, training_hooks
 from pm_jax.continual.checkpoints import Checkpoints
 from pm_jax.continual.config import Config
 from pm_jax.continual.divergence import check_finite
 from pm_jax.continual.logs import RunLog
+from pm_jax.continual.merging import Merging, RunState, TrainedTask
 from pm_jax.continual.programs import programs, starting_params
 from pm_jax.continual.records import Records
 from pm_jax.continual.shared_training import SharedTraining
 from pm_jax.continual.training import Segment, TaskProgram
-from pm_jax.lora import Adapters
-from pm_jax.rules import Evidence
-from pm_jax.types import Array, InvalidInput, Params, PyTree
+from pm_jax.types import InvalidInput, Params, PyTree
 
 
 class Learner:
@@ -37,7 +35,6 @@ class Learner:
         shared: task training in common with runs of the same training settings and seed.
 
     Attributes:
-        params: the merged model so far, full parameter tree.
         stream: the tasks.
 
     Raises:
@@ -72,18 +69,21 @@ class Learner:
         watches = self._rule.hook or self._rule.needs & {"trajectory", "adapters"}
         self._shared = None if watches or self._rule.tasks_at_once else shared
         lessons = self.stream.together() if self._rule.tasks_at_once else self.stream
-        self._wants_onset = config.onset_gradients or "onset_gradient_norm" in self._rule.needs
         self._programs = programs(
             config,
             self.stream.num_classes,
             self.stream.inputs.shape[1:],
             lessons.train.positions.shape[1],
+            int(lessons.class_masks.sum(axis=1).max()),
         )
         self._key = jax.random.key(seed)
         self._train = feed.placed(config, lessons, lessons.train)
-        self._held_out, self._validation = (
+        self._held_out, validation = (
             feed.of_split(self._train, split, self.stream.class_masks)
             for split in (getattr(self.stream, config.evaluate_on), self.stream.validation)
+        )
+        self._merging = Merging(
+            config, self._key, self.stream, self._programs, self._train, validation
         )
         per_epoch = -(-lessons.train.sizes // config.batch_size)
         epochs = np.asarray([config.epochs_of(task) for task in range(lessons.num_tasks)])
@@ -92,25 +92,21 @@ class Learner:
         self._reset()
 
     def _reset(self) -> None:
-        self.params = starting_params(self.config, self._programs.init(self._key))
-        self._start: dict[str, Array] = {}
+        theta_0 = starting_params(self.config, self._programs.init(self._key))
+        self._state = self._merging.fresh(theta_0)
         self._trajectory: PyTree = None
-        self._adapters: Adapters = {}
-        if self._rule.next_task_from != "merged":
-            self._start = trees.select(self.params, self._programs.merging)
-        self._rule_state = self._fresh_rule_state(self.params)
+        self._adapters = self._merging.blank_adapters(theta_0)
         self._records = Records(
             self.stream.num_tasks,
             self._rule,
-            onset=self._wants_onset,
+            onset=self._merging.wants_onset,
             landscape_points=self.config.landscape_points,
         )
 
-    def _fresh_rule_state(self, theta_0: Params) -> PyTree:
-        """The rule's state before any merge, in buffers of its own: merging donates them."""
-        leaves = trees.select(theta_0, self._programs.merging)
-        given = {"adapters": self._no_adapters()} if "adapters" in self._rule.needs else {}
-        return self._rule.init(jax.tree.map(jnp.copy, leaves), **given)
+    @property
+    def params(self) -> Params:
+        """The merged model so far as it predicts, full parameter tree."""
+        return self._merging.predicting(self._state)
 
     @property
     def total_steps(self) -> int:
@@ -193,14 +189,14 @@ class Learner:
         log: RunLog,
     ) -> None:
         """One task from a step on, to its merge, evaluation and checkpoint."""
-        start = trees.replace(self.params, self._start)
+        start = trees.replace(self._state.params, self._state.start)
         trained = self._trained_before(task, start, log) if training_state is None else None
         if trained is None:
             trained = self._train_task(task, step, start, training_state, checkpoints, log)
             if self._shared:
                 self._shared.keep(task, start, trained, log.lines("epoch", task + 1))
-        info = self._merge_task(task, start, trained)
-        seen = self._tasks_seen(task)
+        info = self._merge(task, start, trained)
+        seen = self._merging.tasks_seen(task)
         accuracies = self._accuracy(self.stream.num_tasks if self._by_domain else seen)
         self._records.arrays["accuracy"][:, seen - 1] = accuracies
         end, mean = self._bounds[task + 1], float(np.mean(accuracies[0, :seen]))
@@ -214,7 +210,7 @@ class Learner:
             f"accuracy on the tasks seen {100 * mean:.1f} %"
         )
         if checkpoints:
-            checkpoints.save(end, self._state(None))
+            checkpoints.save(end, self._saved(None))
 
     def _trained_before(self, task: int, start: Params, log: RunLog) -> Params | None:
         """The trained model if another run has trained the same; its log and time are taken over.
@@ -286,97 +282,26 @@ class Learner:
             self._trajectory = snapshots.taken(self._trajectory, cuts, within, start, trainable)
             due = self._checkpoint_every and within % self._checkpoint_every == 0
             if checkpoints and due and within < epochs * per_epoch:
-                checkpoints.save(begin + within, self._state((trainable, optimizer_state)))
-        self._adapters = trainable.adapters or self._no_adapters()
+                checkpoints.save(begin + within, self._saved((trainable, optimizer_state)))
+        self._adapters = trainable.adapters or self._merging.blank_adapters(start)
         return self._programs.trained(start, trainable)
 
-    def _merge_task(self, task: int, start: Params, trained: Params) -> dict[str, float]:
-        """Merge, and say what came of it; the learner's model and rule state move on."""
-        run, task_array = self._programs, np.asarray(task, np.int32)
-        trained_loss = float(run.mean_loss(trained, self._validation, task_array))
+    def _merge(self, task: int, start: Params, trained: Params) -> dict[str, float]:
+        """Move the run's state on by a trained task; returns what there is to say of the merge."""
+        loss = self._merging.held_out_loss(trained, task)
         # The last update can be what diverges.
         last = self._bounds[task + 1] - self._bounds[task] - 1
-        check_finite([trained_loss], task, last, self.config, self.directory)
-        onset = float("nan")
-        if self._wants_onset:
-            objective = run.objective(self._key, start, self._train, task_array)
-            onset = float(run.gradient_norm(objective, start))
-        is_origin = task == 0 and self.config.from_scratch
-        if is_origin:
-            # From scratch the first task is the pre-training: theta_0 := theta_1*.
-            start = trained
-            self._rule_state = self._fresh_rule_state(trained)
+        check_finite([loss], task, last, self.config, self.directory)
         if self._keep_task_models and self.directory:
+            paths = self._programs.merging
             if task == 0:
-                task_models.keep(self.directory, 0, trees.select(start, run.merging))
-            task_models.keep(self.directory, task + 1, trees.select(trained, run.merging))
-        clock = time.perf_counter()
-        evidence = jax.block_until_ready(self._evidence(task_array, start, trained, onset))
+                theta_0 = trained if self.config.from_scratch else start
+                task_models.keep(self.directory, 0, trees.select(theta_0, paths))
+            task_models.keep(self.directory, task + 1, trees.select(trained, paths))
+        found = TrainedTask(start, trained, loss, self._adapters, self._trajectory)
         self._trajectory = None
-        self._records.time("curvature", clock)
-        clock = time.perf_counter()
-        self._rule_state, leaves, info = run.merge(self._rule_state, start, trained, evidence)
-        self.params = jax.block_until_ready(trees.replace(trained, leaves))
-        self._records.time("merge", clock)
-        if self._rule.absorb:
-            clock = time.perf_counter()
-            evidence = run.measure(self._key, self.params, start, self._train, task_array)
-            objective = run.objective(self._key, self.params, self._train, task_array)
-            self._rule_state = jax.block_until_ready(
-                run.absorb(self._rule_state, self.params, objective, evidence)
-            )
-            self._records.time("curvature", clock)
-        # What a rule that starts from theta_0 has kept moves with theta_0.
-        if self._rule.next_task_from == "trained" or (self._start and is_origin):
-            self._start = trees.select(trained, run.merging)
-        change = float(run.mean_loss(self.params, self._validation, task_array)) - trained_loss
-        if task and self.config.trust == "shrink":
-            share = merge_warnings.trusted_share(
-                float(info.alpha_raw), float(info.predicted_loss_change), change
-            )
-            alpha = share * info.alpha + (1 - share) / (task + 1)
-            info = info._replace(alpha=alpha)
-            self.params = run.between(start, trained, alpha)
-            change = float(run.mean_loss(self.params, self._validation, task_array)) - trained_loss
-        more = {"actual_loss_change": change, "onset_gradient_norm": onset}
-        if self.config.landscape_points:
-            more |= self._look_around(task, start, trained)
-        return self._records.add_merge(task, info, **more)
-
-    def _look_around(self, task: int, start: Params, trained: Params) -> dict[str, float]:
-        """Keep the landscape of a merge; returns what it says of the coefficient."""
-        clock = time.perf_counter()
-        run, alphas = self._programs, landscape.grid(self.config.landscape_points)
-        seen = self._tasks_seen(task)
-        classes = self.stream.class_masks[:seen].any(axis=0)
-        points = (run.between(start, trained, alpha) for alpha in alphas)
-        found = np.stack([
-            np.stack(run.scores(params, self._validation, classes, np.asarray(seen, np.int32)))
-            for params in (*points, self.params)
-        ])  # fmt: skip
-        self._records.arrays["landscape"][task, ..., :seen] = found[..., :seen]
-        self._records.time("landscape", clock)
-        return landscape.regret(alphas, found[..., :seen]) if task else {}
-
-    def _evidence(self, task: np.ndarray, start: Params, trained: Params, onset: float) -> Evidence:
-        """All that the rule needs, and the onset's gradient norm where it was measured."""
-        run, needs = self._programs, self._rule.needs
-        found = run.measure(self._key, trained, start, self._train, task)
-        found = found._replace(trajectory=self._trajectory, onset_gradient_norm=onset)
-        if "objective" in needs:
-            objective = run.objective(self._key, trained, self._train, task)
-            found = found._replace(objective=objective)
-        if "all_objectives" in needs:
-            tasks = np.arange(self.stream.num_tasks, dtype=np.int32)
-            each = [run.objective(self._key, trained, self._train, other) for other in tasks]
-            found = found._replace(
-                all_objectives=objectives.stack(each, jnp.asarray(tasks <= task))
-            )
-        return found._replace(adapters=self._adapters) if "adapters" in needs else found
-
-    def _tasks_seen(self, task: int) -> int:
-        """Number of tasks whose data have been trained on after a task."""
-        return self.stream.num_tasks if self._rule.tasks_at_once else task + 1
+        self._state, info = self._merging.merge(task, self._state, found, self._records)
+        return info
 
     def _accuracy(self, count: int) -> np.ndarray:
         """Accuracies [2, T] of the merged model on the first tasks, NaN for the others."""
@@ -392,22 +317,15 @@ class Learner:
 
     def _hooked(self) -> tuple[PyTree, ...]:
         """What training is given beyond what every rule's is: the state of a rule with a hook."""
-        return (self._rule_state,) if self._rule.hook else ()
-
-    def _no_adapters(self) -> Adapters:
-        """Adapters of the run's shapes whose products are 0; none without LoRA."""
-        kernels = trees.select(self.params, self._programs.adapted)
-        return lora.init(self._key, kernels, ".*", self.config.lora_rank) if kernels else {}
+        return (self._state.rule,) if self._rule.hook else ()
 
     def _program(self, task: int) -> TaskProgram:
         return self._programs.first if task == 0 else self._programs.later
 
-    def _state(self, training_state: tuple[PyTree, PyTree] | None) -> PyTree:
+    def _saved(self, training_state: tuple[PyTree, PyTree] | None) -> PyTree:
         """All that a run needs to go on, for a step within a task or at its end."""
         state = {
-            "params": self.params,
-            "start": self._start,
-            "rule": self._rule_state,
+            **self._state._asdict(),
             "records": self._records.arrays,
         }
         if training_state:
@@ -429,14 +347,14 @@ class Learner:
                 *self._hooked(),
             )
             self._trajectory = self._programs.snapshots.blank(self.params)
-        state = checkpoints.restore(step, self._state(training_state))
-        self.params, self._start = state["params"], state["start"]
-        self._rule_state, self._trajectory = state["rule"], state.get("trajectory")
+        state = checkpoints.restore(step, self._saved(training_state))
+        self._state = RunState(**{name: state[name] for name in RunState._fields})
+        self._trajectory = state.get("trajectory")
         self._records.restore(state["records"])
         return (state["trainable"], state["optimizer"]) if training_state else None
 
     def _results(self) -> dict[str, Any]:
         return {
             **self._records.results(initial=self._by_domain),
-            "rule_state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(self._rule_state)),
+            "rule_state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(self._state.rule)),
         }

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pm_jax import gradient_projection, rules, trees
-from pm_jax.continual import evaluation, feed, training
+from pm_jax.continual import class_statistics, evaluation, feed, training
 from pm_jax.continual.config import Config
 from pm_jax.continual.evidence import dense_layers_of, evidence_fn
 from pm_jax.continual.image_transforms import check_images, evaluation_transform
@@ -18,6 +18,7 @@ from pm_jax.continual.purpose_keys import INITIALIZE, purpose_key
 from pm_jax.continual.snapshots import Snapshots
 from pm_jax.continual.task_objective import objective_fn
 from pm_jax.continual.training import TaskProgram
+from pm_jax.discriminant import ClassStatistics
 from pm_jax.models import pretrained
 from pm_jax.objectives import Objective
 from pm_jax.rules import MergeInfo, TrainingHook
@@ -44,6 +45,7 @@ class Programs(NamedTuple):
         gradient_norm: `gradient_norm(objective, params)`, `Objective.gradient_norm` at full
             parameters.
         snapshots: see `snapshots.Snapshots`.
+        add_statistics: see `class_statistics.statistics_fn`.
         absorb: `absorb(rule_state, merged, objective, evidence) -> rule_state` at full parameters,
             for rules that absorb.
     """
@@ -62,6 +64,7 @@ class Programs(NamedTuple):
     objective: Callable[..., Objective]
     gradient_norm: Callable[[Objective, Params], Array]
     snapshots: Snapshots
+    add_statistics: Callable[..., ClassStatistics]
     absorb: Callable[..., PyTree]
 
 
@@ -224,7 +227,11 @@ def _check_dense(shared: SharedPrograms, dense_layers: tuple[str, ...]) -> None:
 
 @functools.lru_cache(maxsize=8)
 def programs(
-    config: Config, num_classes: int, input_shape: tuple[int, ...], largest_task: int
+    config: Config,
+    num_classes: int,
+    input_shape: tuple[int, ...],
+    largest_task: int,
+    task_classes: int | None = None,
 ) -> Programs:
     """The compiled functions of a configuration on a stream of some shape.
 
@@ -233,6 +240,7 @@ def programs(
         num_classes: C.
         input_shape: of one example.
         largest_task: training examples of the largest task.
+        task_classes: classes of the task that has most; `None` for all.
 
     Returns:
         `Programs`; the same ones for the same arguments.
@@ -281,7 +289,7 @@ def programs(
         later=shared.later,
         merging=later.merging,
         adapted=later.adapted,
-        measure=evidence_fn(config, model, rule, later.merging, dense_layers),
+        measure=evidence_fn(config, model, rule, later.merging, dense_layers, task_classes),
         between=between,
         merge=merge,
         trained=shared.trained,
@@ -292,5 +300,6 @@ def programs(
             lambda objective, params: objective.gradient_norm(trees.select(params, later.merging))
         ),
         snapshots=Snapshots(rule.snapshots, later.merging, feed.resident_bytes(config)),
+        add_statistics=class_statistics.statistics_fn(config, model),
         absorb=absorb,
     )

@@ -1,6 +1,8 @@
 """What a run has measured so far: part of its checkpoints, and the substance of its results."""
 
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,7 +17,7 @@ MERGE_FIELDS = (
     *("actual_loss_change", "loss_change_ratio"),
 )
 """Figures of every merge; a rule may add its own, and `onset_gradients` one more."""
-PHASES = ("train", "curvature", "merge", "evaluate", "landscape")
+PHASES = ("train", "curvature", "merge", "classifier", "evaluate", "landscape")
 
 
 class Records:
@@ -66,6 +68,13 @@ class Records:
     def time(self, phase: str, clock: float) -> float:
         """Count the seconds since a reading of `time.perf_counter`; returns them."""
         return self.add_time(phase, time.perf_counter() - clock)
+
+    @contextlib.contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Count the seconds that a block takes."""
+        clock = time.perf_counter()
+        yield
+        self.time(phase, clock)
 
     def add_merge(self, task: int, info: MergeInfo, **more: float) -> dict[str, float]:
         """Keep the figures of a merge; returns them by name."""

@@ -23,6 +23,7 @@ ADAPTERS = ("full", "lora")
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("constant", "cosine", "linear", "milestones")
 PERTURBATIONS = ("symmetric", "gaussian", "one_sided", "antithetic", "none")
+CLASSIFIERS = ("trained", "discriminant")
 TRUST = ("off", "warn", "shrink")
 STORED_CURVATURES = (
     *("fisher_empirical", "fisher_exact", "gauss_newton_diag", "kronecker", "low_rank"),
@@ -34,7 +35,7 @@ MERGING = (
     *("rule", "rule_settings"),
     *("curvature", "stored_curvature", "curvature_rank", "curvature_slots"),
     *("curvature_samples", "curvature_examples", "curvature_error", "curvature_memory_mb"),
-    *("merge_examples", "onset_gradients", "landscape_points", "trust"),
+    *("merge_examples", "onset_gradients", "landscape_points", "trust", "classifier"),
 )
 """Settings that the training of a task does not depend on, given the model it starts from."""
 
@@ -275,6 +276,14 @@ class Settings:
     onset_gradients: bool = _option(
         False, "Log the norm of the loss gradient at the onset of each task, as trm always does."
     )
+    classifier: str = _option(
+        "trained",
+        "Class-incremental: what predicts. trained: the columns that tasks have trained, side by "
+        "side. discriminant: one made after each merge, in closed form, from the means of all "
+        "classes seen and their common covariance, which are kept of the merged model's features; "
+        "training goes on with the trained columns.",
+        CLASSIFIERS,
+    )
     trust: str = _option(
         "off",
         "What to do where a merge's quadratic model is wrong: its minimum outside [0, 1], or a "
@@ -356,6 +365,11 @@ class Settings:
                 self.dataset in ("digits", *sources.DOMAINS)
                 or self.scenario == "class_incremental",
                 f"dataset={self.dataset} has no domains; use scenario=class_incremental",
+            ),
+            (
+                "classifier",
+                self.classifier == "trained" or self.scenario == "class_incremental",
+                f"the classes of a {self.scenario} stream have one classifier; use trained",
             ),
             (
                 "stored_size",
