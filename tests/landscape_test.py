@@ -10,6 +10,7 @@ from pm_jax.continual import Learner, landscape
 from pm_jax.continual.run import run_seeds
 from tests.small_runs import BY_CLASS, comparable, forget_programs, straight_and_killed
 
+PLANE = dataclasses.replace(BY_CLASS, rule="averaging", perturbation="none", plane_points=3)
 CONFIG = dataclasses.replace(BY_CLASS, rule="averaging", perturbation="none", landscape_points=5)
 
 
@@ -64,6 +65,50 @@ def test_points_are_scored_on_validation_data_and_the_regret_is_to_the_best_of_t
     np.testing.assert_allclose(results["mean_regret_accuracy"], mean)
 
 
+def test_plane_goes_through_the_models_of_the_last_two_merges(tmp_path):
+    learner = Learner(PLANE, seed=0, quiet=True)
+    merges, merge_task = [], learner._merge
+
+    def watched(task, start, trained):
+        merge_task(task, start, trained)
+        merges.append((start, trained, learner.params))
+
+    learner._merge = lambda *given: watched(*given) or {"alpha": 0.0}
+    learner.run()
+    learner.write_landscape(tmp_path)
+    found = np.load(tmp_path / "landscape.npz")
+    assert "loss" not in found.files and np.isnan(found["plane_loss"][0]).all()
+    np.testing.assert_allclose(found["plane_along"], [-0.5, 0.5, 1.5])
+    np.testing.assert_allclose(found["plane_across"], [-1.0, 0.0, 1.0])
+    run, stream = learner._programs, learner.stream
+    merging = lambda params: trees.select(params, run.merging)  # noqa: E731
+    previous, trained, _ = merges[2]
+    earlier = jax.tree.map(lambda a, b: a - b, *(merging(x) for x in merges[1][1::-1]))
+    classes, count = np.ones(10, bool), np.asarray(3, np.int32)
+    for row, column in ((0, 0), (1, 1), (2, 0), (1, 2)):
+        along, across = found["plane_along"][row], found["plane_across"][column]
+        leaves = jax.tree.map(
+            lambda a, b, c, along=along, across=across: a + along * (b - a) + across * c,
+            merging(previous), merging(trained), earlier,
+        )  # fmt: skip
+        model = trees.replace(trained, leaves)
+        wanted = run.scores(model, learner._merging._validation, classes, count)
+        for name, values in zip(landscape.SCORES, wanted, strict=True):
+            # Sums in another order.
+            np.testing.assert_allclose(found[f"plane_{name}"][2, row, column], values, atol=1e-4)
+    np.testing.assert_allclose(found["plane_merged"][1:, 0], [1 / 2, 1 / 3], rtol=1e-4)
+    np.testing.assert_allclose(found["plane_merged"][1:, 1:], 0, atol=1e-2)
+    assert run.in_plane._cache_size() == 1 and stream.num_tasks == 3
+
+
+def test_coordinates_of_a_model_off_the_plane():
+    axes = {"w": np.asarray([2.0, 0, 0])}, {"w": np.asarray([1.0, 1, 0])}
+    found = landscape.coordinates(axes, {"w": np.asarray([4.0, 2, np.sqrt(5) * 2])})
+    np.testing.assert_allclose(found, [1, 2, np.sqrt(0.5)], rtol=1e-5)
+    same = landscape.coordinates((axes[0], axes[0]), {"w": np.asarray([4.0, 0, 0])})
+    np.testing.assert_allclose(same, [1, 1, 0], atol=1e-3)
+
+
 def test_looking_changes_nothing_and_compiles_once(tmp_path):
     forget_programs()
     plain = dataclasses.replace(CONFIG, landscape_points=0)
@@ -79,7 +124,7 @@ def test_looking_changes_nothing_and_compiles_once(tmp_path):
 
 
 def test_a_killed_run_has_the_same_landscape(tmp_path, monkeypatch):
-    config = dataclasses.replace(CONFIG, landscape_points=2)
+    config = dataclasses.replace(CONFIG, landscape_points=2, plane_points=2)
     boundary = []
 
     def dies(learner, step, tree):

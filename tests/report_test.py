@@ -29,8 +29,8 @@ LABELS = ["perturb_and_merge", "averaging (baseline)"]
 def full(tmp_path_factory):
     """The work directory of two seeds with landscapes and a baseline, and its report."""
     workdir = tmp_path_factory.mktemp("full")
-    config = dataclasses.replace(SMALL, landscape_points=5)
-    baseline = dataclasses.replace(config, rule="averaging", landscape_points=0)
+    config = dataclasses.replace(SMALL, landscape_points=5, plane_points=3)
+    baseline = dataclasses.replace(config, rule="averaging", landscape_points=0, plane_points=0)
     run_with_baseline(config, baseline, [0, 1], workdir, quiet=True)
     assert report.write_report(workdir) == workdir / "report.html"
     return workdir
@@ -188,7 +188,7 @@ def test_warnings_and_figures_of_two_seeds_are_in_the_page(full):
     assert names == [
         *("Accuracy on the tasks seen", "Accuracy matrix", "Training loss", "Merge coefficients"),
         "Predicted against actual loss change",
-        *("Loss along the merges", "Accuracy along the merges"),
+        *("Loss along the merges", "Accuracy along the merges", "Around the last merge"),
     ]
 
 
@@ -393,7 +393,7 @@ def test_a_browser_shows_every_figure_and_its_console_is_silent(full, tmp_path):
     assert ended.returncode == 0 and "CONSOLE" not in ended.stderr, ended.stderr
     phone, desk = json.loads(re.search(r"<body>(.*)</body>", ended.stdout, re.DOTALL)[1])
     for found, width in ((phone, 390), (desk, 1200)):
-        assert len(found["sizes"]) == content.count("<img") == 7
+        assert len(found["sizes"]) == content.count("<img") == 8
         for complete, natural, wide, high in found["sizes"]:
             assert complete and natural > 0 and 300 < wide < width and high > 150
         assert found["whole"] <= found["inner"] <= width  # nothing to scroll sideways

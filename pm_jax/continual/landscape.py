@@ -1,14 +1,23 @@
-"""What other coefficients would have done: every task's loss and accuracy along a merge segment.
+"""What other models would have done: every task's loss and accuracy around each merge.
 
-A look at the validation data of all tasks after each merge, for analysis: nothing of it goes back
-into the run.
+Along the segment from the model that a task started from to the trained one, and in the plane of
+the last two task vectors,
+
+    previous + along (trained - previous) + across (the last task's trained - previous)
+
+which holds the models that the last two merges were about. A look at the validation data of all
+tasks, for analysis: nothing of it goes back into the run.
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from pm_jax import trees
+from pm_jax.types import PyTree
 
 FILE = "landscape.npz"
 SCORES = ("accuracy", "task_aware_accuracy", "loss")
@@ -33,6 +42,25 @@ def grid(points: int) -> np.ndarray:
     """
     beyond = (points - 1) // BEYOND
     return (np.arange(-beyond, points + beyond) / (points - 1)).astype(np.float32)
+
+
+def plane(points: int) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates at which a plane is looked at.
+
+    Args:
+        points: on each axis, at least 2.
+
+    Returns:
+        `along` from -1/2 to 3/2 and `across` from -1 to 1, float32 [P] each, evenly spaced: the
+        model before is at (0, 0), the trained one at (1, 0), and what the last merge was of lies at
+        along = 0 on either side.
+
+    Example:
+        >>> [axis.tolist() for axis in plane(3)]
+        [[-0.5, 0.5, 1.5], [-1.0, 0.0, 1.0]]
+    """
+    steps = np.linspace(0.0, 2.0, points, dtype=np.float32)
+    return steps - 0.5, steps - 1.0
 
 
 def regret(alphas: np.ndarray, scores: np.ndarray) -> dict[str, float]:
@@ -65,26 +93,61 @@ def regret(alphas: np.ndarray, scores: np.ndarray) -> dict[str, float]:
     }
 
 
-def write(path: Path, alphas: np.ndarray, scores: np.ndarray) -> None:
+def coordinates(axes: tuple[PyTree, PyTree], offset: PyTree) -> np.ndarray:
+    """Where a model lies that is near a plane.
+
+    Args:
+        axes: the two task vectors that span the plane.
+        offset: displacement of the model from the plane's origin, of the same structure.
+
+    Returns:
+        `along`, `across`, and the share of the offset's length that is outside the plane; float32
+        [3].
+
+    Example:
+        >>> axes = np.asarray([2.0, 0.0, 0.0]), np.asarray([0.0, 1.0, 0.0])
+        >>> coordinates(axes, np.asarray([1.0, 2.0, 0.0])).tolist()
+        [0.5, 2.0, 0.0]
+    """
+    gram = np.asarray([[trees.inner(left, right) for right in axes] for left in axes])
+    slopes = np.asarray([trees.inner(axis, offset) for axis in axes])
+    square = float(trees.inner(offset, offset))
+    found = np.linalg.lstsq(gram, slopes, rcond=1e-6)[0]
+    outside = max(0.0, square - found @ gram @ found) / square if square else 0.0
+    return np.asarray([*found, np.sqrt(outside)], np.float32)
+
+
+def write(path: Path, alphas: np.ndarray, arrays: Mapping[str, np.ndarray]) -> None:
     """Write the landscapes of a run, whole or not at all.
 
     Args:
-        path: of an .npz with `alphas` [A] and, by task merged, coefficient and task looked at, the
-            arrays `accuracy`, `task_aware_accuracy` and `loss` [T, A, T] and the same at the merged
-            model, `merged_accuracy` ... [T, T]; NaN for tasks to come.
+        path: of an .npz. By task merged and task looked at, NaN for tasks to come, it has
+            `accuracy`, `task_aware_accuracy` and `loss` [T, A, T] at the coefficients `alphas` and
+            `merged_accuracy` ... [T, T] at the merged model; `plane_accuracy` ... [T, P, P, T] at
+            the coordinates `plane_along` and `plane_across` [P], and `plane_merged` [T, 3], see
+            `coordinates`.
         alphas: [A].
-        scores: [T, A + 1, 3, T].
+        arrays: `landscape` [T, A + 1, 3, T]; `plane` [T, P, P, 3, T] and `plane_merged` [T, 3].
+            Either may lack.
 
     Example:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / FILE
-        >>> write(path, np.zeros(1), np.zeros((2, 2, 3, 2)))
+        >>> write(path, np.zeros(1), {"landscape": np.zeros((2, 2, 3, 2))})
         >>> np.load(path)["loss"].shape, np.load(path)["merged_loss"].shape
         ((2, 1, 2), (2, 2))
     """
-    arrays: dict[str, Any] = {"alphas": alphas}
-    for number, name in enumerate(SCORES):
-        arrays[name], arrays[f"merged_{name}"] = scores[:, :-1, number], scores[:, -1, number]
+    written: dict[str, Any] = {}
+    if "landscape" in arrays:
+        scores, written["alphas"] = arrays["landscape"], alphas
+        for number, name in enumerate(SCORES):
+            written[name] = scores[:, :-1, number]
+            written[f"merged_{name}"] = scores[:, -1, number]
+    if "plane" in arrays:
+        scores, written["plane_merged"] = arrays["plane"], arrays["plane_merged"]
+        written["plane_along"], written["plane_across"] = plane(scores.shape[1])
+        for number, name in enumerate(SCORES):
+            written[f"plane_{name}"] = scores[..., number, :]
     temporary = path.with_name(f"tmp_{path.name}")
-    np.savez(temporary, **arrays)
+    np.savez(temporary, **written)
     os.replace(temporary, path)

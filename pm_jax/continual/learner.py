@@ -101,6 +101,7 @@ class Learner:
             self._rule,
             onset=self._merging.wants_onset,
             landscape_points=self.config.landscape_points,
+            plane_points=self.config.plane_points,
         )
 
     @property
@@ -131,9 +132,10 @@ class Learner:
 
     def write_landscape(self, directory: Path) -> None:
         """Write what was seen around the merges, if anything was."""
-        if self.config.landscape_points:
-            alphas = landscape.grid(self.config.landscape_points)
-            landscape.write(directory / landscape.FILE, alphas, self._records.arrays["landscape"])
+        points = self.config.landscape_points
+        if points or self.config.plane_points:
+            alphas = landscape.grid(points) if points else np.zeros(0)
+            landscape.write(directory / landscape.FILE, alphas, self._records.arrays)
 
     def finished_params(self) -> Params:
         """The merged model of a run that is finished, from its last checkpoint.

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pm_jax import lora, objectives, trees
+from pm_jax import lora, objectives, task_vectors, trees
 from pm_jax.continual import feed, landscape, merge_warnings
 from pm_jax.continual.config import Config
 from pm_jax.continual.programs import Programs
@@ -26,12 +26,14 @@ class RunState(NamedTuple):
         start: leaves of the model that the next task starts from, where that is another one.
         rule: the rule's state.
         statistics: of the features of all classes seen, or `None`.
+        task_vector: leaves of the last task's, where planes are looked at.
     """
 
     params: Params
     start: dict[str, Array]
     rule: PyTree
     statistics: ClassStatistics | None
+    task_vector: dict[str, Array]
 
 
 class TrainedTask(NamedTuple):
@@ -99,7 +101,9 @@ class Merging:
         if self._config.classifier == "discriminant":
             width, classes = trees.leaves_by_path(params)["head/kernel"].shape
             statistics = ClassStatistics.zero(classes, width)
-        return RunState(params, start, self._fresh_rule_state(params), statistics)
+        leaves = trees.select(params, self._programs.merging) if self._config.plane_points else {}
+        task_vector = jax.tree.map(jnp.zeros_like, leaves)
+        return RunState(params, start, self._fresh_rule_state(params), statistics, task_vector)
 
     def predicting(self, state: RunState) -> Params:
         """The model that predicts: the merged one, with the classifier that was asked for."""
@@ -140,6 +144,10 @@ class Merging:
         if self.wants_onset:
             objective = run.objective(self._key, found.start, self._train, number)
             onset = float(run.gradient_norm(objective, found.start))
+        task_vector = state.task_vector
+        if task_vector:
+            ends = (trees.select(x, run.merging) for x in (found.trained, found.start))
+            task_vector = task_vectors.difference(*ends)
         is_origin = task == 0 and self._config.from_scratch
         if is_origin:
             # From scratch the first task is the pre-training: theta_0 := theta_1*.
@@ -157,7 +165,10 @@ class Merging:
         figures = {"actual_loss_change": change, "onset_gradient_norm": onset}
         if self._config.landscape_points:
             with records.timed("landscape"):
-                figures |= self._look_around(task, found, merged, records)
+                figures |= self._look_along(task, found, merged, records)
+        if task and self._config.plane_points:
+            with records.timed("landscape"):
+                self._look_across(task, found, merged, state.task_vector, records)
         start = state.start
         # What a rule that starts from theta_0 has kept moves with theta_0.
         if self.rule.next_task_from == "trained" or (start and is_origin):
@@ -168,7 +179,7 @@ class Merging:
                 statistics = jax.block_until_ready(
                     run.add_statistics(statistics, merged, self._train, number)
                 )
-        state = RunState(merged, start, rule_state, statistics)
+        state = RunState(merged, start, rule_state, statistics, task_vector)
         return state, records.add_merge(task, info, **figures)
 
     def _fresh_rule_state(self, theta_0: Params) -> PyTree:
@@ -218,15 +229,38 @@ class Merging:
         change = self.held_out_loss(merged, task) - found.loss
         return merged, info._replace(alpha=alpha), change
 
-    def _look_around(
+    def _look_along(
         self, task: int, found: TrainedTask, merged: Params, records: Records
     ) -> dict[str, float]:
-        """Keep the landscape of a merge; returns what it says of the coefficient."""
+        """Keep the scores along a merge's segment; returns what it says of the coefficient."""
         alphas, seen = landscape.grid(self._config.landscape_points), self.tasks_seen(task)
         points = (self._programs.between(found.start, found.trained, alpha) for alpha in alphas)
         scores = np.stack([self._scores(params, seen) for params in (*points, merged)])
         records.arrays["landscape"][task, ..., :seen] = scores
         return landscape.regret(alphas, scores) if task else {}
+
+    def _look_across(
+        self,
+        task: int,
+        found: TrainedTask,
+        merged: Params,
+        across: dict[str, Array],
+        records: Records,
+    ) -> None:
+        """Keep the scores in the plane of the last two task vectors."""
+        run, seen = self._programs, self.tasks_seen(task)
+        rows, columns = landscape.plane(self._config.plane_points)
+        scores = records.arrays["plane"][task]
+        for row, along in enumerate(rows):
+            for column, other in enumerate(columns):
+                point = run.in_plane(found.start, found.trained, across, (along, other))
+                scores[row, column, :, :seen] = self._scores(point, seen)
+        start, end, model = (
+            trees.select(x, run.merging) for x in (found.start, found.trained, merged)
+        )
+        axes = (task_vectors.difference(end, start), across)
+        offset = task_vectors.difference(model, start)
+        records.arrays["plane_merged"][task] = landscape.coordinates(axes, offset)
 
     def _scores(self, params: Params, seen: int) -> np.ndarray:
         """A model's `landscape.SCORES` on the tasks seen, [3, seen]."""

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pm_jax import gradient_projection, rules, trees
+from pm_jax import gradient_projection, rules, task_vectors, trees
 from pm_jax.continual import class_statistics, evaluation, feed, training
 from pm_jax.continual.config import Config
 from pm_jax.continual.evidence import dense_layers_of, evidence_fn
@@ -36,6 +36,8 @@ class Programs(NamedTuple):
         adapted: those of them that have adapters, from the second task on at the latest.
         measure: see `evidence_fn`.
         between: `between(previous, trained, alpha) -> params`, a point of the merge segment.
+        in_plane: `in_plane(previous, trained, across, coordinates) -> params`, a point of the plane
+            through the model before along the task vector and the leaves `across`.
         merge: `merge(rule_state, previous, trained, evidence) -> (rule_state, leaves, info)`, from
             full parameter trees to the merged leaves.
         trained: `trained(start, trainable) -> params`.
@@ -57,6 +59,7 @@ class Programs(NamedTuple):
     adapted: tuple[str, ...]
     measure: Callable[..., Any]
     between: Callable[..., Params]
+    in_plane: Callable[..., Params]
     merge: Callable[..., tuple[PyTree, Params, MergeInfo]]
     trained: Callable[..., Params]
     scores: Callable[..., evaluation.Scores]
@@ -275,6 +278,13 @@ def programs(
         ends = trees.select(previous, later.merging), trees.select(trained, later.merging)
         return trees.replace(trained, trees.lerp(*ends, alpha))
 
+    @jax.jit
+    def in_plane(previous, trained, across, coordinates):
+        start = trees.select(previous, later.merging)
+        along = task_vectors.difference(trees.select(trained, later.merging), start)
+        step = task_vectors.combine([along, across], list(coordinates))
+        return trees.replace(trained, task_vectors.apply(start, step))
+
     @functools.partial(jax.jit, donate_argnums=0)
     def absorb(rule_state, merged, objective, evidence):
         assert rule.absorb
@@ -291,6 +301,7 @@ def programs(
         adapted=later.adapted,
         measure=evidence_fn(config, model, rule, later.merging, dense_layers, task_classes),
         between=between,
+        in_plane=in_plane,
         merge=merge,
         trained=shared.trained,
         scores=shared.scores,

@@ -28,6 +28,7 @@ class Records:
         rule: of the run, which may have figures of its own.
         onset: whether the gradient norm at the onset of each task is among the figures.
         landscape_points: see `landscape.grid`; 0 for no landscapes.
+        plane_points: see `landscape.plane`; 0 for no planes.
 
     Attributes:
         arrays: all that was recorded, for checkpoints; NaN for what is to come.
@@ -39,7 +40,15 @@ class Records:
         (['accuracy', 'initial', 'merges', 'seconds'], (2, 2, 2))
     """
 
-    def __init__(self, tasks: int, rule: MergeRule, *, onset: bool, landscape_points: int = 0):
+    def __init__(
+        self,
+        tasks: int,
+        rule: MergeRule,
+        *,
+        onset: bool,
+        landscape_points: int = 0,
+        plane_points: int = 0,
+    ):
         self._fields = (
             *MERGE_FIELDS,
             *rule.figures,
@@ -55,6 +64,10 @@ class Records:
         if landscape_points:
             shape = (tasks, len(landscape.grid(landscape_points)) + 1, len(landscape.SCORES), tasks)
             self.arrays["landscape"] = np.full(shape, np.nan, np.float32)
+        if plane_points:
+            grid = (tasks, plane_points, plane_points, len(landscape.SCORES), tasks)
+            self.arrays["plane"] = np.full(grid, np.nan, np.float32)
+            self.arrays["plane_merged"] = np.full((tasks, 3), np.nan, np.float32)
 
     def restore(self, arrays: dict[str, Any]) -> None:
         """Take over what a checkpoint has."""

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from pm_jax.continual.config import Config
 from pm_jax.continual.logs import JSONL_FILE
 from pm_jax.continual.merge_warnings import warnings_of
 from pm_jax.continual.report_figures import of_merges
+from pm_jax.continual.report_page import captioned, details, grid, page, paragraph, table
 from pm_jax.continual.run import read_results
 from pm_jax.continual.workdir import CONFIG_FILE, RESULTS_FILE, write_text
 from pm_jax.types import InvalidInput
@@ -37,22 +38,6 @@ METRICS = {
     "forward_transfer": "forward transfer, the change of a task before its training",
     "mean_regret_accuracy": "regret against the best coefficients, on validation data",
 }
-STYLE = """
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem;
-  overflow-wrap: break-word; }
-h1 { font-size: 1.5rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin-top: 2rem; }
-.table { overflow-x: auto; margin: 0.5rem 0; }
-table { border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.25rem 0.75rem 0.25rem 0; text-align: left; vertical-align: top;
-  border-bottom: 1px solid color-mix(in srgb, currentColor 20%, transparent); }
-.figures { display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fit,
-  minmax(min(100%, 24rem), 1fr)); }
-figure { margin: 0.5rem 0; max-width: 34rem; }
-img { width: 100%; height: auto; background: white; border-radius: 4px; }
-figcaption { font-size: 0.875rem; opacity: 0.8; }
-summary { cursor: pointer; margin: 0.5rem 0; }
-"""
 
 
 class _Run(NamedTuple):
@@ -152,13 +137,7 @@ def _page(runs: Sequence[_Run]) -> str:
         "Time and memory": _costs(runs),
         "Data and environment": _origin(run),
     }
-    body = "".join(f"<h2>{name}</h2>\n{content}\n" for name, content in sections.items())
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>{escape(title)}</h1>\n{_paragraph(introduction)}\n{body}</body>\n</html>\n"
-    )
+    return page(title, introduction, sections)
 
 
 def _metrics(runs: Sequence[_Run]) -> str:
@@ -173,7 +152,7 @@ def _metrics(runs: Sequence[_Run]) -> str:
         rows[-1] += [_spread(values, 100) for values in aware]
     split = runs[0].config.get("evaluate_on")
     known = [row for row in rows if set(row[1:]) != {"-"}]
-    return _table([f"percent, {split} split", *(run.label for run in runs)], known)
+    return table([f"percent, {split} split", *(run.label for run in runs)], known)
 
 
 def _warnings(run: _Run) -> str:
@@ -184,9 +163,9 @@ def _warnings(run: _Run) -> str:
         for text in warnings_of(content)
     ]
     if not items:
-        return _paragraph("None: nothing about the merges is conspicuous.")
+        return paragraph("None: nothing about the merges is conspicuous.")
     first, rest = "".join(items[:SHOWN]), "".join(items[SHOWN:])
-    more = _details(f"{len(items) - SHOWN} more warnings", f"<ul>{rest}</ul>") if rest else ""
+    more = details(f"{len(items) - SHOWN} more warnings", f"<ul>{rest}</ul>") if rest else ""
     return f"<ul>{first}</ul>{more}"
 
 
@@ -198,21 +177,21 @@ def _settings(runs: Sequence[_Run]) -> str:
         for name in runs[0].config
     ]
     own = [row for row in rows if len(set(row[1:])) > 1]
-    return (
-        _table(header, own) if own else _paragraph("All settings are the defaults.")
-    ) + _details(f"All {len(rows)} settings", _table(header, rows))
+    return (table(header, own) if own else paragraph("All settings are the defaults.")) + details(
+        f"All {len(rows)} settings", table(header, rows)
+    )
 
 
 def _accuracy(runs: Sequence[_Run]) -> str:
     several = len(runs[0].results) > 1
     figures = [
-        _figure(
+        captioned(
             report_figures.accuracy_curves({run.label: run.results for run in runs}),
             "Accuracy on the tasks seen",
             "Mean accuracy on the tasks seen so far, after each task."
             + (" Bars: a standard deviation." if several else ""),
         ),
-        _figure(
+        captioned(
             report_figures.accuracy_matrix(runs[0].results),
             "Accuracy matrix",
             f"Accuracy of {runs[0].label} on each task (column) after each task (row): down a "
@@ -222,7 +201,7 @@ def _accuracy(runs: Sequence[_Run]) -> str:
     losses = {run.label: found for run in runs if (found := _losses(run))}
     if losses:
         figures.append(
-            _figure(
+            captioned(
                 report_figures.training_loss(losses),
                 "Training loss",
                 "Training loss of each epoch, with the perturbation where training has one."
@@ -233,11 +212,11 @@ def _accuracy(runs: Sequence[_Run]) -> str:
     tasks = range(1, matrices.shape[1] + 1)
     rows = [[f"after\u00a0task\u00a0{t}", *(_spread(matrices[:, t - 1, i - 1], 100) for i in tasks)]
             for t in tasks]  # fmt: skip
-    numbers = _table(["percent", *(f"task\u00a0{task}" for task in tasks)], rows)
+    numbers = table(["percent", *(f"task\u00a0{task}" for task in tasks)], rows)
     return (
-        _grid(figures)
-        + ("" if losses else _paragraph(f"The training loss is not shown: no {JSONL_FILE}."))
-        + _details("The accuracy matrix in numbers", numbers)
+        grid(figures)
+        + ("" if losses else paragraph(f"The training loss is not shown: no {JSONL_FILE}."))
+        + details("The accuracy matrix in numbers", numbers)
     )
 
 
@@ -273,7 +252,7 @@ def _merges(run: _Run) -> str:
     if np.isfinite(of_merges(run.results, "alpha")[:, 1:]).any():
         mean = "Mean over seeds, dots: single seeds. " if len(run.results) > 1 else ""
         figures.append(
-            _figure(
+            captioned(
                 report_figures.coefficients(run.results),
                 "Merge coefficients",
                 f"How far each merge went towards the trained model. {mean}Bars: standard error "
@@ -284,7 +263,7 @@ def _merges(run: _Run) -> str:
     actual = of_merges(run.results, "actual_loss_change")
     if np.isfinite(predicted + actual)[:, 1:].any():
         figures.append(
-            _figure(
+            captioned(
                 report_figures.loss_changes(run.results),
                 "Predicted against actual loss change",
                 "What a merge did to the loss of the task just trained, on held-out data, and "
@@ -298,18 +277,19 @@ def _merges(run: _Run) -> str:
             [str(task), *("-" if merge[name] is None else f"{merge[name]:.4g}" for name in names)]
             for task, merge in enumerate(content["merges"], start=1)
         ]
-        table = _table(["task", *(name.replace("_", " ") for name in names)], rows)
-        tables += _details(f"Every merge in numbers, seed {content['seed']}", table)
-    return _grid(figures) + tables
+        numbers = table(["task", *(name.replace("_", " ") for name in names)], rows)
+        tables += details(f"Every merge in numbers, seed {content['seed']}", numbers)
+    return grid(figures) + tables
 
 
 def _landscape(run: _Run) -> str:
     first = run.results[0]
     path = run.directory / f"seed_{first['seed']}" / landscape.FILE
     if not path.exists():
-        return _paragraph(
+        return paragraph(
             "Not measured: with --landscape_points=21 and a new work directory, a run also keeps "
-            "the losses and accuracies along every merge and the coefficients that were best."
+            "the losses and accuracies along every merge and the coefficients that were best; "
+            "with --plane_points=9, those in the plane of the last two task vectors."
         )
     try:
         with np.load(path) as file:
@@ -319,8 +299,13 @@ def _landscape(run: _Run) -> str:
             f"workdir={run.directory}: {path.parent.name}/{path.name} is damaged; move it away for "
             "a report without it"
         ) from None
-    if not np.isfinite(arrays["loss"][1:]).any():
-        return _paragraph("The first task's merge was the only one.")
+    if not np.isfinite(arrays["loss" if "loss" in arrays else "plane_loss"][1:]).any():
+        return paragraph("The first task's merge was the only one.")
+    along = _along(first, arrays) if "alphas" in arrays else []
+    return grid([*along, *(_plane(first, arrays) if "plane_loss" in arrays else [])])
+
+
+def _along(first: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> list[str]:
     figures = []
     for name, unit, best in (("loss", 1, "oracle_alpha"), ("accuracy", 100, "most_accurate_alpha")):
         figure = report_figures.landscape(
@@ -333,8 +318,22 @@ def _landscape(run: _Run) -> str:
             f"Mean validation {name}{', in percent,' if unit > 1 else ''} between the model that a "
             f"task started from (0) and the one that it trained (1), seed {first['seed']}."
         )
-        figures.append(_figure(figure, f"{name.capitalize()} along the merges", caption))
-    return _grid(figures)
+        figures.append(captioned(figure, f"{name.capitalize()} along the merges", caption))
+    return figures
+
+
+def _plane(first: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> list[str]:
+    *place, outside = arrays["plane_merged"][-1]
+    figure = report_figures.plane(
+        arrays["plane_along"], arrays["plane_across"], arrays["plane_loss"][-1], place
+    )
+    caption = (
+        "Validation loss around the last merge, in the plane of the last two task vectors, seed "
+        f"{first['seed']}."
+    )
+    if outside > 0.01:
+        caption += f" {100 * outside:.0f} % of the merge's displacement lie outside of it."
+    return [captioned(figure, "Around the last merge", caption)]
 
 
 def _costs(runs: Sequence[_Run]) -> str:
@@ -347,7 +346,7 @@ def _costs(runs: Sequence[_Run]) -> str:
     ]
     kept = [f"{run.results[0]['rule_state_bytes']:,}" for run in runs]
     rows.append(["memory of the rule from task to task, bytes", *kept])
-    return _table(["per seed", *(run.label for run in runs)], rows)
+    return table(["per seed", *(run.label for run in runs)], rows)
 
 
 def _origin(run: _Run) -> str:
@@ -359,43 +358,13 @@ def _origin(run: _Run) -> str:
     ]
     environment = first["environment"]
     versions = {"python": environment["python"], **environment["packages"]}
-    return _details(
+    return details(
         f"Examples of each task, seed {first['seed']}",
-        _table(["task", "classes", "training", "validation", "test"], rows),
-    ) + _paragraph(
+        table(["task", "classes", "training", "validation", "test"], rows),
+    ) + paragraph(
         f"{environment['devices']} x {environment['device']}; "
         f"{', '.join(f'{name} {version}' for name, version in versions.items() if version)}."
     )
-
-
-def _grid(figures: Sequence[str]) -> str:
-    return f'<div class="figures">{"".join(figures)}</div>' if figures else ""
-
-
-def _figure(figure: Any, name: str, caption: str) -> str:
-    return (
-        f'<figure><img alt="{escape(f"{name}. {caption}")}" '
-        f'src="{report_figures.data_uri(figure)}">'
-        f"<figcaption><b>{escape(name)}.</b> {escape(caption)}</figcaption></figure>\n"
-    )
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    def line(cells: Sequence[str], tag: str) -> str:
-        # Names such as perturb_and_merge may be broken, so that columns fit a phone.
-        texts = [escape(cell).replace("_", "_<wbr>") for cell in cells]
-        return "<tr>" + "".join(f"<{tag}>{text}</{tag}>" for text in texts) + "</tr>\n"
-
-    lines = line(header, "th") + "".join(line(row, "td") for row in rows)
-    return f'<div class="table"><table>\n{lines}</table></div>\n'
-
-
-def _details(summary: str, content: str) -> str:
-    return f"<details><summary>{escape(summary)}</summary>{content}</details>\n"
-
-
-def _paragraph(text: str) -> str:
-    return f"<p>{escape(text)}</p>\n"
 
 
 def _spread(values: Any, unit: float = 1) -> str:

@@ -267,6 +267,47 @@ def landscape(
     return figure
 
 
+def plane(
+    along: np.ndarray, across: np.ndarray, losses: np.ndarray, merged: np.ndarray
+) -> "Figure":
+    """Losses in the plane of the last two task vectors, of the new task and of those before it.
+
+    Args:
+        along: [P], coordinates along the new task's vector.
+        across: [P], along the one before it.
+        losses: [P, P, t], by place and task seen.
+        merged: `along` and `across` of the merged model.
+
+    Returns:
+        A figure of two panels with contours on a logarithmic scale.
+
+    Example:
+        >>> axis = np.asarray([0.0, 0.5, 1.0])
+        >>> figure = plane(axis, axis, 1 + np.arange(18.0).reshape(3, 3, 2), np.zeros(2))
+        >>> [axes.get_title() for axes in figure.axes[:2]]
+        ['earlier tasks', 'new task']
+    """
+    from matplotlib.ticker import LogLocator
+
+    figure = _figure(6.4)
+    panels = figure.subplots(2, 1, sharex=True)
+    parts = {"earlier tasks": losses[..., :-1].mean(axis=-1), "new task": losses[..., -1]}
+    for axes, (name, values) in zip(panels, parts.items(), strict=True):
+        image = axes.contourf(along, across, np.maximum(values, 1e-6).T, cmap="viridis_r",
+                              locator=LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))  # fmt: skip
+        figure.colorbar(image, ax=axes, label="loss")
+        for place, marker, label in (
+            ((0, 0), "s", "before"), ((1, 0), "^", "trained"), (merged, "o", "merged"),
+        ):  # fmt: skip
+            axes.plot(*place, marker, color="C3", markeredgecolor="white", markersize=7,
+                      linestyle="none", label=label)  # fmt: skip
+        axes.set(title=name, ylabel="along the task vector before")
+    panels[-1].set_xlabel("along the new task's vector")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3,
+                  frameon=False)  # fmt: skip
+    return figure
+
+
 def of_merges(runs: Sequence[Results], name: str) -> np.ndarray:
     """One figure of the merges.
 

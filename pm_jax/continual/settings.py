@@ -35,7 +35,8 @@ MERGING = (
     *("rule", "rule_settings"),
     *("curvature", "stored_curvature", "curvature_rank", "curvature_slots"),
     *("curvature_samples", "curvature_examples", "curvature_error", "curvature_memory_mb"),
-    *("merge_examples", "onset_gradients", "landscape_points", "trust", "classifier"),
+    *("merge_examples", "onset_gradients", "landscape_points", "plane_points", "trust"),
+    "classifier",
 )
 """Settings that the training of a task does not depend on, given the model it starts from."""
 
@@ -298,6 +299,11 @@ class Settings:
         "each merge, the losses and accuracies of all tasks seen are measured on validation data; "
         "some more lie beyond either. 0 for none.",
     )
+    plane_points: int = _option(
+        0,
+        "The same on a square of so many points a side, in the plane of the last two tasks' task "
+        "vectors; 0 for none.",
+    )
     curvature_memory_mb: float = _option(
         0.0,
         "Bound in MB on the per-example gradients in memory at a time; 0 for 8 on a CPU and 2048 "
@@ -338,7 +344,8 @@ class Settings:
             *("base_classes", "first_task_epochs", "head_learning_rate", "weight_decay"),
             *("clip_norm", "curvature_samples", "curvature_examples", "curvature_memory_mb"),
             *("train_per_class", "test_per_class", "image_size", "stored_size"),
-            *("layer_norm_epsilon", "resident_mb", "landscape_points", "curvature_error"),
+            *("layer_norm_epsilon", "resident_mb", "landscape_points", "plane_points"),
+            "curvature_error",
         )
         conditions = [
             *((name, getattr(self, name) >= 1, "must be at least 1") for name in at_least_one),
@@ -359,6 +366,7 @@ class Settings:
             ("warmup_fraction", 0 <= self.warmup_fraction < 1, "must lie in [0, 1)"),
             ("validation_fraction", 0 < self.validation_fraction < 1, "must lie between 0 and 1"),
             ("landscape_points", self.landscape_points != 1, "must be 0, or at least 2"),
+            ("plane_points", self.plane_points != 1, "must be 0, or at least 2"),
             ("hidden_sizes", min(self.hidden_sizes, default=0) >= 1, "needs one width or more"),
             (
                 "scenario",
