@@ -234,6 +234,29 @@ def merge_coefficient_of(
     )
 
 
+def jackknife_error(left_out: Array) -> Array:
+    """Standard error of an estimate from what it is without each of K groups of examples.
+
+        sqrt( (K - 1) / K sum_k (a_k - mean a)^2 )
+
+    Args:
+        left_out: the estimates a, [K], of groups of about equal size.
+
+    Returns:
+        Scalar. It is itself known to about `1 / sqrt(2 (K - 1))` of its value.
+
+    References:
+        Efron and Stein, `The Jackknife Estimate of Variance
+        <https://doi.org/10.1214/aos/1176345462>`_, 1981
+
+    Example:
+        >>> float(jackknife_error(jnp.asarray([1.0, 3.0])))  # of a mean: |x_1 - x_2| / 2
+        1.0
+    """
+    groups = left_out.shape[0]
+    return jnp.sqrt((groups - 1) / groups * jnp.sum((left_out - jnp.mean(left_out)) ** 2))
+
+
 def predicted_loss_change(alpha: Array, current_curvature: Array | float) -> Array:
     """Predicted `L_t(theta_hat_t) - L_t(theta_t*)`, `1/2 (1 - alpha)^2 Delta^T H_t Delta`.
 

@@ -247,7 +247,7 @@ def _diagonal_measure(
         return MeasureState.start(params, direction, key, zero)
 
     def update(state: MeasureState, batch: Batch) -> MeasureState:
-        position = state.position + batch.labels.shape[0]
+        position = state.position + state.stride * batch.labels.shape[0]
         chunks = losses.in_batches(batch, min(chunk_size, batch.labels.shape[0]))
         return jax.lax.scan(add_chunk, state, chunks)[0]._replace(position=position)
 

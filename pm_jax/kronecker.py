@@ -379,7 +379,8 @@ def fisher_kronecker(
             keys=state.keys(weights.shape[0]),
         )
         if rest_state is not None:
-            rest_state = others(state.params)[0].update(rest_state, batch)
+            index = {"position": state.position, "stride": state.stride}
+            rest_state = others(state.params)[0].update(rest_state._replace(**index), batch)
         values = jnp.full(weights.shape, jnp.nan)
         if state.direction is not None:
             values = matrix_products.gauss_newton_along(

@@ -157,7 +157,7 @@ def gauss_newton_low_rank(logits_fn: LogitsFn, *, rank: int = 16) -> Measure:
     def init(params: Params, direction: PyTree | None = None, key: Key | None = None):
         tests = _test_directions(params, direction, key, rank)
         sums = jax.tree.map(jnp.zeros_like, tests)
-        return MeasureState.start(params, direction, None, (tests, sums))
+        return MeasureState.start(params, direction, key, (tests, sums))
 
     def update(state: MeasureState, batch: Batch) -> MeasureState:
         weights = losses.weights_of(batch)

@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 
 from pm_jax import gradient_projection, objectives, rules, trees
-from pm_jax.continual import Learner
+from pm_jax.continual import Config, Learner
 from pm_jax.continual.programs import programs
 from pm_jax.lora import Adapter
 from pm_jax.quadratics import DiagonalQuadratic
 from pm_jax.rules import Evidence
-from pm_jax.types import Batch
+from pm_jax.types import Batch, InvalidInput
+from tests import oracles
+from tests.coefficients_test import dense_tasks
+from tests.quadratics_test import random_tree
 from tests.small_runs import SMALL, VIT, comparable, leaves_equal, straight_and_killed
 
 
@@ -146,7 +149,7 @@ def test_coefficient_and_precision_on_three_tasks_by_hand():
             for k, v in at_merged.items()
         }
     for k in precision:
-        np.testing.assert_allclose(state.precision[k], precision[k], rtol=1e-6)
+        np.testing.assert_allclose(state.precision.diagonal[k], precision[k], rtol=1e-6)
 
 
 def test_without_the_projected_stage_the_second_coefficient_is_that_of_perturb_and_merge():
@@ -166,6 +169,52 @@ def test_without_the_projected_stage_the_second_coefficient_is_that_of_perturb_a
     np.testing.assert_allclose(info.alpha, wanted_info.alpha, rtol=1e-5)
     for k in merged:
         np.testing.assert_allclose(merged[k], wanted[k], rtol=1e-5, atol=1e-6)
+
+
+def stacked(tree):
+    return jax.tree.map(lambda x: x[None], tree)
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.0])
+@pytest.mark.parametrize("kind", ["diagonal", "kronecker", "low_rank"])
+def test_every_kind_of_memory_follows_the_formula_with_dense_matrices(float64, kind, decay):
+    rng = np.random.default_rng(9)
+    found, memory = dense_tasks(kind, rng, 8)
+    rule = rules.became(decay=decay, memory=memory)
+    state, merged, precision = rule.init(random_tree(rng, np.float64)), None, 0.0
+    for (own, matrix, trained), (other, at_merged, _) in zip(found[::2], found[1::2], strict=True):
+        projected_model = random_tree(rng, np.float64)
+        merged, state, info = rule.update(
+            state, previous=merged, trained=trained,
+            evidence=Evidence(own, trajectory=stacked(projected_model)),
+        )  # fmt: skip
+        d = oracles.flat(trained) - oracles.flat(projected_model)
+        alpha = d @ matrix @ d / (d @ (matrix + precision) @ d)
+        np.testing.assert_allclose(info.alpha, alpha, rtol=1e-6)
+        evidence = Evidence(dataclasses.replace(other, center=merged), input_moments={})
+        state = rule.absorb(state, evidence)
+        precision = at_merged + decay * precision
+    assert alpha < 0.99
+
+
+@pytest.mark.parametrize("kind", ["kronecker", "low_rank"])
+def test_the_second_coefficient_is_that_of_perturb_and_merge_for_correlated_curvature(
+    float64, kind
+):
+    found, memory = dense_tasks(kind, np.random.default_rng(10), 2)
+    ours = rules.became(projected=0.0, memory=memory)
+    theirs = rules.perturb_and_merge(memory=memory)
+    previous = found[0][2]
+    state, other = ours.init(previous), theirs.init(previous)
+    for quadratic, _, trained in found:
+        evidence = Evidence(quadratic, trajectory=stacked(previous), input_moments={})
+        models = {"previous": previous, "trained": trained, "evidence": evidence}
+        merged, state, info = ours.update(state, **models)
+        previous, other, wanted = theirs.update(other, **models)
+        state = ours.absorb(state, evidence)
+    assert 0 < float(info.alpha) < 1
+    np.testing.assert_allclose(info.alpha, wanted.alpha, rtol=1e-6)
+    np.testing.assert_allclose(oracles.flat(merged), oracles.flat(previous), rtol=1e-9)
 
 
 @pytest.mark.parametrize("fill", [0.0, jnp.nan, -1.0])
@@ -264,16 +313,45 @@ def test_the_projected_stage_leaves_the_memory_alone_and_the_free_stage_does_not
         run.measure(learner._key, where, previous, learner._train, last).quadratic.diagonal
         for where in (learner.params, given[-1][1])
     )
-    gained = jax.tree.map(
-        lambda new, old: new - old, learner._state.rule.precision, states[-1].precision
-    )
-    size = max(np.abs(states[-1].precision[path]).max() for path in gained)
+    after, before = (s.precision.diagonal for s in (learner._state.rule, states[-1]))
+    gained = jax.tree.map(lambda new, old: new - old, after, before)
+    size = max(np.abs(before[path]).max() for path in gained)
     for path, own in gained.items():
         # A difference of float32 sums.
         np.testing.assert_allclose(own, at_merged[path], rtol=1e-5, atol=1e-6 * size)
     off = max(np.abs(at_trained[path] - own).max() for path, own in gained.items())
     assert off > 1e-4 * size
     programs.cache_clear()
+
+
+@pytest.mark.parametrize("kind", ["kronecker", "low_rank"])
+def test_a_run_keeps_and_asks_the_curvature_of_its_settings(kind):
+    config = dataclasses.replace(FULL, curvature=kind, curvature_rank=3)
+    learner = Learner(config, 0, quiet=True)
+    run, given = learner._programs, []
+
+    def merge(state, previous, trained, evidence):
+        given.append((jax.tree.map(jnp.copy, state), previous, trained, evidence))
+        return run.merge(state, previous, trained, evidence)
+
+    learner._programs = run._replace(merge=merge)
+    alpha = learner.run()["merges"][1]["alpha"]
+    assert run.merge._cache_size() == run.absorb._cache_size() == 1
+    state, first, trained, evidence = given[1]
+    end = trees.select(trained, run.merging)
+    d = jax.tree.map(lambda x, stack: x - stack[0], end, evidence.trajectory)
+    # The first merge keeps the trained model, where the run measures again.
+    old = run.measure(learner._key, first, first, learner._train, np.asarray(0, np.int32))
+    own, earlier = (q.curvature_along(d) for q in (evidence.quadratic, old.quadratic))
+    np.testing.assert_allclose(state.precision.curvature_along(d), earlier, rtol=1e-5)
+    np.testing.assert_allclose(alpha, own / (own + earlier), rtol=1e-5)
+    assert 0 < alpha < 1
+    programs.cache_clear()
+
+
+def test_curvature_of_all_tasks_at_once_is_refused():
+    with pytest.raises(InvalidInput, match="exact_all: rule=became takes curvature of one task"):
+        Config(rule="became", curvature="exact_all", perturbation="none")
 
 
 def test_a_run_killed_in_the_projected_stage_ends_with_the_same_numbers(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from tests.training_evidence import as_in_training
 VARIANTS = [
     "perturb_and_merge:clip=false",
     "perturb_and_merge:normalize=trace,per=tensor",
+    "perturb_and_merge:jackknife=3",
     "cofima:cap=0.5",
     "ties:trim=tensor",
     "dare:on=ties",

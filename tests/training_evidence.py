@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pm_jax import gradient_projection, objectives, trees
+from pm_jax.measures import Measurement
 from pm_jax.quadratics import DiagonalQuadratic
 from pm_jax.types import Batch
 
@@ -53,12 +54,21 @@ def of_training(rule, previous, trained):
     return found
 
 
+def in_groups(evidence, groups):
+    """Evidence as it might be without each group of examples."""
+    each = [evidence.quadratic.scaled(1.0 + group) for group in range(groups)]
+    nans = jnp.full(groups, jnp.nan)
+    return Measurement(jax.tree.map(lambda *x: jnp.stack(x), *each), nans, nans, nans)
+
+
 def as_in_training(rule):
     """The rule as a learner calls it: with the evidence of training, and absorbing its merges."""
 
     def update(state, *, previous, trained, evidence=None):
         if evidence is not None:
             evidence = evidence._replace(**of_training(rule, previous, trained))
+            if rule.example_groups:
+                evidence = evidence._replace(left_out=in_groups(evidence, rule.example_groups))
         merged, state, info = rule.update(
             state, previous=previous, trained=trained, evidence=evidence
         )

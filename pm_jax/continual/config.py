@@ -49,10 +49,15 @@ class Config(Settings):
         takes = inspect.signature(rules.REGISTRY[self.rule]).parameters
         if "quadratic" not in needs:
             return
-        if self.kept_curvature in ("kronecker", "low_rank", "exact_all") and "memory" not in takes:
+        if self.kept_curvature == "exact_all":
+            raise InvalidInput(
+                f"curvature=exact_all: rule={self.rule} takes curvature of one task at a time; use "
+                "fisher_exact, or perturb_and_merge"
+            )
+        if self.kept_curvature in ("kronecker", "low_rank") and "memory" not in takes:
             raise InvalidInput(
                 f"curvature={self.kept_curvature}: rule={self.rule} takes curvature entry by "
-                "entry; use fisher_exact, or perturb_and_merge"
+                "entry; use fisher_exact, or perturb_and_merge or became"
             )
         if self.curvature == "exact_current" and "curvature_along" not in needs:
             raise InvalidInput(

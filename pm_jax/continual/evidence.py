@@ -21,7 +21,7 @@ from pm_jax.continual.feed import Pass
 from pm_jax.continual.image_transforms import evaluation_transform
 from pm_jax.continual.purpose_keys import CURVATURE, MERGE, purpose_key
 from pm_jax.continual.training import DeviceData, logits_of
-from pm_jax.measures import Measure, MeasureState
+from pm_jax.measures import Measure, Measurement, in_groups
 from pm_jax.rules import Evidence, MergeRule
 from pm_jax.types import Array, Batch, Key, LogitsFn, Params, PyTree
 
@@ -73,7 +73,8 @@ def evidence_fn(
         del key, previous, task
         leaves = trees.select(trained, merging)
         chunk = curvature.chunk_for_memory(leaves, _memory_bytes(config))
-        return min(chunk, data.positions.shape[1])
+        groups = max(1, rule.example_groups)
+        return -(-min(chunk, data.positions.shape[1]) // groups) * groups
 
     def estimators(
         trained: Params, data: DeviceData, task: Array, chunk: int
@@ -92,7 +93,10 @@ def evidence_fn(
         leaves = trees.select(trained, merging)
         # Drawn labels are the same ones whatever the classes of other tasks.
         each_label_fn = logits_fn if config.curvature_samples else own_logits_fn
-        return _measures(config, logits_fn, each_label_fn, leaves, chunk, dense_layers)
+        found = _measures(config, logits_fn, each_label_fn, leaves, chunk, dense_layers)
+        if rule.example_groups:
+            found = tuple(in_groups(measure, rule.example_groups) for measure in found)
+        return found
 
     def begin(key: Key, trained: Params, previous: Params, data: DeviceData, task: Array):
         chunk = chunk_of(key, trained, previous, data, task)
@@ -119,18 +123,24 @@ def evidence_fn(
 
         if not config.curvature_error:
             return update(states), count
-        return jax.lax.cond(_known_enough(config, states[-1]), lambda x: x, update, states), count
+        known = _known_enough(config, measures[-1].finalize(states[-1]))
+        return jax.lax.cond(known, lambda x: x, update, states), count
 
     def finish(carry, *arguments) -> Evidence:
         key, trained, _, data, task = arguments
         measures = estimators(trained, data, task, chunk_of(*arguments))
         pairs = zip(measures, carry[0], strict=True)
-        stored, *exact = [measure.finalize(state) for measure, state in pairs]
+        found = [measure.finalize(state) for measure, state in pairs]
+        stored, known = found[0], found[-1]
+        left_out = stored.left_out
+        if left_out and known.left_out:
+            left_out = left_out._replace(along=known.left_out.along)
         return Evidence(
             stored.quadratic,
-            exact[0].standard_error if exact else stored.standard_error,
+            known.standard_error,
             merge_key(key, task),
-            curvature_along=exact[0].along if exact else None,
+            curvature_along=known.along if known is not stored else None,
+            left_out=left_out,
         )
 
     return Pass(begin=begin, step=step, finish=finish, batch_size=chunk_of)
@@ -206,9 +216,8 @@ def _examples(config: Config, key: Key, data: DeviceData, task: Array) -> tuple[
     return row[order], jnp.minimum(count, config.curvature_examples or count)
 
 
-def _known_enough(config: Config, state: MeasureState) -> Array:
+def _known_enough(config: Config, found: Measurement) -> Array:
     """Whether the curvature along Delta is known to the error that is asked for."""
-    found = state.measurement(None)
     precise = found.standard_error <= config.curvature_error * found.along
     # Few examples do not know their own spread; without a displacement there is no value.
     return precise & (found.along > 0) & (found.examples >= FEWEST_EXAMPLES)

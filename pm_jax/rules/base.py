@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from pm_jax import task_vectors, trees
 from pm_jax.lora import Adapter, Adapters
+from pm_jax.measures import Measurement
 from pm_jax.objectives import Objective
 from pm_jax.quadratics import DiagonalQuadratic, Quadratic, StoredQuadratic
 from pm_jax.types import Array, Key, Params, PyTree
@@ -43,6 +44,7 @@ class Evidence(NamedTuple):
         all_objectives: those of every task of the stream, stacked (see `objectives.stack`); for
             analysis only, as no learner has the data of earlier tasks.
         curvature_along: exact `Delta^T H_t Delta`, scalar, where it was measured.
+        left_out: what was measured without each of the rule's `example_groups`, stacked.
     """
 
     quadratic: Quadratic | None = None
@@ -55,6 +57,7 @@ class Evidence(NamedTuple):
     adapters: Adapters | None = None
     all_objectives: Objective | None = None
     curvature_along: Array | None = None
+    left_out: Measurement | None = None
 
 
 class MergeInfo(NamedTuple):
@@ -127,6 +130,7 @@ class MergeRule(NamedTuple):
             "element" by itself, each "tensor" by itself, or the whole "model".
         snapshots: when `Evidence.trajectory` is taken, fractions of the task's steps in [0, 1].
         figures: names of the entries of `MergeInfo.figures`.
+        example_groups: K of `Evidence.left_out` (see `measures.in_groups`), where it is needed.
         hook: what the rule does while a task trains, or `None`.
         absorb: `absorb(state, evidence) -> state`, after the merge, with the same evidence measured
             anew at the merged model and `input_moments`; or `None`.
@@ -142,6 +146,7 @@ class MergeRule(NamedTuple):
     scope: str = "model"
     snapshots: tuple[float, ...] = ()
     figures: tuple[str, ...] = ()
+    example_groups: int = 0
     hook: TrainingHook | None = None
     absorb: Callable[[Any, Evidence], Any] | None = None
     tasks_at_once: bool = False

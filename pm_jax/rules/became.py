@@ -1,6 +1,8 @@
 """BECAME: a stage of training with projected gradients, a free stage, and their Bayesian mix."""
 
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +10,14 @@ import jax.numpy as jnp
 from pm_jax import gradient_projection, task_vectors, trees
 from pm_jax.coefficients import predicted_loss_change
 from pm_jax.lora import Adapter
-from pm_jax.quadratics import DiagonalQuadratic
+from pm_jax.quadratics import DiagonalQuadratic, StoredQuadratic
 from pm_jax.rules.base import (
     Evidence,
     MergeInfo,
     MergeRule,
     Moving,
     TrainingHook,
-    diagonal_of,
+    quadratic_of,
     require,
 )
 from pm_jax.types import Array, Params, PyTree
@@ -29,12 +31,13 @@ class BecameState(NamedTuple):
 
     Attributes:
         tasks: int32 scalar, tasks merged so far.
-        precision: Lam, the diagonal curvature of the tasks so far, of the structure of the model.
+        precision: Lam, the curvature of the tasks so far; without center and gradient, which the
+            coefficient does not ask for.
         projectors: `{path of a dense kernel: [in, in]}`, see `gradient_projection`.
     """
 
     tasks: Array
-    precision: PyTree
+    precision: StoredQuadratic
     projectors: dict[str, Array]
 
 
@@ -44,6 +47,7 @@ def became(
     threshold: float = 0.97,
     threshold_growth: float = 0.003,
     decay: float = 1.0,
+    memory: Callable[[Params], StoredQuadratic] = DiagonalQuadratic.zero,
 ) -> MergeRule:
     """Mix the model after the projected stage with that after the free stage.
 
@@ -52,7 +56,9 @@ def became(
 
     The first task trains freely and is kept as trained. From the second on, the first stage removes
     from what trains all that acts on the inputs of earlier tasks (gradient projection memory); the
-    second goes on from there without. F is the diagonal curvature per example, F_t at theta_free.
+    second goes on from there without. F is the curvature per example, F_t at theta_free: diagonal
+    in the paper, here of the memory's kind. One of low rank is measured along the task vector, of
+    which d is a part, and may be too small along d.
 
     What is ours, where the paper's text was not at hand:
 
@@ -76,10 +82,12 @@ def became(
             for CIFAR-100, 0.985 with growth 0.0003 for MiniImageNet.
         threshold_growth: added for each task, at least 0.
         decay: gamma, of the earlier tasks' precision, in [0, 1].
+        memory: the quadratic that is 0 everywhere, of the kind that the evidence has.
 
     Returns:
-        A `MergeRule` that needs `quadratic`, `trajectory` and, to absorb a merge, the quadratic and
-        `input_moments` at the merged model. Its predicted loss change is from theta_free.
+        A `MergeRule` that needs `quadratic` (of the memory's kind), `trajectory` and, to absorb a
+        merge, the quadratic and `input_moments` at the merged model. Its predicted loss change is
+        from theta_free.
 
     Raises:
         ValueError: a setting out of range.
@@ -102,19 +110,18 @@ def became(
     def init(params: Params) -> BecameState:
         sizes = trees.select(params, gradient_projection.kernel_paths(params))
         projectors = {path: jnp.zeros((x.shape[0],) * 2) for path, x in sizes.items()}
-        precision = DiagonalQuadratic.zero(params).diagonal
-        return BecameState(jnp.zeros((), jnp.int32), precision, projectors)
+        return BecameState(jnp.zeros((), jnp.int32), _curvature_only(memory(params)), projectors)
 
     def update(state: BecameState, *, previous: Params, trained: Params, evidence: Evidence):
         del previous
-        quadratic = diagonal_of(evidence)
+        quadratic = quadratic_of(evidence, type(state.precision))
         if evidence.trajectory is None:
             raise ValueError("evidence.trajectory=None: became needs the model between its stages")
         tasks = state.tasks + 1
         projected_model = jax.tree.map(lambda stack: stack[0], evidence.trajectory)
         free_step = task_vectors.difference(trained, projected_model)
         own = quadratic.curvature_along(free_step)
-        total = own + trees.inner(free_step, free_step, state.precision)
+        total = own + state.precision.curvature_along(free_step)
         solvable = jnp.isfinite(total) & (total > jnp.finfo(total.dtype).tiny)
         quotient = jnp.where(solvable, own / jnp.where(solvable, total, 1.0), 1 / tasks)
         alpha = jnp.where(tasks <= 1, 1.0, quotient)
@@ -128,12 +135,13 @@ def became(
         return merged, state._replace(tasks=tasks), info
 
     def absorb(state: BecameState, evidence: Evidence) -> BecameState:
-        quadratic, moments = diagonal_of(evidence), evidence.input_moments
+        quadratic: Any = quadratic_of(evidence, type(state.precision))
+        moments = evidence.input_moments
         if moments is None:
             raise ValueError("evidence.input_moments=None: became absorbs them with a merge")
-        precision = jax.tree.map(
-            lambda new, old: new + decay * old, quadratic.diagonal, state.precision
-        )
+        # About the new center nothing has to be moved, and no slope matters.
+        earlier = _about(quadratic.center, quadratic.gradient, state.precision)
+        precision = _curvature_only(earlier.scaled(decay).plus(quadratic))
         share = jnp.minimum(threshold + threshold_growth * (state.tasks - 1), LARGEST_THRESHOLD)
         projectors = {
             path: gradient_projection.grown(projector, moments[path], share)
@@ -152,6 +160,14 @@ def became(
         hook=hook if projected else None,
         absorb=absorb,
     )
+
+
+def _curvature_only(quadratic: StoredQuadratic) -> StoredQuadratic:
+    return _about(None, None, quadratic)
+
+
+def _about(center: Params, gradient: PyTree, quadratic: Any) -> StoredQuadratic:
+    return dataclasses.replace(quadratic, center=center, gradient=gradient)
 
 
 def _outside(state: BecameState, moving: Moving) -> Moving:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,15 @@ import jax.numpy as jnp
 from pm_jax import task_vectors, trees
 from pm_jax.coefficients import (
     MergeCoefficient,
+    jackknife_error,
     merge_coefficient,
     merge_coefficients,
     predicted_loss_change,
 )
+from pm_jax.measures import Measurement
 from pm_jax.quadratics import DiagonalQuadratic, StoredQuadratic
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, quadratic_of, require
-from pm_jax.types import Array, InvalidInput, Params
+from pm_jax.types import Array, InvalidInput, Params, PyTree
 
 
 class PerturbAndMergeState(NamedTuple):
@@ -25,10 +27,13 @@ class PerturbAndMergeState(NamedTuple):
     Attributes:
         tasks: int32 scalar, tasks merged so far.
         memory: the sum of the quadratics of all tasks; its size does not grow with the tasks.
+        left_out: the same sum of quadratics without each group of examples, stacked [K, ...], for
+            the jackknife.
     """
 
     tasks: Array
     memory: StoredQuadratic
+    left_out: StoredQuadratic | None = None
 
 
 def perturb_and_merge(
@@ -36,6 +41,7 @@ def perturb_and_merge(
     clip: bool = True,
     normalize: str = "none",
     per: str = "model",
+    jackknife: int = 0,
     memory: Callable[[Params], StoredQuadratic] = DiagonalQuadratic.zero,
 ) -> MergeRule:
     """Merge with the coefficient that minimises the quadratic losses of all tasks seen.
@@ -54,13 +60,18 @@ def perturb_and_merge(
         per: what has a coefficient of its own: the "model", as in the paper, a "block" (of a path
             up to its first part with a number), a "module", a "tensor", or what a regular
             expression matches at the beginning of a path. They minimise the quadratic together.
+        jackknife: K, to find the standard error of alpha over the examples of all tasks as
+            `jackknife_error` in the info's figures: from K coefficients, each without one of K
+            groups of every task's examples. At K times the memory, and for one coefficient. 0 for
+            none.
         memory: the quadratic that is 0 everywhere, of the kind that the evidence has.
 
     Returns:
-        A `MergeRule` that needs `quadratic` (of the memory's kind), `curvature_error` and, for one
-        coefficient, `curvature_along`: where it is given, it stands for the current task's
-        curvature along Delta. Its `update` raises ValueError for any other quadratic. Where there
-        are several coefficients, its info has their mean over all entries, and no standard error.
+        A `MergeRule` that needs `quadratic` (of the memory's kind), `curvature_error`, `left_out`
+        for a jackknife, and for one coefficient `curvature_along`: where it is given, it stands for
+        the current task's curvature along Delta. Its `update` raises ValueError for any other
+        quadratic. Where there are several coefficients, its info has their mean over all entries,
+        and no standard error.
 
     Raises:
         ValueError: a setting that is none of these.
@@ -83,10 +94,15 @@ def perturb_and_merge(
     kinds = ("none", "trace")
     require("normalize", normalize, normalize in kinds, f"one of {', '.join(kinds)}")
     group_names([], per)  # says whether the expression can be read
+    require("jackknife", jackknife, jackknife == 0 or jackknife >= 2, "0, or at least 2")
+    require("per", per, not jackknife or per == "model", "model for a jackknife, or jackknife=0")
 
     def init(params: Params) -> PerturbAndMergeState:
         group_names(list(trees.leaves_by_path(params)), per)
-        return PerturbAndMergeState(jnp.zeros((), jnp.int32), memory(params))
+        left_out = None
+        if jackknife:
+            left_out = jax.tree.map(lambda x: jnp.stack([x] * jackknife), memory(params))
+        return PerturbAndMergeState(jnp.zeros((), jnp.int32), memory(params), left_out)
 
     def update(
         state: PerturbAndMergeState, *, previous: Params, trained: Params, evidence: Evidence
@@ -94,14 +110,8 @@ def perturb_and_merge(
         quadratic = quadratic_of(evidence, type(state.memory))
         tasks = state.tasks + 1
         delta = task_vectors.difference(trained, previous)
-        counted, error = quadratic, jnp.asarray(evidence.curvature_error)
-        correction: Array | float = 0.0
-        if evidence.curvature_along is not None and per == "model":
-            correction = evidence.curvature_along - quadratic.curvature_along(delta)
-        scale: Array | float = 1.0
-        if normalize == "trace":
-            scale = _inverse(quadratic.trace())
-            counted, error = quadratic.scaled(scale), scale * error
+        along = evidence.curvature_along if per == "model" else None
+        counted, scale, correction = _weighed(quadratic, along, delta, normalize)
         total = state.memory.plus(counted)
         names = group_names(list(trees.leaves_by_path(delta)), per)
         groups = tuple(sorted(set(names)).index(name) for name in names)
@@ -111,7 +121,7 @@ def perturb_and_merge(
                 previous,
                 delta,
                 task=tasks,
-                curvature_error=error,
+                curvature_error=scale * jnp.asarray(evidence.curvature_error),
                 correction=scale * correction,
                 clip=clip,
             )
@@ -126,10 +136,30 @@ def perturb_and_merge(
         sizes = [leaf.size for leaf in jax.tree.leaves(delta)]
         info = _info(found, groups, sizes)._replace(predicted_loss_change=change)
         merged = jax.tree.map(trees.lerp, previous, trained, alphas)
-        return merged, PerturbAndMergeState(tasks, total), info
+        if not jackknife:
+            return merged, PerturbAndMergeState(tasks, total), info
 
-    of_one = {"curvature_along"} if per == "model" else set()
-    return MergeRule(init, update, frozenset({"quadratic", "curvature_error"} | of_one))
+        def without_group(given: tuple[StoredQuadratic, Measurement]):
+            memory, measured = given
+            known = None if along is None else measured.along
+            counted, scale, correction = _weighed(measured.quadratic, known, delta, normalize)
+            total = memory.plus(counted)
+            return total, merge_coefficient(
+                total, previous, delta, task=tasks, correction=scale * correction
+            )
+
+        measured = _left_out(evidence, jackknife)
+        left_out, each = jax.lax.map(without_group, (state.left_out, measured))
+        error = jackknife_error(each.alpha_raw)
+        error = jnp.where(jnp.any(found.degenerate) | jnp.any(each.degenerate), jnp.nan, error)
+        info = info._replace(figures={"jackknife_error": error})
+        return merged, PerturbAndMergeState(tasks, total, left_out), info
+
+    needs = {"quadratic", "curvature_error"}
+    needs |= {"curvature_along"} if per == "model" else set()
+    needs |= {"left_out"} if jackknife else set()
+    figures = ("jackknife_error",) if jackknife else ()
+    return MergeRule(init, update, frozenset(needs), figures=figures, example_groups=jackknife)
 
 
 def group_names(paths: Sequence[str], per: str) -> list[str]:
@@ -170,6 +200,26 @@ def group_names(paths: Sequence[str], per: str) -> list[str]:
             f"{', ...' if len(paths) > 3 else ''}; or use model, block, module or tensor"
         )
     return names
+
+
+def _weighed(quadratic: Any, along: Array | None, delta: PyTree, normalize: str):
+    """A task's quadratic as it counts, its factor, and what is known beyond it along Delta."""
+    correction = 0.0 if along is None else along - quadratic.curvature_along(delta)
+    if normalize == "none":
+        return quadratic, 1.0, correction
+    scale = _inverse(quadratic.trace())
+    return quadratic.scaled(scale), scale, correction
+
+
+def _left_out(evidence: Evidence, groups: int) -> Measurement:
+    measured = evidence.left_out
+    given = 0 if measured is None else len(measured.examples)
+    if measured is None or given != groups:
+        raise ValueError(
+            f"evidence.left_out: has {given} groups and jackknife={groups} needs as many; measure "
+            f"by measures.in_groups(measure, {groups})"
+        )
+    return measured
 
 
 def _inverse(value: Array) -> Array:
