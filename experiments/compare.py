@@ -22,6 +22,7 @@ from absl import app, flags
 from experiments import flags as experiment_flags
 from pm_jax import comparison, rules
 from pm_jax.continual import Config, TrainingDiverged, comparison_plots
+from pm_jax.continual.interruption import Interrupted, StopRequests
 from pm_jax.continual.rule_comparison import run_rules, write_tables
 from pm_jax.continual.run import describe
 from pm_jax.types import InvalidInput
@@ -57,16 +58,22 @@ def main(argv: Sequence[str]) -> None:
         if not values.workdir:
             raise InvalidInput("workdir=: needs a directory, as --workdir=runs/rules")
         workdir = Path(values.workdir)
-        results = run_rules(
-            configs,
-            base,
-            values.seeds,
-            workdir,
-            checkpoint_every=values.checkpoint_every,
-            tensorboard=values.tensorboard,
-        )
-    except (InvalidInput, TrainingDiverged) as error:
+        with StopRequests() as stop:
+            results = run_rules(
+                configs,
+                base,
+                values.seeds,
+                workdir,
+                checkpoint_every=values.checkpoint_every,
+                tensorboard=values.tensorboard,
+                stop=stop,
+            )
+    except InvalidInput as error:
         experiment_flags.fail(str(error))
+    except TrainingDiverged as error:
+        experiment_flags.fail(str(error), code=1)
+    except Interrupted as error:
+        experiment_flags.fail(str(error), code=128 + error.signal_number)
     apart = [label for label, config in configs.items() if config.merge_rule().analysis_only]
     rows = comparison.compare(results, apart)
     print(comparison.as_text(rows))

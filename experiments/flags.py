@@ -227,11 +227,17 @@ def _with_preset(argv: Sequence[str]) -> list[str]:
     return result + arguments
 
 
-def fail(message: str, values: flags.FlagValues = flags.FLAGS) -> NoReturn:
-    """End with one line on standard error and exit code 2."""
+def fail(message: str, values: flags.FlagValues = flags.FLAGS, *, code: int = 2) -> NoReturn:
+    """End with one line on standard error.
+
+    Args:
+        message: the line.
+        values: flags, one of which may be what it begins with.
+        code: of the exit; 2 for a mistake of the user's, 1 for what went wrong during a run.
+    """
     line = " ".join(message.split())
     name = line.split("=", 1)[0]
     if name in values:
         line = f"--{line}"
     print(f"error: {line}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(code)

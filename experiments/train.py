@@ -10,6 +10,7 @@ from absl import app, flags
 
 from experiments import flags as experiment_flags
 from pm_jax.continual import TrainingDiverged, export
+from pm_jax.continual.interruption import Interrupted, StopRequests
 from pm_jax.continual.report import write_report
 from pm_jax.continual.run import describe, run_with_baseline, table
 from pm_jax.types import InvalidInput
@@ -42,21 +43,27 @@ def main(argv: Sequence[str]) -> None:
             return
         if not workdir:
             raise InvalidInput("workdir=: needs a directory, as --workdir=runs/digits")
-        summaries = run_with_baseline(
-            config,
-            baseline,
-            values.seeds,
-            workdir,
-            checkpoint_every=values.checkpoint_every,
-            tensorboard=values.tensorboard,
-            keep_task_models=values.keep_task_models,
-        )
+        with StopRequests() as stop:
+            summaries = run_with_baseline(
+                config,
+                baseline,
+                values.seeds,
+                workdir,
+                checkpoint_every=values.checkpoint_every,
+                tensorboard=values.tensorboard,
+                keep_task_models=values.keep_task_models,
+                stop=stop,
+            )
         if values.report:
             _write_report(workdir)
         print(table(summaries))
         export.write(destinations, config, values.seeds[0], workdir)
-    except (InvalidInput, TrainingDiverged) as error:
+    except InvalidInput as error:
         experiment_flags.fail(str(error))
+    except TrainingDiverged as error:
+        experiment_flags.fail(str(error), code=1)
+    except Interrupted as error:
+        experiment_flags.fail(str(error), code=128 + error.signal_number)
 
 
 def _write_report(workdir: Path) -> None:

@@ -334,7 +334,7 @@ def test_a_run_keeps_and_asks_the_curvature_of_its_settings(kind):
         given.append((jax.tree.map(jnp.copy, state), previous, trained, evidence))
         return run.merge(state, previous, trained, evidence)
 
-    learner._programs = run._replace(merge=merge)
+    learner._programs = learner._merging._programs = run._replace(merge=merge)
     alpha = learner.run()["merges"][1]["alpha"]
     assert run.merge._cache_size() == run.absorb._cache_size() == 1
     state, first, trained, evidence = given[1]

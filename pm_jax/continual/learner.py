@@ -12,6 +12,7 @@ from pm_jax.continual import feed, landscape, merge_warnings, task_models, train
 from pm_jax.continual.checkpoints import Checkpoints
 from pm_jax.continual.config import Config
 from pm_jax.continual.divergence import check_finite
+from pm_jax.continual.interruption import Interrupted, StopRequests
 from pm_jax.continual.logs import RunLog
 from pm_jax.continual.merging import Merging, RunState, TrainedTask
 from pm_jax.continual.programs import programs, starting_params
@@ -33,6 +34,7 @@ class Learner:
         tensorboard: write TensorBoard events into the directory.
         keep_task_models: write what is merged into the directory too, for `experiments.merge`.
         shared: task training in common with runs of the same training settings and seed.
+        stop: requests to end early, which `run` obeys with `Interrupted`.
 
     Attributes:
         stream: the tasks.
@@ -58,7 +60,9 @@ class Learner:
         tensorboard: bool = False,
         keep_task_models: bool = False,
         shared: SharedTraining | None = None,
+        stop: StopRequests | None = None,
     ):
+        self._stop = stop or StopRequests()
         self.config, self.seed, self.directory = config, seed, directory
         self._checkpoint_every, self._quiet = checkpoint_every, quiet
         self._tensorboard, self._keep_task_models = tensorboard, keep_task_models
@@ -123,6 +127,7 @@ class Learner:
         Raises:
             TrainingDiverged: the loss is no longer finite.
             InvalidInput: a damaged checkpoint.
+            Interrupted: a request to end came; everything is saved.
         """
         if self.directory is None:
             return self._run(None)
@@ -213,6 +218,17 @@ class Learner:
         )
         if checkpoints:
             checkpoints.save(end, self._saved(None))
+        if end < self.total_steps:
+            self._end_if_asked(end)
+
+    def _end_if_asked(self, step: int) -> None:
+        """Raise `Interrupted` after a request; the step has been saved."""
+        if number := self._stop.received:
+            raise Interrupted(
+                f"ended by {number.name} at step {step} of {self.total_steps}; the same command "
+                "goes on from there",
+                number,
+            )
 
     def _trained_before(self, task: int, start: Params, log: RunLog) -> Params | None:
         """The trained model if another run has trained the same; its log and time are taken over.
@@ -253,16 +269,16 @@ class Learner:
                 return program.order(self._key, data, task_array, epoch)
 
             stretches = feed.stretches(self._train, order, self.config.batch_size, first, stop)
-            for low, high, data in stretches:
+            for low, stop, data in self._stop.cut(stretches):
                 projected = training_hooks.projects(
                     self._rule.hook, epoch * per_epoch + first, epochs * per_epoch
                 )
-                segment = Segment.of(task, epoch, low, high, epochs, projected)
+                segment = Segment.of(task, epoch, low, stop, epochs, projected)
                 trainable, optimizer_state, step_losses = program.train(
                     self._key, trainable, optimizer_state, start, data, segment, *hooked
                 )
                 # Waits, so that no more windows than planned are on the device.
-                found.append(np.asarray(step_losses)[low:high])
+                found.append(np.asarray(step_losses)[low:stop])
             values = np.concatenate(found)
             seconds = self._records.time("train", clock)
             check_finite(values, task, epoch * per_epoch + first, self.config, self.directory)
@@ -283,8 +299,11 @@ class Learner:
                 )
             self._trajectory = snapshots.taken(self._trajectory, cuts, within, start, trainable)
             due = self._checkpoint_every and within % self._checkpoint_every == 0
-            if checkpoints and due and within < epochs * per_epoch:
+            if within == epochs * per_epoch:
+                continue
+            if checkpoints and (due or self._stop.received):
                 checkpoints.save(begin + within, self._saved((trainable, optimizer_state)))
+            self._end_if_asked(begin + within)
         self._adapters = trainable.adapters or self._merging.blank_adapters(start)
         return self._programs.trained(start, trainable)
 

@@ -295,7 +295,7 @@ def plane(
     for axes, (name, values) in zip(panels, parts.items(), strict=True):
         image = axes.contourf(along, across, np.maximum(values, 1e-6).T, cmap="viridis_r",
                               locator=LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))  # fmt: skip
-        figure.colorbar(image, ax=axes, label="loss")
+        figure.colorbar(image, ax=axes, label="loss", format="%.2g")
         for place, marker, label in (
             ((0, 0), "s", "before"), ((1, 0), "^", "trained"), (merged, "o", "merged"),
         ):  # fmt: skip

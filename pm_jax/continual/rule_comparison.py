@@ -9,6 +9,7 @@ from typing import Any
 from pm_jax import comparison
 from pm_jax.continual.config import Config
 from pm_jax.continual.divergence import TrainingDiverged
+from pm_jax.continual.interruption import StopRequests
 from pm_jax.continual.logs import check_tensorboard
 from pm_jax.continual.run import read_results, run_seeds
 from pm_jax.continual.shared_training import folder_name
@@ -27,6 +28,7 @@ def run_rules(
     checkpoint_every: int = 0,
     quiet: bool = False,
     tensorboard: bool = False,
+    stop: StopRequests | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
     """Run each configuration for each seed; what is finished in the work directory is kept.
 
@@ -41,6 +43,7 @@ def run_rules(
         checkpoint_every: as for `run_seeds`.
         quiet: as for `run_seeds`.
         tensorboard: as for `run_seeds`.
+        stop: as for `run_seeds`.
 
     Returns:
         For each label the contents of `results.json`, in the order of the seeds.
@@ -48,6 +51,7 @@ def run_rules(
     Raises:
         InvalidInput: as `run_seeds`; nothing has been run then.
         TrainingDiverged: the loss is no longer finite; the message names the rule.
+        Interrupted: as `run_seeds`.
 
     Example:
         >>> import tempfile
@@ -76,6 +80,7 @@ def run_rules(
                 quiet=quiet,
                 tensorboard=tensorboard,
                 shared=workdir / SHARED_FOLDER / folder_name(config),
+                stop=stop,
             )
         except TrainingDiverged as error:
             raise TrainingDiverged(f"{label}: {error}") from error

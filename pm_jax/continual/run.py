@@ -14,6 +14,7 @@ import numpy as np
 
 from pm_jax import lora, trees
 from pm_jax.continual.config import Config
+from pm_jax.continual.interruption import StopRequests
 from pm_jax.continual.learner import Learner
 from pm_jax.continual.logs import check_tensorboard
 from pm_jax.continual.partition import Partition
@@ -45,6 +46,7 @@ def run_seeds(
     tensorboard: bool = False,
     keep_task_models: bool = False,
     shared: Path | None = None,
+    stop: StopRequests | None = None,
 ) -> dict[str, Any]:
     """Run a configuration for some seeds, going on where an earlier call was interrupted.
 
@@ -60,6 +62,7 @@ def run_seeds(
         tensorboard: write TensorBoard events beside the other logs.
         keep_task_models: write the models that are merged, in `seed_<n>/task_models`.
         shared: folder of the task training in common with other merge rules; `None` for none.
+        stop: requests to end early.
 
     Returns:
         The summary: `{"seeds": [...], metric: {"mean", "standard_deviation", "n"}, ...}`.
@@ -67,6 +70,7 @@ def run_seeds(
     Raises:
         InvalidInput: settings that do not fit, or a work directory of something else.
         TrainingDiverged: the loss is no longer finite.
+        Interrupted: a request to end came; the same call goes on from there.
 
     Example:
         >>> import tempfile
@@ -92,6 +96,7 @@ def run_seeds(
             tensorboard=tensorboard,
             keep_task_models=keep_task_models,
             shared=SharedTraining(shared / f"seed_{seed}") if shared else None,
+            stop=stop,
         )
         results = learner.run()
         results["seconds"]["this_process"] = time.perf_counter() - clock
@@ -119,6 +124,7 @@ def run_with_baseline(
     quiet: bool = False,
     tensorboard: bool = False,
     keep_task_models: bool = False,
+    stop: StopRequests | None = None,
 ) -> dict[str, dict[str, Any]]:
     """A configuration and, in `workdir/baseline`, another one to compare it with.
 
@@ -133,6 +139,7 @@ def run_with_baseline(
         quiet: as for `run_seeds`.
         tensorboard: as for `run_seeds`.
         keep_task_models: as for `run_seeds`.
+        stop: as for `run_seeds`.
 
     Returns:
         `{label: summary}`, the label being the rule's name and what the baseline has of its own.
@@ -140,6 +147,7 @@ def run_with_baseline(
     Raises:
         InvalidInput: as `run_seeds`.
         TrainingDiverged: the loss is no longer finite.
+        Interrupted: as `run_seeds`.
 
     Example:
         >>> import tempfile
@@ -171,6 +179,7 @@ def run_with_baseline(
             quiet=quiet,
             tensorboard=tensorboard,
             keep_task_models=keep_task_models,
+            stop=stop,
         )
         for label, (directory, settings) in runs.items()
     }
