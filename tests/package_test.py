@@ -67,6 +67,15 @@ def test_notebooks_run(path):
             ],
             "low_rank",
         ),
+        (
+            "interruptions",
+            [
+                *("--rounds=1", "--kills=1", "--seed=2"),
+                "--train_flags=--num_tasks=2,--epochs=1,--hidden_sizes=4,--checkpoint_every=5,"
+                "--noreport,--baseline=",
+            ],
+            "1 of 1 equal",
+        ),
         ("offline_merging", ["--depth=1", "--models=1"], "peak above the baseline"),
     ],
 )
