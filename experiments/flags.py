@@ -27,6 +27,7 @@ NOT_OF_SEQUENTIAL = (
     *("curvature", "stored_curvature", "curvature_rank", "curvature_slots"),
     *("curvature_samples", "curvature_examples", "curvature_error", "curvature_memory_mb"),
     *("merge_examples", "onset_gradients", "landscape_points", "plane_points", "trust"),
+    *("branch_from", "from_task"),
 )
 """Settings that sequential training does not depend on, and those that it has of its own."""
 

@@ -8,13 +8,22 @@ import jax
 import numpy as np
 
 from pm_jax import trees
-from pm_jax.continual import feed, landscape, merge_warnings, task_models, training, training_hooks
+from pm_jax.continual import (
+    branching,
+    feed,
+    landscape,
+    merge_warnings,
+    task_models,
+    training,
+    training_hooks,
+)
 from pm_jax.continual.checkpoints import Checkpoints
 from pm_jax.continual.config import Config
 from pm_jax.continual.divergence import check_finite
 from pm_jax.continual.interruption import Interrupted, StopRequests
 from pm_jax.continual.logs import RunLog
 from pm_jax.continual.merging import Merging, RunState, TrainedTask
+from pm_jax.continual.partition import HEAD_PATTERN
 from pm_jax.continual.programs import programs, starting_params
 from pm_jax.continual.records import Records
 from pm_jax.continual.shared_training import SharedTraining
@@ -236,6 +245,8 @@ class Learner:
         A run's times are then what they would be had it trained by itself.
         """
         found = self._shared.find(task, start) if self._shared else None
+        if task < self.config.from_task:
+            found = branching.trained(self.config, self.seed, task, start)
         if found is None:
             return None
         trained, lines = found
@@ -319,6 +330,11 @@ class Learner:
                 theta_0 = trained if self.config.from_scratch else start
                 task_models.keep(self.directory, 0, trees.select(theta_0, paths))
             task_models.keep(self.directory, task + 1, trees.select(trained, paths))
+            rest = HEAD_PATTERN if task or not self.config.from_scratch else ".*"
+            others = set(trees.match_paths(trained, rest)).difference(paths)
+            task_models.keep_rest(
+                self.directory, task + 1, trees.select(trained, tuple(sorted(others)))
+            )
         found = TrainedTask(start, trained, loss, self._adapters, self._trajectory)
         self._trajectory = None
         self._state, info = self._merging.merge(task, self._state, found, self._records)

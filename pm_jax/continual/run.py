@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from pm_jax import lora, trees
+from pm_jax.continual import branching
 from pm_jax.continual.config import Config
 from pm_jax.continual.interruption import StopRequests
 from pm_jax.continual.learner import Learner
@@ -79,6 +80,7 @@ def run_seeds(
         >>> summary["final_average_accuracy"]["n"]
         1
     """
+    branching.check(config, seeds)
     claim(workdir, config)
     for seed in seeds:
         directory = workdir / f"seed_{seed}"
@@ -168,6 +170,7 @@ def run_with_baseline(
         )
     for directory, settings in runs.values():
         check_claim(directory, settings)
+        branching.check(settings, seeds)
     if tensorboard:
         check_tensorboard()
     return {

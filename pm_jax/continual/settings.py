@@ -36,7 +36,7 @@ MERGING = (
     *("curvature", "stored_curvature", "curvature_rank", "curvature_slots"),
     *("curvature_samples", "curvature_examples", "curvature_error", "curvature_memory_mb"),
     *("merge_examples", "onset_gradients", "landscape_points", "plane_points", "trust"),
-    "classifier",
+    *("classifier", "branch_from", "from_task"),
 )
 """Settings that the training of a task does not depend on, given the model it starts from."""
 
@@ -269,6 +269,13 @@ class Settings:
         "standard error along the task vector is at most this, which bounds that of the "
         "coefficient; 0 to go on to the last example.",
     )
+    branch_from: str = _option(
+        "",
+        "Work directory of a run with keep_task_models, of other merging or perturbation: the "
+        "first from_task tasks are not trained again but merged anew, from the models it trained.",
+        identity=False,
+    )
+    from_task: int = _option(0, "branch_from: number of tasks taken over.")
     merge_examples: int = _option(
         256,
         "Training examples of a task that rules look at while they merge, beyond curvature: trm "
@@ -366,6 +373,11 @@ class Settings:
             ("warmup_fraction", 0 <= self.warmup_fraction < 1, "must lie in [0, 1)"),
             ("validation_fraction", 0 < self.validation_fraction < 1, "must lie between 0 and 1"),
             ("landscape_points", self.landscape_points != 1, "must be 0, or at least 2"),
+            (
+                "from_task",
+                bool(self.branch_from) == (self.from_task > 0) and self.from_task <= self.num_tasks,
+                f"with branch_from from 1 to num_tasks={self.num_tasks}, without it 0",
+            ),
             ("plane_points", self.plane_points != 1, "must be 0, or at least 2"),
             ("hidden_sizes", min(self.hidden_sizes, default=0) >= 1, "needs one width or more"),
             (

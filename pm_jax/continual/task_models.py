@@ -1,4 +1,4 @@
-"""The models that a run merged, kept as files so that another rule can merge them again."""
+"""The models that a run merged, kept as files for another rule to merge or to go on from."""
 
 from pathlib import Path
 
@@ -31,6 +31,56 @@ def keep(run: Path, task: int, leaves: Params) -> None:
     path.parent.mkdir(exist_ok=True)
     tensors = {name: np.asarray(leaf) for name, leaf in leaves.items()}
     pretrained.write_tensors(tensors, path, overwrite=True)  # a resumed run writes the same
+
+
+def rest_name(task: int) -> str:
+    """Of the file with what a task trained and did not merge, counted from 1."""
+    return f"rest_{task}.safetensors"
+
+
+def keep_rest(run: Path, task: int, leaves: Params) -> None:
+    """Write what a task trained and did not merge, such as its columns of the classifier.
+
+    Args:
+        run: directory of one seed.
+        task: t for theta_t*.
+        leaves: `{path: leaf}`.
+
+    Example:
+        >>> import tempfile
+        >>> run = Path(tempfile.mkdtemp())
+        >>> keep(run, 1, {"fc/kernel": np.ones(2)})
+        >>> keep_rest(run, 1, {"head/bias": np.zeros(2)})
+        >>> sorted(whole(run, 1))
+        ['fc/kernel', 'head/bias']
+    """
+    tensors = {name: np.asarray(leaf) for name, leaf in leaves.items()}
+    pretrained.write_tensors(tensors, run / FOLDER / rest_name(task), overwrite=True)
+
+
+def whole(run: Path, task: int) -> dict[str, np.ndarray]:
+    """All that a task trained.
+
+    Args:
+        run: directory of one seed.
+        task: t for theta_t*.
+
+    Returns:
+        `{path: leaf}`.
+
+    Raises:
+        InvalidInput: a file is missing or damaged.
+    """
+    folder = run / FOLDER
+    names = (f"task_{task}.safetensors", rest_name(task))
+    return {key: leaf for name in names for key, leaf in _leaves(folder / name).items()}
+
+
+def _leaves(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return pretrained.read_tensors(path)
+    except InvalidInput as error:
+        raise InvalidInput(f"branch_from={path}: {str(error).partition(': ')[2]}") from None
 
 
 def files(run: Path) -> tuple[Path, tuple[Path, ...]]:
