@@ -126,8 +126,8 @@ SUMS = ("total", "examples", "mean", "squares")
 def in_groups(measure: Measure, groups: int) -> Measure:
     """A measure that also finds what it would find without each of K groups of examples.
 
-    The n-th example is of group n modulo K. Each is measured once, in batches a K-th as large, for
-    K times the memory; what is found of all examples is the same.
+    The n-th example is of group n modulo K; they should come in random order. Each is measured
+    once, in batches a K-th as large, for K times the memory; what is found of all is the same.
 
     Args:
         measure: of any kind.
