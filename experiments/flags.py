@@ -191,7 +191,9 @@ def _is_default_stream(config: Config) -> bool:
     )
 
 
-def parse(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
+def parse(
+    argv: Sequence[str], values: flags.FlagValues = flags.FLAGS, *, positional: int = 0
+) -> list[str]:
     """Parser for `app.run`: reads presets, and ends with one line and code 2 on a mistake."""
     try:
         rest = values(_with_preset(argv))
@@ -206,8 +208,8 @@ def parse(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[s
         fail(str(error), values)
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax writes a page of text per checkpoint.
-    if len(rest) > 1:
-        fail(f"{rest[1]!r}: not a flag; settings are given as --name=value", values)
+    if len(rest) > 1 + positional:
+        fail(f"{rest[1 + positional]!r}: not a flag; settings are given as --name=value", values)
     return rest
 
 

@@ -10,7 +10,7 @@ import pytest
 import safetensors
 
 from pm_jax import models, trees
-from pm_jax.continual import Config, Learner, export
+from pm_jax.continual import Config, Learner, export, inspection, manifest
 from pm_jax.models import pretrained
 from pm_jax.types import InvalidInput
 from tests.small_runs import leaves_equal
@@ -69,6 +69,15 @@ def test_the_merged_model_comes_back_with_the_accuracy_of_the_run(finished):
     wanted = results(finished / "run")["accuracy_matrix"][-1]
     assert np.mean(wanted) > 0.15
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_what_is_exported_into_the_work_directory_is_covered_by_its_manifest(finished):
+    found = inspection.inspect(finished / "run")
+    assert not found.damaged and not found.unlisted
+    assert "merged.safetensors" in manifest.read(finished / "run").files
+    assert sorted(path.name for path in (finished / "adapter").iterdir()) == [
+        *("adapter_config.json", "adapter_model.safetensors")
+    ]
 
 
 def test_metadata_says_how_to_build_the_model_and_what_made_it(finished):

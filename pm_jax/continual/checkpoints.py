@@ -1,18 +1,35 @@
 """Checkpoints of a run by Orbax: one directory per training step that was saved."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import numpy as np
 from orbax import checkpoint as orbax
 
+from pm_jax.continual import manifest
 from pm_jax.types import InvalidInput, PyTree
 
 KEPT = 2
+T = TypeVar("T")
+
+
+class DamagedCheckpoint(InvalidInput):
+    """A checkpoint that is not as it was saved, or is not known to be and cannot be read.
+
+    Args:
+        message: for the user.
+        why: what is wrong, in a few words.
+    """
+
+    def __init__(self, message: str, why: str):
+        super().__init__(message)
+        self.why = why
 
 
 class Checkpoints:
-    """The checkpoints in a directory, the newest two kept.
+    """The checkpoints in a directory, the newest two kept, and a manifest of them.
 
     Args:
         directory: made if absent.
@@ -26,9 +43,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path):
-        options = orbax.CheckpointManagerOptions(
-            max_to_keep=KEPT, enable_async_checkpointing=False, create=True
-        )
+        options = orbax.CheckpointManagerOptions(enable_async_checkpointing=False, create=True)
         self._directory = directory.absolute()
         self._manager = orbax.CheckpointManager(self._directory, options=options)
 
@@ -44,7 +59,43 @@ class Checkpoints:
 
     def save(self, step: int, tree: PyTree) -> None:
         """Save a pytree of arrays under a step; atomic."""
-        self._manager.save(step, args=orbax.args.StandardSave(tree))
+        with manifest.covering(self._directory, str(step)):
+            self._manager.save(step, args=orbax.args.StandardSave(tree))
+        kept = sorted(self._manager.all_steps())[-KEPT:]
+        covered = {name.split("/")[0] for name in manifest.known(self._directory).files}
+        manifest.uncover(self._directory, *covered.difference(map(str, kept)))
+        for old in set(self._manager.all_steps()).difference(kept):
+            self._manager.delete(old)
+
+    def newest(self, restore: Callable[[int], T]) -> tuple[int, T | None, list[str]]:
+        """Go back to the newest step that is whole; damaged ones are set aside by name.
+
+        Args:
+            restore: of a step; it calls the method `restore`.
+
+        Returns:
+            The step and what `restore` returned, (0, None) where no step is left, and a line for
+            each that was set aside.
+
+        Raises:
+            InvalidInput: a checkpoint is as it was saved and cannot be restored all the same.
+        """
+        warnings: list[str] = []
+        while step := self.latest():
+            try:
+                restored = restore(step)
+            except DamagedCheckpoint as error:
+                aside = manifest.set_aside(self._directory / str(step))
+                manifest.uncover(self._directory, str(step))
+                self._manager.reload()
+                warnings.append(
+                    f"warning: checkpoint {step} is damaged ({error.why}); kept as {aside.name}, "
+                    f"going on from {self._newest_but(step)}"
+                )
+                continue
+            manifest.cover(self._directory, str(step))  # killed right after it was written
+            return step, restored, warnings
+        return 0, None, warnings
 
     def restore(self, step: int, like: PyTree) -> PyTree:
         """The tree saved under a step.
@@ -57,15 +108,26 @@ class Checkpoints:
             Pytree of arrays on the default device, of NumPy arrays where those were saved.
 
         Raises:
-            InvalidInput: the checkpoint cannot be read; nothing is deleted.
+            DamagedCheckpoint: it is not as it was saved; nothing is deleted.
+            InvalidInput: it is, and cannot be restored.
         """
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), like)
+        saved = manifest.known(self._directory, str(step)).files
+        if found := manifest.damage(self._directory, saved):
+            raise self._damaged(step, " ".join(found[0]))
         try:
             return self._manager.restore(step, args=orbax.args.StandardRestore(abstract))
         except Exception as error:  # Orbax and TensorStore raise many types for damaged files.
-            others = [str(s) for s in sorted(self._manager.all_steps()) if s != step]
-            earlier = f"step {others[-1]}" if others else "the beginning"
-            raise InvalidInput(
-                f"workdir={self._directory}: checkpoint {step} cannot be read "
-                f"({type(error).__name__}); move the folder {step} away to go on from {earlier}"
-            ) from error
+            damaged = self._damaged(step, type(error).__name__)
+            raise (InvalidInput(str(damaged)) if saved else damaged) from error
+
+    def _damaged(self, step: int, why: str) -> DamagedCheckpoint:
+        return DamagedCheckpoint(
+            f"workdir={self._directory}: checkpoint {step} cannot be read ({why}); move the folder "
+            f"{step} away to go on from {self._newest_but(step)}",
+            why,
+        )
+
+    def _newest_but(self, step: int) -> str:
+        others = [other for other in self._manager.all_steps() if other != step]
+        return f"step {max(others)}" if others else "the beginning"

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from pm_jax.continual import manifest
+
 Results = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
@@ -43,7 +45,8 @@ def write_plots(results: Results, directory: Path) -> list[Path]:
         figure = Figure(figsize=(9, max(5.0, 2 + 0.25 * len(results))), layout="constrained")
         plot(figure.subplots(), results)
         files.append(directory / f"{name}.png")
-        figure.savefig(files[-1], dpi=150)
+        with manifest.covering(directory, files[-1].name):
+            figure.savefig(files[-1], dpi=150)
     return files
 
 

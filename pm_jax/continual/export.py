@@ -1,15 +1,17 @@
 """The merged model of a run as files that timm, transformers and PEFT load."""
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from pm_jax import models
+from pm_jax.continual import manifest
 from pm_jax.continual.config import Config
 from pm_jax.continual.learner import Learner
 from pm_jax.continual.programs import partitions
-from pm_jax.continual.run import environment
+from pm_jax.continual.provenance import environment
 from pm_jax.models import peft_adapter, pretrained
 from pm_jax.types import InvalidInput
 
@@ -143,7 +145,10 @@ def write(destinations: Destinations, config: Config, seed: int, workdir: Path) 
         layout = layout_for(config)
         tensors = pretrained.export_params(merged, layout)
         metadata = _metadata(learner, layout)
-        pretrained.write_tensors(tensors, path, metadata=metadata, overwrite=destinations.overwrite)
+        with _covering(workdir, path):
+            pretrained.write_tensors(
+                tensors, path, metadata=metadata, overwrite=destinations.overwrite
+            )
     if path := destinations.adapter:
         layout = layout_for(config)
         _, later = partitions(config, merged)
@@ -156,7 +161,15 @@ def write(destinations: Destinations, config: Config, seed: int, workdir: Path) 
                 "model"
             ) from error
         _check_path("export_adapter", path, is_file=False, overwrite=destinations.overwrite)
-        peft_adapter.write_adapter(adapter, path)
+        with _covering(workdir, path):
+            peft_adapter.write_adapter(adapter, path)
+
+
+def _covering(workdir: Path, path: Path) -> contextlib.AbstractContextManager:
+    """The manifest of a work directory covers what is exported into it."""
+    if not path.resolve().is_relative_to(workdir.resolve()):
+        return contextlib.nullcontext()
+    return manifest.covering(workdir, path.resolve().relative_to(workdir.resolve()).as_posix())
 
 
 def _metadata(learner: Learner, layout: str) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """The task loop: train, measure curvature, merge, evaluate, save; one seed of one configuration."""
 
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ class Learner:
         stream: the tasks.
 
     Raises:
-        InvalidInput: settings that do not fit the data or the model, or a damaged checkpoint.
+        InvalidInput: settings that do not fit the data or the model.
 
     Example:
         >>> config = Config(num_tasks=2, epochs=1, first_task_epochs=1, hidden_sizes=(8,))
@@ -128,14 +129,14 @@ class Learner:
         return self._bounds[-1]
 
     def run(self) -> dict[str, Any]:
-        """Learn all tasks, from the newest checkpoint on if there is one.
+        """Learn all tasks, from the newest checkpoint on that is whole, if there is one.
 
         Returns:
             What `results.json` holds, but for its configuration, manifest and environment.
 
         Raises:
             TrainingDiverged: the loss is no longer finite.
-            InvalidInput: a damaged checkpoint.
+            InvalidInput: a checkpoint that is whole and does not fit.
             Interrupted: a request to end came; everything is saved.
         """
         if self.directory is None:
@@ -173,8 +174,11 @@ class Learner:
 
     def _run(self, checkpoints: Checkpoints | None) -> dict[str, Any]:
         self._reset()
-        step = (checkpoints.latest() if checkpoints else None) or 0
-        training_state = self._restore(checkpoints, step) if checkpoints and step else None
+        step, training_state, warnings = (
+            checkpoints.newest(functools.partial(self._restore, checkpoints))
+            if checkpoints
+            else (0, None, [])
+        )
         log = RunLog(
             self.directory,
             f"{self.config.rule}, seed {self.seed}",
@@ -184,6 +188,8 @@ class Learner:
             tensorboard=self._tensorboard,
         )
         try:
+            for warning in warnings:
+                log.tell(warning)
             if step:
                 log.tell(f"going on from step {step} of {self.total_steps}")
             elif self._by_domain:  # for the forward transfer

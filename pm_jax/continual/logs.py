@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 from typing import IO, Any
 
+from pm_jax.continual import manifest
 from pm_jax.types import InvalidInput
 
-JSONL_FILE = "metrics.jsonl"
+JSONL_FILE, CSV_FILE, EVENT_FILES = "metrics.jsonl", "metrics.csv", "events.out.tfevents.*"
 COLUMNS = ("step", "event", "task", "epoch", "loss", "alpha", "accuracy", "images_per_second")
 
 
@@ -58,6 +59,9 @@ class RunLog:
         )
         self._step = resume_step
         if directory:
+            saved = manifest.known(directory).within(JSONL_FILE)
+            for name, what in manifest.damage(directory, saved):
+                self.tell(f"warning: {name} {what}; what can be read of it is kept")
             self._jsonl, self._csv_file = _reopened(directory, resume_step)
             self._csv = _csv_writer(self._csv_file)
         self._events = None
@@ -103,6 +107,9 @@ class RunLog:
             self._csv_file.close()
         if self._events:
             self._events.close()
+        if self._directory:
+            events = (path.name for path in self._directory.glob(EVENT_FILES))
+            manifest.cover(self._directory, JSONL_FILE, CSV_FILE, *events)
 
     def _append(self, line: dict[str, Any]) -> None:
         self._jsonl.write(json.dumps(line) + "\n")
@@ -139,14 +146,15 @@ def _csv_writer(file) -> csv.DictWriter:
 
 def _reopened(directory: Path, resume_step: int) -> tuple[IO[str], IO[str]]:
     """Both files, open to append, rewritten up to the step in one rename each."""
-    jsonl, table = directory / JSONL_FILE, directory / "metrics.csv"
-    lines = []
-    for text in jsonl.read_text().splitlines() if jsonl.exists() else ():
+    manifest.uncover(directory, JSONL_FILE, CSV_FILE)  # until the run rests
+    jsonl, table = directory / JSONL_FILE, directory / CSV_FILE
+    kept = []
+    for text in jsonl.read_bytes().splitlines() if jsonl.exists() else ():
         try:
-            lines.append(json.loads(text))
-        except ValueError:  # cut short by a kill
+            line = json.loads(text)
+            kept += [line] if line["step"] <= resume_step else []
+        except (ValueError, LookupError, TypeError):  # cut short by a kill, or damaged
             break
-    kept = [line for line in lines if line["step"] <= resume_step]
     temporary = directory / "metrics.tmp"
     temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
     os.replace(temporary, jsonl)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pm_jax.continual import landscape, report_figures
+from pm_jax.continual import landscape, manifest, report_figures
 from pm_jax.continual.config import Config
 from pm_jax.continual.logs import JSONL_FILE
 from pm_jax.continual.merge_warnings import warnings_of
@@ -71,7 +71,9 @@ def write_report(workdir: Path) -> Path:
         runs = [_read(workdir)]
         if any((workdir / "baseline").glob(f"seed_*/{RESULTS_FILE}")):
             runs.append(_read(workdir / "baseline", " (baseline)"))
-        write_text(workdir / FILE, _page(runs))
+        page = _page(runs)
+        with manifest.covering(workdir, FILE):
+            write_text(workdir / FILE, page)
     except OSError as error:
         raise InvalidInput(
             f"workdir={workdir}: {error.filename} cannot be read or written ({error.strerror}); "

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pm_jax import comparison
+from pm_jax.continual import manifest
 from pm_jax.continual.config import Config
 from pm_jax.continual.divergence import TrainingDiverged
 from pm_jax.continual.interruption import StopRequests
@@ -111,11 +112,13 @@ def write_tables(
         ['comparison.csv', 'comparison.json', 'comparison.tex']
     """
     csv, json, latex = (workdir / f"comparison.{kind}" for kind in ("csv", "json", "tex"))
-    write_text(csv, comparison.as_csv(rows))
+    files = [csv, json, latex]
     records = [
         record | {"over_seeds": row.figures}
         for record, row in zip(comparison.as_records(rows), rows, strict=True)
     ]
-    write_json(json, {"seeds": list(seeds), "rules": records})
-    write_text(latex, comparison.as_latex(rows) + "\n")
-    return [csv, json, latex]
+    with manifest.covering(workdir, *(path.name for path in files)):
+        write_text(csv, comparison.as_csv(rows))
+        write_json(json, {"seeds": list(seeds), "rules": records})
+        write_text(latex, comparison.as_latex(rows) + "\n")
+    return files

@@ -1,25 +1,23 @@
 """A configuration over several seeds: results per seed, their summary, and a table."""
 
 import dataclasses
-import importlib.metadata
 import json
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from pm_jax import lora, trees
-from pm_jax.continual import branching
+from pm_jax.continual import branching, landscape, manifest
 from pm_jax.continual.config import Config
 from pm_jax.continual.interruption import StopRequests
 from pm_jax.continual.learner import Learner
 from pm_jax.continual.logs import check_tensorboard
 from pm_jax.continual.partition import Partition
 from pm_jax.continual.programs import parameter_shapes, partitions
+from pm_jax.continual.provenance import environment, provenance
 from pm_jax.continual.shared_training import SharedTraining
 from pm_jax.continual.workdir import RESULTS_FILE, SUMMARY_FILE, check_claim, claim, write_json
 from pm_jax.types import InvalidInput
@@ -34,7 +32,7 @@ METRICS = (
     "mean_regret_loss",
     "mean_regret_accuracy",
 )
-PACKAGES = ("pm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scikit-learn")
+FINISHED_FILES = (RESULTS_FILE, landscape.FILE)
 
 
 def run_seeds(
@@ -85,6 +83,7 @@ def run_seeds(
     for seed in seeds:
         directory = workdir / f"seed_{seed}"
         if (directory / RESULTS_FILE).exists():
+            manifest.cover(directory, *FINISHED_FILES)  # killed right after they were written
             if not quiet:
                 print(f"seed {seed}: already finished, see {directory / RESULTS_FILE}", flush=True)
             continue
@@ -100,6 +99,7 @@ def run_seeds(
             shared=SharedTraining(shared / f"seed_{seed}") if shared else None,
             stop=stop,
         )
+        _note_start(directory, learner)
         results = learner.run()
         results["seconds"]["this_process"] = time.perf_counter() - clock
         content = {
@@ -109,11 +109,22 @@ def run_seeds(
             "manifest": learner.stream.manifest(),
             "environment": environment(),
         }
-        learner.write_landscape(directory)
-        write_json(directory / RESULTS_FILE, content)
+        with manifest.covering(directory, *FINISHED_FILES):
+            learner.write_landscape(directory)
+            write_json(directory / RESULTS_FILE, content)
     summary = summarize_seeds(workdir)
-    write_json(workdir / SUMMARY_FILE, summary)
+    with manifest.covering(workdir, SUMMARY_FILE):
+        write_json(workdir / SUMMARY_FILE, summary)
     return summary
+
+
+def _note_start(directory: Path, learner: Learner) -> None:
+    """Keep how long the run is and what it is made with, after what it was made with before."""
+    earlier = manifest.known(directory).about.get("made_with", [])
+    now = provenance(learner.config)
+    made_with = earlier if earlier[-1:] == [now] else [*earlier, now]
+    manifest.note(directory, total_steps=learner.total_steps, made_with=made_with)
+    manifest.uncover(directory, *FINISHED_FILES)
 
 
 def run_with_baseline(
@@ -185,32 +196,6 @@ def run_with_baseline(
             stop=stop,
         )
         for label, (directory, settings) in runs.items()
-    }
-
-
-def environment() -> dict[str, Any]:
-    """Versions and device of this process.
-
-    Returns:
-        Strings and numbers; no paths or names of machines.
-
-    Example:
-        >>> environment()["packages"]["jax"] == jax.__version__
-        True
-    """
-    versions: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
-            versions[package] = None
-    return {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "backend": jax.default_backend(),
-        "device": jax.devices()[0].device_kind,
-        "devices": jax.device_count(),
-        "packages": versions,
     }
 
 

@@ -1,7 +1,5 @@
 """Task training that several merge rules have in common, done once."""
 
-import dataclasses
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pm_jax import trees
+from pm_jax.continual import manifest
 from pm_jax.continual.config import Config
+from pm_jax.continual.provenance import configuration_hash
 from pm_jax.types import InvalidInput, Params
 
 
@@ -80,7 +80,8 @@ class SharedTraining:
 
         self._directory.mkdir(parents=True, exist_ok=True)
         leaves = {path: np.asarray(leaf) for path, leaf in trees.leaves_by_path(trained).items()}
-        write_tensors(leaves, self._path(task), metadata={"log": json.dumps(list(lines))})
+        with manifest.covering(self._directory, self._path(task).name):
+            write_tensors(leaves, self._path(task), metadata={"log": json.dumps(list(lines))})
 
     def _path(self, task: int) -> Path:
         return self._directory / f"task_{task + 1}.safetensors"
@@ -102,6 +103,8 @@ class SharedTraining:
 
         path = self._path(task)
         try:
+            if manifest.damage(self._directory, manifest.known(self._directory, path.name).files):
+                raise OSError
             with safe_open(path, "np") as file:
                 lines = json.loads(file.metadata()["log"])
                 return {name: file.get_tensor(name) for name in file.keys()}, lines  # noqa: SIM118
@@ -127,8 +130,4 @@ def folder_name(config: Config) -> str:
         >>> folder_name(Config(epochs=2)) == folder_name(Config(epochs=3))
         False
     """
-    training = dataclasses.asdict(config.without_merging())
-    settings = {f.name: training[f.name] for f in dataclasses.fields(Config)
-                if f.metadata["identity"]}  # fmt: skip
-    text = json.dumps(settings, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
+    return configuration_hash(config.without_merging())[:10]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pm_jax.continual import manifest
 from pm_jax.models import pretrained
 from pm_jax.types import InvalidInput, Params
 
@@ -27,10 +28,7 @@ def keep(run: Path, task: int, leaves: Params) -> None:
         >>> base.name, [model.name for model in models]
         ('theta_0.safetensors', ['task_1.safetensors'])
     """
-    path = run / FOLDER / f"{f'task_{task}' if task else 'theta_0'}.safetensors"
-    path.parent.mkdir(exist_ok=True)
-    tensors = {name: np.asarray(leaf) for name, leaf in leaves.items()}
-    pretrained.write_tensors(tensors, path, overwrite=True)  # a resumed run writes the same
+    _write(run, f"{f'task_{task}' if task else 'theta_0'}.safetensors", leaves)
 
 
 def rest_name(task: int) -> str:
@@ -54,8 +52,7 @@ def keep_rest(run: Path, task: int, leaves: Params) -> None:
         >>> sorted(whole(run, 1))
         ['fc/kernel', 'head/bias']
     """
-    tensors = {name: np.asarray(leaf) for name, leaf in leaves.items()}
-    pretrained.write_tensors(tensors, run / FOLDER / rest_name(task), overwrite=True)
+    _write(run, rest_name(task), leaves)
 
 
 def whole(run: Path, task: int) -> dict[str, np.ndarray]:
@@ -74,6 +71,14 @@ def whole(run: Path, task: int) -> dict[str, np.ndarray]:
     folder = run / FOLDER
     names = (f"task_{task}.safetensors", rest_name(task))
     return {key: leaf for name in names for key, leaf in _leaves(folder / name).items()}
+
+
+def _write(run: Path, name: str, leaves: Params) -> None:
+    path = run / FOLDER / name
+    path.parent.mkdir(exist_ok=True)
+    tensors = {name: np.asarray(leaf) for name, leaf in leaves.items()}
+    with manifest.covering(run, path.relative_to(run).as_posix()):
+        pretrained.write_tensors(tensors, path, overwrite=True)  # a resumed run writes the same
 
 
 def _leaves(path: Path) -> dict[str, np.ndarray]:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pm_jax.continual import manifest
 from pm_jax.continual.config import Config
 from pm_jax.types import InvalidInput
 
@@ -84,10 +85,13 @@ def claim(workdir: Path, config: Config, file_name: str = CONFIG_FILE) -> None:
     check_claim(workdir, config, file_name)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if not (workdir / file_name).exists():
-            write_json(workdir / file_name, dataclasses.asdict(config))
-        elif not os.access(workdir, os.W_OK):
+        if not os.access(workdir, os.W_OK):
             raise PermissionError("no permission to write")
+        if (workdir / file_name).exists():
+            manifest.cover(workdir, file_name)  # killed right after it was written
+            return
+        with manifest.covering(workdir, file_name):
+            write_json(workdir / file_name, dataclasses.asdict(config))
     except OSError as error:
         reason = error.strerror or error
         raise InvalidInput(
@@ -114,7 +118,8 @@ def check_claim(workdir: Path, config: Config, file_name: str = CONFIG_FILE) -> 
         raise InvalidInput(f"workdir={workdir}: is not a directory; choose another path")
     try:
         if not path.exists():
-            if workdir.exists() and any(workdir.iterdir()):
+            killed = (file_name + ".tmp", manifest.FILE, manifest.TEMPORARY_FILE)
+            if workdir.exists() and any(each.name not in killed for each in workdir.iterdir()):
                 raise InvalidInput(
                     f"workdir={workdir}: is not empty and holds no run of this program; choose "
                     "another directory"
