@@ -1,7 +1,6 @@
 """Command-line flags: generated from `Config`, with presets and one-line errors."""
 
 import dataclasses
-import fractions
 import functools
 import sys
 from collections.abc import Sequence
@@ -13,7 +12,8 @@ from absl import flags, logging
 from pm_jax import rules
 from pm_jax.continual import Config
 from pm_jax.continual.export import Destinations
-from pm_jax.types import InvalidInput
+from pm_jax.rules.registry import number
+from pm_jax.types import InvalidInput, cause
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -45,9 +45,8 @@ class _TupleParser(flags.ArgumentParser):
             return argument
         try:
             parts = [part for part in argument.split(",") if part]
-            convert = int if self._number is int else lambda part: float(fractions.Fraction(part))
-            return tuple(convert(part) for part in parts)
-        except (ValueError, ZeroDivisionError):
+            return tuple((int if self._number is int else number)(part) for part in parts)
+        except ValueError:
             kind = "whole numbers" if self._number is int else "numbers or fractions"
             raise ValueError(f"must be {kind} separated by commas") from None
 
@@ -111,8 +110,10 @@ def define_run_flags() -> None:
 def check_run_flags() -> None:
     """Raise `InvalidInput` for run flags that cannot be."""
     values = flags.FLAGS
-    if not values.seeds or min(values.seeds) < 0:
-        raise InvalidInput(f"seeds={values.seeds}: needs one or more whole numbers from 0 on")
+    if not values.seeds or min(values.seeds) < 0 or max(values.seeds) >= 2**32:
+        raise InvalidInput(
+            f"seeds={values.seeds}: needs one or more whole numbers from 0 to {2**32 - 1}"
+        )
     if values.checkpoint_every < 0:
         raise InvalidInput(f"checkpoint_every={values.checkpoint_every}: must not be negative")
 
@@ -196,7 +197,11 @@ def parse(
 ) -> list[str]:
     """Parser for `app.run`: reads presets, and ends with one line and code 2 on a mistake."""
     try:
-        rest = values(_with_preset(argv))
+        arguments = _with_preset(argv)
+    except InvalidInput as error:
+        fail(str(error), values)
+    try:
+        rest = values(arguments)
     except flags.CantOpenFlagFileError as error:
         fail(
             f"flagfile: {error.args[0].split(': ', 1)[-1]}; give the path of a readable file",
@@ -204,30 +209,38 @@ def parse(
         )
     except flags.Error as error:
         fail(f"{error}; --help lists the flags and what they take", values)
-    except InvalidInput as error:
-        fail(str(error), values)
+    except ValueError as error:  # of bytes in a flagfile that are no text, or in its name
+        given = ",".join(_given(arguments, "flagfile"))
+        fail(f"flagfile={given}: cannot be read ({cause(error)}); give text in UTF-8", values)
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax writes a page of text per checkpoint.
     if len(rest) > 1 + positional:
         fail(f"{rest[1 + positional]!r}: not a flag; settings are given as --name=value", values)
+    if "preset" in values and values["preset"].present and not _given(argv, "preset"):
+        fail(f"preset={values['preset'].value}: does not count in a flagfile; give it as a flag",
+             values)  # fmt: skip
     return rest
 
 
 def _with_preset(argv: Sequence[str]) -> list[str]:
     """`--preset=NAME` becomes a flagfile before all other flags, so that they override it."""
     result = [argv[0]]
-    arguments = list(argv[1:])
-    for position, argument in enumerate(arguments):
-        flag, equals, name = argument.lstrip("-").partition("=")
-        if argument.startswith("-") and flag == "preset":
-            if not equals:
-                name = "".join(arguments[position + 1 : position + 2])
-            path = PRESETS / f"{name}.flags"
-            if not path.is_file() or Path(name).name != name:
-                known = ", ".join(sorted(path.stem for path in PRESETS.glob("*.flags")))
-                raise InvalidInput(f"--preset={name}: must be one of {known}")
-            result.append(f"--flagfile={path}")
-    return result + arguments
+    for name in _given(argv, "preset"):
+        known = sorted(path.stem for path in PRESETS.glob("*.flags"))
+        if name not in known:
+            raise InvalidInput(f"--preset={name}: must be one of {', '.join(known)}")
+        result.append(f"--flagfile={PRESETS / f'{name}.flags'}")
+    return [*result, *argv[1:]]
+
+
+def _given(argv: Sequence[str], name: str) -> list[str]:
+    """What stands in `--name=value` or `--name value`."""
+    found = []
+    for argument, following in zip(argv[1:], [*argv[2:], ""], strict=False):
+        flag, equals, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and flag == name:
+            found.append(value if equals else following)
+    return found
 
 
 def fail(message: str, values: flags.FlagValues = flags.FLAGS, *, code: int = 2) -> NoReturn:

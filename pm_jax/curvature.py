@@ -252,8 +252,7 @@ def _diagonal_measure(
         return jax.lax.scan(add_chunk, state, chunks)[0]._replace(position=position)
 
     def finalize(state: MeasureState) -> Measurement:
-        diagonal = jax.tree.map(lambda total: total / state.examples, state.total)
-        return state.measurement(DiagonalQuadratic.at(state.params, diagonal))
+        return state.measurement(DiagonalQuadratic.at(state.params, state.average(state.total)))
 
     return Measure(init, update, finalize)
 

@@ -392,11 +392,9 @@ def fisher_kronecker(
     def finalize(state: MeasureState) -> Measurement:
         sums, rest_state = state.total
         inputs, outputs = (
-            {path: (x / state.examples)[None] for path, x in side.items()} for side in sums
+            {path: x[None] for path, x in side.items()} for side in state.average(sums)
         )
-        diagonal = {}
-        if rest_state is not None:
-            diagonal = {path: x / state.examples for path, x in rest_state.total.items()}
+        diagonal = {} if rest_state is None else state.average(rest_state.total)
         return state.measurement(KroneckerQuadratic.at(state.params, inputs, outputs, diagonal))
 
     return Measure(init, update, finalize)

@@ -175,7 +175,7 @@ def gauss_newton_low_rank(logits_fn: LogitsFn, *, rank: int = 16) -> Measure:
 
     def finalize(state: MeasureState) -> Measurement:
         tests, sums = state.total
-        products = jax.tree.map(lambda x: x / state.examples, sums)
+        products = state.average(sums)
         return state.measurement(LowRankQuadratic.of_products(state.params, tests, products))
 
     return Measure(init, update, finalize)

@@ -98,6 +98,10 @@ class MeasureState(NamedTuple):
             position=self.position + self.stride * values.shape[0],
         )
 
+    def average(self, sums: PyTree) -> PyTree:
+        """Sums over the examples as means; 0 if all examples were padding."""
+        return jax.tree.map(lambda total: total / jnp.maximum(self.examples, 1), sums)
+
     def measurement(self, quadratic: Quadratic | None) -> Measurement:
         """What was found, with the quadratic that the total stands for."""
         variance = self.squares / jnp.maximum(self.examples - 1, 1)

@@ -64,7 +64,8 @@ class Objective(NamedTuple):
         """Mean of `figures(number of a batch)`, each batch weighing as its examples."""
         weights = jnp.sum(losses.weights_of(self.batches), axis=1)
         values = jax.lax.map(figures, jnp.arange(weights.shape[0]))
-        return jnp.tensordot(weights, values, 1, precision="highest") / jnp.sum(weights)
+        total = jnp.tensordot(weights, values, 1, precision="highest")
+        return total / jnp.maximum(jnp.sum(weights), 1.0)
 
     def gradient_norm(self, leaves: Params) -> Array:
         """Norm of a batch's gradient of the loss by the leaves, its mean over the batches.

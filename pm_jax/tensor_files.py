@@ -13,12 +13,12 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import jax.numpy as jnp
 import numpy as np
 
-from pm_jax.types import InvalidInput
+from pm_jax.types import InvalidInput, cause
 
 FLOATS = {
     "F64": np.dtype(np.float64),
@@ -116,12 +116,12 @@ class TensorFile:
                 pass  # places that overlap, leave gaps or lie beyond the end are refused here
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length))
+                header = json.loads(file.read(length), object_pairs_hook=_without_repeats)
         except Exception as error:  # Rust and the system raise many types for damaged files.
             raise InvalidInput(
-                f"{argument}={path}: cannot be read ({type(error).__name__}: {error}); get it anew"
+                f"{argument}={path}: cannot be read ({cause(error)}); get it anew"
             ) from error
-        metadata = header.pop("__metadata__", {})
+        metadata = header.pop("__metadata__", None) or {}
         entries = {
             name: Entry(found["dtype"], tuple(found["shape"]), *found["data_offsets"])
             for name, found in header.items()
@@ -255,6 +255,14 @@ def check_output(path: Path, *, overwrite: bool = False) -> None:
         raise InvalidInput(f"output={path}: the folder {path.parent} does not exist; make it")
     if not os.access(path.parent, os.W_OK):
         raise InvalidInput(f"output={path}: the folder {path.parent} cannot be written")
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a JSON header, in which a name says one thing."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice in its header")
+    return found
 
 
 def _header(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:

@@ -1,5 +1,6 @@
 """The shapes of things: what the functions of pm_jax take and return."""
 
+import textwrap
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
@@ -15,6 +16,26 @@ Params: TypeAlias = Any
 
 class InvalidInput(ValueError):
     """A mistake of the user's: one line that names the argument, its value and the remedy."""
+
+    def __init__(self, message: str):
+        # Names quoted from a file may hold line breaks.
+        super().__init__(" ".join(line.strip() for line in message.splitlines()))
+
+
+def cause(error: Exception) -> str:
+    """What went wrong in a library, for the line of an `InvalidInput`.
+
+    Args:
+        error: whose message may be long, of many lines, or quote what was read.
+
+    Returns:
+        Its type and message, cut to a phrase.
+
+    Example:
+        >>> cause(OSError("no space left on device"))
+        'OSError: no space left on device'
+    """
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 200)
 
 
 class Batch(NamedTuple):

@@ -23,12 +23,12 @@ def run(*arguments):
     compare.main(experiment_flags.parse(["compare", *map(str, arguments)]))
 
 
-def refused(capsys, *arguments):
-    """The single line of a call that ends with code 2."""
+def refused(capsys, *arguments, code=2):
+    """The single line of a call that ends with a code."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         run(*arguments)
-    assert ended.value.code == 2
+    assert ended.value.code == code
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), lines
     return lines[0]
@@ -209,5 +209,5 @@ def test_a_loss_that_is_not_finite_names_the_rule(tmp_path, capsys, monkeypatch)
         raise TrainingDiverged("task 1, step 2: the loss is nan")
 
     monkeypatch.setattr(rule_comparison, "run_seeds", diverging)
-    line = refused(capsys, f"--workdir={tmp_path}", "--rules=averaging", *TINY)
+    line = refused(capsys, f"--workdir={tmp_path}", "--rules=averaging", *TINY, code=1)
     assert line == "error: averaging: task 1, step 2: the loss is nan"

@@ -294,19 +294,45 @@ def mapped_evidence(evidence, function):
     return evidence._replace(quadratic=mapped)
 
 
+A, B, C = (model(seed) for seed in (1, 2, 3))
+STRESS = {
+    "no curvature": ([A, B], [0.0, 0.0]),
+    "no curvature of the first task": ([A, B, C], [0.0, 1.0, 1.0]),
+    "no curvature of a later task": ([A, B, C], [1.0, 0.0, 1.0]),
+    "curvature that underflows": ([A, B], [1e-40, 1e-40]),
+    "curvature whose sums overflow": ([A, B, C], [3e38, 3e38, 3e38]),
+    "infinite curvature of one task": ([A, B, C], [1.0, jnp.inf, 1.0]),
+    "undefined curvature of one task": ([A, B, C], [1.0, jnp.nan, 1.0]),
+    "negative curvature": ([A, B], [-1.0, -1.0]),
+    "one task four times": ([A] * 4, [1.0] * 4),
+    "tasks that contradict each other": ([A, trees.lerp(A, model(0), 2.0)] * 2, [1.0] * 4),
+    "models too small for squares": ([trees.lerp(model(0), m, 1e-25) for m in (A, B)], [1.0] * 2),
+    "models too large for squares": (
+        [jax.tree.map(lambda x: 1e25 * x, m) for m in (A, B)],
+        [1.0] * 2,
+    ),
+}
+"""Models of a stream, and the entries of each task's diagonal curvature."""
+
+
 @every_rule
-def test_curvature_that_is_zero_or_undefined_never_gives_nan(name):
-    rule = made(name)
-    for fill in (0.0, jnp.nan, jnp.inf, -1.0):
+def test_streams_under_stress_give_finite_models_and_coefficients(name):
+    for stress, (models, fills) in STRESS.items():
 
-        def evidence(trained, seed, fill=fill):
-            diagonal = jax.tree.map(functools.partial(jnp.full_like, fill_value=fill), trained)
-            return Evidence(
-                DiagonalQuadratic.at(trained, diagonal), jnp.asarray(jnp.nan), jax.random.key(seed)
+        def evidence(trained, task, fills=fills):
+            diagonal = jax.tree.map(
+                functools.partial(jnp.full_like, fill_value=fills[task]), trained
             )
+            error = jnp.asarray(jnp.nan)
+            return Evidence(DiagonalQuadratic.at(trained, diagonal), error, jax.random.key(task))
 
-        merged, _ = run(rule, [model(1), model(2)], model(0), evidence=evidence)
-        assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(merged[-1]))
+        merged, infos = run(made(name), models, model(0), evidence=evidence)
+        assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(merged)), stress
+        for info in infos:
+            assert np.isfinite([info.alpha, info.alpha_raw, info.degenerate]).all(), stress
+        moves = MERGES_EQUAL_MODELS_TO_ANOTHER | DOES_NOT_KEEP_THE_FIRST_MODEL
+        if stress == "one task four times" and not one_of(name, moves):
+            assert_trees(identical, merged[-1], A)
 
 
 # Identities between rules.

@@ -121,7 +121,18 @@ def relabelled(**changes):
         (lambda: data.class_incremental(arrays(), 2, 0, validation_fraction=0.0), "between 0"),
         (lambda: data.class_incremental(arrays(), 2, 0, validation_fraction=0.99), "class 0"),
         (lambda: data.domain_incremental([], 0), "domains"),
-        (lambda: data.class_incremental(arrays(test_each=0), 2, 0), "no examples"),
+        (
+            lambda: data.class_incremental(arrays(test_each=0), 2, 0, class_order="given"),
+            "dataset=toy: the task of classes 0, 1, 2 has no test example; add some, or use fewer",
+        ),
+        (
+            lambda: data.class_incremental(arrays(each=1), 2, 0, class_order="given"),
+            "dataset=toy: the task of classes 0, 1, 2 has no class of two training examples",
+        ),
+        (
+            lambda: data.domain_incremental([arrays(test_each=0)], 0),
+            "dataset=toy: the task has no test example",
+        ),
     ],
 )
 def test_streams_that_cannot_be_are_refused(make, message):

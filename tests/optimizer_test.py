@@ -35,7 +35,7 @@ def test_rates_of_classifier_and_body_and_columns_of_other_tasks():
     updates = Trainable(
         {"k": jnp.ones(1)},
         {"fc/bias": jnp.ones(1), "head/bias": jnp.ones(2)},
-        {"head/kernel": jnp.ones((1, 2))},
+        {"head/kernel": jnp.asarray([[1.0, jnp.inf]])},
     )
     mask = jnp.asarray([True, False])
     found = optimizer.scaled(config, updates, jnp.asarray(0.5), mask)

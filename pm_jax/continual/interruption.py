@@ -63,13 +63,15 @@ class StopRequests:
             stretches: first step, one past the last, and what they are made with.
 
         Yields:
-            The same of each piece; the stretches as they are where nothing is noted.
+            The same of each piece, one at least; the stretches as they are where nothing is noted.
         """
         for first, stop, data in stretches:
-            while first < stop and not self.received:
+            while first < stop:
                 end = min(first + self._steps, stop) if self._before else stop
                 clock = time.perf_counter()
                 yield first, end, data
                 if time.perf_counter() - clock < SECONDS / 2 and end - first == self._steps:
                     self._steps *= 2
                 first = end
+                if self.received:
+                    return

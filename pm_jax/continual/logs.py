@@ -1,5 +1,6 @@
 """What a run writes while it goes: metrics.jsonl, metrics.csv, and progress for the eyes."""
 
+import contextlib
 import csv
 import json
 import math
@@ -90,8 +91,8 @@ class RunLog:
         """The lines of an event of a task, counted from 1, that are written so far."""
         if not self._directory:
             return []
-        lines = map(json.loads, (self._directory / JSONL_FILE).read_text().splitlines())
-        return [line for line in lines if (line["event"], line["task"]) == (event, task)]
+        lines = _read(self._directory / JSONL_FILE)
+        return [line for line in lines if (line.get("event"), line.get("task")) == (event, task)]
 
     def tell(self, text: str) -> None:
         """Print a line for a person, above the progress bar."""
@@ -148,13 +149,7 @@ def _reopened(directory: Path, resume_step: int) -> tuple[IO[str], IO[str]]:
     """Both files, open to append, rewritten up to the step in one rename each."""
     manifest.uncover(directory, JSONL_FILE, CSV_FILE)  # until the run rests
     jsonl, table = directory / JSONL_FILE, directory / CSV_FILE
-    kept = []
-    for text in jsonl.read_bytes().splitlines() if jsonl.exists() else ():
-        try:
-            line = json.loads(text)
-            kept += [line] if line["step"] <= resume_step else []
-        except (ValueError, LookupError, TypeError):  # cut short by a kill, or damaged
-            break
+    kept = [line for line in _read(jsonl) if line["step"] <= resume_step]
     temporary = directory / "metrics.tmp"
     temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
     os.replace(temporary, jsonl)
@@ -164,3 +159,13 @@ def _reopened(directory: Path, resume_step: int) -> tuple[IO[str], IO[str]]:
         writer.writerows(kept)
     os.replace(temporary, table)
     return jsonl.open("a"), table.open("a", newline="")
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log, but for those that are damaged or were cut short by a kill."""
+    lines = []
+    for text in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            lines.append(json.loads(text))
+    return [line for line in lines
+            if isinstance(line, dict) and isinstance(line.get("step"), int)]  # fmt: skip

@@ -127,7 +127,8 @@ def scaled(config: Config, updates: Trainable, factor: Array, class_mask: Array)
     head_rate = (config.head_learning_rate or config.learning_rate) * factor
 
     def own_columns(update: Array) -> Array:
-        return update * jnp.broadcast_to(class_mask.astype(update.dtype), update.shape)
+        # Not by a product: what overflows in another task's column stays there.
+        return jnp.where(jnp.broadcast_to(class_mask, update.shape), update, 0)
 
     return Trainable(
         adapters=jax.tree.map(lambda u: u * body_rate, updates.adapters),

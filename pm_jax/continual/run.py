@@ -1,7 +1,6 @@
 """A configuration over several seeds: results per seed, their summary, and a table."""
 
 import dataclasses
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,20 +17,18 @@ from pm_jax.continual.logs import check_tensorboard
 from pm_jax.continual.partition import Partition
 from pm_jax.continual.programs import parameter_shapes, partitions
 from pm_jax.continual.provenance import environment, provenance
+from pm_jax.continual.result_form import METRICS, problem_of
 from pm_jax.continual.shared_training import SharedTraining
-from pm_jax.continual.workdir import RESULTS_FILE, SUMMARY_FILE, check_claim, claim, write_json
+from pm_jax.continual.workdir import (
+    RESULTS_FILE,
+    SUMMARY_FILE,
+    check_claim,
+    claim,
+    read_json,
+    write_json,
+)
 from pm_jax.types import InvalidInput
 
-METRICS = (
-    "final_average_accuracy",
-    "average_incremental_accuracy",
-    "forgetting",
-    "backward_transfer",
-    "forward_transfer",
-    "learning_accuracy",
-    "mean_regret_loss",
-    "mean_regret_accuracy",
-)
 FINISHED_FILES = (RESULTS_FILE, landscape.FILE)
 
 
@@ -239,22 +236,27 @@ def read_results(path: Path) -> dict[str, Any]:
         Its content.
 
     Raises:
-        InvalidInput: the file is damaged.
+        InvalidInput: the file is damaged, or lacks something.
 
     Example:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "results.json"
-        >>> write_json(path, {"seed": 0})
+        >>> write_json(path, {"seed": "none"})
         >>> read_results(path)
-        {'seed': 0}
+        Traceback (most recent call last):
+        pm_jax.types.InvalidInput: workdir=...results.json is damaged at seed; move it away ...
     """
     try:
-        return json.loads(path.read_text())
+        content = read_json(path)
+        problem = problem_of(content)
     except ValueError:
+        problem = "is damaged"
+    if problem:
         raise InvalidInput(
-            f"workdir={path.parent.parent}: {path.parent.name}/{path.name} is damaged; move it "
-            "away to have it written again"
-        ) from None
+            f"workdir={path.parent.parent}: {path.parent.name}/{path.name} {problem}; move it away "
+            "to have it written again"
+        )
+    return content
 
 
 def _spread(values: Sequence[float | None]) -> dict[str, Any]:

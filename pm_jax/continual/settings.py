@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from typing import Any
 
 from pm_jax import rules
@@ -320,6 +321,9 @@ class Settings:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             self._check_choice(field)
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InvalidInput(f"{field.name}={value}: must be a finite number")
         self._check_ranges()
         if self.perturb_per == "example":
             if self.adapter != "lora":

@@ -12,7 +12,7 @@ from pm_jax import trees
 from pm_jax.continual import manifest
 from pm_jax.continual.config import Config
 from pm_jax.continual.provenance import configuration_hash
-from pm_jax.types import InvalidInput, Params
+from pm_jax.types import InvalidInput, Params, cause
 
 
 class SharedTraining:
@@ -55,7 +55,7 @@ class SharedTraining:
         """
         if not self._path(task).exists() or not self._on_trajectory(task, start):
             return None
-        leaves, lines = self._read(task)
+        leaves, lines = self._read(task, start)
         return trees.replace(
             start, {path: jnp.asarray(leaf) for path, leaf in leaves.items()}
         ), lines
@@ -91,28 +91,38 @@ class SharedTraining:
             return True
         if not self._path(task - 1).exists():
             return False
-        before, _ = self._read(task - 1)
+        before, _ = self._read(task - 1, start)
         # By bytes: zeros of either sign are equal and may still lead apart.
         return all(
             np.asarray(leaf).tobytes() == before[path].tobytes()
             for path, leaf in trees.leaves_by_path(start).items()
         )
 
-    def _read(self, task: int) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
-        from safetensors import SafetensorError, safe_open
+    def _read(self, task: int, like: Params) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
+        """The trained model, of the shapes of another, and the lines of its log."""
+        from safetensors import safe_open
 
         path = self._path(task)
         try:
             if manifest.damage(self._directory, manifest.known(self._directory, path.name).files):
-                raise OSError
+                raise OSError("it is not as it was saved")
             with safe_open(path, "np") as file:
                 lines = json.loads(file.metadata()["log"])
-                return {name: file.get_tensor(name) for name in file.keys()}, lines  # noqa: SIM118
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+                leaves = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            for line in lines:
+                float(line["seconds"]), int(line["step"]), str(line["event"])
+            if _form(leaves) != _form(trees.leaves_by_path(like)):
+                raise ValueError("it holds another model")
+        except Exception as error:  # Rust, JSON and what is not in it raise many types.
             raise InvalidInput(
-                f"workdir={path}: cannot be read ({type(error).__name__}); move it away to have "
-                "its task trained again"
+                f"workdir={path}: cannot be read ({cause(error)}); move it away to have its task "
+                "trained again"
             ) from None
+        return leaves, lines
+
+
+def _form(leaves: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
+    return {path: (leaf.shape, str(leaf.dtype)) for path, leaf in leaves.items()}
 
 
 def folder_name(config: Config) -> str:

@@ -14,6 +14,8 @@ from pm_jax.types import InvalidInput
 CONFIG_FILE = "config.json"
 RESULTS_FILE = "results.json"
 SUMMARY_FILE = "summary.json"
+SHOWN = 8
+"""Differing settings that a message names before the others are counted."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -50,6 +52,32 @@ def write_json(path: Path, content: Any) -> None:
         {'a': None}
     """
     write_text(path, json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        Dicts, lists, strings and numbers.
+
+    Raises:
+        ValueError: it is damaged.
+        OSError: it cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "x.json"
+        >>> write_json(path, [1])
+        >>> read_json(path)
+        [1]
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def _without_nan(value: Any) -> Any:
@@ -125,9 +153,9 @@ def check_claim(workdir: Path, config: Config, file_name: str = CONFIG_FILE) -> 
                     "another directory"
                 )
             return
-        saved = json.loads(path.read_text())
-        if not isinstance(saved, dict):
-            raise ValueError("not an object")
+        saved = read_json(path)
+        if not isinstance(saved, dict) or not saved:
+            raise ValueError("no settings")
     except OSError as error:
         raise InvalidInput(
             f"workdir={workdir}: cannot be read ({error.strerror}); choose another directory"
@@ -146,11 +174,13 @@ def check_claim(workdir: Path, config: Config, file_name: str = CONFIG_FILE) -> 
         if saved.get(name) != current.get(name)
     ]
     if differing:
+        rest = [f"{len(differing) - SHOWN} more"] if len(differing) > SHOWN else []
         raise InvalidInput(
-            f"workdir={workdir}: holds a run with {'; '.join(differing)}; choose another directory "
-            "or the same flags"
+            f"workdir={workdir}: holds a run with {'; '.join([*differing[:SHOWN], *rest])}; choose "
+            "another directory or the same flags"
         )
 
 
 def _shown(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -9,7 +9,7 @@ from pm_jax.data import stored_images
 from pm_jax.data.digits import load_digits
 from pm_jax.data.stream import LabelledArrays, first_of_each_class
 from pm_jax.data.tfds_images import DOMAINS, load_images
-from pm_jax.types import InvalidInput
+from pm_jax.types import InvalidInput, cause
 
 ARCHIVE_FIELDS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -182,10 +182,10 @@ def load_archive(path: Path) -> LabelledArrays:
     fields = read_archive(path)
     for part in ("train", "test"):
         images, labels = fields[f"x_{part}"], fields[f"y_{part}"]
-        if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        if images.dtype != np.uint8 or images.ndim not in (3, 4) or not images.size:
             raise InvalidInput(
                 f"dataset={path}: x_{part} is {images.dtype} {images.shape}; it must be uint8 "
-                "[N, H, W] or [N, H, W, channels]"
+                "[N, H, W] or [N, H, W, channels], none of them 0"
             )
         check_labels(path, part, labels, len(images))
         if images.ndim == 3:
@@ -216,14 +216,18 @@ def read_archive(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise InvalidInput(f"dataset={path}: there is no such file")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # NumPy leaves a file open that it cannot read.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             fields = {name: archive[name] for name in ARCHIVE_FIELDS if name in archive}
     except Exception as error:  # zip and NumPy raise many types for damaged files.
         raise InvalidInput(
-            f"dataset={path}: cannot be read ({type(error).__name__}: {error})"
+            f"dataset={path}: cannot be read ({cause(error)}); write it anew with numpy.savez, "
+            "without objects"
         ) from error
     if missing := [name for name in ARCHIVE_FIELDS if name not in fields]:
-        raise InvalidInput(f"dataset={path}: lacks {', '.join(missing)}")
+        raise InvalidInput(
+            f"dataset={path}: lacks {', '.join(missing)}; write all of {', '.join(ARCHIVE_FIELDS)}"
+        )
     return fields
 
 
@@ -242,7 +246,7 @@ def check_labels(path: Path, part: str, labels: np.ndarray, examples: int) -> No
     Example:
         >>> check_labels(Path("mine.npz"), "train", np.asarray([0, 1]), 2)
     """
-    if labels.shape != (examples,) or labels.dtype.kind not in "iu" or min(labels) < 0:
+    if labels.shape != (examples,) or labels.dtype.kind not in "iu" or min(labels, default=0) < 0:
         raise InvalidInput(
             f"dataset={path}: y_{part} is {labels.dtype} {labels.shape}; it must hold a whole "
             f"number from 0 on for each of {examples} examples"

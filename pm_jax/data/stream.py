@@ -6,6 +6,7 @@ into it, padded to the largest task so that shapes never change along the stream
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ from pm_jax.types import InvalidInput
 
 SCENARIOS = ("domain_incremental", "class_incremental")
 CLASS_ORDERS = ("random", "given", "groups")
+SHOWN = 6
+"""Classes of a task named in a message before the others are counted."""
 
 
 class LabelledArrays(NamedTuple):
@@ -159,15 +162,17 @@ def class_incremental(
         groups = _class_groups(order, num_tasks, base_classes)
     train, validation = _hold_out(arrays.train_labels, seed, validation_fraction)
     offset = len(arrays.train_labels)
+    rows = {
+        "train": [train[np.isin(arrays.train_labels[train], g)] for g in groups],
+        "validation": [validation[np.isin(arrays.train_labels[validation], g)] for g in groups],
+        "test": [offset + np.flatnonzero(np.isin(arrays.test_labels, g)) for g in groups],
+    }
+    _check_examples(rows, [f"{arrays.name}: {_task_of_classes(g)}" for g in groups])
     return TaskStream(
         inputs=np.concatenate([arrays.train_inputs, arrays.test_inputs]),
         labels=np.concatenate([arrays.train_labels, arrays.test_labels]).astype(np.int32),
         example_ids=_ids(arrays),
-        train=_padded([train[np.isin(arrays.train_labels[train], g)] for g in groups]),
-        validation=_padded(
-            [validation[np.isin(arrays.train_labels[validation], g)] for g in groups]
-        ),
-        test=_padded([offset + np.flatnonzero(np.isin(arrays.test_labels, g)) for g in groups]),
+        **{split: _padded(of_tasks) for split, of_tasks in rows.items()},
         class_masks=np.stack([np.isin(np.arange(num_classes), g) for g in groups]),
         scenario="class_incremental",
         class_order=tuple(np.concatenate(groups).tolist()),
@@ -213,15 +218,14 @@ def domain_incremental(
         offset += len(domain.train_labels)
         rows["test"].append(offset + np.arange(len(domain.test_labels)))
         offset += len(domain.test_labels)
+    _check_examples(rows, [f"{domain.name}: the task" for domain in domains])
     return TaskStream(
         inputs=np.concatenate([x for d in domains for x in (d.train_inputs, d.test_inputs)]),
         labels=np.concatenate([y for d in domains for y in (d.train_labels, d.test_labels)]).astype(
             np.int32
         ),
         example_ids=tuple(name for domain in domains for name in _ids(domain)),
-        train=_padded(rows["train"]),
-        validation=_padded(rows["validation"]),
-        test=_padded(rows["test"]),
+        **{split: _padded(of_tasks) for split, of_tasks in rows.items()},
         class_masks=np.ones((len(domains), num_classes), bool),
         scenario="domain_incremental",
         class_order=tuple(range(num_classes)),
@@ -251,16 +255,16 @@ def first_of_each_class(labels: np.ndarray, count: int) -> np.ndarray:
 
 def _count_classes(domains: Sequence[LabelledArrays]) -> int:
     """C, where every class 0..C-1 has a training example and no test example is of another."""
-    trained = np.unique(np.concatenate([domain.train_labels for domain in domains]))
-    tested = np.unique(np.concatenate([domain.test_labels for domain in domains]))
+    trained = np.unique(np.concatenate([domain.train_labels for domain in domains])).tolist()
+    tested = np.unique(np.concatenate([domain.test_labels for domain in domains])).tolist()
     known = max([*trained, *tested], default=-1) + 1
-    missing = np.setdiff1d(np.arange(known), trained)
-    if len(missing) or not known:
+    if len(trained) < known or not known:  # labels may be too many to list
+        missing = next(c for c in itertools.count() if c >= len(trained) or trained[c] != c)
         raise InvalidInput(
-            f"dataset={domains[0].name}: class {missing[0] if known else 0} of {known} has no "
-            "training example; number the classes from 0 on without gaps"
+            f"dataset={domains[0].name}: class {missing} of {known} has no training example; "
+            "number the classes from 0 on without gaps"
         )
-    return int(known)
+    return known
 
 
 def _class_groups(order: np.ndarray, num_tasks: int, base_classes: int) -> list[np.ndarray]:
@@ -312,13 +316,27 @@ def _hold_out(labels: np.ndarray, seed: int, fraction: float) -> tuple[np.ndarra
     return generator.permutation(np.concatenate(train)), np.sort(np.concatenate(validation))
 
 
+def _task_of_classes(classes: np.ndarray) -> str:
+    shown = ", ".join(map(str, sorted(classes.tolist())[:SHOWN]))
+    more = f" and {len(classes) - SHOWN} more" if len(classes) > SHOWN else ""
+    return f"the task of class{'es' if len(classes) > 1 else ''} {shown}{more}"
+
+
+def _check_examples(rows: dict[str, list[np.ndarray]], tasks: Sequence[str]) -> None:
+    """Raise for a task without examples in one of its splits."""
+    lacks = {
+        "train": "no training example",
+        "validation": "no class of two training examples, of which one is held out for validation",
+        "test": "no test example",
+    }
+    for split, lacking in lacks.items():
+        for task, row in zip(tasks, rows[split], strict=True):
+            if not len(row):
+                raise InvalidInput(f"dataset={task} has {lacking}; add some, or use fewer tasks")
+
+
 def _padded(rows: Sequence[np.ndarray]) -> TaskIndices:
     sizes = np.asarray([len(row) for row in rows], np.int32)
-    if (sizes == 0).any():
-        raise InvalidInput(
-            f"task {int(np.argmin(sizes)) + 1} of {len(rows)}: has no examples in one of its "
-            "splits; use fewer tasks or more data"
-        )
     positions = np.zeros((len(rows), int(sizes.max())), np.int32)
     for row, values in zip(positions, rows, strict=True):
         row[: len(values)] = values

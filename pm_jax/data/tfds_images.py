@@ -12,7 +12,7 @@ import tqdm
 
 from pm_jax.data import prepared, stored_images
 from pm_jax.data.stream import LabelledArrays, first_of_each_class
-from pm_jax.types import InvalidInput
+from pm_jax.types import InvalidInput, cause
 
 DOMAINS = {"domainnet": ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")}
 """Data sets whose configurations are domains with the same classes, in the order of the tasks."""
@@ -174,8 +174,13 @@ def _divided(name: str, labels: np.ndarray) -> dict[str, np.ndarray]:
             np.arange(len(labels)), test_size=TEST_FRACTION, random_state=0, stratify=labels
         )
     except ValueError as error:
+        fewest = "it is empty"
+        if len(labels):
+            classes, counts = np.unique(labels, return_counts=True)
+            fewest = f"its class {classes[counts.argmin()]} has {counts.min()} examples"
         raise InvalidInput(
-            f"dataset={name}: its only split cannot be divided to train and to test ({error})"
+            f"dataset={name}: its only split cannot be divided to train and to test "
+            f"({cause(error)}); {fewest}, prepare more"
         ) from None
     return {"train": np.sort(sides[0]), "test": np.sort(sides[1])}
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from pm_jax import trees
 from pm_jax.models.checkpoint_layouts import LAYOUTS, Entry, depth_of
-from pm_jax.types import InvalidInput, Params
+from pm_jax.types import InvalidInput, Params, cause
 
 Tensors = dict[str, np.ndarray]
 
@@ -57,14 +57,15 @@ def read_tensors(path: str | os.PathLike) -> Tensors:
         raise InvalidInput(f"pretrained={path}: there is no such file")
     try:
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
+            # NumPy leaves a file open that it cannot read.
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
                 return dict(archive)
         from safetensors.numpy import load_file
 
         return load_file(path)
     except Exception as error:  # Rust, zip and NumPy raise many types for damaged files.
         raise InvalidInput(
-            f"pretrained={path}: cannot be read ({type(error).__name__}: {error}); get it anew"
+            f"pretrained={path}: cannot be read ({cause(error)}); get it anew"
         ) from error
 
 
@@ -90,7 +91,7 @@ def layout_of(tensors: Mapping[str, np.ndarray]) -> str:
     known = "; ".join(f"{layout} has {name}" for layout, name in _SIGNATURES.items())
     raise InvalidInput(
         f"pretrained: its tensors ({_listed(sorted(tensors))}) are not named in a known "
-        f"layout: {known}"
+        f"layout: {known}; give weights of one of them"
     )
 
 
@@ -107,7 +108,8 @@ def load_params(tensors: Mapping[str, np.ndarray], params: Params, *, head: bool
         model's resolution, bicubically.
 
     Raises:
-        InvalidInput: tensors that are missing, left over or of another shape; they are listed.
+        InvalidInput: tensors that are missing, left over, of another shape or type, or hold NaN or
+            infinity; they are listed.
 
     Example:
         >>> from pm_jax.models import VisionTransformer
@@ -122,30 +124,34 @@ def load_params(tensors: Mapping[str, np.ndarray], params: Params, *, head: bool
     entries = [entry for entry in all_entries if head or not entry.path.startswith("head/")]
     missing = sorted({entry.name for entry in entries} - set(tensors))
     extra = sorted(set(tensors) - {entry.name for entry in all_entries} - set(_UNUSED))
-    leaves, misshapen = {}, []
+    leaves: dict[str, jax.Array] = {}
+    unfit: dict[str, list[str]] = {"missing": missing, "extra": extra, "misshapen": []}
+    unfit |= {"not of floating-point numbers": [], "not finite": []}
     for entry in entries:
         if entry.name not in tensors or entry.path not in ours:
             missing += [] if entry.path in ours else [f"{entry.path} in the model"]
             continue
-        shape = ours[entry.path].shape
-        try:
-            leaf = _to_ours(entry, np.asarray(tensors[entry.name], np.float32))
-            if entry.path == "pos_embed":
-                leaf = resize_positions(leaf, shape[1])
-        except ValueError:
-            leaf = np.asarray(tensors[entry.name])
+        shape, tensor = ours[entry.path].shape, np.asarray(tensors[entry.name])
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            unfit["not of floating-point numbers"].append(entry.name)
+            continue
+        with np.errstate(over="ignore"):
+            tensor = tensor.astype(np.float32)
+        if not np.isfinite(tensor).all():
+            unfit["not finite"].append(entry.name)
+        leaf = _fitting(entry, tensor, shape)
         if leaf.shape != shape:
-            misshapen.append(f"{entry.name} gives {leaf.shape} for {entry.path} of {shape}")
-        leaves[entry.path] = jnp.asarray(leaf, jnp.float32)
-    problems = [
-        f"{kind} {_listed(names)}"
-        for kind, names in (("missing", missing), ("extra", extra), ("misshapen", misshapen))
-        if names
-    ]
+            unfit["misshapen"].append(
+                f"{entry.name} gives {leaf.shape} for {entry.path} of {shape}"
+            )
+        leaves[entry.path] = jnp.asarray(leaf)
+    # A tensor of several of our leaves is named once.
+    problems = [f"{kind} {_listed([*dict.fromkeys(names)])}" for kind, names in unfit.items()
+                if names]  # fmt: skip
     if problems:
         raise InvalidInput(
             f"pretrained: does not fit the model: {'; '.join(problems)}; choose the architecture "
-            "that the weights are of"
+            "that the weights are of, or get them anew"
         )
     return trees.replace(params, leaves)
 
@@ -252,6 +258,15 @@ def resize_positions(positions: np.ndarray, tokens: int) -> np.ndarray:
     resized = jax.image.resize(grid, (1, new, new, grid.shape[-1]), "bicubic")
     flat = np.asarray(resized).reshape(1, new * new, -1)
     return np.concatenate([positions[:, :1], flat], axis=1)
+
+
+def _fitting(entry: Entry, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor as our leaf; as it is where its axes are none that could be."""
+    try:
+        leaf = _to_ours(entry, tensor)
+        return resize_positions(leaf, shape[1]) if entry.path == "pos_embed" else leaf
+    except (ValueError, IndexError, TypeError, ArithmeticError):
+        return tensor
 
 
 def _to_ours(entry: Entry, tensor: np.ndarray) -> np.ndarray:

@@ -51,12 +51,15 @@ def fisher_averaging() -> MergeRule:
 
         total = memory.diagonal
         merged = jax.tree.map(minimum, memory.center, total, memory.gradient, previous, trained)
+        known = jax.tree.map(lambda curvature: (curvature > NEGLIGIBLE) & jnp.isfinite(curvature),
+                             total)  # fmt: skip
         shares = jax.tree.map(
-            lambda own, all_tasks: jnp.where(all_tasks > NEGLIGIBLE, own / all_tasks, 0.0),
+            lambda own, all_tasks, usable: jnp.where(usable, own / all_tasks, 0.0),
             quadratic.diagonal,
             total,
+            known,
         )
-        without = jax.tree.map(lambda curvature: ~(curvature > NEGLIGIBLE), total)
+        without = jax.tree.map(jnp.logical_not, known)
         info = MergeInfo.of(mean_of_entries(shares), mean_of_entries(without))
         return merged, memory, info
 

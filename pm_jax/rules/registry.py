@@ -2,6 +2,7 @@
 
 import fractions
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -89,7 +90,7 @@ def make(name: str, settings: str = "", **given: Any) -> MergeRule:
             raise InvalidInput(f"rule_settings={setting}: {key} {wrong}; {remedy}")
         try:
             values[key] = _read(text, defaults[key])
-        except (KeyError, ValueError, ZeroDivisionError):
+        except (KeyError, ValueError):
             kind = _kind(defaults[key])
             raise InvalidInput(f"rule_settings={setting}: must be {kind}; {remedy}") from None
     try:
@@ -98,13 +99,39 @@ def make(name: str, settings: str = "", **given: Any) -> MergeRule:
         raise InvalidInput(f"rule_settings={error}; {remedy}") from None
 
 
+def number(text: str) -> float:
+    """A finite number, which may be written as a fraction.
+
+    Args:
+        text: "0.25", "1e-3" or "1/4".
+
+    Returns:
+        The number.
+
+    Raises:
+        ValueError: it is none, or not finite.
+
+    Example:
+        >>> number("1/4")
+        0.25
+    """
+    try:
+        # Not all by Fraction, which writes 1e999999999 out.
+        value = float(fractions.Fraction(text)) if "/" in text else float(text)
+    except ArithmeticError:
+        value = math.inf
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not finite")
+    return value
+
+
 def _read(text: str, default: Any) -> Any:
     """A value of the default's type."""
     if isinstance(default, bool):
         return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
     if isinstance(default, tuple):
-        return tuple(float(fractions.Fraction(part)) for part in text.split(":") if part)
-    return float(fractions.Fraction(text)) if isinstance(default, float) else type(default)(text)
+        return tuple(number(part) for part in text.split(":") if part)
+    return number(text) if isinstance(default, float) else type(default)(text)
 
 
 def _written(value: Any) -> str:

@@ -76,7 +76,7 @@ def trm(
     with one c for the whole model, or one for each tensor. Adam goes from
     theta_hat_{t-1} + Delta_t / t through the batches of `Evidence.objective` in turn. The first
     task is kept as trained: there is nothing to merge it with. Should the end not be finite, the
-    start of the search is taken.
+    start of the search is taken; should lengths overflow, the step of 1/t.
 
     Args:
         snapshots: K, at least 1; the last one is the trained model.
@@ -133,15 +133,18 @@ def trm(
             settings, snapshots - 1, tasks, previous, directions, evidence.objective,
             jnp.asarray(evidence.onset_gradient_norm, jnp.float32),
         )  # fmt: skip
-        first = tasks <= 1
+        sound, later = jnp.isfinite(found.share), tasks > 1
         merged = jax.tree.map(
-            lambda whole, low, step: jnp.where(first, whole, (low + step).astype(whole.dtype)),
-            trained,
+            lambda low, step, plain: jnp.where(
+                later & sound, (low + step).astype(plain.dtype), plain
+            ),
             previous,
             subspaces.combination(directions, found.weights),
+            trees.lerp(previous, trained, 1 / tasks),
         )
-        alpha = jnp.where(first, 1.0, found.share)
-        info = MergeInfo.of(alpha, found.degenerate)._replace(figures=found.figures)
+        alpha = jnp.where(later & sound, found.share, 1 / tasks)
+        degenerate = later & ((found.degenerate > 0) | ~sound)
+        info = MergeInfo.of(alpha, degenerate)._replace(figures=found.figures)
         return merged, TrmState(tasks, state.origin), info
 
     needs = frozenset({"trajectory", "objective", "onset_gradient_norm"})
