@@ -162,7 +162,7 @@ def test_a_whole_checkpoint_that_does_not_fit_is_refused_and_stays(left):
     """As one of another version of the program would be."""
     checkpoints, (_, newest) = left
     learner = learner_of(checkpoints.parent)
-    learner._start = {"more": jnp.zeros(3)}
+    learner._state = learner._state._replace(start={"more": jnp.zeros(3)})
     learner._reset = lambda: None
     before = manifest.checksums(checkpoints, "")
     with pytest.raises(InvalidInput, match=f"checkpoint {newest} cannot be read .*move the folder"):

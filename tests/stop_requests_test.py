@@ -37,7 +37,7 @@ def test_a_request_ends_a_run_within_a_task_and_it_goes_on_to_the_same_numbers(
     with StopRequests() as stop, pytest.raises(Interrupted) as caught:
         asked_to_end(Learner(SMALL, 0, tmp_path / "ended", quiet=True, stop=stop), call).run()
     assert caught.value.signal_number == signal.SIGTERM
-    saved = max(int(p.name) for p in (tmp_path / "ended" / "checkpoints").iterdir())
+    saved = max(int(p.name) for p in (tmp_path / "ended" / "checkpoints").iterdir() if p.is_dir())
     assert saved == call and saved not in straight._bounds
     assert str(caught.value) == (
         f"ended by SIGTERM at step {saved} of {straight.total_steps}; the same command goes on "

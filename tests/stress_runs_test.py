@@ -5,10 +5,11 @@ import json
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pm_jax.continual import Config, Learner
+from pm_jax.continual import Config, Learner, TrainingDiverged
 from pm_jax.continual.checkpoints import Checkpoints
 from pm_jax.data import sources
 from pm_jax.data.stream import LabelledArrays
@@ -130,6 +131,74 @@ def test_tasks_of_loss_0_that_are_equal_or_contradict_each_other_are_averaged(
     wanted = 1 / 3 if third["denominator"] == 0 else 1
     np.testing.assert_allclose(third["alpha"], wanted, rtol=1e-6)
     assert third["degenerate"] == (third["denominator"] == 0)
+
+
+# NaN and infinity.
+
+
+def poisoned(tree):
+    """With one number of its first leaf infinite."""
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(
+        structure, [leaves[0].at[(0,) * leaves[0].ndim].set(jnp.inf), *leaves[1:]]
+    )
+
+
+def poison(stage):
+    """Programs of a run that go wrong at a stage of the second task, with a finite loss."""
+
+    def change(run):
+        def train(key, trainable, optimizer, start, data, segment):
+            trainable, optimizer, values = run.later.train(
+                key, trainable, optimizer, start, data, segment
+            )
+            if segment.task == 1 and stage == "parameters":
+                trainable = poisoned(trainable)
+            if segment.task == 1 and stage == "moments":
+                optimizer = jax.tree.map(lambda x: x + jnp.inf if x.ndim else x, optimizer)
+            return trainable, optimizer, values
+
+        def measure(key, trained, start, data, task):
+            found = run.measure(key, trained, start, data, task)
+            if task == 1 and stage == "curvature":
+                diagonal = poisoned(found.quadratic.diagonal)
+                found = found._replace(quadratic=found.quadratic.replace(diagonal=diagonal))
+            return found
+
+        def merge(state, start, trained, evidence):
+            state, leaves, info = run.merge(state, start, trained, evidence)
+            merges_second = stage == "merge" and state.tasks == 2
+            return state, poisoned(leaves) if merges_second else leaves, info
+
+        program = run.later._replace(train=train)
+        return run._replace(first=program, later=program, measure=measure, merge=merge)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "stage, pattern",
+    {
+        "parameters": r"task 2, step 1: trained/direct/hidden_0/bias is not finite",
+        "moments": r"task 2, step 1: optimizer/.* is not finite",
+        "curvature": r"task 2, merge: rule/memory/diagonal/hidden_0/bias is not finite",
+        "merge": r"task 2, merge: params/hidden_0/bias is not finite",
+    }.items(),
+)
+def test_what_is_not_finite_is_named_and_never_saved(config, tmp_path, stage, pattern):
+    settings = config()
+    learner = Learner(settings, 0, tmp_path, checkpoint_every=1, quiet=True)
+    learner._programs = learner._merging._programs = poison(stage)(learner._programs)
+    with pytest.raises(TrainingDiverged, match=pattern + "; lower learning_rate=0.003 .* is kept"):
+        learner.run()
+    assert not (tmp_path / "results.json").exists()
+    again = Learner(settings, 0, tmp_path, checkpoint_every=1, quiet=True)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        step = checkpoints.latest()
+        training_state = again._restore(checkpoints, step)
+    assert step >= again._bounds[1] and all_finite((again._state, training_state))
+    results = again.run()  # goes on from it, without the fault
+    assert all_finite(again.params) and 0 <= results["merges"][1]["alpha"] <= 1
 
 
 def test_a_rate_that_overflows_in_bfloat16_ends_with_code_1_and_what_was_saved_loads(

@@ -20,7 +20,7 @@ from pm_jax.continual import (
 )
 from pm_jax.continual.checkpoints import Checkpoints
 from pm_jax.continual.config import Config
-from pm_jax.continual.divergence import check_finite
+from pm_jax.continual.divergence import check_finite, check_state
 from pm_jax.continual.interruption import Interrupted, StopRequests
 from pm_jax.continual.logs import RunLog
 from pm_jax.continual.merging import Merging, RunState, TrainedTask
@@ -300,6 +300,8 @@ class Learner:
             seconds = self._records.time("train", clock)
             check_finite(values, task, epoch * per_epoch + first, self.config, self.directory)
             within = epoch * per_epoch + stop
+            moved = {"trained": trainable, "optimizer": optimizer_state}
+            check_state(moved, task, f"step {within}", self.config, self.directory)
             images = (stop - first) * self.config.batch_size
             log.write(
                 "epoch",
@@ -344,6 +346,7 @@ class Learner:
         found = TrainedTask(start, trained, loss, self._adapters, self._trajectory)
         self._trajectory = None
         self._state, info = self._merging.merge(task, self._state, found, self._records)
+        check_state(self._state, task, "merge", self.config, self.directory)
         return info
 
     def _accuracy(self, count: int) -> np.ndarray:
