@@ -236,7 +236,7 @@ def test_a_kill_at_no_moment_leaves_what_looks_damaged(tmp_path, monkeypatch):
     assert [line for each in found for line in each.damaged] == []
     assert found[-1].unlisted == []
     seen = {re.match(r"unlisted: (\S+) ", line)[1] for each in found for line in each.unlisted}
-    assert {"seed_0/metrics.jsonl", "seed_0/checkpoints/20", "config.json"} <= seen
+    assert {"seed_0/metrics.jsonl", "seed_0/checkpoints/deleted_20", "config.json"} <= seen
 
 
 def test_a_run_that_is_killed_while_it_claims_its_directory_can_be_begun_again(tmp_path):
@@ -261,6 +261,16 @@ def test_what_was_written_last_before_a_kill_is_covered_by_the_next_call(trained
     assert not found.damaged and not found.unlisted
 
 
+def test_another_call_of_a_finished_run_makes_nothing_damaged_whole(trained, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    for name in ("config.json", "seed_0/results.json"):
+        (workdir / name).write_text((workdir / name).read_text() + "\n")  # reads as before
+    config = Config(**json.loads((workdir / "config.json").read_text()))
+    run_seeds(config, [0], workdir, quiet=True)
+    assert named(workdir) == ["config.json", "seed_0/results.json"]
+
+
 def test_a_file_that_a_run_rewrites_meanwhile_is_not_damaged(trained, tmp_path, monkeypatch):
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
@@ -283,13 +293,13 @@ def test_what_no_manifest_speaks_of_is_named_by_its_folder(trained, tmp_path, ca
     shutil.copytree(checkpoints / "72", checkpoints / "73.orbax-checkpoint-tmp")
     shutil.copytree(checkpoints / "72", checkpoints / "damaged_71")
     shutil.copytree(checkpoints / "72", checkpoints / "74")
-    (workdir / os.fsdecode(b"notes \xff.txt")).write_text("")
+    (workdir / os.fsdecode(b"notes\n\xff.txt")).write_text("")
     assert inspect(workdir) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" is in no manifest; ") for line in lines if line[:8] == "unlisted"] == [
-        ["unlisted: notes ?.txt", inspection.UNLISTED[".*"]],
-        ["unlisted: seed_0/checkpoints/73.orbax-checkpoint-tmp", "left by a write that was cut "
-         "short"],
+        ["unlisted: notes??.txt", inspection.UNLISTED[".*"]],
+        ["unlisted: seed_0/checkpoints/73.orbax-checkpoint-tmp", "left by a process that "
+         "was killed; no part of a run"],
         ["unlisted: seed_0/checkpoints/74", inspection.UNLISTED[".*"]],
         ["unlisted: seed_0/checkpoints/damaged_71", "set aside as damaged; may be deleted"],
     ]  # fmt: skip

@@ -161,12 +161,10 @@ def test_a_checkpoint_without_checksums_is_used_if_it_can_be_read(left, straight
 def test_a_whole_checkpoint_that_does_not_fit_is_refused_and_stays(left):
     """As one of another version of the program would be."""
     checkpoints, (_, newest) = left
-    learner = learner_of(checkpoints.parent)
-    learner._state = learner._state._replace(start={"more": jnp.zeros(3)})
-    learner._reset = lambda: None
     before = manifest.checksums(checkpoints, "")
-    with pytest.raises(InvalidInput, match=f"checkpoint {newest} cannot be read .*move the folder"):
-        learner.run()
+    message = f"checkpoint {newest} cannot be read .*move the folder"
+    with Checkpoints(checkpoints) as opened, pytest.raises(InvalidInput, match=message):
+        opened.newest(lambda step: opened.restore(step, {"more": jnp.zeros(3)}))
     assert manifest.checksums(checkpoints, "") == before
 
 
@@ -193,6 +191,16 @@ def test_damaged_metrics_are_told_of_and_what_can_be_read_of_them_is_kept(left, 
     assert manifest.damage(checkpoints.parent, manifest.read(checkpoints.parent).files) == []
 
 
+def test_what_a_kill_has_left_of_a_save_is_gone_when_the_run_goes_on(left, straight, capsys):
+    checkpoints, (before, newest) = left
+    shutil.copytree(checkpoints / str(before), checkpoints / f"{before + 1}.orbax-checkpoint-tmp")
+    (told,) = goes_on(checkpoints, straight, capsys)
+    assert told.endswith(f"going on from step {newest} of {newest}")
+    assert {path.name for path in checkpoints.iterdir()} == {
+        *(str(before), str(newest), manifest.FILE)
+    }
+
+
 def test_the_files_of_tensorboard_are_covered_when_the_run_rests(tmp_path):
     pytest.importorskip("tensorboardX")
     earlier = "events.out.tfevents.0.host"  # of the process that was stopped
@@ -212,6 +220,8 @@ def test_the_manifest_of_checkpoints_speaks_of_those_that_are_kept(tmp_path):
         for step in (1, 2, 3):
             checkpoints.save(step, {"w": jnp.ones(2)})
         shutil.rmtree(tmp_path / "3")  # by hand, as the message says
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1").rename(tmp_path / "deleted_1")  # killed as it was to be deleted
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(4, {"w": jnp.ones(2)})
     files = manifest.read(tmp_path).files

@@ -1,5 +1,6 @@
 """Checkpoints of a run by Orbax: one directory per training step that was saved."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -12,6 +13,8 @@ from pm_jax.continual import manifest
 from pm_jax.types import InvalidInput, PyTree
 
 KEPT = 2
+DELETED, UNFINISHED = "deleted_", ".orbax-checkpoint-tmp"
+"""In the names of folders that are being deleted, and by Orbax of those that are being written."""
 T = TypeVar("T")
 
 
@@ -65,7 +68,10 @@ class Checkpoints:
         covered = {name.split("/")[0] for name in manifest.known(self._directory).files}
         manifest.uncover(self._directory, *covered.difference(map(str, kept)))
         for old in set(self._manager.all_steps()).difference(kept):
-            self._manager.delete(old)
+            # So that a kill leaves no step with some of its files.
+            (self._directory / str(old)).rename(self._directory / f"{DELETED}{old}")
+        self._delete(f"{DELETED}*")
+        self._manager.reload()
 
     def newest(self, restore: Callable[[int], T]) -> tuple[int, T | None, list[str]]:
         """Go back to the newest step that is whole; damaged ones are set aside by name.
@@ -80,6 +86,7 @@ class Checkpoints:
         Raises:
             InvalidInput: a checkpoint is as it was saved and cannot be restored all the same.
         """
+        self._delete(f"{DELETED}*", f"*{UNFINISHED}*")  # what a process was killed at
         warnings: list[str] = []
         while step := self.latest():
             try:
@@ -120,6 +127,10 @@ class Checkpoints:
         except Exception as error:  # Orbax and TensorStore raise many types for damaged files.
             damaged = self._damaged(step, type(error).__name__)
             raise (InvalidInput(str(damaged)) if saved else damaged) from error
+
+    def _delete(self, *names: str) -> None:
+        for folder in (folder for each in names for folder in self._directory.glob(each)):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _damaged(self, step: int, why: str) -> DamagedCheckpoint:
         return DamagedCheckpoint(

@@ -34,7 +34,8 @@ REMEDIES = {
 }
 """What to do about a damaged file, by the first pattern that its path in the directory fits."""
 UNLISTED = {
-    r"(.*/)?([^/]*(\.orbax-checkpoint-tmp|\.tmp)|tmp_[^/]*)": "left by a write that was cut short",
+    r"(.*/)?([^/]*(\.orbax-checkpoint-tmp|\.tmp)|(tmp|deleted)_[^/]*)": "left by a process that "
+    "was killed; no part of a run",
     rf"(.*/)?{manifest.ASIDE}[^/]*": "set aside as damaged; may be deleted",
     r".*": "a run is writing it, or was killed as it did, or it is no run's",
 }
@@ -92,7 +93,7 @@ def inspect(workdir: Path) -> Inspection:
     found = _verified(workdir)
 
     def line(kind: str, path: Path, what: str, texts: Mapping[str, str]) -> str:
-        name = path.relative_to(workdir).as_posix()
+        name = path.relative_to(workdir).as_posix().replace("\n", "?")
         matches = ((re.fullmatch(pattern, name), text) for pattern, text in texts.items())
         return f"{kind}: {name} {what}; {next(m.expand(text) for m, text in matches if m)}"
 
@@ -196,7 +197,7 @@ def _run(directory: Path, damaged: Collection[Path]) -> list[str]:
 
 def _progress(seed: Path, about: Mapping[str, Any], damaged: Collection[Path]) -> str:
     """How far a seed's run is, and its checkpoints."""
-    folder, total = seed / CHECKPOINTS, about.get("total_steps", "an unknown number")
+    folder, total = seed / CHECKPOINTS, about.get("total_steps", "?")
     steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
     checkpoints = f"checkpoints {', '.join(map(str, sorted(steps))) or 'none'}"
     if not (seed / RESULTS_FILE).exists():
