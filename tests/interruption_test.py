@@ -12,7 +12,7 @@ from pm_jax.continual import learner as learner_module
 from pm_jax.continual.checkpoints import Checkpoints
 from pm_jax.continual.logs import RunLog
 from pm_jax.types import InvalidInput
-from tests.small_runs import SMALL, VIT, Killed, comparable, leaves_equal
+from tests.small_runs import SMALL, VIT, Killed, comparable, forget_programs, leaves_equal
 
 AUGMENTED = dataclasses.replace(SMALL, accumulation_steps=3, augmentation="crop_flip")
 
@@ -21,6 +21,7 @@ AUGMENTED = dataclasses.replace(SMALL, accumulation_steps=3, augmentation="crop_
 def test_a_run_killed_within_and_between_tasks_ends_with_the_same_numbers(
     config, tmp_path, monkeypatch
 ):
+    forget_programs()
     straight = Learner(config, 0, tmp_path / "straight", checkpoint_every=7, quiet=True)
     wanted = straight.run()
     assert straight._programs.later.train._cache_size() == 1
