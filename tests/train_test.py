@@ -17,6 +17,7 @@ from experiments import flags as experiment_flags
 from experiments import train
 from pm_jax import rules
 from pm_jax.continual import inspection
+from pm_jax.continual.workdir import held
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = [
@@ -291,6 +292,16 @@ def test_a_work_directory_that_cannot_be_used_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self").exists(), reason="needs Linux's /proc")
+def test_a_work_directory_that_another_process_runs_in_is_refused(tmp_path, capsys):
+    with held(tmp_path):
+        line = refused(capsys, f"--workdir={tmp_path}", *TINY)
+    assert line == (
+        f"error: --workdir={tmp_path}: another process runs in it; wait for its end or choose "
+        "another directory"
+    )
+    assert not (tmp_path / "seed_0").exists()
+
+
 def test_a_work_directory_that_cannot_be_written_is_refused(capsys):
     """In /proc not even root may create a directory."""
     line = refused(capsys, "--workdir=/proc/pm_jax", *TINY)

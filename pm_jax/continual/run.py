@@ -24,6 +24,7 @@ from pm_jax.continual.workdir import (
     SUMMARY_FILE,
     check_claim,
     claim,
+    held,
     read_json,
     write_json,
 )
@@ -77,42 +78,49 @@ def run_seeds(
     """
     branching.check(config, seeds)
     claim(workdir, config)
-    for seed in seeds:
-        directory = workdir / f"seed_{seed}"
-        if (directory / RESULTS_FILE).exists():
-            manifest.cover(directory, *FINISHED_FILES)  # killed right after they were written
-            if not quiet:
-                print(f"seed {seed}: already finished, see {directory / RESULTS_FILE}", flush=True)
-            continue
-        clock = time.perf_counter()
-        learner = Learner(
-            config,
-            seed,
-            directory,
-            checkpoint_every=checkpoint_every,
-            quiet=quiet,
-            tensorboard=tensorboard,
-            keep_task_models=keep_task_models,
-            shared=SharedTraining(shared / f"seed_{seed}") if shared else None,
-            stop=stop,
-        )
-        _note_start(directory, learner)
-        results = learner.run()
-        results["seconds"]["this_process"] = time.perf_counter() - clock
-        content = {
-            "config": dataclasses.asdict(config),
-            "seed": seed,
-            **results,
-            "manifest": learner.stream.manifest(),
-            "environment": environment(),
-        }
-        with manifest.covering(directory, *FINISHED_FILES):
-            learner.write_landscape(directory)
-            write_json(directory / RESULTS_FILE, content)
-    summary = summarize_seeds(workdir)
-    with manifest.covering(workdir, SUMMARY_FILE):
-        write_json(workdir / SUMMARY_FILE, summary)
+    with held(workdir):
+        for seed in seeds:
+            directory = workdir / f"seed_{seed}"
+            if (directory / RESULTS_FILE).exists():
+                manifest.cover(directory, *FINISHED_FILES)  # killed right after they were written
+                if not quiet:
+                    print(f"seed {seed}: already finished, see {directory / RESULTS_FILE}",
+                          flush=True)  # fmt: skip
+                continue
+            clock = time.perf_counter()
+            learner = Learner(
+                config,
+                seed,
+                directory,
+                checkpoint_every=checkpoint_every,
+                quiet=quiet,
+                tensorboard=tensorboard,
+                keep_task_models=keep_task_models,
+                shared=SharedTraining(shared / f"seed_{seed}") if shared else None,
+                stop=stop,
+            )
+            _run_seed(learner, directory, clock)
+        summary = summarize_seeds(workdir)
+        with manifest.covering(workdir, SUMMARY_FILE):
+            write_json(workdir / SUMMARY_FILE, summary)
     return summary
+
+
+def _run_seed(learner: Learner, directory: Path, clock: float) -> None:
+    """Learn all tasks and write the results."""
+    _note_start(directory, learner)
+    results = learner.run()
+    results["seconds"]["this_process"] = time.perf_counter() - clock
+    content = {
+        "config": dataclasses.asdict(learner.config),
+        "seed": learner.seed,
+        **results,
+        "manifest": learner.stream.manifest(),
+        "environment": environment(),
+    }
+    with manifest.covering(directory, *FINISHED_FILES):
+        learner.write_landscape(directory)
+        write_json(directory / RESULTS_FILE, content)
 
 
 def _note_start(directory: Path, learner: Learner) -> None:

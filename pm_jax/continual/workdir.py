@@ -1,9 +1,11 @@
 """The work directory: whose it is, and files that are written whole or not at all."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +127,43 @@ def claim(workdir: Path, config: Config, file_name: str = CONFIG_FILE) -> None:
         raise InvalidInput(
             f"workdir={workdir}: cannot be written ({reason}); choose another directory"
         ) from None
+
+
+@contextlib.contextmanager
+def held(workdir: Path) -> Iterator[None]:
+    """Keep other processes from running in a work directory meanwhile.
+
+    Args:
+        workdir: present.
+
+    Raises:
+        InvalidInput: another process, or another call, runs in it.
+
+    Example:
+        >>> import tempfile
+        >>> workdir = Path(tempfile.mkdtemp())
+        >>> with held(workdir), held(workdir):
+        ...     pass
+        Traceback (most recent call last):
+        pm_jax.types.InvalidInput: workdir=...: another process runs in it; wait for its end or ...
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on this system
+        yield
+        return
+    descriptor = os.open(workdir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InvalidInput(
+                f"workdir={workdir}: another process runs in it; wait for its end or choose "
+                "another directory"
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def check_claim(workdir: Path, config: Config, file_name: str = CONFIG_FILE) -> None:
