@@ -18,15 +18,12 @@ from pm_jax.continual.merge_warnings import warnings_of
 from pm_jax.continual.report_figures import of_merges
 from pm_jax.continual.report_page import captioned, details, grid, page, paragraph, table
 from pm_jax.continual.run import read_results
-from pm_jax.continual.workdir import CONFIG_FILE, RESULTS_FILE, write_text
+from pm_jax.continual.workdir import CONFIG_FILE, RESULTS_FILE, read_json, write_text
 from pm_jax.types import InvalidInput
 
 FILE = "report.html"
-NEEDED = (
-    *("seed", "accuracy_matrix", "task_aware", "merges", "seconds", "rule_state_bytes"),
-    *("manifest", "environment"),
-)
-"""What the report reads of a `results.json`."""
+DAMAGE = (LookupError, TypeError, ValueError, ArithmeticError, EOFError, zipfile.BadZipFile)
+"""What logs and landscapes raise that are not as they were written."""
 SHOWN = 10
 """Warnings before the others are folded away."""
 METRICS = {
@@ -89,33 +86,20 @@ def _read(directory: Path, suffix: str = "") -> _Run:
             f"workdir={directory}: has no {CONFIG_FILE}; give the work directory of a run of "
             "experiments.train"
         )
-    config = _json(path.read_bytes())
-    if not isinstance(config, dict) or not {"rule", "dataset"} <= set(config):
+    try:
+        config = read_json(path)
+        label, _ = config["rule"] + suffix, Path(config["dataset"])
+    except (LookupError, TypeError, ValueError):
         raise InvalidInput(
             f"workdir={directory}: its {CONFIG_FILE} is damaged; take another directory"
-        )
-    results = []
-    for path in directory.glob(f"seed_*/{RESULTS_FILE}"):
-        results.append(read_results(path))
-        if missing := [name for name in NEEDED if name not in results[-1]]:
-            raise InvalidInput(
-                f"workdir={directory}: {path.parent.name}/{path.name} lacks {', '.join(missing)}; "
-                "move it away to have it written again"
-            )
+        ) from None
+    results = [read_results(path) for path in directory.glob(f"seed_*/{RESULTS_FILE}")]
     if not results:
         raise InvalidInput(
             f"workdir={directory}: has no finished seed; run the command that made it to its end"
         )
     results.sort(key=lambda content: content["seed"])
-    return _Run(directory, config["rule"] + suffix, config, results)
-
-
-def _json(text: bytes) -> Any:
-    """What a text stands for; `None` if it is damaged."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None
+    return _Run(directory, label, config, results)
 
 
 def _page(runs: Sequence[_Run]) -> str:
@@ -229,24 +213,32 @@ def _losses(run: _Run) -> tuple[np.ndarray, np.ndarray] | None:
         path = run.directory / f"seed_{content['seed']}" / JSONL_FILE
         if not path.exists():
             return None
-        found: dict[tuple[int, int], tuple[int, float]] = {}
-        before = 0
-        for line in map(_json, path.read_bytes().splitlines()):
-            if line is None:
-                raise InvalidInput(
-                    f"workdir={run.directory}: {path.parent.name}/{JSONL_FILE} is damaged; move it "
-                    "away for a report without the training loss"
-                )
-            if line["event"] == "epoch":  # a checkpoint within an epoch makes several lines of it
-                key, steps = (line["task"], line["epoch"]), line["step"] - before
-                earlier, loss = found.get(key, (0, 0.0))
-                found[key] = earlier + steps, loss + steps * line["loss"]
-            before = line["step"]
-        by_seed.append({key: loss / steps for key, (steps, loss) in found.items()})
+        try:
+            by_seed.append(_losses_of_epochs(path))
+        except (*DAMAGE, RecursionError):
+            raise InvalidInput(
+                f"workdir={run.directory}: {path.parent.name}/{JSONL_FILE} is damaged; move it "
+                "away for a report without the training loss"
+            ) from None
     keys = sorted(by_seed[0])
     epochs = dict(keys)  # the last of each task
     ends = np.asarray([task - 1 + epoch / epochs[task] for task, epoch in keys])
     return ends, np.asarray([[found.get(key, math.nan) for key in keys] for found in by_seed])
+
+
+def _losses_of_epochs(path: Path) -> dict[tuple[int, int], float]:
+    """Mean loss by task and epoch."""
+    found: dict[tuple[int, int], tuple[int, float]] = {}
+    before = 0
+    for line in map(json.loads, path.read_bytes().splitlines()):
+        if line["event"] == "epoch":  # a checkpoint within an epoch makes several lines of it
+            key, steps = (int(line["task"]), int(line["epoch"])), line["step"] - before
+            if min(key) < 1:
+                raise ValueError("tasks and epochs are counted from 1")
+            earlier, loss = found.get(key, (0, 0.0))
+            found[key] = earlier + steps, loss + steps * line["loss"]
+        before = line["step"]
+    return {(task, epoch): float(loss / steps) for (task, epoch), (steps, loss) in found.items()}
 
 
 def _merges(run: _Run) -> str:
@@ -294,17 +286,17 @@ def _landscape(run: _Run) -> str:
             "with --plane_points=9, those in the plane of the last two task vectors."
         )
     try:
-        with np.load(path) as file:
-            arrays = dict(file)
-    except (ValueError, EOFError, zipfile.BadZipFile):
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: np.asarray(array, np.float64) for name, array in file.items()}
+        if not np.isfinite(arrays["loss" if "loss" in arrays else "plane_loss"][1:]).any():
+            return paragraph("The first task's merge was the only one.")
+        along = _along(first, arrays) if "alphas" in arrays else []
+        return grid([*along, *(_plane(first, arrays) if "plane_loss" in arrays else [])])
+    except DAMAGE:
         raise InvalidInput(
             f"workdir={run.directory}: {path.parent.name}/{path.name} is damaged; move it away for "
             "a report without it"
         ) from None
-    if not np.isfinite(arrays["loss" if "loss" in arrays else "plane_loss"][1:]).any():
-        return paragraph("The first task's merge was the only one.")
-    along = _along(first, arrays) if "alphas" in arrays else []
-    return grid([*along, *(_plane(first, arrays) if "plane_loss" in arrays else [])])
 
 
 def _along(first: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> list[str]:
