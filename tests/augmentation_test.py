@@ -252,7 +252,11 @@ def test_auto_augment_is_one_of_its_sub_policies_for_each_image():
     images = jnp.asarray(np.repeat(IMAGE, len(paths), axis=0))
     for place in range(2):
         images = operate(images, *arguments_for([path[place] for path in paths]))
-    assert results_of(found) <= results_of(images) and len(results_of(found)) > 30
+    assert len(results_of(found)) > 30
+    known = np.unique(np.asarray(images, np.int16), axis=0)
+    for image in np.unique(np.asarray(found, np.int16), axis=0):
+        # One level off where a value is all but half way and the two programs round apart.
+        assert np.abs(known - image[None]).max(axis=(1, 2, 3)).min() <= 1
 
 
 @pytest.mark.parametrize("name", augmentation.AUGMENTATIONS)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import jax
 import numpy as np
@@ -21,6 +22,10 @@ VIT = dataclasses.replace(
     BY_CLASS, model="vit", patch_size=4, width=16, depth=1, num_heads=2, adapter="lora",
     lora_rank=2, weight_decay=0.1, num_tasks=2,
 )  # fmt: skip
+
+
+ALL_FUSIONS = "fusion_emitters" not in os.environ.get("XLA_FLAGS", "")
+"""Without, in conftest's way, different programs of the same steps round differently."""
 
 
 def forget_programs():
