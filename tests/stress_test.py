@@ -238,6 +238,15 @@ def test_equal_tasks_are_averaged_whatever_they_change(kind):
         np.testing.assert_allclose(several.alpha, [1 / 4, 1 / 4], rtol=1e-6)
 
 
+def test_a_quotient_that_is_none_is_that_of_the_average():
+    none = [(1, 0), (1, -1), (1, 1e-40), (1, np.inf), (np.inf, 1), (np.nan, 1), (1, np.nan)]
+    top, bottom = jnp.asarray([*none, (1e30, 1e-30), (1e30, 4e30), (-1, 2)], jnp.float32).T
+    found = coefficients.merge_coefficient_of(top, bottom, task=3, curvature_error=1.0)
+    assert found.degenerate.tolist() == [True] * 8 + [False] * 2
+    np.testing.assert_allclose(found.alpha, [1 / 3] * 8 + [0.25, 0.0], rtol=1e-6)
+    assert np.isnan(found.standard_error[:8]).all() and np.isfinite(found.standard_error[8:]).all()
+
+
 @pytest.mark.parametrize(
     "gram, slopes, wanted",
     [
