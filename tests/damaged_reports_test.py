@@ -39,7 +39,16 @@ def workdir(tmp_path):
 DAMAGES = {
     "config.json": [b"[" * 100_000, b'{"rule": []}', b'{"rule": "x", "dataset": []}'],
     "seed_0/metrics.jsonl": [
-        *(b"[]", b"[" * 100_000, b"{}", b"\xff", epoch(step=None), epoch(step=0), epoch(epoch=0)),
+        *(
+            b"",
+            b"[]",
+            b"[" * 100_000,
+            b"{}",
+            b"\xff",
+            epoch(step=None),
+            epoch(step=0),
+            epoch(epoch=0),
+        ),
         *(epoch(task=[]), epoch(loss=None)),
     ],
     "seed_0/landscape.npz": [
@@ -47,6 +56,7 @@ DAMAGES = {
         archive(alphas=np.zeros(2), loss=np.ones(3), merged_loss=np.ones(3)),
         archive(loss=np.full((2, 2, 2), "x")),
         archive(loss=np.asarray([{}], object)),
+        archive(loss=np.ones((2, 2, 2), np.complex64)),
     ],
 }
 

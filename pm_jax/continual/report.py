@@ -238,6 +238,8 @@ def _losses_of_epochs(path: Path) -> dict[tuple[int, int], float]:
             earlier, loss = found.get(key, (0, 0.0))
             found[key] = earlier + steps, loss + steps * line["loss"]
         before = line["step"]
+    if not found:
+        raise ValueError("it has no epochs")
     return {(task, epoch): float(loss / steps) for (task, epoch), (steps, loss) in found.items()}
 
 
@@ -287,7 +289,8 @@ def _landscape(run: _Run) -> str:
         )
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: np.asarray(array, np.float64) for name, array in file.items()}
+            arrays = {name: array.astype(np.float64, casting="same_kind")
+                      for name, array in file.items()}  # fmt: skip
         if not np.isfinite(arrays["loss" if "loss" in arrays else "plane_loss"][1:]).any():
             return paragraph("The first task's merge was the only one.")
         along = _along(first, arrays) if "alphas" in arrays else []
