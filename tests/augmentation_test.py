@@ -15,7 +15,7 @@ from pm_jax.continual.purpose_keys import AUGMENT, SHUFFLE, purpose_key
 from pm_jax.data import augmentation, augmentation_policies
 from pm_jax.data.augmentation_policies import OPERATIONS
 from pm_jax.types import InvalidInput
-from tests.small_runs import BY_CLASS
+from tests.small_runs import BY_CLASS, different_programs
 
 WITHOUT_STRENGTH = ("auto_contrast", "equalize", "invert")
 
@@ -235,6 +235,7 @@ def test_rand_augment_is_one_of_its_operations_for_each_image():
     assert results_of(found) == results_of(candidates) and len(results_of(found)) > 20
 
 
+@different_programs
 def test_auto_augment_is_one_of_its_sub_policies_for_each_image():
     """Nothing but what the policy's probabilities allow comes out, over all signs."""
     policies = augmentation_policies.IMAGENET_POLICY
@@ -252,11 +253,7 @@ def test_auto_augment_is_one_of_its_sub_policies_for_each_image():
     images = jnp.asarray(np.repeat(IMAGE, len(paths), axis=0))
     for place in range(2):
         images = operate(images, *arguments_for([path[place] for path in paths]))
-    assert len(results_of(found)) > 30
-    known = np.unique(np.asarray(images, np.int16), axis=0)
-    for image in np.unique(np.asarray(found, np.int16), axis=0):
-        # One level off where a value is all but half way and the two programs round apart.
-        assert np.abs(known - image[None]).max(axis=(1, 2, 3)).min() <= 1
+    assert results_of(found) <= results_of(images) and len(results_of(found)) > 30
 
 
 @pytest.mark.parametrize("name", augmentation.AUGMENTATIONS)

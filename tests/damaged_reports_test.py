@@ -32,7 +32,7 @@ def workdir(tmp_path):
     (seed / "results.json").write_text(json.dumps(RESULTS))
     (seed / "metrics.jsonl").write_bytes(epoch())
     scores = np.full((2, 3, 3, 2), np.nan)
-    landscape.write(seed / "landscape.npz", np.zeros(2), {"landscape": scores})
+    landscape.write(seed / "landscape.npz", 2, {"landscape": scores})
     return tmp_path
 
 

@@ -8,7 +8,14 @@ import pytest
 from pm_jax.continual import Learner, feed
 from pm_jax.continual.feed import HostData
 from pm_jax.types import InvalidInput
-from tests.small_runs import ALL_FUSIONS, BY_CLASS, VIT, comparable, forget_programs, leaves_equal
+from tests.small_runs import (
+    BY_CLASS,
+    VIT,
+    comparable,
+    different_programs,
+    forget_programs,
+    leaves_equal,
+)
 
 grain = pytest.importorskip("grain", reason="needs the extra 'streaming'")
 
@@ -18,6 +25,7 @@ AUGMENTED = dataclasses.replace(
 )
 
 
+@different_programs
 @pytest.mark.parametrize("config", [AUGMENTED, VIT], ids=["augmented", "lora"])
 def test_a_streamed_run_has_the_numbers_of_a_resident_one(config):
     resident = Learner(config, 0, checkpoint_every=5, quiet=True)
@@ -26,14 +34,9 @@ def test_a_streamed_run_has_the_numbers_of_a_resident_one(config):
     small = dataclasses.replace(config, resident_mb=BUDGET_MB)
     streamed = Learner(small, 0, checkpoint_every=5, quiet=True)
     assert isinstance(streamed._train, HostData)
-    found = streamed.run()
-    for name in ("accuracy_matrix", "merges"):
-        for a, b in zip(*(jax.tree.leaves(x[name]) for x in (found, wanted)), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
-    if ALL_FUSIONS:  # to the last bit
-        assert comparable(found) == comparable(wanted)
-        assert leaves_equal(streamed.params, resident.params)
-        assert leaves_equal(streamed._state.rule, resident._state.rule)
+    assert comparable(streamed.run()) == comparable(wanted)
+    assert leaves_equal(streamed.params, resident.params)
+    assert leaves_equal(streamed._state.rule, resident._state.rule)
     run = streamed._programs
     for function in (
         run.first.train, run.first.order, run.later.train, run.measure._stretch,

@@ -25,7 +25,14 @@ VIT = dataclasses.replace(
 
 
 ALL_FUSIONS = "fusion_emitters" not in os.environ.get("XLA_FLAGS", "")
-"""Without, in conftest's way, different programs of the same steps round differently."""
+
+
+def different_programs(test):
+    """Marks a test that compares programs to the last bit, which conftest's way rounds apart."""
+    elsewhere = pytest.mark.skipif(
+        not ALL_FUSIONS, reason="compiled as a user's run is, by all_fusions_test.py"
+    )
+    return pytest.mark.different_programs(elsewhere(test))
 
 
 def forget_programs():

@@ -1,7 +1,6 @@
 """A run that takes the trained models of another run's first tasks, and goes on by itself."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,10 @@ from typing import Any
 import jax.numpy as jnp
 
 from pm_jax import trees
-from pm_jax.continual import task_models
+from pm_jax.continual import logs, task_models
 from pm_jax.continual.config import Config
-from pm_jax.continual.logs import JSONL_FILE
 from pm_jax.continual.settings import MERGING
-from pm_jax.continual.workdir import CONFIG_FILE
+from pm_jax.continual.workdir import CONFIG_FILE, read_json
 from pm_jax.types import InvalidInput, Params
 
 FREE = (*MERGING, "perturbation", "epsilon", "probabilities", "perturb_per")
@@ -37,14 +35,13 @@ def check(config: Config, seeds: Sequence[int]) -> None:
     if not config.branch_from:
         return
     rule = config.merge_rule()
-    if rule.hook or rule.tasks_at_once or rule.needs & {"trajectory", "adapters"}:
+    if rule.takes_part_in_training:
         raise InvalidInput(
             f"branch_from={config.branch_from}: rule={config.rule} has to be there in training; "
             "use another rule, or train from the beginning"
         )
-    path = Path(config.branch_from) / CONFIG_FILE
     try:
-        saved = json.loads(path.read_bytes())
+        saved = read_json(Path(config.branch_from) / CONFIG_FILE)
         saved = Config(**{name: _frozen(value) for name, value in saved.items()})
     except (OSError, ValueError, TypeError):
         raise InvalidInput(
@@ -93,9 +90,7 @@ def trained(
     """
     run = Path(config.branch_from) / f"seed_{seed}"
     leaves = {path: jnp.asarray(leaf) for path, leaf in task_models.whole(run, task + 1).items()}
-    lines = map(json.loads, (run / JSONL_FILE).read_text().splitlines())
-    own = [line for line in lines if (line["event"], line["task"]) == ("epoch", task + 1)]
-    return trees.replace(start, leaves), own
+    return trees.replace(start, leaves), logs.of_event(run / logs.JSONL_FILE, "epoch", task + 1)
 
 
 def _frozen(value: Any) -> Any:

@@ -10,7 +10,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from pm_jax import gradient_projection, models, perturbation, rules
-from pm_jax.continual.settings import MERGING, PUBLIC_SIZES, TEXT_POSITIONS, Settings
+from pm_jax.continual.setting_ranges import TEXT_POSITIONS
+from pm_jax.continual.settings import MERGING, PUBLIC_SIZES, Settings
 from pm_jax.data import digits, sources, stream, texts
 from pm_jax.kronecker import KroneckerQuadratic
 from pm_jax.low_rank import LowRankQuadratic

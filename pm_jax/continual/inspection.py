@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pm_jax import whole_files
 from pm_jax.continual import manifest
 from pm_jax.continual.config import Config
 from pm_jax.continual.rule_comparison import SETTINGS_FILE
@@ -34,7 +35,7 @@ REMEDIES = {
 }
 """What to do about a damaged file, by the first pattern that its path in the directory fits."""
 UNLISTED = {
-    r"(.*/)?([^/]*(\.orbax-checkpoint-tmp|\.tmp)|(tmp|deleted)_[^/]*)": "left by a process that "
+    r"(.*/)?([^/]*(\.orbax-checkpoint-tmp|\.tmp)|deleted_[^/]*)": "left by a process that "
     "was killed; no part of a run",
     rf"(.*/)?{manifest.ASIDE}[^/]*": "set aside as damaged; may be deleted",
     r".*": "a run is writing it, or was killed as it did, or it is no run's",
@@ -115,10 +116,11 @@ def _verified(workdir: Path) -> _Verified:
     """All files below a directory against the manifests that there are, or should be."""
     paths = sorted(workdir.rglob("*"))
     # Of a manifest in the making there may be nothing yet that it would be missed beside.
+    in_the_making = manifest.FILE + whole_files.TEMPORARY
     files = [
         path
         for path in paths
-        if path.name != manifest.TEMPORARY_FILE and (path.is_symlink() or not path.is_dir())
+        if path.name != in_the_making and (path.is_symlink() or not path.is_dir())
     ]
     owners = {workdir, *(path for path in paths if path.is_dir() and _has_manifest(path))}
     owner = {path: next(above for above in path.parents if above in owners) for path in files}

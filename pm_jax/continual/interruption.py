@@ -48,13 +48,16 @@ class StopRequests:
         return self
 
     def __exit__(self, *_) -> None:
+        self._restore_handlers()
+
+    def _restore_handlers(self) -> None:
         while self._before:
             signal.signal(*self._before.popitem())  # type: ignore[arg-type]
 
     def _receive(self, number: int, frame: object) -> None:
         del frame
         self.received = signal.Signals(number)
-        self.__exit__()
+        self._restore_handlers()
 
     def cut(self, stretches: Iterable[tuple[int, int, Data]]) -> Iterator[tuple[int, int, Data]]:
         """Cut stretches of steps into pieces that take about a second, until a request comes.

@@ -3,20 +3,19 @@
 Along the segment from the model that a task started from to the trained one, and in the plane of
 the last two task vectors,
 
-    previous + along (trained - previous) + across (the last task's trained - previous)
+    previous + along (trained - previous) + across (the previous task's trained - its previous)
 
 which holds the models that the last two merges were about. A look at the validation data of all
 tasks, for analysis: nothing of it goes back into the run.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pm_jax import trees
+from pm_jax import trees, whole_files
 from pm_jax.types import PyTree
 
 FILE = "landscape.npz"
@@ -117,29 +116,29 @@ def coordinates(axes: tuple[PyTree, PyTree], offset: PyTree) -> np.ndarray:
     return np.asarray([*found, np.sqrt(outside)], np.float32)
 
 
-def write(path: Path, alphas: np.ndarray, arrays: Mapping[str, np.ndarray]) -> None:
+def write(path: Path, points: int, arrays: Mapping[str, np.ndarray]) -> None:
     """Write the landscapes of a run, whole or not at all.
 
     Args:
         path: of an .npz. By task merged and task looked at, NaN for tasks to come, it has
-            `accuracy`, `task_aware_accuracy` and `loss` [T, A, T] at the coefficients `alphas` and
-            `merged_accuracy` ... [T, T] at the merged model; `plane_accuracy` ... [T, P, P, T] at
-            the coordinates `plane_along` and `plane_across` [P], and `plane_merged` [T, 3], see
-            `coordinates`.
-        alphas: [A].
+            `accuracy`, `task_aware_accuracy` and `loss` [T, A, T] at the coefficients `alphas`
+            [A] and `merged_accuracy` ... [T, T] at the merged model; `plane_accuracy` ...
+            [T, P, P, T] at the coordinates `plane_along` and `plane_across` [P], and `plane_merged`
+            [T, 3], see `coordinates`.
+        points: of the `grid` of coefficients.
         arrays: `landscape` [T, A + 1, 3, T]; `plane` [T, P, P, 3, T] and `plane_merged` [T, 3].
             Either may lack.
 
     Example:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / FILE
-        >>> write(path, np.zeros(1), {"landscape": np.zeros((2, 2, 3, 2))})
+        >>> write(path, 2, {"landscape": np.zeros((2, 3, 3, 2))})
         >>> np.load(path)["loss"].shape, np.load(path)["merged_loss"].shape
-        ((2, 1, 2), (2, 2))
+        ((2, 2, 2), (2, 2))
     """
     written: dict[str, Any] = {}
     if "landscape" in arrays:
-        scores, written["alphas"] = arrays["landscape"], alphas
+        scores, written["alphas"] = arrays["landscape"], grid(points)
         for number, name in enumerate(SCORES):
             written[name] = scores[:, :-1, number]
             written[f"merged_{name}"] = scores[:, -1, number]
@@ -148,6 +147,6 @@ def write(path: Path, alphas: np.ndarray, arrays: Mapping[str, np.ndarray]) -> N
         written["plane_along"], written["plane_across"] = plane(scores.shape[1])
         for number, name in enumerate(SCORES):
             written[f"plane_{name}"] = scores[..., number, :]
-    temporary = path.with_name(f"tmp_{path.name}")
-    np.savez(temporary, **written)
-    os.replace(temporary, path)
+    # An open file, as NumPy would add its ending to a name.
+    with whole_files.replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **written)

@@ -24,7 +24,6 @@ from pm_jax.continual.divergence import check_finite, check_state
 from pm_jax.continual.interruption import Interrupted, StopRequests
 from pm_jax.continual.logs import RunLog
 from pm_jax.continual.merging import Merging, RunState, TrainedTask
-from pm_jax.continual.partition import HEAD_PATTERN
 from pm_jax.continual.programs import programs, starting_params
 from pm_jax.continual.records import Records
 from pm_jax.continual.shared_training import SharedTraining
@@ -79,9 +78,7 @@ class Learner:
         self.stream = config.task_stream(seed)
         self._by_domain = self.stream.scenario == "domain_incremental"
         self._rule = config.merge_rule()
-        # A rule that watches training, or takes part in it, has to be there.
-        watches = self._rule.hook or self._rule.needs & {"trajectory", "adapters"}
-        self._shared = None if watches or self._rule.tasks_at_once else shared
+        self._shared = None if self._rule.takes_part_in_training else shared
         lessons = self.stream.together() if self._rule.tasks_at_once else self.stream
         self._programs = programs(
             config,
@@ -149,8 +146,7 @@ class Learner:
         """Write what was seen around the merges, if anything was."""
         points = self.config.landscape_points
         if points or self.config.plane_points:
-            alphas = landscape.grid(points) if points else np.zeros(0)
-            landscape.write(directory / landscape.FILE, alphas, self._records.arrays)
+            landscape.write(directory / landscape.FILE, points, self._records.arrays)
 
     def finished_params(self) -> Params:
         """The merged model of a run that is finished, from its last checkpoint.
@@ -262,69 +258,77 @@ class Learner:
         return trained
 
     def _train_task(self, task, step, start, training_state, checkpoints, log) -> Params:
-        program = self._program(task)
+        program, hooked = self._program(task), self._hooked()
         task_array = np.asarray(task, np.int32)
-        hooked = self._hooked()
-        trainable, optimizer_state = training_state or program.begin(
-            self._key, start, task_array, *hooked
-        )
-        epochs, begin = self.config.epochs_of(task), self._bounds[task]
-        per_epoch = self._steps_per_epoch[task]
+        state = training_state or program.begin(self._key, start, task_array, *hooked)
+        begin, per_epoch = self._bounds[task], self._steps_per_epoch[task]
+        epochs = self.config.epochs_of(task)
         snapshots = self._programs.snapshots
         cuts = snapshots.steps(epochs * per_epoch)
         if not training_state:
             blank = snapshots.blank(start)
-            self._trajectory = snapshots.taken(blank, cuts, 0, start, trainable)
+            self._trajectory = snapshots.taken(blank, cuts, 0, start, state[0])
         pieces = training.segments(
             step - begin, epochs * per_epoch, per_epoch, self._checkpoint_every, cuts
         )
         for epoch, first, stop in pieces:
-            clock = time.perf_counter()
-            found = []
-
-            def order(data, epoch=epoch):
-                return program.order(self._key, data, task_array, epoch)
-
-            stretches = feed.stretches(self._train, order, self.config.batch_size, first, stop)
-            for low, stop, data in self._stop.cut(stretches):
-                projected = training_hooks.projects(
-                    self._rule.hook, epoch * per_epoch + first, epochs * per_epoch
-                )
-                segment = Segment.of(task, epoch, low, stop, epochs, projected)
-                trainable, optimizer_state, step_losses = program.train(
-                    self._key, trainable, optimizer_state, start, data, segment, *hooked
-                )
-                # Waits, so that no more windows than planned are on the device.
-                found.append(np.asarray(step_losses)[low:stop])
-            values = np.concatenate(found)
-            seconds = self._records.time("train", clock)
-            check_finite(values, task, epoch * per_epoch + first, self.config, self.directory)
-            within = epoch * per_epoch + stop
-            moved = {"trained": trainable, "optimizer": optimizer_state}
-            check_state(moved, task, f"step {within}", self.config, self.directory)
-            images = (stop - first) * self.config.batch_size
-            log.write(
-                "epoch",
-                step=begin + within,
-                task=task + 1,
-                epoch=epoch + 1,
-                loss=float(values.mean()),
-                seconds=seconds,
-                images_per_second=round(images / seconds, 1),
-            )
+            state, within = self._train_piece(task, epoch, first, stop, start, state, log)
             if training_hooks.refreshes(self._rule.hook, within, per_epoch, epochs):
-                trainable, optimizer_state = program.refresh(
-                    self._key, trainable, optimizer_state, task_array, within, *hooked
-                )
-            self._trajectory = snapshots.taken(self._trajectory, cuts, within, start, trainable)
+                state = program.refresh(self._key, *state, task_array, within, *hooked)
+            self._trajectory = snapshots.taken(self._trajectory, cuts, within, start, state[0])
             due = self._checkpoint_every and within % self._checkpoint_every == 0
             if within == epochs * per_epoch:
                 continue
             if checkpoints and (due or self._stop.received):
-                checkpoints.save(begin + within, self._saved((trainable, optimizer_state)))
+                checkpoints.save(begin + within, self._saved(state))
             self._end_if_asked(begin + within)
-        self._adapters = trainable.adapters or self._merging.blank_adapters(start)
-        return self._programs.trained(start, trainable)
+        self._adapters = state[0].adapters or self._merging.blank_adapters(start)
+        return self._programs.trained(start, state[0])
+
+    def _train_piece(
+        self,
+        task: int,
+        epoch: int,
+        first: int,
+        stop: int,
+        start: Params,
+        state: tuple[PyTree, PyTree],
+        log: RunLog,
+    ) -> tuple[tuple[PyTree, PyTree], int]:
+        """Some steps of an epoch, fewer after a request to end; also the step of the task then."""
+        clock, program = time.perf_counter(), self._program(task)
+        epochs, per_epoch = self.config.epochs_of(task), self._steps_per_epoch[task]
+        done = epoch * per_epoch
+
+        def order(data):
+            return program.order(self._key, data, np.asarray(task, np.int32), epoch)
+
+        projected = training_hooks.projects(self._rule.hook, done + first, epochs * per_epoch)
+        found, reached = [], first
+        stretches = feed.stretches(self._train, order, self.config.batch_size, first, stop)
+        for low, reached, data in self._stop.cut(stretches):
+            segment = Segment.of(task, epoch, low, reached, epochs, projected)
+            trainable, optimizer_state, losses = program.train(
+                self._key, *state, start, data, segment, *self._hooked()
+            )
+            state = trainable, optimizer_state
+            # Waits, so that no more windows than planned are on the device.
+            found.append(np.asarray(losses)[low:reached])
+        values = np.concatenate(found)
+        seconds = self._records.time("train", clock)
+        check_finite(values, task, done + first, self.config, self.directory)
+        moved = dict(zip(("trained", "optimizer"), state, strict=True))
+        check_state(moved, task, f"step {done + reached}", self.config, self.directory)
+        log.write(
+            "epoch",
+            step=self._bounds[task] + done + reached,
+            task=task + 1,
+            epoch=epoch + 1,
+            loss=float(values.mean()),
+            seconds=seconds,
+            images_per_second=round((reached - first) * self.config.batch_size / seconds, 1),
+        )
+        return state, done + reached
 
     def _merge(self, task: int, start: Params, trained: Params) -> dict[str, float]:
         """Move the run's state on by a trained task; returns what there is to say of the merge."""
@@ -333,16 +337,8 @@ class Learner:
         last = self._bounds[task + 1] - self._bounds[task] - 1
         check_finite([loss], task, last, self.config, self.directory)
         if self._keep_task_models and self.directory:
-            paths = self._programs.merging
-            if task == 0:
-                theta_0 = trained if self.config.from_scratch else start
-                task_models.keep(self.directory, 0, trees.select(theta_0, paths))
-            task_models.keep(self.directory, task + 1, trees.select(trained, paths))
-            rest = HEAD_PATTERN if task or not self.config.from_scratch else ".*"
-            others = set(trees.match_paths(trained, rest)).difference(paths)
-            task_models.keep_rest(
-                self.directory, task + 1, trees.select(trained, tuple(sorted(others)))
-            )
+            pretrained = None if self.config.from_scratch else start
+            task_models.keep(self.directory, task, trained, self._programs.merging, pretrained)
         found = TrainedTask(start, trained, loss, self._adapters, self._trajectory)
         self._trajectory = None
         self._state, info = self._merging.merge(task, self._state, found, self._records)
@@ -370,10 +366,7 @@ class Learner:
 
     def _saved(self, training_state: tuple[PyTree, PyTree] | None) -> PyTree:
         """All that a run needs to go on, for a step within a task or at its end."""
-        state = {
-            **self._state._asdict(),
-            "records": self._records.arrays,
-        }
+        state = {**self._state._asdict(), "records": self._records.arrays}
         if training_state:
             state["trainable"], state["optimizer"] = training_state
             if self._trajectory:
@@ -388,11 +381,11 @@ class Learner:
             training_state = jax.eval_shape(
                 self._program(task).begin,
                 self._key,
-                self.params,
+                self._state.params,
                 np.asarray(task, np.int32),
                 *self._hooked(),
             )
-            self._trajectory = self._programs.snapshots.blank(self.params)
+            self._trajectory = self._programs.snapshots.blank(self._state.params)
         state = checkpoints.restore(step, self._saved(training_state))
         self._state = RunState(**{name: state[name] for name in RunState._fields})
         self._trajectory = state.get("trajectory")

@@ -4,11 +4,11 @@ import contextlib
 import csv
 import json
 import math
-import os
 import sys
 from pathlib import Path
 from typing import IO, Any
 
+from pm_jax import whole_files
 from pm_jax.continual import manifest
 from pm_jax.types import InvalidInput
 
@@ -89,10 +89,7 @@ class RunLog:
 
     def lines(self, event: str, task: int) -> list[dict[str, Any]]:
         """The lines of an event of a task, counted from 1, that are written so far."""
-        if not self._directory:
-            return []
-        lines = _read(self._directory / JSONL_FILE)
-        return [line for line in lines if (line.get("event"), line.get("task")) == (event, task)]
+        return of_event(self._directory / JSONL_FILE, event, task) if self._directory else []
 
     def tell(self, text: str) -> None:
         """Print a line for a person, above the progress bar."""
@@ -117,6 +114,24 @@ class RunLog:
         self._jsonl.flush()
         self._csv.writerow(line)
         self._csv_file.flush()
+
+
+def of_event(path: Path, event: str, task: int) -> list[dict[str, Any]]:
+    """The lines of a log that tell of an event of a task.
+
+    Args:
+        path: of a metrics.jsonl.
+        event: "epoch", "merge" or "evaluate".
+        task: counted from 1.
+
+    Returns:
+        A dict for each, in order; damaged lines are left out, and all where the file is absent.
+
+    Example:
+        >>> of_event(Path("/nonexistent"), "epoch", 1)
+        []
+    """
+    return [line for line in _read(path) if (line.get("event"), line.get("task")) == (event, task)]
 
 
 def check_tensorboard() -> None:
@@ -150,14 +165,12 @@ def _reopened(directory: Path, resume_step: int) -> tuple[IO[str], IO[str]]:
     manifest.uncover(directory, JSONL_FILE, CSV_FILE)  # until the run rests
     jsonl, table = directory / JSONL_FILE, directory / CSV_FILE
     kept = [line for line in _read(jsonl) if line["step"] <= resume_step]
-    temporary = directory / "metrics.tmp"
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    os.replace(temporary, jsonl)
-    with temporary.open("w", newline="") as file:
+    with whole_files.replacing(jsonl) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    with whole_files.replacing(table) as temporary, temporary.open("w", newline="") as file:
         writer = _csv_writer(file)
         writer.writeheader()
         writer.writerows(kept)
-    os.replace(temporary, table)
     return jsonl.open("a"), table.open("a", newline="")
 
 

@@ -9,14 +9,15 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import stat
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-FILE, TEMPORARY_FILE = "manifest.json", "manifest.json.tmp"
+from pm_jax import whole_files
+
+FILE = "manifest.json"
 ASIDE = "damaged_"
 
 Entry = Mapping[str, Any]
@@ -321,6 +322,5 @@ def _write(directory: Path, manifest: Manifest) -> None:
     path, content = directory / FILE, manifest.content()
     if path.exists() and path.read_bytes() == content:
         return
-    temporary = directory / TEMPORARY_FILE
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    with whole_files.replacing(path) as temporary:
+        temporary.write_bytes(content)

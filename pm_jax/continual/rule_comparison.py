@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pm_jax import comparison
-from pm_jax.continual import manifest
+from pm_jax.continual import branching, manifest
 from pm_jax.continual.config import Config
 from pm_jax.continual.divergence import TrainingDiverged
 from pm_jax.continual.interruption import StopRequests
@@ -68,6 +68,7 @@ def run_rules(
     check_claim(workdir, owner, SETTINGS_FILE)
     for label, config in configs.items():
         check_claim(directories[label], config)
+        branching.check(config, seeds)
     if tensorboard:
         check_tensorboard()
     claim(workdir, owner, SETTINGS_FILE)

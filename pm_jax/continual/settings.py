@@ -1,12 +1,12 @@
 """The settings of a run: a frozen dataclass whose fields become flags, checked when it is made."""
 
 import dataclasses
-import itertools
 import math
 from typing import Any
 
 from pm_jax import rules
-from pm_jax.data import augmentation, sources, stream
+from pm_jax.continual import setting_ranges
+from pm_jax.data import augmentation, stream
 from pm_jax.types import InvalidInput
 
 PUBLIC_SIZES = {
@@ -17,7 +17,6 @@ PUBLIC_SIZES = {
     "bert_base": (768, 12, 12),
 }
 """Width, depth and heads of architectures with public weights."""
-TEXT_POSITIONS = 512
 TEXT_MODELS = ("text_encoder", "minilm_l6", "bert_base")
 MODELS = ("mlp", "vit", "text_encoder", *PUBLIC_SIZES)
 ADAPTERS = ("full", "lora")
@@ -324,112 +323,12 @@ class Settings:
             value = getattr(self, field.name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise InvalidInput(f"{field.name}={value}: must be a finite number")
-        self._check_ranges()
-        if self.perturb_per == "example":
-            if self.adapter != "lora":
-                raise InvalidInput("perturb_per=example: needs adapter=lora; use perturb_per=batch")
-            if self.scenario == "domain_incremental":
-                raise InvalidInput(
-                    "perturb_per=example: the classifier of a domain_incremental stream is "
-                    "perturbed as one; use perturb_per=batch"
-                )
-            if self.perturbation == "gaussian":
-                raise InvalidInput(
-                    "perturb_per=example: a Gaussian perturbs the weights, which examples share; "
-                    "use perturb_per=batch"
-                )
+        setting_ranges.check(self)
 
     def _check_choice(self, field: dataclasses.Field) -> None:
         value, choices = getattr(self, field.name), field.metadata["choices"]
         if choices and value not in choices:
             raise InvalidInput(f"{field.name}={value}: must be one of {', '.join(choices)}")
-
-    def _check_ranges(self) -> None:
-        at_least_one = (
-            *("num_tasks", "patch_size", "width", "depth", "num_heads", "lora_rank"),
-            *("epochs", "epoch_repeats", "batch_size", "accumulation_steps"),
-            *("max_tokens", "vocabulary", "randaugment_layers", "evaluation_resize"),
-            *("merge_examples", "curvature_rank", "curvature_slots"),
-        )
-        not_negative = (
-            *("base_classes", "first_task_epochs", "head_learning_rate", "weight_decay"),
-            *("clip_norm", "curvature_samples", "curvature_examples", "curvature_memory_mb"),
-            *("train_per_class", "test_per_class", "image_size", "stored_size"),
-            *("layer_norm_epsilon", "resident_mb", "landscape_points", "plane_points"),
-            "curvature_error",
-        )
-        conditions = [
-            *((name, getattr(self, name) >= 1, "must be at least 1") for name in at_least_one),
-            *((name, getattr(self, name) >= 0, "must not be negative") for name in not_negative),
-            ("learning_rate", self.learning_rate > 0, "must be above 0"),
-            ("temperature", self.temperature > 0, "must be above 0"),
-            (
-                "milestones",
-                all(a < b for a, b in itertools.pairwise((0.0, *self.milestones, 1.0))),
-                "must be fractions between 0 and 1 in rising order",
-            ),
-            (
-                "crop_scale",
-                len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1,
-                "must be two numbers in (0, 1] in rising order",
-            ),
-            ("randaugment_magnitude", 0 <= self.randaugment_magnitude <= 10, "must lie in [0, 10]"),
-            ("warmup_fraction", 0 <= self.warmup_fraction < 1, "must lie in [0, 1)"),
-            ("validation_fraction", 0 < self.validation_fraction < 1, "must lie between 0 and 1"),
-            ("landscape_points", self.landscape_points != 1, "must be 0, or at least 2"),
-            (
-                "from_task",
-                bool(self.branch_from) == (self.from_task > 0) and self.from_task <= self.num_tasks,
-                f"with branch_from from 1 to num_tasks={self.num_tasks}, without it 0",
-            ),
-            ("plane_points", self.plane_points != 1, "must be 0, or at least 2"),
-            ("hidden_sizes", min(self.hidden_sizes, default=0) >= 1, "needs one width or more"),
-            (
-                "scenario",
-                self.dataset in ("digits", *sources.DOMAINS)
-                or self.scenario == "class_incremental",
-                f"dataset={self.dataset} has no domains; use scenario=class_incremental",
-            ),
-            (
-                "classifier",
-                self.classifier == "trained" or self.scenario == "class_incremental",
-                f"the classes of a {self.scenario} stream have one classifier; use trained",
-            ),
-            (
-                "stored_size",
-                not self.stored_size
-                or (self.dataset != "digits" and not self.dataset.endswith(".npz")),
-                f"dataset={self.dataset} has images of one size; use 0",
-            ),
-            (
-                "pretrained",
-                not self.pretrained or self.model != "mlp",
-                "is for a transformer; name its architecture with model",
-            ),
-            (
-                "model",
-                not self.reads_text or self.dataset not in ("digits", *sources.DOMAINS),
-                f"reads texts and dataset={self.dataset} has images; choose a dataset of texts",
-            ),
-            (
-                "max_tokens",
-                not self.reads_text or self.max_tokens <= TEXT_POSITIONS,
-                f"must be at most {TEXT_POSITIONS}, the positions of the model",
-            ),
-            (
-                "tokenizer",
-                not self.reads_text or bool(self.tokenizer or self.pretrained),
-                f"model={self.model} needs one; give the path of its tokenizer.json",
-            ),
-            (
-                "num_heads",
-                self.model not in ("vit", "text_encoder") or self.width % self.num_heads == 0,
-                f"must divide width={self.width}",
-            ),
-        ]
-        for name, holds, remedy in conditions:
-            if not holds:
-                raise InvalidInput(f"{name}={getattr(self, name)}: {remedy}")
 
     @property
     def reads_text(self) -> bool:

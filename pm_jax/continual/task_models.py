@@ -4,55 +4,53 @@ from pathlib import Path
 
 import numpy as np
 
+from pm_jax import trees
 from pm_jax.continual import manifest
-from pm_jax.models import pretrained
+from pm_jax.continual.partition import HEAD_PATTERN
+from pm_jax.models.pretrained import read_tensors, write_tensors
 from pm_jax.types import InvalidInput, Params
 
 FOLDER = "task_models"
 
 
-def keep(run: Path, task: int, leaves: Params) -> None:
-    """Write the merging leaves of one model.
+def keep(
+    run: Path,
+    task: int,
+    trained: Params,
+    merging: tuple[str, ...],
+    pretrained: Params | None = None,
+) -> None:
+    """Write what a task trained: what merges, and in a file beside it what does not.
 
     Args:
         run: directory of one seed.
-        task: 0 for theta_0, t for theta_t*.
-        leaves: `{path: leaf}`.
+        task: counted from 0; before the first, theta_0 is written too.
+        trained: theta_{task+1}*, full parameter tree.
+        merging: paths of the leaves that merge.
+        pretrained: theta_0; `None` where the first task is the pre-training.
 
     Example:
         >>> import tempfile
-        >>> run = Path(tempfile.mkdtemp())
-        >>> keep(run, 0, {"fc/kernel": np.zeros(2)})
-        >>> keep(run, 1, {"fc/kernel": np.ones(2)})
+        >>> run, model = Path(tempfile.mkdtemp()), {"fc": np.ones(2), "head": {"bias": np.zeros(2)}}
+        >>> keep(run, 0, model, ("fc",))
         >>> base, models = files(run)
-        >>> base.name, [model.name for model in models]
-        ('theta_0.safetensors', ['task_1.safetensors'])
+        >>> base.name, [model.name for model in models], sorted(whole(run, 1))
+        ('theta_0.safetensors', ['task_1.safetensors'], ['fc', 'head/bias'])
     """
-    _write(run, f"{f'task_{task}' if task else 'theta_0'}.safetensors", leaves)
+    theta_0 = trained if pretrained is None else pretrained
+    if task == 0:
+        _write(run, "theta_0.safetensors", trees.select(theta_0, merging))
+    _write(run, f"task_{task + 1}.safetensors", trees.select(trained, merging))
+    # From scratch the first task trains all; else all that does not merge is the classifier.
+    all_train = task == 0 and pretrained is None
+    others = trees.match_paths(trained, ".*" if all_train else HEAD_PATTERN)
+    rest = tuple(path for path in others if path not in merging)
+    _write(run, rest_name(task + 1), trees.select(trained, rest))
 
 
 def rest_name(task: int) -> str:
-    """Of the file with what a task trained and did not merge, counted from 1."""
+    """Of the file with what a task, counted from 1, trained and did not merge."""
     return f"rest_{task}.safetensors"
-
-
-def keep_rest(run: Path, task: int, leaves: Params) -> None:
-    """Write what a task trained and did not merge, such as its columns of the classifier.
-
-    Args:
-        run: directory of one seed.
-        task: t for theta_t*.
-        leaves: `{path: leaf}`.
-
-    Example:
-        >>> import tempfile
-        >>> run = Path(tempfile.mkdtemp())
-        >>> keep(run, 1, {"fc/kernel": np.ones(2)})
-        >>> keep_rest(run, 1, {"head/bias": np.zeros(2)})
-        >>> sorted(whole(run, 1))
-        ['fc/kernel', 'head/bias']
-    """
-    _write(run, rest_name(task), leaves)
 
 
 def whole(run: Path, task: int) -> dict[str, np.ndarray]:
@@ -78,12 +76,12 @@ def _write(run: Path, name: str, leaves: Params) -> None:
     path.parent.mkdir(exist_ok=True)
     tensors = {name: np.asarray(leaf) for name, leaf in leaves.items()}
     with manifest.covering(run, path.relative_to(run).as_posix()):
-        pretrained.write_tensors(tensors, path, overwrite=True)  # a resumed run writes the same
+        write_tensors(tensors, path, overwrite=True)  # a resumed run writes the same
 
 
 def _leaves(path: Path) -> dict[str, np.ndarray]:
     try:
-        return pretrained.read_tensors(path)
+        return read_tensors(path)
     except InvalidInput as error:
         raise InvalidInput(f"branch_from={path}: {str(error).partition(': ')[2]}") from None
 

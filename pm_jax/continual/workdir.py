@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pm_jax import whole_files
 from pm_jax.continual import manifest
 from pm_jax.continual.config import Config
 from pm_jax.types import InvalidInput
@@ -34,9 +35,8 @@ def write_text(path: Path, text: str) -> None:
         >>> path.read_text()
         'one line'
     """
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with whole_files.replacing(path) as temporary:
+        temporary.write_text(text)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -185,7 +185,8 @@ def check_claim(workdir: Path, config: Config, file_name: str = CONFIG_FILE) -> 
         raise InvalidInput(f"workdir={workdir}: is not a directory; choose another path")
     try:
         if not path.exists():
-            killed = (file_name + ".tmp", manifest.FILE, manifest.TEMPORARY_FILE)
+            own = (file_name, manifest.FILE)
+            killed = {manifest.FILE, *(name + whole_files.TEMPORARY for name in own)}
             if workdir.exists() and any(each.name not in killed for each in workdir.iterdir()):
                 raise InvalidInput(
                     f"workdir={workdir}: is not empty and holds no run of this program; choose "

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pm_jax import trees
+from pm_jax import trees, whole_files
 from pm_jax.models.checkpoint_layouts import LAYOUTS, Entry, depth_of
 from pm_jax.types import InvalidInput, Params, cause
 
@@ -223,12 +223,10 @@ def write_tensors(
         raise InvalidInput(f"export={path}: must end in .safetensors")
     if path.exists() and not overwrite:
         raise InvalidInput(f"export={path}: exists; choose another name or set overwrite")
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        save_file(dict(tensors), temporary, {"format": "pt", **(metadata or {})})
-        os.replace(temporary, path)
+        with whole_files.replacing(path) as temporary:
+            save_file(dict(tensors), temporary, {"format": "pt", **(metadata or {})})
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         raise InvalidInput(f"export={path}: cannot be written ({error})") from error
 
 

@@ -152,6 +152,12 @@ class MergeRule(NamedTuple):
     tasks_at_once: bool = False
     analysis_only: bool = False
 
+    @property
+    def takes_part_in_training(self) -> bool:
+        """Whether a model that was trained without the rule is of no use to it."""
+        watches = self.needs & {"trajectory", "adapters"}
+        return bool(self.hook or self.tasks_at_once or watches)
+
 
 class TaskCount(NamedTuple):
     """State of a rule that only counts.
