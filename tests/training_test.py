@@ -21,7 +21,9 @@ from tests.small_runs import BY_CLASS, SMALL, VIT, leaves_equal, segment
 def trained_task(config, extra_padding, stop=1000):
     learner = Learner(config, seed=0, quiet=True)
     index = np.pad(learner.stream.train.positions, ((0, 0), (0, extra_padding)))
-    data = DeviceData.of(learner.stream, TaskIndices(index, learner.stream.train.sizes))
+    data = DeviceData.of(
+        config.placement(), learner.stream, TaskIndices(index, learner.stream.train.sizes)
+    )
     shape = learner.stream.inputs.shape[1:]
     run = programs(config, learner.stream.num_classes, shape, index.shape[1])
     task = int(np.argmin(learner.stream.train.sizes))

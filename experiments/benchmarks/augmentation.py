@@ -50,7 +50,8 @@ def epoch(
     source: DeviceData | HostData = data
     if streamed:
         images = np.asarray(data.inputs)
-        source = HostData(images, data._replace(inputs=None), images[: config.batch_size].nbytes)
+        window_bytes = images[: config.batch_size].nbytes
+        source = HostData(images, data._replace(inputs=None), window_bytes, config.placement())
 
     def run() -> object:
         pieces = stretches(

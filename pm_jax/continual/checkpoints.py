@@ -118,7 +118,12 @@ class Checkpoints:
             DamagedCheckpoint: it is not as it was saved; nothing is deleted.
             InvalidInput: it is, and cannot be restored.
         """
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), like)
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                np.shape(x), x.dtype, sharding=getattr(x, "sharding", None)
+            ),
+            like,
+        )
         saved = manifest.known(self._directory, str(step)).files
         if found := manifest.damage(self._directory, saved):
             raise self._damaged(step, " ".join(found[0]))

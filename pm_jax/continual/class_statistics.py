@@ -59,16 +59,17 @@ def statistics_fn(config: Config, model: nn.Module) -> Pass:
         >>> type(statistics_fn(Config(), nn.Dense(2))).__name__
         'Pass'
     """
-    transform = evaluation_transform(config)
+    transform, devices = evaluation_transform(config), config.placement()
+    batch_size = devices.multiple(BATCH_SIZE)
 
     def begin(statistics: ClassStatistics, params: Params, data: DeviceData, task: Array):
         del params
-        return statistics, data.positions[task], -(-data.sizes[task] // BATCH_SIZE)
+        return statistics, data.positions[task], -(-data.sizes[task] // batch_size)
 
     def step(number, statistics, rows, _, params: Params, data: DeviceData, task: Array):
-        places = number * BATCH_SIZE + jnp.arange(BATCH_SIZE)
+        places = number * batch_size + jnp.arange(batch_size)
         rows = rows[jnp.minimum(places, rows.shape[0] - 1)]
-        features = features_of(model, params, transform(data.take(rows, places)))
+        features = features_of(model, params, transform(data.take(devices, rows, places)))
         weights = (places < data.sizes[task]).astype(jnp.float32)
         return statistics.plus(features, data.labels[rows], weights)
 
@@ -76,5 +77,6 @@ def statistics_fn(config: Config, model: nn.Module) -> Pass:
         begin=begin,
         step=step,
         finish=lambda statistics, *_: statistics,
-        batch_size=lambda *_: BATCH_SIZE,
+        batch_size=lambda *_: batch_size,
+        devices=devices,
     )

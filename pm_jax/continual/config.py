@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from pm_jax import gradient_projection, models, perturbation, rules
+from pm_jax.continual.devices import Devices
 from pm_jax.continual.setting_ranges import TEXT_POSITIONS
 from pm_jax.continual.settings import MERGING, PUBLIC_SIZES, Settings
 from pm_jax.data import digits, sources, stream, texts
@@ -100,6 +101,16 @@ class Config(Settings):
             case "low_rank":
                 return LowRankQuadratic.zero(params, self.curvature_rank)
         return DiagonalQuadratic.zero(params)
+
+    def placement(self) -> Devices:
+        """Where arrays lie; raises `InvalidInput` where there are no such devices."""
+        devices = Devices.of(self.devices, self.fsdp)
+        if self.batch_size % devices.count:
+            raise InvalidInput(
+                f"batch_size={self.batch_size}: must be a multiple of the {devices.count} devices "
+                "that examples are divided among"
+            )
+        return devices
 
     def without_merging(self) -> "Config":
         """The same settings for training and evaluation, with the defaults of merging."""

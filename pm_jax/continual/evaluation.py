@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import optax
 
+from pm_jax.continual.devices import Devices
 from pm_jax.continual.feed import Pass
 from pm_jax.continual.training import DeviceData, logits_of
 from pm_jax.losses import MASKED_LOGIT
@@ -37,6 +38,7 @@ def scores_fn(
     *,
     temperature: float = 1.0,
     transform: Callable[[Array], Array] = _as_they_are,
+    devices: Devices | None = None,
 ) -> Pass:
     """Accuracy on the first tasks, over the classes seen and with the task known, and loss.
 
@@ -45,6 +47,7 @@ def scores_fn(
         batch_size: examples at a time; accuracies do not depend on it, losses by rounding only.
         temperature: that the logits are divided by for the loss, as in training.
         transform: of the inputs.
+        devices: that examples are divided among; the default one if `None`.
 
     Returns:
         A pass `scores(params, data, seen_mask, count) -> Scores`, with the argmax over `seen_mask`
@@ -55,6 +58,8 @@ def scores_fn(
         >>> type(scores_fn(nn.Dense(2))).__name__
         'Pass'
     """
+    devices = devices or Devices.of()
+    batch_size = devices.multiple(batch_size)
 
     def begin(params: Params, data: DeviceData, seen_mask: Array, count: Array):
         del params, seen_mask
@@ -71,7 +76,7 @@ def scores_fn(
         task = jnp.where(inside, places // largest, 0)
         rows = rows[jnp.minimum(places, rows.shape[0] - 1)]
         labels = data.labels[rows]
-        inputs = transform(data.take(rows, places))
+        inputs = transform(data.take(devices, rows, places))
         logits = logits_of(model, params, inputs, jnp.ones_like(seen_mask))
         real = inside & (places % largest < data.sizes[task])
         own = data.class_masks[task]
@@ -93,7 +98,9 @@ def scores_fn(
         accuracy, task_aware = correct / data.sizes[None, :]
         return Scores(accuracy, task_aware, losses / data.sizes)
 
-    return Pass(begin=begin, step=step, finish=finish, batch_size=lambda *_: batch_size)
+    return Pass(
+        begin=begin, step=step, finish=finish, batch_size=lambda *_: batch_size, devices=devices
+    )
 
 
 def mean_loss_fn(
@@ -102,6 +109,7 @@ def mean_loss_fn(
     *,
     temperature: float = 1.0,
     transform: Callable[[Array], Array] = _as_they_are,
+    devices: Devices | None = None,
 ) -> Pass:
     """Mean cross-entropy on one task over its own classes, without perturbation.
 
@@ -110,6 +118,7 @@ def mean_loss_fn(
         batch_size: examples at a time; the result depends on it by rounding only.
         temperature: that the logits are divided by, as in the training loss.
         transform: of the inputs.
+        devices: that examples are divided among; the default one if `None`.
 
     Returns:
         A pass `mean_loss(params, data, task) -> float32 scalar`, with `task` an int32 scalar.
@@ -118,6 +127,8 @@ def mean_loss_fn(
         >>> type(mean_loss_fn(nn.Dense(2))).__name__
         'Pass'
     """
+    devices = devices or Devices.of()
+    batch_size = devices.multiple(batch_size)
 
     def begin(params: Params, data: DeviceData, task: Array):
         del params
@@ -127,7 +138,7 @@ def mean_loss_fn(
     def step(number, total, rows, params: Params, data: DeviceData, task: Array):
         places = number * batch_size + jnp.arange(batch_size)
         rows = rows[jnp.minimum(places, rows.shape[0] - 1)]
-        inputs, mask = transform(data.take(rows, places)), data.class_masks[task]
+        inputs, mask = transform(data.take(devices, rows, places)), data.class_masks[task]
         logits = logits_of(model, params, inputs, mask, temperature)
         values = optax.softmax_cross_entropy_with_integer_labels(logits, data.labels[rows])
         return total + jnp.sum(jnp.where(places < data.sizes[task], values, 0.0))
@@ -136,4 +147,6 @@ def mean_loss_fn(
         del params
         return total / data.sizes[task]
 
-    return Pass(begin=begin, step=step, finish=finish, batch_size=lambda *_: batch_size)
+    return Pass(
+        begin=begin, step=step, finish=finish, batch_size=lambda *_: batch_size, devices=devices
+    )

@@ -67,14 +67,15 @@ def evidence_fn(
 
     if not rule.needs & {"quadratic", "curvature_error"}:
         return lambda key, trained, previous, data, task: Evidence(key=merge_key(key, task))
-    transform = evaluation_transform(config)
+    transform, devices = evaluation_transform(config), config.placement()
 
     def chunk_of(key: Key, trained: Params, previous: Params, data: DeviceData, task: Array) -> int:
         del key, previous, task
         leaves = trees.select(trained, merging)
-        chunk = curvature.chunk_for_memory(leaves, _memory_bytes(config))
-        groups = max(1, rule.example_groups)
-        return -(-min(chunk, data.positions.shape[1]) // groups) * groups
+        chunk = curvature.chunk_for_memory(leaves, _memory_bytes(config)) * devices.count
+        # Each group of the examples is measured by itself.
+        step = devices.count * max(1, rule.example_groups)
+        return -(-min(chunk, data.positions.shape[1]) // step) * step
 
     def estimators(
         trained: Params, data: DeviceData, task: Array, chunk: int
@@ -114,7 +115,8 @@ def evidence_fn(
         places = number * chunk + jnp.arange(chunk)
         rows = order[jnp.minimum(places, order.shape[0] - 1)]
         weights = (places < count).astype(jnp.float32)
-        batch = Batch(transform(data.take(rows, places)), data.labels[rows], weights)
+        inputs = transform(data.take(devices, rows, places))
+        batch = devices.spread(Batch(inputs, data.labels[rows], weights))
         measures = estimators(trained, data, task, chunk)
 
         def update(states):
@@ -143,7 +145,7 @@ def evidence_fn(
             left_out=left_out,
         )
 
-    return Pass(begin=begin, step=step, finish=finish, batch_size=chunk_of)
+    return Pass(begin=begin, step=step, finish=finish, batch_size=chunk_of, devices=devices)
 
 
 def _measures(

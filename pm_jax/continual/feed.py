@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pm_jax.continual.config import Config
+from pm_jax.continual.devices import Devices
 from pm_jax.continual.training import DeviceData, Window
 from pm_jax.data.stream import TaskIndices, TaskStream
 from pm_jax.types import Array, InvalidInput, PyTree
@@ -24,13 +24,15 @@ class HostData(NamedTuple):
 
     Attributes:
         inputs: uint8 [N, ...], in the host's memory.
-        rest: all else, on the device; its inputs are `None`.
-        window_bytes: most that one stretch of examples may take.
+        rest: all else, on the devices; its inputs are `None`.
+        window_bytes: most that one stretch of examples may take of a device.
+        devices: that examples are divided among.
     """
 
     inputs: np.ndarray
     rest: DeviceData
     window_bytes: float
+    devices: Devices
 
 
 def placed(config: Config, stream: TaskStream, split: TaskIndices) -> DeviceData | HostData:
@@ -42,7 +44,8 @@ def placed(config: Config, stream: TaskStream, split: TaskIndices) -> DeviceData
         split: of the stream.
 
     Returns:
-        `DeviceData`, or `HostData` where `config.resident_mb` is not enough.
+        `DeviceData`, divided among the devices, or `HostData` where `config.resident_mb` of each is
+        not enough.
 
     Raises:
         InvalidInput: inputs have to be streamed and the loader is not installed.
@@ -52,9 +55,9 @@ def placed(config: Config, stream: TaskStream, split: TaskIndices) -> DeviceData
         >>> type(placed(Config(), stream, stream.train)).__name__
         'DeviceData'
     """
-    budget = resident_bytes(config)
-    if stream.inputs.nbytes <= budget:
-        return DeviceData.of(stream, split)
+    budget, devices = resident_bytes(config), config.placement()
+    if stream.inputs.nbytes / devices.count <= budget:
+        return DeviceData.of(devices, stream, split)
     try:
         import grain  # noqa: F401
     except ImportError:
@@ -63,8 +66,8 @@ def placed(config: Config, stream: TaskStream, split: TaskIndices) -> DeviceData
             "are streamed, which needs grain: pip install 'pm_jax[streaming]'; or raise it"
         ) from None
     arrays = (stream.labels, split.positions, split.sizes, stream.class_masks)
-    rest = DeviceData(None, *(jnp.asarray(array) for array in arrays))
-    return HostData(stream.inputs, rest, budget / WINDOWS_IN_MEMORY)
+    rest = DeviceData(None, *devices.place(arrays))
+    return HostData(stream.inputs, rest, budget / WINDOWS_IN_MEMORY, devices)
 
 
 def resident_bytes(config: Config) -> float:
@@ -106,10 +109,10 @@ def of_split(
         True
     """
     names = ("positions", "sizes", "class_masks")
-    own = dict(zip(names, map(jnp.asarray, (*split, class_masks)), strict=True))
-    if isinstance(data, HostData):
-        return data._replace(rest=data.rest._replace(**own))
-    return data._replace(**own)
+    rest = data.rest if isinstance(data, HostData) else data
+    devices = Devices.like(rest.labels)
+    rest = rest._replace(**devices.place(dict(zip(names, (*split, class_masks), strict=True))))
+    return data._replace(rest=rest) if isinstance(data, HostData) else rest
 
 
 def stretches(
@@ -146,19 +149,21 @@ def stretches(
         return
     import grain
 
-    order = np.asarray(rows(data.rest))
-    batch_bytes = batch_size * data.inputs[:1].nbytes
+    order, devices = np.asarray(rows(data.rest)), data.devices
+    batch_bytes = batch_size * data.inputs[:1].nbytes / devices.count
     size = min(max(1, int(data.window_bytes // batch_bytes)), -(-len(order) // batch_size))
+    own = devices.columns(batch_size)
 
     def load(start: int) -> tuple[int, np.ndarray]:
-        places = start * batch_size + np.arange(size * batch_size)
+        places = start * batch_size + np.arange(size * batch_size).reshape(size, -1)[:, own]
         return start, data.inputs[order[np.minimum(places, len(order) - 1)]]
 
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
     source = grain.MapDataset.source(list(range(first, stop, size)))
     waiting = None
     for start, values in source.map(load).to_iter_dataset(options):
-        window = Window(jax.device_put(values), jnp.asarray(start * batch_size, jnp.int32))
+        first_place = devices.place(np.asarray(start * batch_size, np.int32))
+        window = Window(devices.place_columns(values, batch_size), first_place)
         if waiting:
             yield waiting
         waiting = start, min(start + size, stop), data.rest._replace(inputs=window)
@@ -176,6 +181,7 @@ class Pass:
             `DeviceData.take`.
         finish: `finish(carry, *arguments) -> result`.
         batch_size: `batch_size(*arguments) -> int`, by shapes alone.
+        devices: where the result lies; the default one if `None`.
 
     Attributes:
         resident: the function compiled as one, for `DeviceData`.
@@ -198,7 +204,10 @@ class Pass:
         step: Callable[..., PyTree],
         finish: Callable[..., Any],
         batch_size: Callable[..., int],
+        devices: Devices | None = None,
     ):
+        compiled: Callable[..., Any] = devices.jit if devices else jax.jit
+
         def stretch(carry, rows, first, stop, *arguments):
             return jax.lax.fori_loop(
                 first, stop, lambda number, carry: step(number, carry, rows, *arguments), carry
@@ -208,8 +217,8 @@ class Pass:
             carry, rows, batches = begin(*arguments)
             return finish(stretch(carry, rows, 0, batches, *arguments), *arguments)
 
-        self.resident = jax.jit(resident)
-        self._begin, self._stretch, self._finish = map(jax.jit, (begin, stretch, finish))
+        self.resident = compiled(resident)
+        self._begin, self._stretch, self._finish = map(compiled, (begin, stretch, finish))
         self._batch_size = batch_size
 
     def __call__(self, *arguments: Any) -> Any:

@@ -87,7 +87,8 @@ class Learner:
             lessons.train.positions.shape[1],
             int(lessons.class_masks.sum(axis=1).max()),
         )
-        self._key = jax.random.key(seed)
+        self._devices = config.placement()
+        self._key = self._devices.place(jax.random.key(seed))
         self._train = feed.placed(config, lessons, lessons.train)
         self._held_out, validation = (
             feed.of_split(self._train, split, self.stream.class_masks)
@@ -104,6 +105,7 @@ class Learner:
 
     def _reset(self) -> None:
         theta_0 = starting_params(self.config, self._programs.init(self._key))
+        theta_0 = self._devices.place(theta_0)
         self._state = self._merging.fresh(theta_0)
         self._trajectory: PyTree = None
         self._adapters = self._merging.blank_adapters(theta_0)
@@ -386,7 +388,7 @@ class Learner:
                 *self._hooked(),
             )
             self._trajectory = self._programs.snapshots.blank(self._state.params)
-        state = checkpoints.restore(step, self._saved(training_state))
+        state = checkpoints.restore(step, self._devices.shapes(self._saved(training_state)))
         self._state = RunState(**{name: state[name] for name in RunState._fields})
         self._trajectory = state.get("trajectory")
         self._records.restore(state["records"])

@@ -91,6 +91,7 @@ class Merging:
         self.rule = config.merge_rule()
         self.wants_onset = config.onset_gradients or "onset_gradient_norm" in self.rule.needs
         self._config, self._key, self._stream = config, key, stream
+        self._devices = config.placement()
         self._programs, self._train, self._validation = programs, train, validation
 
     def fresh(self, params: Params) -> RunState:
@@ -103,6 +104,7 @@ class Merging:
             statistics = ClassStatistics.zero(classes, width)
         leaves = trees.select(params, self._programs.merging) if self._config.plane_points else {}
         task_vector = jax.tree.map(jnp.zeros_like, leaves)
+        statistics = self._devices.place(statistics)
         return RunState(params, start, self._fresh_rule_state(params), statistics, task_vector)
 
     def predicting(self, state: RunState) -> Params:
@@ -110,12 +112,14 @@ class Merging:
         if state.statistics is None or not state.statistics.counts.any():
             return state.params
         kernel, bias = state.statistics.classifier()
-        return trees.replace(state.params, {"head/kernel": kernel, "head/bias": bias})
+        classifier = self._devices.place({"head/kernel": kernel, "head/bias": bias})
+        return trees.replace(state.params, classifier)
 
     def blank_adapters(self, params: Params) -> Adapters:
         """Adapters of the run's shapes whose products are 0; none without LoRA."""
         kernels = trees.select(params, self._programs.adapted)
-        return lora.init(self._key, kernels, ".*", self._config.lora_rank) if kernels else {}
+        rank = self._config.lora_rank
+        return self._devices.place(lora.init(self._key, kernels, ".*", rank)) if kernels else {}
 
     def tasks_seen(self, task: int) -> int:
         """Number of tasks whose data have been trained on after a task."""
@@ -187,7 +191,8 @@ class Merging:
         leaves = trees.select(theta_0, self._programs.merging)
         takes = "adapters" in self.rule.needs
         given = {"adapters": self.blank_adapters(theta_0)} if takes else {}
-        return self.rule.init(jax.tree.map(jnp.copy, leaves), **given)
+        state = self.rule.init(jax.tree.map(jnp.copy, leaves), **given)
+        return self._devices.place(state)
 
     def _evidence(self, task: np.ndarray, found: TrainedTask, onset: float) -> Evidence:
         """All that the rule needs, and the onset's gradient norm where it was measured."""

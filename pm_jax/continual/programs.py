@@ -199,21 +199,24 @@ def shared_programs(
     model = config.network(num_classes)
     init = _init_fn(config, num_classes, input_shape)
     first, later = partitions(config, jax.eval_shape(init, jax.random.key(0)))
+    devices = config.placement()
     program = training.task_program(config, model, later, largest_task, hook)
-    transform = evaluation_transform(config)
+    seen_as: dict[str, Any] = {
+        "temperature": config.temperature,
+        "transform": evaluation_transform(config),
+        "devices": devices,
+    }
     return SharedPrograms(
         model=model,
         partition=later,
-        init=jax.jit(init),
+        init=devices.jit(init),
         first=program
         if first == later
         else training.task_program(config, model, first, largest_task, hook),
         later=program,
-        trained=jax.jit(trained_params),
-        scores=evaluation.scores_fn(model, temperature=config.temperature, transform=transform),
-        mean_loss=evaluation.mean_loss_fn(
-            model, temperature=config.temperature, transform=transform
-        ),
+        trained=devices.jit(trained_params),
+        scores=evaluation.scores_fn(model, **seen_as),
+        mean_loss=evaluation.mean_loss_fn(model, **seen_as),
     )
 
 
@@ -255,7 +258,7 @@ def programs(
         >>> programs(Config(), 10, (8, 8, 1), 100).merging[:2]
         ('hidden_0/bias', 'hidden_0/kernel')
     """
-    rule = config.merge_rule()
+    rule, devices = config.merge_rule(), config.placement()
     shape = (num_classes, input_shape, largest_task)
     shared = shared_programs(config.without_merging(), *shape, rule.hook)
     model, later = shared.model, shared.partition
@@ -271,21 +274,21 @@ def programs(
             trained=trees.select(trained, later.merging),
             evidence=evidence,
         )
-        return rule_state, leaves, info
+        return devices.keep((rule_state, leaves, info))
 
-    @jax.jit
+    @devices.jit
     def between(previous, trained, alpha):
         ends = trees.select(previous, later.merging), trees.select(trained, later.merging)
         return trees.replace(trained, trees.lerp(*ends, alpha))
 
-    @jax.jit
+    @devices.jit
     def in_plane(previous, trained, across, coordinates):
         start = trees.select(previous, later.merging)
         along = task_vectors.difference(trees.select(trained, later.merging), start)
         step = task_vectors.combine([along, across], list(coordinates))
         return trees.replace(trained, task_vectors.apply(start, step))
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(devices.jit, donate_argnums=0)
     def absorb(rule_state, merged, objective, evidence):
         assert rule.absorb
         leaves = trees.select(merged, later.merging)
@@ -310,7 +313,7 @@ def programs(
         gradient_norm=jax.jit(
             lambda objective, params: objective.gradient_norm(trees.select(params, later.merging))
         ),
-        snapshots=Snapshots(rule.snapshots, later.merging, feed.resident_bytes(config)),
+        snapshots=Snapshots(rule.snapshots, later.merging, feed.resident_bytes(config), devices),
         add_statistics=class_statistics.statistics_fn(config, model),
         absorb=absorb,
     )

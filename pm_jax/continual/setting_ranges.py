@@ -15,14 +15,14 @@ AT_LEAST_ONE = (
     *("num_tasks", "patch_size", "width", "depth", "num_heads", "lora_rank"),
     *("epochs", "epoch_repeats", "batch_size", "accumulation_steps"),
     *("max_tokens", "vocabulary", "randaugment_layers", "evaluation_resize"),
-    *("merge_examples", "curvature_rank", "curvature_slots"),
+    *("merge_examples", "curvature_rank", "curvature_slots", "fsdp"),
 )
 NOT_NEGATIVE = (
     *("base_classes", "first_task_epochs", "head_learning_rate", "weight_decay"),
     *("clip_norm", "curvature_samples", "curvature_examples", "curvature_memory_mb"),
     *("train_per_class", "test_per_class", "image_size", "stored_size"),
     *("layer_norm_epsilon", "resident_mb", "landscape_points", "plane_points"),
-    "curvature_error",
+    *("curvature_error", "devices"),
 )
 
 Condition = tuple[str, bool, str]

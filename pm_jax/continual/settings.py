@@ -190,6 +190,20 @@ class Settings:
     warmup_fraction: float = _option(0.0, "Share of each task's steps with a linear warm-up.")
     clip_norm: float = _option(0.0, "Bound on the gradient's global norm; 0 for none.")
 
+    # Devices.
+    devices: int = _option(
+        1,
+        "Devices that the examples of each step are divided among, with the numbers of one up to "
+        "rounding; 0 for all, of all processes. Must divide batch_size.",
+        identity=False,
+    )
+    fsdp: int = _option(
+        1,
+        "How many of the devices hold one copy of the parameters, the optimiser's state and the "
+        "rule's together, a part of each matrix each; must divide devices. 1 for a copy on each.",
+        identity=False,
+    )
+
     # Images.
     augmentation: str = _option(
         "none",
@@ -204,9 +218,9 @@ class Settings:
     randaugment_magnitude: float = _option(9.0, "randaugment: strength of each, 0 to 10.")
     resident_mb: float = _option(
         0.0,
-        "Inputs of more than so many MB stay in the host's memory and are streamed, with the same "
-        "numbers; so do snapshots of training until the merge. 0 for half of the device's memory "
-        "and, on a CPU, no bound.",
+        "Inputs that would take more than so many MB of a device stay in the host's memory and are "
+        "streamed, with the same numbers; so do snapshots of training until the merge. 0 for half "
+        "of the device's memory and, on a CPU, no bound.",
         identity=False,
     )
     evaluation_resize: float = _option(

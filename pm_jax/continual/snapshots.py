@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pm_jax import trees
+from pm_jax.continual.devices import Devices
 from pm_jax.continual.partition import Trainable, trained_params
 from pm_jax.types import Array, Params
 
@@ -19,9 +20,10 @@ class Snapshots:
         fractions: K numbers in [0, 1].
         merging: paths of the leaves.
         resident_bytes: what of them may be on the device; more than that is kept by the host.
+        devices: of the run.
 
     Example:
-        >>> snapshots = Snapshots((0.5, 1.0), ("w",), resident_bytes=1e6)
+        >>> snapshots = Snapshots((0.5, 1.0), ("w",), 1e6, Devices.of())
         >>> start = {"w": jnp.zeros(1)}
         >>> cuts = snapshots.steps(7)
         >>> trainable = Trainable({}, {"w": jnp.ones(1)}, {})
@@ -31,9 +33,14 @@ class Snapshots:
     """
 
     def __init__(
-        self, fractions: tuple[float, ...], merging: tuple[str, ...], resident_bytes: float
+        self,
+        fractions: tuple[float, ...],
+        merging: tuple[str, ...],
+        resident_bytes: float,
+        devices: Devices,
     ):
         self._fractions, self._merging, self._budget = fractions, merging, resident_bytes
+        self._devices, self._filled = devices, devices.jit(_filled, donate_argnums=0)
 
     def steps(self, total: int) -> tuple[int, ...]:
         """After how many of a task's steps each snapshot is taken."""
@@ -51,8 +58,8 @@ class Snapshots:
             for path, leaf in selected.items()
         }
         nbytes = sum(shape.size * shape.dtype.itemsize for shape in shapes.values())
-        zeros = jnp.zeros if nbytes <= self._budget else np.zeros
-        return {path: zeros(shape.shape, shape.dtype) for path, shape in shapes.items()}
+        blank = {path: np.zeros(shape.shape, shape.dtype) for path, shape in shapes.items()}
+        return self._devices.place(blank) if nbytes <= self._budget else blank
 
     def taken(
         self,
@@ -70,7 +77,7 @@ class Snapshots:
             for path, stack in trajectory.items():
                 stack[np.asarray(cuts) == step] = found[path]
             return trajectory
-        return _filled(trajectory, np.asarray(cuts) == step, start, trainable)
+        return self._filled(trajectory, np.asarray(cuts) == step, start, trainable)
 
 
 def snapshot_step(fraction: float, total: int) -> int:
@@ -90,7 +97,6 @@ def snapshot_step(fraction: float, total: int) -> int:
     return round(fraction * total)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
 def _filled(trajectory, due: Array, start: Params, trainable: Trainable) -> dict[str, Array]:
     leaves = _selected(start, trainable, tuple(trajectory))
     return {

@@ -38,41 +38,51 @@ def objective_fn(
         >>> stream = Config().task_stream(0)
         >>> model = nn.Dense(10)
         >>> make = objective_fn(Config(merge_examples=40), model, ())
-        >>> data = DeviceData.of(stream, stream.train)
+        >>> data = DeviceData.of(Config().placement(), stream, stream.train)
         >>> make(jax.random.key(0), {}, data, 0).batches.weights.sum(axis=1).tolist()
         [32.0, 8.0]
     """
-    transform = jax.jit(evaluation_transform(config))
+    transform, devices = evaluation_transform(config), config.placement()
+    batch_size = config.batch_size
 
     def logits_fn(params: Params, leaves: Params, inputs: Array) -> Array:
         everything = jnp.ones(1, bool)
         return logits_of(model, trees.replace(params, leaves), inputs, everything)
 
-    @jax.jit
+    @devices.jit
     def choose(key: Key, data: DeviceData, task: Array) -> tuple[Array, Array]:
         row, count = data.positions[task], data.sizes[task]
-        number = -(-min(config.merge_examples, row.shape[0]) // config.batch_size)
+        number = -(-min(config.merge_examples, row.shape[0]) // batch_size)
         draws = jax.random.uniform(purpose_key(key, EXAMPLES, task), row.shape)
         order = jnp.argsort(jnp.where(jnp.arange(row.shape[0]) < count, draws, 2.0))
-        places = jnp.arange(number * config.batch_size)
+        places = jnp.arange(number * batch_size)
         rows = row[order[jnp.minimum(places, row.shape[0] - 1)]]
         weights = (places < jnp.minimum(count, config.merge_examples)).astype(jnp.float32)
         return rows, weights
 
-    @jax.jit
+    @devices.jit
     def masks(data: DeviceData, task: Array) -> tuple[Array, Array]:
         before = jnp.arange(data.class_masks.shape[0])[:, None] < task
         return data.class_masks[task], jnp.any(data.class_masks & before, axis=0)
+
+    @jax.jit
+    def batches_of(inputs: Array, labels: Array, weights: Array) -> Batch:
+        batch = Batch(transform(inputs), labels, weights)
+        in_batches = jax.tree.map(lambda x: x.reshape(-1, batch_size, *x.shape[1:]), batch)
+        return devices.spread(in_batches, axis=1)
+
+    @jax.jit
+    def examples(data: DeviceData, rows: Array) -> Array:
+        return data.take(devices, rows, rows)
 
     def objective(key: Key, params: Params, data: DeviceData | HostData, task: Array) -> Objective:
         rest = data.rest if isinstance(data, HostData) else data
         rows, weights = choose(key, rest, task)
         if isinstance(data, HostData):
-            inputs = jnp.asarray(data.inputs[np.asarray(rows)])
+            inputs = data.inputs[np.asarray(rows)]
         else:
-            inputs = data.take(rows, rows)
-        batch = Batch(transform(inputs), rest.labels[rows], weights)
-        batches = jax.tree.map(lambda x: x.reshape(-1, config.batch_size, *x.shape[1:]), batch)
+            inputs = examples(data, rows)
+        batches = batches_of(inputs, rest.labels[rows], weights)
         logits = jax.tree_util.Partial(logits_fn, params)
         classes, old_classes = masks(rest, task)
         return Objective(logits, batches, classes, old_classes, config.temperature)

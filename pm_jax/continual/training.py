@@ -11,6 +11,7 @@ import optax
 from pm_jax import lora, losses, perturbation, task_vectors, trees
 from pm_jax.continual import optimizer, training_hooks
 from pm_jax.continual.config import Config
+from pm_jax.continual.devices import Devices
 from pm_jax.continual.image_transforms import training_transform
 from pm_jax.continual.partition import Partition, Trainable, fresh_trainable
 from pm_jax.continual.purpose_keys import ADAPTERS, AUGMENT, SHUFFLE, STEP, purpose_key
@@ -23,7 +24,7 @@ class Window(NamedTuple):
     """The inputs of a stretch of a pass over examples, in the order of the pass.
 
     Attributes:
-        values: uint8 [W, ...].
+        values: uint8 [S, B, ...], of S steps.
         first: place of the first of them in the pass, int32 scalar.
     """
 
@@ -35,7 +36,8 @@ class DeviceData(NamedTuple):
     """A stream on the device.
 
     Attributes:
-        inputs: uint8 images or int32 token ids [N, ...], or what is there of them.
+        inputs: uint8 images or int32 token ids [N, ...], by rows on the devices, or what is there
+            of them.
         labels: int32 [N].
         positions: int32 [T, M], examples of each task.
         sizes: int32 [T], how many entries of each row are examples.
@@ -49,17 +51,17 @@ class DeviceData(NamedTuple):
     class_masks: Array
 
     @classmethod
-    def of(cls, stream: TaskStream, split: TaskIndices) -> "DeviceData":
-        """Put a stream and one of its splits on the device."""
-        arrays = (stream.inputs, stream.labels, split.positions, split.sizes, stream.class_masks)
-        return cls(*(jnp.asarray(array) for array in arrays))
+    def of(cls, devices: Devices, stream: TaskStream, split: TaskIndices) -> "DeviceData":
+        """Put a stream and one of its splits on the devices."""
+        rest = devices.place((stream.labels, split.positions, split.sizes, stream.class_masks))
+        return cls(devices.place_rows(stream.inputs), *rest)
 
-    def take(self, rows: Array, places: Array) -> Array:
-        """Inputs of the examples in some rows, which are at these places of a pass."""
+    def take(self, devices: Devices, rows: Array, places: Array) -> Array:
+        """Inputs of the examples in some rows, which are one step's places of a pass."""
         if isinstance(self.inputs, Window):
-            return self.inputs.values[places - self.inputs.first]
+            return self.inputs.values[(places[0] - self.inputs.first) // places.shape[0]]
         assert self.inputs is not None
-        return self.inputs[rows]
+        return devices.rows(self.inputs, rows)
 
 
 class Segment(NamedTuple):
@@ -250,7 +252,7 @@ def task_program(
         >>> task_program(Config(), Config().network(10), Partition((), (), ()), 64).train
         <PjitFunction of <function task_program.<locals>.train at ...>>
     """
-    law = config.perturbation_law()
+    law, devices = config.perturbation_law(), config.placement()
     transform = training_transform(config)
     transformation, rate = optimizer.transformation(config), optimizer.schedule(config)
     batch_size = config.batch_size
@@ -258,7 +260,7 @@ def task_program(
     # Without adapters, as in the first task from scratch, examples share all that is perturbed.
     per_example = config.perturb_per == "example" and bool(partition.adapted)
 
-    @jax.jit
+    @devices.jit
     def begin(
         key: Key, start: Params, task: Array, rule_state: PyTree = None
     ) -> tuple[Trainable, PyTree]:
@@ -291,8 +293,9 @@ def task_program(
             weights = places < count
             number = segment.epoch * steps_per_epoch + position
             image_key = purpose_key(key, AUGMENT, task, number)
-            inputs = transform(image_key, data.take(rows, places))
+            inputs = transform(image_key, data.take(devices, rows, places))
             batch = Batch(inputs, data.labels[rows], weights.astype(jnp.float32))
+            batch = devices.spread(batch)
             update = segment.epoch * updates_per_epoch + position // config.accumulation_steps
             # What a batch shares, so do the batches of an update.
             draw = number if per_example else update
@@ -325,8 +328,10 @@ def task_program(
         stop = jnp.minimum(segment.stop, steps_per_epoch)
         return jax.lax.fori_loop(segment.first, stop, step, carry)
 
-    refresh = training_hooks.refresh_fn(hook, optimizer.accumulated(config, transformation)[0])
-    return TaskProgram(begin, jax.jit(train, donate_argnums=(1, 2)), order, refresh)
+    refresh = training_hooks.refresh_fn(
+        hook, optimizer.accumulated(config, transformation)[0], devices
+    )
+    return TaskProgram(begin, devices.jit(train, donate_argnums=(1, 2)), order, refresh)
 
 
 def _epoch_batches(key: Key, data: DeviceData, task: Array, steps: int, batch_size: int) -> Array:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from pm_jax.continual.devices import Devices
 from pm_jax.continual.partition import Trainable
 from pm_jax.continual.purpose_keys import REFRESH, purpose_key
 from pm_jax.continual.snapshots import snapshot_step
@@ -59,13 +60,14 @@ def projected(
 
 
 def refresh_fn(
-    hook: TrainingHook | None, optimizer: optax.GradientTransformation
+    hook: TrainingHook | None, optimizer: optax.GradientTransformation, devices: Devices
 ) -> Callable[..., tuple[Trainable, PyTree]]:
     """The hook's refresh between epochs, with the optimiser's moments of what it renews cleared.
 
     Args:
         hook: of the merge rule.
         optimizer: whose state it is.
+        devices: of the run.
 
     Returns:
         `refresh(key, trainable, optimizer_state, task, step, rule_state) -> (trainable,
@@ -73,11 +75,11 @@ def refresh_fn(
         called without such a hook.
 
     Example:
-        >>> refresh_fn(None, optax.sgd(0.1))
+        >>> refresh_fn(None, optax.sgd(0.1), Devices.of())
         <PjitFunction of <function refresh_fn.<locals>.refresh at ...>>
     """
 
-    @functools.partial(jax.jit, donate_argnums=(1, 2))
+    @functools.partial(devices.jit, donate_argnums=(1, 2))
     def refresh(
         key: Key,
         trainable: Trainable,
