@@ -35,9 +35,9 @@ class Devices:
             are divided.
 
     Example:
-        >>> devices = Devices.of(count=2)
-        >>> devices.place({"w": np.ones((4, 3))})["w"].sharding.spec
-        PartitionSpec()
+        >>> devices = Devices.of(count=2, parts=2)
+        >>> devices.place({"w": np.ones((4, 3))})["w"].addressable_shards[0].data.shape
+        (2, 3)
         >>> devices.place_rows(np.arange(3)).tolist()  # padded
         [0, 1, 2, 0]
         >>> jax.jit(devices.rows)(devices.place_rows(np.arange(3)), jnp.asarray([2, 1])).tolist()
@@ -150,6 +150,8 @@ class Devices:
         Returns:
             [S, number, ...].
         """
+        if self.count == 1:
+            return jnp.asarray(array)
         shape = (len(array), number, *array.shape[2:])
         return jax.make_array_from_process_local_data(self._by_columns, array, shape)
 

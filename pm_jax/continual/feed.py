@@ -187,6 +187,7 @@ class Pass:
         resident: the function compiled as one, for `DeviceData`.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> total = Pass(
         ...     begin=lambda x, data: (0.0, jnp.arange(4), 2),
         ...     step=lambda number, carry, rows, x, data: carry + x[rows[number]],

@@ -59,7 +59,10 @@ class DeviceData(NamedTuple):
     def take(self, devices: Devices, rows: Array, places: Array) -> Array:
         """Inputs of the examples in some rows, which are one step's places of a pass."""
         if isinstance(self.inputs, Window):
-            return self.inputs.values[(places[0] - self.inputs.first) // places.shape[0]]
+            values, first = self.inputs
+            if devices.count == 1:  # taken as resident ones are, for the same last bit
+                return values.reshape(-1, *values.shape[2:])[places - first]
+            return values[(places[0] - first) // places.shape[0]]
         assert self.inputs is not None
         return devices.rows(self.inputs, rows)
 
