@@ -65,6 +65,7 @@ def main(argv: Sequence[str]) -> None:
                 values.seeds,
                 workdir,
                 checkpoint_every=values.checkpoint_every,
+                keep_checkpoints=values.keep_checkpoints,
                 tensorboard=values.tensorboard,
                 stop=stop,
             )

@@ -11,6 +11,7 @@ from absl import flags, logging
 
 from pm_jax import rules
 from pm_jax.continual import Config
+from pm_jax.continual.checkpoints import KEPT, check_keep
 from pm_jax.continual.export import Destinations
 from pm_jax.rules.registry import number
 from pm_jax.types import InvalidInput, cause
@@ -101,6 +102,9 @@ def define_run_flags() -> None:
         0,
         "Steps between checkpoints within a task; 0 for task boundaries only.",
     )
+    flags.DEFINE_integer(
+        "keep_checkpoints", KEPT, "How many of the newest checkpoints stay, at least 1."
+    )
     flags.DEFINE_boolean("tensorboard", False, "Write TensorBoard events beside the other logs.")
     flags.DEFINE_boolean(
         "dry_run", False, "Print the resolved settings and parameter counts; stop."
@@ -116,6 +120,7 @@ def check_run_flags() -> None:
         )
     if values.checkpoint_every < 0:
         raise InvalidInput(f"checkpoint_every={values.checkpoint_every}: must not be negative")
+    check_keep(values.keep_checkpoints)
 
 
 def define_baseline_flags() -> None:
@@ -213,7 +218,8 @@ def parse(
         given = ",".join(_given(arguments, "flagfile"))
         fail(f"flagfile={given}: cannot be read ({cause(error)}); give text in UTF-8", values)
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax writes a page of text per checkpoint.
+        # Orbax writes a page of text per checkpoint, and what it raises with its traceback too.
+        logging.set_verbosity(logging.FATAL)
     if len(rest) > 1 + positional:
         fail(f"{rest[1 + positional]!r}: not a flag; settings are given as --name=value", values)
     if "preset" in values and values["preset"].present and not _given(argv, "preset"):

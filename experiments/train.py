@@ -50,6 +50,7 @@ def main(argv: Sequence[str]) -> None:
                 values.seeds,
                 workdir,
                 checkpoint_every=values.checkpoint_every,
+                keep_checkpoints=values.keep_checkpoints,
                 tensorboard=values.tensorboard,
                 keep_task_models=values.keep_task_models,
                 stop=stop,

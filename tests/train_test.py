@@ -257,6 +257,7 @@ REFUSED = {
     "negative seed": (["--seeds=-1"], "--seeds="),
     "no seeds": (["--seeds="], "--seeds="),
     "checkpoint cadence": (["--checkpoint_every=-1"], "--checkpoint_every=-1: must not"),
+    "no checkpoint kept": (["--keep_checkpoints=0"], "--keep_checkpoints=0: must be at least 1"),
     "learning rate": (["--learning_rate=0"], r"--learning_rate=0\.0: must be above 0"),
     "temperature": (["--temperature=0"], r"--temperature=0\.0: must be above 0"),
     "milestones": (["--milestones=0.8,0.5"], r"--milestones=\(0\.8, 0\.5\): .*rising order"),

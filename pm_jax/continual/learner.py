@@ -18,7 +18,7 @@ from pm_jax.continual import (
     training,
     training_hooks,
 )
-from pm_jax.continual.checkpoints import Checkpoints
+from pm_jax.continual.checkpoints import KEPT, Checkpoints
 from pm_jax.continual.config import Config
 from pm_jax.continual.divergence import check_finite, check_state
 from pm_jax.continual.interruption import Interrupted, StopRequests
@@ -39,6 +39,7 @@ class Learner:
         seed: of everything random.
         directory: of checkpoints and logs; `None` to keep nothing.
         checkpoint_every: steps between checkpoints within a task; 0 for task boundaries only.
+        keep_checkpoints: how many of the newest stay, at least 1.
         quiet: print nothing.
         tensorboard: write TensorBoard events into the directory.
         keep_task_models: write what is merged into the directory too, for `experiments.merge`.
@@ -65,6 +66,7 @@ class Learner:
         directory: Path | None = None,
         *,
         checkpoint_every: int = 0,
+        keep_checkpoints: int = KEPT,
         quiet: bool = False,
         tensorboard: bool = False,
         keep_task_models: bool = False,
@@ -73,7 +75,8 @@ class Learner:
     ):
         self._stop = stop or StopRequests()
         self.config, self.seed, self.directory = config, seed, directory
-        self._checkpoint_every, self._quiet = checkpoint_every, quiet
+        self._checkpoint_every, self._keep = checkpoint_every, keep_checkpoints
+        self._quiet = quiet
         self._tensorboard, self._keep_task_models = tensorboard, keep_task_models
         self.stream = config.task_stream(seed)
         self._by_domain = self.stream.scenario == "domain_incremental"
@@ -137,11 +140,13 @@ class Learner:
             TrainingDiverged: the loss is no longer finite.
             InvalidInput: a checkpoint that is whole and does not fit.
             Interrupted: a request to end came; everything is saved.
+            OSError: a checkpoint could not be written.
         """
         if self.directory is None:
             return self._run(None)
         self.directory.mkdir(parents=True, exist_ok=True)
-        with Checkpoints(self.directory / "checkpoints") as checkpoints:
+        folder = self.directory / "checkpoints"
+        with Checkpoints(folder, self._keep, asynchronous=True) as checkpoints:
             return self._run(checkpoints)
 
     def write_landscape(self, directory: Path) -> None:

@@ -257,9 +257,25 @@ def cover(directory: Path, *names: str) -> None:
         ['x.txt']
     """
     held = _held(directory)
-    new = checksums(directory, *(name for name in names if not held.within(name)))
-    files = {**held.files, **new}
-    _write(directory, dataclasses.replace(held, files=files))
+    enter(directory, checksums(directory, *(name for name in names if not held.within(name))))
+
+
+def enter(directory: Path, files: Mapping[str, Entry]) -> None:
+    """As `cover`, with checksums that are known.
+
+    Args:
+        directory: that the files are in, present.
+        files: `{name: entry}`, as of `checksums`.
+
+    Example:
+        >>> import tempfile
+        >>> directory = Path(tempfile.mkdtemp())
+        >>> enter(directory, {"x.txt": {"bytes": 1, "sha256": "00"}})
+        >>> list(read(directory).files)
+        ['x.txt']
+    """
+    held = _held(directory)
+    _write(directory, dataclasses.replace(held, files={**held.files, **files}))
 
 
 def note(directory: Path, **about: Any) -> None:

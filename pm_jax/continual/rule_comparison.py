@@ -8,6 +8,7 @@ from typing import Any
 
 from pm_jax import comparison
 from pm_jax.continual import branching, manifest
+from pm_jax.continual.checkpoints import KEPT
 from pm_jax.continual.config import Config
 from pm_jax.continual.divergence import TrainingDiverged
 from pm_jax.continual.interruption import StopRequests
@@ -27,6 +28,7 @@ def run_rules(
     workdir: Path,
     *,
     checkpoint_every: int = 0,
+    keep_checkpoints: int = KEPT,
     quiet: bool = False,
     tensorboard: bool = False,
     stop: StopRequests | None = None,
@@ -42,6 +44,7 @@ def run_rules(
         seeds: one run each.
         workdir: absent, empty, or of a comparison with the same base.
         checkpoint_every: as for `run_seeds`.
+        keep_checkpoints: as for `run_seeds`.
         quiet: as for `run_seeds`.
         tensorboard: as for `run_seeds`.
         stop: as for `run_seeds`.
@@ -79,6 +82,7 @@ def run_rules(
                 seeds,
                 directories[label],
                 checkpoint_every=checkpoint_every,
+                keep_checkpoints=keep_checkpoints,
                 quiet=quiet,
                 tensorboard=tensorboard,
                 shared=workdir / SHARED_FOLDER / folder_name(config),

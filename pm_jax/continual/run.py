@@ -10,6 +10,7 @@ import numpy as np
 
 from pm_jax import lora, trees
 from pm_jax.continual import branching, landscape, manifest
+from pm_jax.continual.checkpoints import KEPT
 from pm_jax.continual.config import Config
 from pm_jax.continual.interruption import StopRequests
 from pm_jax.continual.learner import Learner
@@ -39,6 +40,7 @@ def run_seeds(
     workdir: Path,
     *,
     checkpoint_every: int = 0,
+    keep_checkpoints: int = KEPT,
     quiet: bool = False,
     tensorboard: bool = False,
     keep_task_models: bool = False,
@@ -55,6 +57,7 @@ def run_seeds(
         seeds: one run each.
         workdir: absent, empty, or of the same configuration.
         checkpoint_every: steps between checkpoints within a task; 0 for task boundaries only.
+        keep_checkpoints: how many of a seed's newest checkpoints stay, at least 1.
         quiet: print nothing.
         tensorboard: write TensorBoard events beside the other logs.
         keep_task_models: write the models that are merged, in `seed_<n>/task_models`.
@@ -93,6 +96,7 @@ def run_seeds(
                 seed,
                 directory,
                 checkpoint_every=checkpoint_every,
+                keep_checkpoints=keep_checkpoints,
                 quiet=quiet,
                 tensorboard=tensorboard,
                 keep_task_models=keep_task_models,
@@ -139,6 +143,7 @@ def run_with_baseline(
     workdir: Path,
     *,
     checkpoint_every: int = 0,
+    keep_checkpoints: int = KEPT,
     quiet: bool = False,
     tensorboard: bool = False,
     keep_task_models: bool = False,
@@ -154,6 +159,7 @@ def run_with_baseline(
         seeds: one run each.
         workdir: as for `run_seeds`.
         checkpoint_every: as for `run_seeds`.
+        keep_checkpoints: as for `run_seeds`.
         quiet: as for `run_seeds`.
         tensorboard: as for `run_seeds`.
         keep_task_models: as for `run_seeds`.
@@ -195,6 +201,7 @@ def run_with_baseline(
             seeds,
             directory,
             checkpoint_every=checkpoint_every,
+            keep_checkpoints=keep_checkpoints,
             quiet=quiet,
             tensorboard=tensorboard,
             keep_task_models=keep_task_models,
