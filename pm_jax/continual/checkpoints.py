@@ -208,7 +208,7 @@ class Checkpoints:
         try:
             yield
         except ValueError as error:
-            found = re.search(r"OS error (\d+)", str(error))
+            found = re.search(r"os_error_code='(\d+)'", str(error))
             if not found:
                 raise
             number, path = int(found[1]), str(self._directory / str(step))
