@@ -21,8 +21,8 @@ from absl import app, flags
 
 from experiments import flags as experiment_flags
 from pm_jax import comparison, rules
-from pm_jax.continual import Config, TrainingDiverged, comparison_plots
-from pm_jax.continual.interruption import Interrupted, StopRequests
+from pm_jax.continual import Config, comparison_plots
+from pm_jax.continual.interruption import StopRequests
 from pm_jax.continual.rule_comparison import run_rules, write_tables
 from pm_jax.continual.run import describe
 from pm_jax.types import InvalidInput
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
     """Check everything, then run, and print the table."""
     del argv
     values = flags.FLAGS
-    try:
+    with experiment_flags.exits():
         curvatures = values.curvature.split(",")
         base = experiment_flags.config_from_flags(curvature=curvatures[0])
         configs = configurations(base, values.rules, curvatures)
@@ -69,23 +69,17 @@ def main(argv: Sequence[str]) -> None:
                 tensorboard=values.tensorboard,
                 stop=stop,
             )
-    except InvalidInput as error:
-        experiment_flags.fail(str(error))
-    except TrainingDiverged as error:
-        experiment_flags.fail(str(error), code=1)
-    except Interrupted as error:
-        experiment_flags.fail(str(error), code=128 + error.signal_number)
-    apart = [label for label, config in configs.items() if config.merge_rule().analysis_only]
-    rows = comparison.compare(results, apart)
-    print(comparison.as_text(rows))
-    files = write_tables(rows, values.seeds, workdir)
-    try:
-        files += comparison_plots.write_plots(
-            {row.rule: results[row.rule] for row in rows}, workdir
-        )
-    except ImportError:
-        print("plots: skipped, matplotlib is not installed; pip install 'pm_jax[plots]'")
-    print("written:", *files)
+        apart = [label for label, config in configs.items() if config.merge_rule().analysis_only]
+        rows = comparison.compare(results, apart)
+        print(comparison.as_text(rows))
+        files = write_tables(rows, values.seeds, workdir)
+        try:
+            files += comparison_plots.write_plots(
+                {row.rule: results[row.rule] for row in rows}, workdir
+            )
+        except ImportError:
+            print("plots: skipped, matplotlib is not installed; pip install 'pm_jax[plots]'")
+        print("written:", *files)
 
 
 def configurations(

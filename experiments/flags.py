@@ -1,18 +1,22 @@
 """Command-line flags: generated from `Config`, with presets and one-line errors."""
 
+import contextlib
 import dataclasses
+import errno
 import functools
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import flags, logging
 
 from pm_jax import rules
-from pm_jax.continual import Config
+from pm_jax.continual import Config, TrainingDiverged
 from pm_jax.continual.checkpoints import KEPT, check_keep
 from pm_jax.continual.export import Destinations
+from pm_jax.continual.interruption import Interrupted
 from pm_jax.rules.registry import number
 from pm_jax.types import InvalidInput, cause
 
@@ -263,3 +267,59 @@ def fail(message: str, values: flags.FlagValues = flags.FLAGS, *, code: int = 2)
         line = f"--{line}"
     print(f"error: {line}", file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def exits(values: flags.FlagValues = flags.FLAGS) -> Iterator[None]:
+    """End as `fail` does on what a user can do something about; any other error passes.
+
+    The code is 2 for what was given, 1 for what happened during a run, and 128 and the signal's
+    number where that asked for the end.
+
+    Args:
+        values: flags that errors may begin with, and that remedies may name.
+    """
+    try:
+        yield
+    except InvalidInput as error:
+        fail(str(error), values, code=1 if _without_room(error) else 2)
+    except TrainingDiverged as error:
+        fail(str(error), values, code=1)
+    except Interrupted as error:
+        fail(str(error), values, code=128 + error.signal_number)
+    except Exception as error:
+        if line := _of_the_machine(error, values):
+            fail(line, values, code=1)
+        raise
+
+
+def _of_the_machine(error: Exception, values: flags.FlagValues) -> str | None:
+    """The line for an error that is the fault of disk or memory, not of the program."""
+    workdir = values["workdir"].value if "workdir" in values else None
+    again = "; the same command goes on from what was saved" if workdir else ""
+    if isinstance(error, OSError) or _without_room(error):
+        places = (workdir and f"workdir={workdir}", getattr(error, "filename", None))
+        where = ": ".join(str(place) for place in places if place) or "disk"
+        remedy = "make room there" if _without_room(error) else "set right what is there"
+        reason = getattr(error, "strerror", None) or cause(error)
+        return f"{where}: cannot be written or read ({reason}); {remedy}{again}"
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        remedy = "leave it more memory"
+        if "batch_size" in values:
+            remedy = (
+                f"set resident_mb, which is {values.resident_mb}, or lower "
+                f"batch_size={values.batch_size} in another work directory"
+            )
+        return f"out of memory ({cause(error)}); {remedy}{again}"
+    return None
+
+
+def _without_room(error: BaseException | None) -> bool:
+    """Whether a full disk is behind an error; TensorStore and safetensors say so in words only."""
+    while error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

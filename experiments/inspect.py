@@ -18,12 +18,10 @@ from pm_jax.types import InvalidInput
 
 def main(argv: Sequence[str]) -> int:
     """Print what is found."""
-    try:
+    with experiment_flags.exits():
         if len(argv) != 2:
             raise InvalidInput("DIR: is missing; name one, as experiments.inspect runs/digits")
         found = inspection.inspect(Path(argv[1]))
-    except InvalidInput as error:
-        experiment_flags.fail(str(error))
     print(found.text())
     return 1 if found.damaged else 0
 

@@ -45,7 +45,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
     """Check everything, then merge and say what was done."""
     del argv
-    try:
+    with experiment_flags.exits(values):
         if values.run and (values.base or values.models):
             raise InvalidInput(f"run={values.run}: stands for base and models; leave them out")
         for name in ("output",) if values.run else ("base", "output"):
@@ -67,8 +67,6 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
             values.overwrite,
         )
         print(merge_files(merge))
-    except InvalidInput as error:
-        experiment_flags.fail(str(error), values)
 
 
 if __name__ == "__main__":

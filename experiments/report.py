@@ -21,17 +21,15 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
     """Write the report."""
     del argv
-    try:
+    with experiment_flags.exits(values):
         if not values.workdir:
             raise InvalidInput("workdir=: needs that of a run, as --workdir=runs/digits")
-        print(write_report(Path(values.workdir)))
-    except InvalidInput as error:
-        experiment_flags.fail(str(error), values)
-    except ImportError:
-        experiment_flags.fail(
-            "the report needs matplotlib, which is not installed; pip install 'pm_jax[plots]'",
-            values,
-        )
+        try:
+            print(write_report(Path(values.workdir)))
+        except ImportError:
+            raise InvalidInput(
+                "the report needs matplotlib, which is not installed; pip install 'pm_jax[plots]'"
+            ) from None
 
 
 if __name__ == "__main__":

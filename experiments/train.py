@@ -9,8 +9,8 @@ from pathlib import Path
 from absl import app, flags
 
 from experiments import flags as experiment_flags
-from pm_jax.continual import TrainingDiverged, export
-from pm_jax.continual.interruption import Interrupted, StopRequests
+from pm_jax.continual import export
+from pm_jax.continual.interruption import StopRequests
 from pm_jax.continual.report import write_report
 from pm_jax.continual.run import describe, run_with_baseline, table
 from pm_jax.types import InvalidInput
@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
     """Check everything, then train and print the table."""
     del argv
     values = flags.FLAGS
-    try:
+    with experiment_flags.exits():
         config = experiment_flags.config_from_flags()
         baseline = experiment_flags.baseline_from_flags(config)
         experiment_flags.check_run_flags()
@@ -59,12 +59,6 @@ def main(argv: Sequence[str]) -> None:
             _write_report(workdir)
         print(table(summaries))
         export.write(destinations, config, values.seeds[0], workdir)
-    except InvalidInput as error:
-        experiment_flags.fail(str(error))
-    except TrainingDiverged as error:
-        experiment_flags.fail(str(error), code=1)
-    except Interrupted as error:
-        experiment_flags.fail(str(error), code=128 + error.signal_number)
 
 
 def _write_report(workdir: Path) -> None:

@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
     """Run the grid, choose, test, and print the tables."""
     del argv
     values = flags.FLAGS
-    try:
+    with experiment_flags.exits():
         base = experiment_flags.config_from_flags()
         arms = [arm for name in values.arms for arm in (ARMS if name == "all" else [name])]
         for arm in arms:
@@ -76,8 +76,6 @@ def main(argv: Sequence[str]) -> None:
                 raise InvalidInput(f"arms={arm}: must be one of {', '.join(ARMS)}, or all")
         configs = {arm: dataclasses.replace(base, **ARMS[arm]) for arm in arms}
         _study(configs, Path(values.workdir))
-    except InvalidInput as error:
-        experiment_flags.fail(str(error))
 
 
 def _study(arms: dict[str, Config], workdir: Path) -> None:

@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
     """Run all cells; print one line for each as soon as it is there."""
     del argv
     values = flags.FLAGS
-    try:
+    with experiment_flags.exits():
         base = experiment_flags.config_from_flags()
         for rule in values.rules:
             if rule not in RULES:
@@ -65,8 +65,6 @@ def main(argv: Sequence[str]) -> None:
             gains = " | ".join(f"{found[rule] - found[REFERENCE]:+.1f}" for rule in rest)
             head = f"| {round(epochs * steps)} | {rate:g} | {temperature:g} "
             print(f"{head}| {found[REFERENCE]:.1f} | {gains} |", flush=True)
-    except InvalidInput as error:
-        experiment_flags.fail(str(error))
 
 
 if __name__ == "__main__":
