@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import logging as standard_logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -224,6 +225,8 @@ def parse(
     if not flags.FLAGS["verbosity"].present:
         # Orbax writes a page of text per checkpoint, and what it raises with its traceback too.
         logging.set_verbosity(logging.FATAL)
+        # Where several of its writes fail, Orbax raises one and asyncio prints the others.
+        standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
     if len(rest) > 1 + positional:
         fail(f"{rest[1 + positional]!r}: not a flag; settings are given as --name=value", values)
     if "preset" in values and values["preset"].present and not _given(argv, "preset"):

@@ -326,6 +326,7 @@ class Learner:
         check_finite(values, task, done + first, self.config, self.directory)
         moved = dict(zip(("trained", "optimizer"), state, strict=True))
         check_state(moved, task, f"step {done + reached}", self.config, self.directory)
+        images = (reached - first) * self.config.batch_size
         log.write(
             "epoch",
             step=self._bounds[task] + done + reached,
@@ -333,7 +334,7 @@ class Learner:
             epoch=epoch + 1,
             loss=float(values.mean()),
             seconds=seconds,
-            images_per_second=round((reached - first) * self.config.batch_size / seconds, 1),
+            images_per_second=round(images / seconds, 1) if seconds else float("nan"),
         )
         return state, done + reached
 

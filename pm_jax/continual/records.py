@@ -20,6 +20,22 @@ MERGE_FIELDS = (
 PHASES = ("train", "curvature", "merge", "classifier", "evaluate", "landscape")
 
 
+def seconds_since(clock: float) -> float:
+    """Seconds that have gone by, 0 if the clock was set back meanwhile.
+
+    Args:
+        clock: a reading of `time.perf_counter`.
+
+    Returns:
+        Seconds, not negative.
+
+    Example:
+        >>> seconds_since(float("inf"))
+        0.0
+    """
+    return max(0.0, time.perf_counter() - clock)
+
+
 class Records:
     """Accuracies, figures of the merges and times of a run, filled in task by task.
 
@@ -80,7 +96,7 @@ class Records:
 
     def time(self, phase: str, clock: float) -> float:
         """Count the seconds since a reading of `time.perf_counter`; returns them."""
-        return self.add_time(phase, time.perf_counter() - clock)
+        return self.add_time(phase, seconds_since(clock))
 
     @contextlib.contextmanager
     def timed(self, phase: str) -> Iterator[None]:

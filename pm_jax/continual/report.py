@@ -73,9 +73,9 @@ def write_report(workdir: Path) -> Path:
             write_text(workdir / FILE, page)
     except OSError as error:
         raise InvalidInput(
-            f"workdir={workdir}: {error.filename} cannot be read or written ({error.strerror}); "
-            "set its permissions right or move it away"
-        ) from None
+            f"workdir={workdir}: {error.filename or FILE} cannot be read or written "
+            f"({error.strerror}); set its permissions right, make room or move it away"
+        ) from error
     return workdir / FILE
 
 

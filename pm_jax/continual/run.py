@@ -18,6 +18,7 @@ from pm_jax.continual.logs import check_tensorboard
 from pm_jax.continual.partition import Partition
 from pm_jax.continual.programs import parameter_shapes, partitions
 from pm_jax.continual.provenance import environment, provenance
+from pm_jax.continual.records import seconds_since
 from pm_jax.continual.result_form import METRICS, problem_of
 from pm_jax.continual.shared_training import SharedTraining
 from pm_jax.continual.workdir import (
@@ -114,7 +115,7 @@ def _run_seed(learner: Learner, directory: Path, clock: float) -> None:
     """Learn all tasks and write the results."""
     _note_start(directory, learner)
     results = learner.run()
-    results["seconds"]["this_process"] = time.perf_counter() - clock
+    results["seconds"]["this_process"] = seconds_since(clock)
     content = {
         "config": dataclasses.asdict(learner.config),
         "seed": learner.seed,
