@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import functools
 import logging as standard_logging
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -119,13 +120,17 @@ def define_run_flags() -> None:
 def check_run_flags() -> None:
     """Raise `InvalidInput` for run flags that cannot be."""
     values = flags.FLAGS
-    if not values.seeds or min(values.seeds) < 0 or max(values.seeds) >= 2**32:
-        raise InvalidInput(
-            f"seeds={values.seeds}: needs one or more whole numbers from 0 to {2**32 - 1}"
-        )
+    check_seeds("seeds", values.seeds)
     if values.checkpoint_every < 0:
         raise InvalidInput(f"checkpoint_every={values.checkpoint_every}: must not be negative")
     check_keep(values.keep_checkpoints)
+
+
+def check_seeds(name: str, seeds: Sequence[int]) -> None:
+    """Raise `InvalidInput` for a flag whose numbers are no seeds, or none."""
+    if not seeds or min(seeds) < 0 or max(seeds) >= 2**32:
+        given = ",".join(map(str, seeds))
+        raise InvalidInput(f"{name}={given}: needs one or more whole numbers from 0 to {2**32 - 1}")
 
 
 def define_baseline_flags() -> None:
@@ -159,8 +164,8 @@ def baseline_from_flags(config: Config) -> Config | None:
         own = dict(SEQUENTIAL_ON_DEFAULT_STREAM)
     for name in own:
         given = values[f"baseline_{name}"].value
-        if given is not None and given <= 0:
-            raise InvalidInput(f"baseline_{name}={given}: must be above 0")
+        if given is not None and not 0 < given < math.inf:
+            raise InvalidInput(f"baseline_{name}={given}: must be above 0 and finite")
         own[name] = given or own[name]
     settings: dict[str, Any] = {"perturbation": "none", "perturb_per": "batch", **own}
     return dataclasses.replace(config, rule=rule, rule_settings="", **settings)
@@ -291,6 +296,8 @@ def exits(values: flags.FlagValues = flags.FLAGS) -> Iterator[None]:
     except Interrupted as error:
         fail(str(error), values, code=128 + error.signal_number)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            fail(f"{error.filename}: the name is too long; choose another", values)
         if line := _of_the_machine(error, values):
             fail(line, values, code=1)
         raise
@@ -310,8 +317,8 @@ def _of_the_machine(error: Exception, values: flags.FlagValues) -> str | None:
         remedy = "leave it more memory"
         if "batch_size" in values:
             remedy = (
-                f"set resident_mb, which is {values.resident_mb}, or lower "
-                f"batch_size={values.batch_size} in another work directory"
+                f"set resident_mb, which is {values.resident_mb}, or take a smaller model or "
+                f"batch_size than {values.batch_size} in another work directory"
             )
         return f"out of memory ({cause(error)}); {remedy}{again}"
     return None

@@ -51,6 +51,7 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
         for name in ("output",) if values.run else ("base", "output"):
             if not values[name].value:
                 raise InvalidInput(f"{name}=: needs a .safetensors file")
+        experiment_flags.check_seeds("seed", (values.seed,))
         if values.run:
             base, models = task_models.files(Path(values.run))
         else:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -251,10 +252,34 @@ def check_output(path: Path, *, overwrite: bool = False) -> None:
         raise InvalidInput(f"output={path}: is a folder already; choose another name")
     if path.exists() and not overwrite:
         raise InvalidInput(f"output={path}: exists; choose another name or set overwrite")
+    check_folder("output", path)
+
+
+def check_folder(argument: str, path: Path) -> None:
+    """Raise for a path in whose folder nothing can be made.
+
+    Args:
+        argument: what the caller calls the path, for messages.
+        path: of what is to be made.
+
+    Raises:
+        InvalidInput: the folder is absent or cannot be written.
+
+    Example:
+        >>> check_folder("output", Path("/nonexistent/merged.safetensors"))
+        Traceback (most recent call last):
+        pm_jax.types.InvalidInput: output=...: the folder /nonexistent does not exist; make it
+    """
     if not path.parent.is_dir():
-        raise InvalidInput(f"output={path}: the folder {path.parent} does not exist; make it")
-    if not os.access(path.parent, os.W_OK):
-        raise InvalidInput(f"output={path}: the folder {path.parent} cannot be written")
+        raise InvalidInput(f"{argument}={path}: the folder {path.parent} does not exist; make it")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):  # permissions do not say all
+            pass
+    except OSError as error:
+        raise InvalidInput(
+            f"{argument}={path}: the folder {path.parent} cannot be written ({error.strerror}); "
+            "choose another"
+        ) from error
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -74,23 +74,33 @@ def main(argv: Sequence[str]) -> None:
         for arm in arms:
             if arm not in ARMS:
                 raise InvalidInput(f"arms={arm}: must be one of {', '.join(ARMS)}, or all")
-        configs = {arm: dataclasses.replace(base, **ARMS[arm]) for arm in arms}
-        _study(configs, Path(values.workdir))
+        if not arms or not values.learning_rates:
+            raise InvalidInput("arms and learning_rates need one or more each")
+        experiment_flags.check_seeds("seeds", values.seeds)
+        experiment_flags.check_seeds("grid_seeds", values.grid_seeds or values.seeds)
+        grids = {arm: _grid(dataclasses.replace(base, **ARMS[arm])) for arm in arms}
+        _study(grids, Path(values.workdir))
 
 
-def _study(arms: dict[str, Config], workdir: Path) -> None:
+def _grid(config: Config) -> list[Config]:
+    """The settings that an arm is tried with."""
     values = flags.FLAGS
-    workdir.mkdir(parents=True, exist_ok=True)
+    grid = itertools.product(values.learning_rates, values.grid_epochs or (config.epochs,))
+    return [
+        dataclasses.replace(config, learning_rate=rate, epochs=epochs, evaluate_on="validation")
+        for rate, epochs in grid
+    ]
+
+
+def _study(arms: dict[str, list[Config]], workdir: Path) -> None:
+    values = flags.FLAGS
     grid_seeds = values.grid_seeds or values.seeds
     validated, tested, coefficients = {}, {}, []
-    for arm, config in arms.items():
+    for arm, grid in arms.items():
         folder = workdir / arm.replace(" ", "_")
         found = {}
-        grid = itertools.product(values.learning_rates, values.grid_epochs or (config.epochs,))
-        for rate, epochs in grid:
-            cell = dataclasses.replace(
-                config, learning_rate=rate, epochs=epochs, evaluate_on="validation"
-            )
+        for cell in grid:
+            rate, epochs = cell.learning_rate, cell.epochs
             directory = folder / f"rate_{rate:g}_epochs_{epochs}"
             found[cell] = run_seeds(cell, grid_seeds, directory, quiet=True)
             validated[f"{arm}, rate {rate:g}, {epochs} epochs"] = found[cell]

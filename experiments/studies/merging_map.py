@@ -45,15 +45,18 @@ def main(argv: Sequence[str]) -> None:
         for rule in values.rules:
             if rule not in RULES:
                 raise InvalidInput(f"rules={rule}: must be one of {', '.join(RULES)}")
+        experiment_flags.check_seeds("seeds", values.seeds)
+        grid = itertools.product(values.map_epochs, values.learning_rates, values.temperatures)
+        cells = [
+            dataclasses.replace(base, epochs=epochs, learning_rate=rate, temperature=temperature)
+            for epochs, rate, temperature in grid
+        ]
         steps = base.task_stream(0).train.sizes.max() / base.batch_size
         rest = [rule for rule in values.rules if rule != REFERENCE]
         print(f"| steps a task | rate | temperature | {REFERENCE} | {' | '.join(rest)} |")
         print("|---" * (4 + len(rest)) + "|", flush=True)
-        cells = itertools.product(values.map_epochs, values.learning_rates, values.temperatures)
-        for epochs, rate, temperature in cells:
-            cell = dataclasses.replace(
-                base, epochs=epochs, learning_rate=rate, temperature=temperature
-            )
+        for cell in cells:
+            epochs, rate, temperature = cell.epochs, cell.learning_rate, cell.temperature
             where = Path(values.workdir) / f"epochs_{epochs}_rate_{rate:g}_temp_{temperature:g}"
             found = {}
             for rule in (REFERENCE, *rest):

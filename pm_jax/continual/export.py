@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from pm_jax.continual.learner import Learner
 from pm_jax.continual.programs import partitions
 from pm_jax.continual.provenance import environment
 from pm_jax.models import peft_adapter, pretrained
+from pm_jax.tensor_files import check_folder
 from pm_jax.types import InvalidInput
 
 
@@ -61,10 +61,8 @@ def check(
                 f"{','.join(map(str, seeds))} a call, which does not train a finished run again"
             )
         _check_path(flag, path, is_file=path is model, overwrite=destinations.overwrite)
-        if not path.parent.is_dir() and path.parent.absolute() != (workdir and workdir.absolute()):
-            raise InvalidInput(f"{flag}={path}: the folder {path.parent} does not exist; make it")
-        if path.parent.is_dir() and not os.access(path.parent, os.W_OK):
-            raise InvalidInput(f"{flag}={path}: the folder {path.parent} cannot be written")
+        if path.parent.is_dir() or path.parent.absolute() != (workdir and workdir.absolute()):
+            check_folder(flag, path)
         layout_for(config)
     if adapter and (config.adapter != "lora" or config.from_scratch):
         raise InvalidInput(

@@ -149,7 +149,12 @@ def starting_params(config: Config, params: Params) -> Params:
     """
     if config.from_scratch:
         return params
-    return pretrained.load_params(pretrained.read_tensors(config.pretrained), params)
+    tensors = pretrained.read_tensors(config.pretrained)
+    try:
+        return pretrained.load_params(tensors, params)
+    except InvalidInput as error:
+        what = str(error).partition(": ")[2]
+        raise InvalidInput(f"pretrained={config.pretrained}: {what}") from None
 
 
 def _init_fn(config: Config, num_classes: int, input_shape: tuple[int, ...]):

@@ -9,6 +9,8 @@ from pm_jax.continual import setting_ranges
 from pm_jax.data import augmentation, stream
 from pm_jax.types import InvalidInput
 
+LARGEST = 2**31 - 1
+"""Whole number that a setting may be: arrays on the device hold no larger one."""
 PUBLIC_SIZES = {
     "vit_tiny_patch16": (192, 12, 3),
     "vit_small_patch16": (384, 12, 6),
@@ -337,6 +339,9 @@ class Settings:
             value = getattr(self, field.name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise InvalidInput(f"{field.name}={value}: must be a finite number")
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, int) and abs(number) > LARGEST:
+                    raise InvalidInput(f"{field.name}={number}: must be at most {LARGEST}")
         setting_ranges.check(self)
 
     def _check_choice(self, field: dataclasses.Field) -> None:

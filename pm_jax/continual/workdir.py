@@ -181,7 +181,7 @@ def check_claim(workdir: Path, config: Config, file_name: str = CONFIG_FILE) -> 
         >>> check_claim(Path("/nonexistent"), Config())
     """
     path = workdir / file_name
-    if workdir.exists() and not workdir.is_dir():
+    if os.path.lexists(workdir) and not workdir.is_dir():  # a link may lead nowhere
         raise InvalidInput(f"workdir={workdir}: is not a directory; choose another path")
     try:
         if not path.exists():

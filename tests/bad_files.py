@@ -1,0 +1,318 @@
+"""Files and folders that are not what a run can use, each by a name that says what it is.
+
+`bad_input_test.py` writes the names in braces; each function makes its file in a folder that is
+given and returns the path.
+"""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pm_jax.continual import Config
+from pm_jax.continual.workdir import claim
+from pm_jax.models import VisionTransformer, pretrained
+
+# Anything.
+
+
+def nothing(folder):
+    return folder / "nothing"
+
+
+def empty_folder(folder):
+    path = folder / "empty folder"
+    path.mkdir()
+    return path
+
+
+def text_file(folder):
+    path = folder / "text file"
+    path.write_text("years of work")
+    return path
+
+
+def link_to_nothing(folder):
+    path = folder / "link to nothing"
+    path.symlink_to(folder / "gone")
+    return path
+
+
+def link_to_itself(folder):
+    path = folder / "link to itself"
+    path.symlink_to(path)
+    return path
+
+
+def empty_file(folder, name):
+    path = folder / name
+    path.write_bytes(b"")
+    return path
+
+
+def folder_named(folder, name):
+    path = folder / name
+    path.mkdir()
+    return path
+
+
+def a_name_that_is_too_long(folder):
+    return folder / ("x" * 300)
+
+
+# Images and labels.
+
+Y = np.arange(24) % 4
+X = (np.arange(24)[:, None, None] * 10 + np.arange(64).reshape(8, 8)).astype(np.uint8)
+
+
+def images(folder, name="images.npz", **changes):
+    fields = {"x_train": X, "y_train": Y, "x_test": X, "y_test": Y} | changes
+    np.savez(folder / name, **{key: value for key, value in fields.items() if value is not None})
+    return folder / name
+
+
+def images_with_nan(folder):
+    return images(folder, x_train=np.where(X == 77, np.nan, X).astype(np.float32))
+
+
+def images_as_numbers_from_0_to_1(folder):
+    return images(folder, x_train=X / np.float32(255))
+
+
+def images_as_lists_of_pixels(folder):
+    return images(folder, x_train=X.reshape(24, 64))
+
+
+def images_of_two_sizes(folder):
+    return images(folder, x_test=X[:, :4])
+
+
+def images_of_no_pixels(folder):
+    return images(folder, x_train=X[:, :0], x_test=X[:, :0])
+
+
+def images_of_5_channels(folder):
+    return images(folder, **{part: np.stack([X] * 5, axis=-1) for part in ("x_train", "x_test")})
+
+
+def images_without_test_labels(folder):
+    return images(folder, y_test=None)
+
+
+def labels_with_nan(folder):
+    return images(folder, y_train=np.where(Y == 3, np.nan, Y))
+
+
+def labels_with_infinity(folder):
+    return images(folder, y_test=np.where(Y == 3, np.inf, Y))
+
+
+def labels_below_0(folder):
+    return images(folder, y_train=Y - 1)
+
+
+def labels_that_leave_out_class_2(folder):
+    return images(folder, y_train=np.where(Y == 2, 3, Y))
+
+
+def labels_of_one_class(folder):
+    return images(folder, y_train=0 * Y, y_test=0 * Y)
+
+
+def fewer_labels_than_images(folder):
+    return images(folder, y_train=Y[:-1])
+
+
+def labels_of_the_test_data_that_are_new(folder):
+    return images(folder, y_test=Y + 1)
+
+
+def one_image_of_each_class(folder):
+    return images(folder, x_train=X[:4], y_train=Y[:4])
+
+
+def no_test_images(folder):
+    return images(folder, x_test=X[:0], y_test=Y[:0])
+
+
+def pickled_objects(folder):
+    return images(folder, x_test=np.asarray([{}] * 24, object))
+
+
+def images_cut_short(folder):
+    path = images(folder)
+    path.write_bytes(path.read_bytes()[:200])
+    return path
+
+
+def empty_npz(folder):
+    return empty_file(folder, "empty.npz")
+
+
+def folder_named_npz(folder):
+    return folder_named(folder, "folder.npz")
+
+
+# Texts.
+
+WORDS = np.asarray(["red", "green", "blue", "please"])
+
+
+def texts(folder, **changes):
+    return images(folder, "texts.npz", **({"x_train": WORDS[Y], "x_test": WORDS[Y]} | changes))
+
+
+def texts_as_bytes(folder):
+    return texts(folder, x_train=WORDS[Y].astype("S"))
+
+
+def tokenizer(folder):
+    import tokenizers
+
+    vocabulary = {word: number for number, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    made.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+def tokenizer_cut_short(folder):
+    path = tokenizer(folder)
+    path.write_text(path.read_text()[:100])
+    return path
+
+
+# Weights of the ViT that {vit} describes.
+
+VIT = VisionTransformer(4, 4, None, 16, 1, 2)
+KERNEL = "blocks.0.attn.qkv.weight"
+
+
+def weights(folder, name="weights.safetensors", **changes):
+    shapes = jax.eval_shape(VIT.init, jax.random.key(0), jnp.ones((1, 8, 8, 3)))["params"]
+    params = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.1, np.float32), shapes)
+    tensors = pretrained.export_params(params, "timm")
+    tensors = {key: changes[key](value) if key in changes else value
+               for key, value in tensors.items()}  # fmt: skip
+    tensors = {key: value for key, value in tensors.items() if value is not None}
+    pretrained.write_tensors(tensors, folder / name, overwrite=True)
+    return folder / name
+
+
+def weights_with_nan(folder):
+    return weights(folder, **{KERNEL: lambda x: x * np.float32(np.nan)})
+
+
+def weights_with_infinity(folder):
+    return weights(folder, **{KERNEL: lambda x: x + np.float32(np.inf)})
+
+
+def weights_without_a_kernel(folder):
+    return weights(folder, **{"blocks.0.mlp.fc1.weight": lambda _: None})
+
+
+def weights_of_whole_numbers(folder):
+    return weights(folder, **{KERNEL: lambda x: x.astype(np.int8)})
+
+
+def weights_under_other_names(folder):
+    path = folder / "weights.safetensors"
+    pretrained.write_tensors({"fc.weight": np.ones(3, np.float32)}, path)
+    return path
+
+
+def weights_cut_short(folder):
+    path = weights(folder)
+    path.write_bytes(path.read_bytes()[:200])
+    return path
+
+
+def empty_safetensors(folder):
+    return empty_file(folder, "empty.safetensors")
+
+
+def folder_named_safetensors(folder):
+    return folder_named(folder, "folder.safetensors")
+
+
+def pickled_weights(folder):
+    np.savez(folder / "weights.npz", weight=np.asarray([{}], object))
+    return folder / "weights.npz"
+
+
+# Small models for experiments.merge.
+
+SMALL = {"scale": np.ones((), np.float32), "head": np.ones((2, 3), np.float32)}
+
+
+def model(folder, name="model.safetensors", **tensors):
+    pretrained.write_tensors(SMALL | tensors, folder / name, overwrite=True)
+    return folder / name
+
+
+# Flagfiles.
+
+
+def flagfile(folder, content):
+    path = folder / "mine.flags"
+    path.write_bytes(content)
+    return path
+
+
+def flagfile_of_bytes_that_are_no_text(folder):
+    return flagfile(folder, b"--epochs=\xff\n")
+
+
+def flagfile_with_an_unknown_flag(folder):
+    return flagfile(folder, b"# mine\n--epoch=3\n")
+
+
+def flagfile_that_names_itself(folder):
+    return flagfile(folder, f"--flagfile={folder / 'mine.flags'}\n--epochs=0\n".encode())
+
+
+def flagfile_with_a_preset(folder):
+    return flagfile(folder, b"--preset=paper_recipe\n")
+
+
+# Work directories.
+
+
+def folder_of_something_else(folder):
+    path = folder / "thesis"
+    path.mkdir()
+    (path / "thesis.tex").write_text("years of work")
+    return path
+
+
+def workdir_with(folder, name, content):
+    path = folder / "run"
+    claim(path, Config())
+    (path / name).unlink(missing_ok=True)
+    (path / name).write_bytes(content)
+    return path
+
+
+def run_with_damaged_settings(folder):
+    return workdir_with(folder, "config.json", b"{")
+
+
+def run_with_empty_settings(folder):
+    return workdir_with(folder, "config.json", b"")
+
+
+def run_whose_settings_are_a_folder(folder):
+    path = folder / "run"
+    (path / "config.json").mkdir(parents=True)
+    return path
+
+
+def run_of_more_epochs(folder):
+    path = folder / "run"
+    claim(path, Config(epochs=7))
+    return path
+
+
+def copy_of(finished, folder):
+    return shutil.copytree(finished, folder / "copy")
