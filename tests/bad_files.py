@@ -4,8 +4,6 @@
 given and returns the path.
 """
 
-import shutil
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -243,40 +241,46 @@ def pickled_weights(folder):
 
 # Small models for experiments.merge.
 
-SMALL = {"scale": np.ones((), np.float32), "head": np.ones((2, 3), np.float32)}
-
 
 def model(folder, name="model.safetensors", **tensors):
-    pretrained.write_tensors(SMALL | tensors, folder / name, overwrite=True)
+    whole = {"scale": np.ones(3, np.float32), "blocks.0.mlp": np.ones((2, 3), np.float32)}
+    pretrained.write_tensors(whole | tensors, folder / name, overwrite=True)
     return folder / name
 
 
-# Flagfiles.
+def model_with_nan(folder):
+    return model(folder, "nan.safetensors", scale=np.float32([1, np.nan, 1]))
 
 
-def flagfile(folder, content):
-    path = folder / "mine.flags"
-    path.write_bytes(content)
+def model_with_infinity(folder):
+    return model(folder, "infinite.safetensors", scale=np.float32([1, -np.inf, 1]))
+
+
+def model_of_another_shape(folder):
+    return model(folder, "shape.safetensors", scale=np.ones(2, np.float32))
+
+
+def model_with_a_tensor_more(folder):
+    return model(folder, "more.safetensors", extra=np.ones(2, np.float32))
+
+
+def fishers_below_0(folder):
+    return model(folder, "fishers.safetensors", scale=-np.ones(3, np.float32))
+
+
+def damaged_model(folder):
+    path = folder / "damaged.safetensors"
+    path.write_bytes(b"\xff" * 20)
     return path
 
 
-def flagfile_of_bytes_that_are_no_text(folder):
-    return flagfile(folder, b"--epochs=\xff\n")
+# Flagfiles and work directories.
 
 
 def flagfile_with_an_unknown_flag(folder):
-    return flagfile(folder, b"# mine\n--epoch=3\n")
-
-
-def flagfile_that_names_itself(folder):
-    return flagfile(folder, f"--flagfile={folder / 'mine.flags'}\n--epochs=0\n".encode())
-
-
-def flagfile_with_a_preset(folder):
-    return flagfile(folder, b"--preset=paper_recipe\n")
-
-
-# Work directories.
+    path = folder / "mine.flags"
+    path.write_text("# mine\n--epoch=3\n")
+    return path
 
 
 def folder_of_something_else(folder):
@@ -286,20 +290,30 @@ def folder_of_something_else(folder):
     return path
 
 
-def workdir_with(folder, name, content):
+def comparison_of_something_else(folder):
+    """Where experiments.compare would put the runs of `averaging`."""
+    path = folder / "compared"
+    (path / "averaging").mkdir(parents=True)
+    (path / "averaging" / "thesis.tex").write_text("years of work")
+    return path
+
+
+def run_of_7_epochs(folder):
     path = folder / "run"
-    claim(path, Config())
-    (path / name).unlink(missing_ok=True)
-    (path / name).write_bytes(content)
+    claim(path, Config(epochs=7))
     return path
 
 
 def run_with_damaged_settings(folder):
-    return workdir_with(folder, "config.json", b"{")
+    path = run_of_7_epochs(folder)
+    (path / "config.json").write_text("{")
+    return path
 
 
 def run_with_empty_settings(folder):
-    return workdir_with(folder, "config.json", b"")
+    path = run_of_7_epochs(folder)
+    (path / "config.json").write_text("")
+    return path
 
 
 def run_whose_settings_are_a_folder(folder):
@@ -308,11 +322,41 @@ def run_whose_settings_are_a_folder(folder):
     return path
 
 
-def run_of_more_epochs(folder):
+def run_with_a_file_for_seed_1(folder):
     path = folder / "run"
-    claim(path, Config(epochs=7))
+    tiny = Config(
+        num_tasks=2, epochs=1, first_task_epochs=1, hidden_sizes=(8,), rule="averaging",
+        perturbation="none",
+    )  # fmt: skip
+    claim(path, tiny)
+    (path / "seed_1").write_text("years of work")
     return path
 
 
-def copy_of(finished, folder):
-    return shutil.copytree(finished, folder / "copy")
+# Odd, and good.
+
+
+def oddly_named_folder(folder):
+    return folder_named(folder, "grüße, 你好 & 'co' 100 %")
+
+
+def images_in_a_folder_that_is_oddly_named(folder):
+    return images(oddly_named_folder(folder), "my images; 2.npz")
+
+
+def flagfile_that_is_oddly_named(folder):
+    path = oddly_named_folder(folder) / "meine Werte.flags"
+    path.write_text("# größer\n--epochs=2\n")
+    return path
+
+
+def link_to_an_empty_folder(folder):
+    path = folder / "link"
+    path.symlink_to(empty_folder(folder), target_is_directory=True)
+    return path
+
+
+def link_to_a_model(folder):
+    path = folder / "link.safetensors"
+    path.symlink_to(model(folder))
+    return path
