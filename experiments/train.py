@@ -9,8 +9,10 @@ from pathlib import Path
 from absl import app, flags
 
 from experiments import flags as experiment_flags
+from experiments import processes
 from pm_jax.continual import export
 from pm_jax.continual.interruption import StopRequests
+from pm_jax.continual.processes import is_first
 from pm_jax.continual.report import write_report
 from pm_jax.continual.run import describe, run_with_baseline, table
 from pm_jax.types import InvalidInput
@@ -19,11 +21,13 @@ experiment_flags.define_config_flags()
 experiment_flags.define_baseline_flags()
 experiment_flags.define_export_flags()
 experiment_flags.define_run_flags()
+processes.define_process_flags()
 flags.DEFINE_boolean(
     "keep_task_models", False, "Keep the models that are merged, for experiments.merge --run."
 )
 flags.DEFINE_boolean("report", True, "Write report.html into the work directory.")
-flags.adopt_module_key_flags(experiment_flags)  # --help lists them
+for module in (experiment_flags, processes):
+    flags.adopt_module_key_flags(module)  # --help lists them
 
 
 def main(argv: Sequence[str]) -> None:
@@ -31,6 +35,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     values = flags.FLAGS
     with experiment_flags.exits():
+        processes.join_or_watch("experiments.train")
         config = experiment_flags.config_from_flags()
         baseline = experiment_flags.baseline_from_flags(config)
         experiment_flags.check_run_flags()
@@ -55,6 +60,8 @@ def main(argv: Sequence[str]) -> None:
                 keep_task_models=values.keep_task_models,
                 stop=stop,
             )
+        if not is_first():
+            return
         if values.report:
             _write_report(workdir)
         print(table(summaries))

@@ -613,8 +613,8 @@ the disk is full when a line of the log is written
     --workdir={new}: cannot be written or read (No space left on device); make room there; the same
     command goes on from what was saved
 the disk is full when a checkpoint is written
-    --workdir={new}: cannot be written or read (ValueError: RESOURCE_EXHAUSTED: Error writing ...;
-    make room there; the same command goes on from what was saved
+    --workdir={new}: ...: cannot be written or read (No space left on device); make room there; the
+    same command goes on from what was saved
 the disk is full when the checksums of a checkpoint are written
     --workdir={new}: cannot be written or read (No space left on device); make room there; the same
     command goes on from what was saved

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from orbax import checkpoint as orbax
 
-from pm_jax.continual import manifest
+from pm_jax.continual import manifest, processes
 from pm_jax.types import InvalidInput, PyTree
 
 KEPT = 2
@@ -61,7 +61,8 @@ class Checkpoints:
     Args:
         directory: made if absent.
         keep: number of checkpoints, at least 1.
-        asynchronous: let `save` return once the arrays are copied, and write them meanwhile.
+        asynchronous: let `save` return once the arrays are copied, and write them meanwhile; not
+            with several processes.
 
     Raises:
         InvalidInput: `keep` is below 1.
@@ -77,7 +78,8 @@ class Checkpoints:
     def __init__(self, directory: Path, keep: int = KEPT, *, asynchronous: bool = False):
         check_keep(keep)
         options = orbax.CheckpointManagerOptions(enable_async_checkpointing=True, create=True)
-        self._directory, self._keep, self._asynchronous = directory.absolute(), keep, asynchronous
+        self._directory, self._keep = directory.absolute(), keep
+        self._asynchronous = asynchronous and not processes.several()
         self._manager = orbax.CheckpointManager(self._directory, options=options)
         self._behind = concurrent.futures.ThreadPoolExecutor(1)
         self._pending: tuple[int, concurrent.futures.Future[dict[str, manifest.Entry]]] | None
@@ -129,11 +131,13 @@ class Checkpoints:
         kept = sorted(self._manager.all_steps())[-self._keep :]
         covered = {name.split("/")[0] for name in manifest.known(self._directory).files}
         manifest.uncover(self._directory, *covered.difference(map(str, kept)))
-        for old in set(self._manager.all_steps()).difference(kept):
-            # So that a kill leaves no step with some of its files.
-            (self._directory / str(old)).rename(self._directory / f"{DELETED}{old}")
+        if processes.is_first():
+            for old in set(self._manager.all_steps()).difference(kept):
+                # So that a kill leaves no step with some of its files.
+                (self._directory / str(old)).rename(self._directory / f"{DELETED}{old}")
+            self._behind.submit(self._delete, f"{DELETED}*")
+        processes.wait_for_all("saved")
         self._manager.reload()
-        self._behind.submit(self._delete, f"{DELETED}*")
 
     def newest(self, restore: Callable[[int], T]) -> tuple[int, T | None, list[str]]:
         """Go back to the newest step that is whole; damaged ones are set aside by name.
@@ -149,13 +153,19 @@ class Checkpoints:
             InvalidInput: a checkpoint is as it was saved and cannot be restored all the same.
         """
         self.finish()
-        self._delete(f"{DELETED}*", f"*{UNFINISHED}*")  # what a process was killed at
+        if processes.is_first():
+            self._delete(f"{DELETED}*", f"*{UNFINISHED}*")  # what a process was killed at
+        processes.wait_for_all("deleted")
         warnings: list[str] = []
         while step := self.latest():
             try:
                 restored = restore(step)
             except DamagedCheckpoint as error:
-                aside = manifest.set_aside(self._directory / str(step))
+                processes.wait_for_all("damaged")
+                aside = self._directory / str(step)
+                if processes.is_first():
+                    aside = manifest.set_aside(aside)
+                processes.wait_for_all("set aside")
                 manifest.uncover(self._directory, str(step))
                 self._manager.reload()
                 warnings.append(

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from pm_jax.continual import processes
 from pm_jax.types import Array, InvalidInput, PyTree
 
 COPIES, PARTS = "data", "fsdp"
@@ -66,7 +67,7 @@ class Devices:
             raise InvalidInput(
                 f"devices={count}: there are {len(there)}; give at most as many, or 0 for all"
             )
-        if jax.process_count() > 1 and number < len(there):
+        if processes.several() and number < len(there):
             raise InvalidInput(
                 f"devices={count}: several processes use all their {len(there)} devices; give 0"
             )
@@ -104,9 +105,22 @@ class Devices:
 
     def place(self, tree: PyTree) -> Any:
         """Put arrays, which all processes have, where `sharding` says."""
-        if self.count == 1:
-            return jax.tree.map(jnp.asarray, tree)
-        return jax.tree.map(lambda x: jax.device_put(x, self.sharding(np.shape(x))), tree)
+        return jax.tree.map(jnp.asarray if self.count == 1 else self._put, tree)
+
+    def _put(self, leaf: Any) -> Array:
+        sharding = self.sharding(np.shape(leaf))
+        if not processes.several() or not getattr(leaf, "is_fully_addressable", True):
+            return jax.device_put(leaf, sharding)
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(self._put(jax.random.key_data(leaf)))
+        values = np.asarray(leaf)
+        return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+
+    def whole(self, tree: PyTree) -> Any:
+        """Arrays as NumPy's, put together where they are divided; by all processes at once."""
+        if processes.several():
+            tree = jax.jit(lambda x: x, out_shardings=NamedSharding(self.mesh, P()))(tree)
+        return jax.tree.map(np.asarray, tree)
 
     def shapes(self, tree: PyTree) -> PyTree:
         """What arrays are to be restored as: shape, type and, if they are not NumPy's, sharding."""

@@ -1,7 +1,9 @@
 """What a work directory holds, and whether every file in it is as it was saved."""
 
 import dataclasses
+import itertools
 import json
+import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -112,9 +114,18 @@ class _Verified(NamedTuple):
     intact: int
 
 
+def _below(directory: Path) -> list[Path]:
+    """All there is below a directory, in order, but what a run deletes meanwhile."""
+    return sorted(
+        Path(folder, name)
+        for folder, *names in os.walk(directory)
+        for name in itertools.chain(*names)
+    )
+
+
 def _verified(workdir: Path) -> _Verified:
     """All files below a directory against the manifests that there are, or should be."""
-    paths = sorted(workdir.rglob("*"))
+    paths = _below(workdir)
     # Of a manifest in the making there may be nothing yet that it would be missed beside.
     in_the_making = manifest.FILE + whole_files.TEMPORARY
     files = [
@@ -168,7 +179,8 @@ def _holds(workdir: Path, damaged: Collection[Path]) -> list[str]:
     if (workdir / SETTINGS_FILE).exists():
         labels = sorted(path.parent.name for path in workdir.glob(f"*/{CONFIG_FILE}"))
         lines += [f"{workdir}: comparison of {', '.join(labels) or 'nothing yet'}"]
-    for directory in sorted(path.parent for path in workdir.rglob(CONFIG_FILE)):
+    runs = (path.parent for path in _below(workdir) if path.name == CONFIG_FILE)
+    for directory in sorted(runs):
         lines += _run(directory, damaged)
         summary = _content(directory / SUMMARY_FILE, damaged)
         if summary.get("seeds"):

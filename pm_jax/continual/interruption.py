@@ -5,6 +5,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+from pm_jax.continual import processes
+
 SECONDS = 1.0
 """What steps are made at a time, about, so that a request is seen soon."""
 
@@ -27,27 +29,26 @@ class Interrupted(RuntimeError):
 class StopRequests:
     """Notes SIGTERM and SIGINT while it is entered; a second one acts as it would without.
 
-    Attributes:
-        received: the signal that came, or `None`.
-
     Example:
         >>> with StopRequests() as requests:
         ...     signal.raise_signal(signal.SIGTERM)
-        >>> requests.received.name
+        >>> requests.received().name
         'SIGTERM'
     """
 
     def __init__(self) -> None:
-        self.received: signal.Signals | None = None
+        self._number, self._noting = 0, False
         self._before: dict[signal.Signals, object] = {}
         self._steps = 1
 
     def __enter__(self) -> "StopRequests":
+        self._noting = True
         for number in (signal.SIGTERM, signal.SIGINT):
             self._before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_) -> None:
+        self._noting = False
         self._restore_handlers()
 
     def _restore_handlers(self) -> None:
@@ -56,8 +57,13 @@ class StopRequests:
 
     def _receive(self, number: int, frame: object) -> None:
         del frame
-        self.received = signal.Signals(number)
+        self._number = number
         self._restore_handlers()
+
+    def received(self) -> signal.Signals | None:
+        """The signal that came, to any of the run's processes; they have to ask at once."""
+        number = processes.largest(self._number)
+        return signal.Signals(number) if number else None
 
     def cut(self, stretches: Iterable[tuple[int, int, Data]]) -> Iterator[tuple[int, int, Data]]:
         """Cut stretches of steps into pieces that take about a second, until a request comes.
@@ -70,11 +76,11 @@ class StopRequests:
         """
         for first, stop, data in stretches:
             while first < stop:
-                end = min(first + self._steps, stop) if self._before else stop
+                end = processes.agreed(min(first + self._steps, stop)) if self._noting else stop
                 clock = time.perf_counter()
                 yield first, end, data
                 if time.perf_counter() - clock < SECONDS / 2 and end - first == self._steps:
                     self._steps *= 2
                 first = end
-                if self.received:
+                if self._noting and self.received():
                     return

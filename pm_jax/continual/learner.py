@@ -1,6 +1,7 @@
 """The task loop: train, measure curvature, merge, evaluate, save; one seed of one configuration."""
 
 import functools
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from pm_jax.continual import (
     feed,
     landscape,
     merge_warnings,
+    processes,
     task_models,
     training,
     training_hooks,
@@ -81,7 +83,8 @@ class Learner:
         self.stream = config.task_stream(seed)
         self._by_domain = self.stream.scenario == "domain_incremental"
         self._rule = config.merge_rule()
-        self._shared = None if self._rule.takes_part_in_training else shared
+        alone = self._rule.takes_part_in_training or processes.several()
+        self._shared = None if alone else shared
         lessons = self.stream.together() if self._rule.tasks_at_once else self.stream
         self._programs = programs(
             config,
@@ -182,12 +185,13 @@ class Learner:
             if checkpoints
             else (0, None, [])
         )
+        first = processes.is_first()
         log = RunLog(
-            self.directory,
+            self.directory if first else None,
             f"{self.config.rule}, seed {self.seed}",
             self.total_steps,
             resume_step=step,
-            quiet=self._quiet,
+            quiet=self._quiet or not first,
             tensorboard=self._tensorboard,
         )
         try:
@@ -237,11 +241,11 @@ class Learner:
         if checkpoints:
             checkpoints.save(end, self._saved(None))
         if end < self.total_steps:
-            self._end_if_asked(end)
+            self._end_if(self._stop.received(), end)
 
-    def _end_if_asked(self, step: int) -> None:
-        """Raise `Interrupted` after a request; the step has been saved."""
-        if number := self._stop.received:
+    def _end_if(self, number: signal.Signals | None, step: int) -> None:
+        """Raise `Interrupted` where a signal asked for it; the step has been saved."""
+        if number:
             raise Interrupted(
                 f"ended by {number.name} at step {step} of {self.total_steps}; the same command "
                 "goes on from there",
@@ -262,7 +266,7 @@ class Learner:
         for line in lines:
             log.write(**line)
             self._records.add_time("train", line["seconds"])
-        return trained
+        return self._devices.place(trained)
 
     def _train_task(self, task, step, start, training_state, checkpoints, log) -> Params:
         program, hooked = self._program(task), self._hooked()
@@ -286,9 +290,10 @@ class Learner:
             due = self._checkpoint_every and within % self._checkpoint_every == 0
             if within == epochs * per_epoch:
                 continue
-            if checkpoints and (due or self._stop.received):
+            asked = self._stop.received()
+            if checkpoints and (due or asked):
                 checkpoints.save(begin + within, self._saved(state))
-            self._end_if_asked(begin + within)
+            self._end_if(asked, begin + within)
         self._adapters = state[0].adapters or self._merging.blank_adapters(start)
         return self._programs.trained(start, state[0])
 
@@ -346,7 +351,9 @@ class Learner:
         check_finite([loss], task, last, self.config, self.directory)
         if self._keep_task_models and self.directory:
             pretrained = None if self.config.from_scratch else start
-            task_models.keep(self.directory, task, trained, self._programs.merging, pretrained)
+            whole = self._devices.whole((trained, pretrained))
+            if processes.is_first():
+                task_models.keep(self.directory, task, self._programs.merging, *whole)
         found = TrainedTask(start, trained, loss, self._adapters, self._trajectory)
         self._trajectory = None
         self._state, info = self._merging.merge(task, self._state, found, self._records)

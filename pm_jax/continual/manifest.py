@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from pm_jax import whole_files
+from pm_jax.continual import processes
 
 FILE = "manifest.json"
 ASIDE = "damaged_"
@@ -336,6 +337,8 @@ def _held(directory: Path) -> Manifest:
 
 def _write(directory: Path, manifest: Manifest) -> None:
     path, content = directory / FILE, manifest.content()
+    if not processes.is_first():
+        return
     if path.exists() and path.read_bytes() == content:
         return
     with whole_files.replacing(path) as temporary:

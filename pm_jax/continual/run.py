@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pm_jax import lora, trees
-from pm_jax.continual import branching, landscape, manifest
+from pm_jax.continual import branching, landscape, manifest, processes
 from pm_jax.continual.checkpoints import KEPT
 from pm_jax.continual.config import Config
 from pm_jax.continual.interruption import StopRequests
@@ -82,12 +82,13 @@ def run_seeds(
     """
     branching.check(config, seeds)
     claim(workdir, config)
+    processes.wait_for_all("claimed")
     with held(workdir):
         for seed in seeds:
             directory = workdir / f"seed_{seed}"
             if (directory / RESULTS_FILE).exists():
                 manifest.cover(directory, *FINISHED_FILES)  # killed right after they were written
-                if not quiet:
+                if not quiet and processes.is_first():
                     print(f"seed {seed}: already finished, see {directory / RESULTS_FILE}",
                           flush=True)  # fmt: skip
                 continue
@@ -105,6 +106,7 @@ def run_seeds(
                 stop=stop,
             )
             _run_seed(learner, directory, clock)
+        processes.wait_for_all("finished")
         summary = summarize_seeds(workdir)
         with manifest.covering(workdir, SUMMARY_FILE):
             write_json(workdir / SUMMARY_FILE, summary)
@@ -124,7 +126,8 @@ def _run_seed(learner: Learner, directory: Path, clock: float) -> None:
         "environment": environment(),
     }
     with manifest.covering(directory, *FINISHED_FILES):
-        learner.write_landscape(directory)
+        if processes.is_first():
+            learner.write_landscape(directory)
         write_json(directory / RESULTS_FILE, content)
 
 
@@ -343,6 +346,7 @@ def describe(config: Config, seed: int = 0) -> str:
         >>> "merging parameters: 84042 of 84042" not in describe(Config(hidden_sizes=(8,)))
         True
     """
+    config.placement()
     stream = config.task_stream(seed)
     shapes = parameter_shapes(config, stream.num_classes, stream.inputs.shape[1:])
     first, later = partitions(config, shapes)

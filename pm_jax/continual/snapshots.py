@@ -73,7 +73,7 @@ class Snapshots:
         if trajectory is None or step not in cuts:
             return trajectory
         if isinstance(next(iter(trajectory.values())), np.ndarray):
-            found = jax.device_get(_selected(start, trainable, tuple(trajectory)))
+            found = self._devices.whole(_selected(start, trainable, tuple(trajectory)))
             for path, stack in trajectory.items():
                 stack[np.asarray(cuts) == step] = found[path]
             return trajectory

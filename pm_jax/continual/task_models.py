@@ -16,8 +16,8 @@ FOLDER = "task_models"
 def keep(
     run: Path,
     task: int,
-    trained: Params,
     merging: tuple[str, ...],
+    trained: Params,
     pretrained: Params | None = None,
 ) -> None:
     """Write what a task trained: what merges, and in a file beside it what does not.
@@ -25,14 +25,14 @@ def keep(
     Args:
         run: directory of one seed.
         task: counted from 0; before the first, theta_0 is written too.
-        trained: theta_{task+1}*, full parameter tree.
         merging: paths of the leaves that merge.
+        trained: theta_{task+1}*, full parameter tree.
         pretrained: theta_0; `None` where the first task is the pre-training.
 
     Example:
         >>> import tempfile
         >>> run, model = Path(tempfile.mkdtemp()), {"fc": np.ones(2), "head": {"bias": np.zeros(2)}}
-        >>> keep(run, 0, model, ("fc",))
+        >>> keep(run, 0, ("fc",), model)
         >>> base, models = files(run)
         >>> base.name, [model.name for model in models], sorted(whole(run, 1))
         ('theta_0.safetensors', ['task_1.safetensors'], ['fc', 'head/bias'])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pm_jax import whole_files
-from pm_jax.continual import manifest
+from pm_jax.continual import manifest, processes
 from pm_jax.continual.config import Config
 from pm_jax.types import InvalidInput
 
@@ -22,7 +22,7 @@ SHOWN = 8
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, then rename.
+    """Write a text file whole or not at all; of several processes the first does.
 
     Args:
         path: of the file.
@@ -35,8 +35,9 @@ def write_text(path: Path, text: str) -> None:
         >>> path.read_text()
         'one line'
     """
-    with whole_files.replacing(path) as temporary:
-        temporary.write_text(text)
+    if processes.is_first():
+        with whole_files.replacing(path) as temporary:
+            temporary.write_text(text)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -95,6 +96,8 @@ def _without_nan(value: Any) -> Any:
 def claim(workdir: Path, config: Config, file_name: str = CONFIG_FILE) -> None:
     """Make a directory the work directory of a configuration, or see that it already is.
 
+    Of several processes the first writes.
+
     Args:
         workdir: a directory that is absent, empty, or claimed by the same configuration before.
         config: settings.
@@ -131,7 +134,7 @@ def claim(workdir: Path, config: Config, file_name: str = CONFIG_FILE) -> None:
 
 @contextlib.contextmanager
 def held(workdir: Path) -> Iterator[None]:
-    """Keep other processes from running in a work directory meanwhile.
+    """Keep other runs out of a work directory meanwhile; the first process of a run does.
 
     Args:
         workdir: present.
@@ -150,6 +153,9 @@ def held(workdir: Path) -> Iterator[None]:
     try:
         import fcntl
     except ImportError:  # not on this system
+        yield
+        return
+    if not processes.is_first():
         yield
         return
     descriptor = os.open(workdir, os.O_RDONLY)

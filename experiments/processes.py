@@ -1,0 +1,103 @@
+"""One run in several processes, on one host or on many.
+
+Every process is started by the same command, but for its number. The command itself only watches
+over the process that trains: where another one of the run is gone, JAX ends it without a word.
+"""
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import threading
+from typing import NoReturn
+
+import jax
+from absl import flags
+
+from experiments import flags as experiment_flags
+from pm_jax.types import InvalidInput
+
+SECONDS = 30
+"""Without a sign of life, after which a process counts as gone."""
+WATCHED = "PM_JAX_WATCHED"
+"""In the environment of the process that trains."""
+
+
+@functools.cache
+def define_process_flags() -> None:
+    """Define how the processes of a run find each other."""
+    flags.DEFINE_string(
+        "coordinator_address",
+        None,
+        "A run in several processes, which see one work directory: host:port of the first, or auto "
+        "on TPU pods and under Slurm. Use --devices=0.",
+    )
+    flags.DEFINE_integer("process_count", None, "Their number; not with auto.")
+    flags.DEFINE_integer("process_index", None, "Which one this is, from 0; not with auto.")
+
+
+def join_or_watch(module: str) -> None:
+    """Become one of several processes, if flags say so; returns in the one that trains.
+
+    Args:
+        module: that is run, for `python -m`.
+
+    Raises:
+        InvalidInput: flags that do not go together.
+    """
+    values = flags.FLAGS
+    address, count, index = (
+        values.coordinator_address, values.process_count, values.process_index,
+    )  # fmt: skip
+    numbers = {"process_count": count, "process_index": index}
+    if address in (None, "auto"):
+        for name, number in numbers.items():
+            if number is not None:
+                raise InvalidInput(f"{name}={number}: goes with coordinator_address=host:port")
+        if address is None:
+            return
+    else:
+        if not address.rpartition(":")[0] or not address.rpartition(":")[2].isdecimal():
+            raise InvalidInput(f"coordinator_address={address}: must be host:port, or auto")
+        if count is None or count < 1:
+            raise InvalidInput(f"process_count={count}: must be at least 1")
+        if index is None or not 0 <= index < count:
+            raise InvalidInput(f"process_index={index}: must be from 0 to {count - 1}")
+    if values.export or values.export_adapter:
+        raise InvalidInput(
+            f"export={values.export or values.export_adapter}: is written by one process; run the "
+            "same command with it, but without coordinator_address, when the run is finished"
+        )
+    if WATCHED not in os.environ:
+        _watch(module)
+    threading.Thread(target=_end_with_watcher, daemon=True).start()
+    jax.distributed.initialize(
+        None if address == "auto" else address, count, index, heartbeat_timeout_seconds=SECONDS
+    )
+
+
+def _watch(module: str) -> NoReturn:
+    """Run the command in a process of its own and end as it does, with a line where it has none."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, *sys.argv[1:]],
+        env={**os.environ, WATCHED: "1"},
+        stdin=subprocess.PIPE,
+        start_new_session=True,  # signals come by way of this process only
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: process.send_signal(number))
+    code = process.wait()
+    if code < 0:
+        experiment_flags.fail(
+            f"ended by {signal.Signals(-code).name}, as another process of the run is gone or this "
+            "one was killed; start all of them again, they go on from the newest checkpoint",
+            code=1,
+        )
+    sys.exit(code)
+
+
+def _end_with_watcher() -> None:
+    """End this process when the one that watches over it is gone, and the pipe from it closes."""
+    os.read(sys.stdin.fileno(), 1)
+    os._exit(1)
