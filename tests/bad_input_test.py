@@ -118,7 +118,9 @@ WRONG = """
 
 # train: names that are not known
 --rule=nonsense
-    --rule=nonsense: must be one of perturb_and_merge, ...
+    --rule=nonsense: must be one of perturb_and_merge, sequential, averaging, became, trm, pam,
+    fisher_averaging, coma, cofima, task_arithmetic, ties, dare, random_mix, magmax, tunable_magmax,
+    exact_curvature, oracle, joint
 --rule_settings=clop=1
     --rule_settings=clop=1: clop is not a setting of the rule; perturb_and_merge takes clip=true,
     ... by default
@@ -582,9 +584,6 @@ PROCESSES = """
 # studies.merging_map: a name that is not known
 --workdir={new} --rules=sequential,x
     --rules=x: must be one of sequential, averaging, merge only, perturb and merge
-# inspect: a folder of something else
-{folder_of_something_else}
-    DIR={folder_of_something_else}: holds no run; give the work directory of a run of ...
 """
 
 # Inputs whose fault shows during the run: code 1, with what was saved.

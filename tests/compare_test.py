@@ -11,7 +11,6 @@ from absl import flags
 from experiments import compare
 from experiments import flags as experiment_flags
 from pm_jax import rules
-from pm_jax.continual import TrainingDiverged, rule_comparison
 from pm_jax.continual import learner as learner_module
 
 TINY = ["--num_tasks=3", "--epochs=1", "--first_task_epochs=1", "--hidden_sizes=8"]
@@ -137,53 +136,6 @@ def test_without_matplotlib_one_line_says_so(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "comparison.csv").exists() and not list(tmp_path.glob("*.png"))
 
 
-REFUSED = {
-    "unknown rule": (["--rules=sequential,nonsense"], r"--rules=nonsense: .*one of .*averaging"),
-    "unknown setting": (
-        ["--rules=perturb_and_merge+keep=3"],
-        r"--rules=perturb_and_merge\+keep=3: .*keep is not a setting.*takes clip=true",
-    ),
-    "setting of another type": (
-        ["--rules=perturb_and_merge+clip=7"],
-        r"--rules=perturb_and_merge\+clip=7: .*must be true or false",
-    ),
-    "flag of another type": (
-        ["--rules=averaging+epochs=many"],
-        r"--rules=averaging\+epochs=many: epochs=many: ",
-    ),
-    "flag out of range": (
-        ["--rules=averaging+epochs=0"],
-        r"--rules=averaging\+epochs=0: epochs=0: must be at least 1",
-    ),
-    "no rule": (["--rules="], "--rules=: needs one or more"),
-    "settings of all": (
-        ["--rules=averaging", "--rule_settings=clip=false"],
-        "--rule_settings=clip=false: belongs to one rule",
-    ),
-    "unknown curvature": (
-        ["--rules=perturb_and_merge", "--curvature=identity,nonsense"],
-        r"--rules=perturb_and_merge\+curvature=nonsense: .*curvature=nonsense: must be one of",
-    ),
-    "curvature that a rule does not take": (
-        ["--rules=fisher_averaging", "--curvature=identity,kronecker"],
-        r"curvature=kronecker: rule=fisher_averaging takes curvature entry by entry",
-    ),
-    "no seeds": (["--seeds="], "--seeds="),
-    "no workdir": (["--workdir="], "--workdir=: needs a directory"),
-    "model that does not fit": (
-        ["--rules=averaging", "--model=vit", "--patch_size=3"],
-        "--image_size=0: patch_size=3 must divide",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_a_mistake_is_one_line_before_anything_is_written(case, tmp_path, capsys, learners):
-    arguments, pattern = REFUSED[case]
-    line = refused(capsys, f"--workdir={tmp_path / 'new'}", *TINY, *arguments)
-    assert re.search(pattern, line) and not (tmp_path / "new").exists() and not learners
-
-
 def test_a_work_directory_of_something_else_is_refused(tmp_path, capsys, learners):
     (tmp_path / "a" / "averaging").mkdir(parents=True)
     (tmp_path / "a" / "averaging" / "thesis.tex").write_text("years of work")
@@ -202,12 +154,3 @@ def test_a_work_directory_of_something_else_is_refused(tmp_path, capsys, learner
     (thesis / "thesis.tex").write_text("years of work")
     assert f"{thesis}: is not empty" in refused(capsys, *compared, "--rules=sequential")
     assert not learners
-
-
-def test_a_loss_that_is_not_finite_names_the_rule(tmp_path, capsys, monkeypatch):
-    def diverging(*_, **__):
-        raise TrainingDiverged("task 1, step 2: the loss is nan")
-
-    monkeypatch.setattr(rule_comparison, "run_seeds", diverging)
-    line = refused(capsys, f"--workdir={tmp_path}", "--rules=averaging", *TINY, code=1)
-    assert line == "error: averaging: task 1, step 2: the loss is nan"

@@ -168,48 +168,6 @@ def test_weights_of_augreg_and_none_go_out_in_timms_layout(tmp_path):
         assert export.layout_for(config) == "timm"
 
 
-REFUSED = {
-    "ending": (["--export={}/m.bin", "--model=vit"], r"--export=\S*m\.bin: must end in \.saf"),
-    "folder": (["--export={}/none/m.safetensors", "--model=vit"], "folder .*none does not exist"),
-    "is a folder": (["--export={}/d.safetensors", "--model=vit", "--overwrite"], "is a folder"),
-    "model": (["--export={}/m.safetensors"], "--model=mlp: has no public layout"),
-    "seeds": (
-        ["--export={}/m.safetensors", "--model=vit", "--seeds=1,2"],
-        r"--export=.*: takes the model of one seed; .*seeds=1,2",
-    ),
-    "no adapter": (
-        ["--export_adapter={}/a", "--model=vit"],
-        "--export_adapter=.*: needs adapter=lora and pretrained",
-    ),
-    "adapter from scratch": (
-        ["--export_adapter={}/a", "--model=vit", "--adapter=lora"],
-        "--export_adapter=.*: needs adapter=lora and pretrained",
-    ),
-    "adapter's ending": (
-        ["--export_adapter={}/a.safetensors", "--model=vit"],
-        "--export_adapter=.*: is a folder of two files",
-    ),
-    "adapter is a file": (["--export_adapter={}/file", "--model=vit"], "file: is a file already"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_exported_is_refused_before_training(case, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    (tmp_path / "d.safetensors").mkdir()
-    given, pattern = REFUSED[case]
-    given = [argument.format(tmp_path) for argument in given]
-    line = refused(capsys, f"--workdir={tmp_path / 'run'}", "--patch_size=4", *given)
-    assert re.search(pattern, line)
-    assert not (tmp_path / "run").exists()
-
-
-def test_the_weights_that_a_run_starts_from_are_not_replaced(finished, capsys):
-    path = finished / "start.safetensors"
-    line = refused(capsys, *arguments(finished), f"--export={path}", "--overwrite")
-    assert "is what the run starts from" in line
-
-
 def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path):
     with pytest.raises(InvalidInput, match="export=.*: cannot be written"):
         pretrained.write_tensors({"w": np.ones(2)}, tmp_path / "none" / "m.safetensors")

@@ -160,32 +160,6 @@ def test_what_a_directory_holds_is_printed(trained, compared, capsys):
     assert any(re.match(rf"{compared}/sequential +\d+\.\d ", line) for line in lines)
 
 
-WRONG = {
-    "absent": (["/nonexistent"], "DIR=/nonexistent: is no directory; give the work"),
-    "no run": (["{}"], "DIR=.*: holds no run; give the work directory"),
-    "a file": (["{}/file"], "DIR=.*file: is no directory"),
-    "nothing": ([], "DIR: is missing; name one"),
-    "two": (["{}", "more"], "'more': not a flag"),
-    "a flag": (["--nonsense=1", "{}"], "Unknown command line flag 'nonsense'"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_argument_is_one_line_and_code_2(case, tmp_path, capsys):
-    arguments, pattern = WRONG[case]
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit) as ended:
-        inspect(*(each.format(tmp_path) for each in arguments))
-    assert ended.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and re.search(pattern, line)
-
-
-def test_one_seed_of_a_run_is_no_run(trained):
-    with pytest.raises(InvalidInput, match="seed_0: holds no run"):
-        inspection.inspect(trained / "seed_0")
-
-
 def test_a_kill_at_no_moment_leaves_what_looks_damaged(tmp_path, monkeypatch):
     """Looks before every change of a name, in a run that is killed and goes on."""
     found, looking = [], []

@@ -39,33 +39,6 @@ def test_the_first_examples_of_each_class_are_kept(tmp_path):
     assert found.test_labels.tolist() == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize(
-    "changes,message",
-    [
-        ({"y_test": None}, "lacks y_test"),
-        ({"x_train": np.zeros((12, 6, 6, 3), np.float32)}, "x_train is float32"),
-        ({"x_train": np.zeros((12, 6), np.uint8)}, "x_train is uint8"),
-        ({"y_train": np.zeros(11, int)}, "y_train is int64 .*12 examples"),
-        ({"y_train": np.zeros(12, np.float32)}, "y_train is float32"),
-        ({"y_train": np.full(12, -1)}, "whole number from 0 on"),
-        ({"x_test": np.zeros((8, 5, 6, 3), np.uint8)}, "different shapes"),
-        ({"x_test": np.asarray([{}] * 8, object)}, "cannot be read"),
-    ],
-)
-def test_arrays_of_another_form_are_refused(tmp_path, changes, message):
-    archive(tmp_path / "mine.npz", **changes)
-    with pytest.raises(InvalidInput, match=message):
-        sources.load_archive(tmp_path / "mine.npz")
-
-
-def test_a_damaged_archive_is_refused(tmp_path):
-    path = tmp_path / "mine.npz"
-    archive(path)
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(InvalidInput, match="cannot be read"):
-        sources.load_archive(path)
-
-
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the shared CIFAR-100")
 def test_cifar100_is_read_whole_without_tensorflow():
     found = sources.load("cifar100", str(SHARED))

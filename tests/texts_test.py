@@ -86,37 +86,6 @@ def test_a_stream_of_texts_is_learned_with_adapters_on_given_weights(tmp_path, t
     assert jnp.array_equal(frozen, params["word_embed"]["embedding"])
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"tokenizer": "none.json"}, "tokenizer=none.json: there is no such file"),
-        ({"tokenizer": ""}, "tokenizer=: model=text_encoder needs one"),
-        ({"dataset": "digits"}, "model=text_encoder: reads texts and dataset=digits has images"),
-        ({"max_tokens": 513}, "max_tokens=513: must be at most 512"),
-        ({"vocabulary": 5}, "vocabulary=5: the tokenizer gives ids up to 9"),
-        ({"class_order": "groups"}, "class_order=groups: the data set names no groups"),
-        ({"num_tasks": 5}, "num_tasks=5: 4 classes are left"),
-    ],
-)
-def test_bad_settings_of_text_streams_are_one_line(tmp_path, tokenizer, changes, message):
-    settings = {
-        "dataset": colours(tmp_path / "t.npz"), "scenario": "class_incremental", "num_tasks": 2,
-        "model": "text_encoder", "tokenizer": tokenizer, "vocabulary": len(WORDS),
-    }  # fmt: skip
-    with pytest.raises(InvalidInput) as caught:
-        Config(**{**settings, **changes}).task_stream(0)
-    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
-
-
-def test_archives_and_tokenizers_of_another_kind_are_refused(tmp_path, tokenizer):
-    images = colours(tmp_path / "i.npz", x_train=np.zeros((32, 4, 4), np.uint8))
-    with pytest.raises(InvalidInput, match="x_train is uint8 .*; a text model needs strings"):
-        texts.load(images, "", tokenizer, 8)
-    (tmp_path / "cut.json").write_text(pathlib.Path(tokenizer).read_text()[:100])
-    with pytest.raises(InvalidInput, match="cut.json: cannot be read"):
-        texts.load(colours(tmp_path / "t.npz"), "", str(tmp_path / "cut.json"), 8)
-
-
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the prepared CIFAR-100")
 def test_a_data_set_without_texts_is_refused(tokenizer):
     with pytest.raises(InvalidInput, match="cifar100: has the features .*image.*; a text model"):
