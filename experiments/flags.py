@@ -228,16 +228,28 @@ def parse(
         given = ",".join(_given(arguments, "flagfile"))
         fail(f"flagfile={given}: cannot be read ({cause(error)}); give text in UTF-8", values)
     if not flags.FLAGS["verbosity"].present:
-        # Orbax writes a page of text per checkpoint, and what it raises with its traceback too.
-        logging.set_verbosity(logging.FATAL)
-        # Where several of its writes fail, Orbax raises one and asyncio prints the others.
-        standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
+        _quieten_orbax()
     if len(rest) > 1 + positional:
         fail(f"{rest[1 + positional]!r}: not a flag; settings are given as --name=value", values)
     if "preset" in values and values["preset"].present and not _given(argv, "preset"):
         fail(f"preset={values['preset'].value}: does not count in a flagfile; give it as a flag",
              values)  # fmt: skip
     return rest
+
+
+@functools.cache  # the hooks would pile up
+def _quieten_orbax() -> None:
+    """Leave what it logs and what threads of failed saves print to the one error that it raises."""
+    logging.set_verbosity(logging.FATAL)
+    for name in ("asyncio", "concurrent.futures"):
+        standard_logging.getLogger(name).setLevel(standard_logging.CRITICAL)
+    before = sys.unraisablehook
+
+    def without_closed_loops(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = without_closed_loops
 
 
 def _with_preset(argv: Sequence[str]) -> list[str]:

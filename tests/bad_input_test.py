@@ -844,6 +844,39 @@ def test_a_run_survives_what_a_machine_does(row, finished, tmp_path, capsys, mon
     assert not inspection.inspect(tmp_path / "new").damaged
 
 
+def test_a_disk_that_is_really_full(finished, tmp_path):
+    """One of 200 kB in memory, which takes a namespace of its own and the right to mount."""
+    answer = (
+        "--workdir={new}: cannot be written or read (...No space left on device...); make room "
+        "there; the same command goes on from what was saved"
+    )
+    arguments, pattern = told(
+        Row("train", "{tiny} --noreport --checkpoint_every=20", answer), tmp_path, finished
+    )
+    disk = tmp_path / "new"
+    disk.mkdir()
+    script = (
+        'mount -t tmpfs -o size=200k tmpfs "$0" || exit 99; "$@"; code=$?; '
+        'cp -R "$0" "$0.kept"; exit $code'
+    )
+    command = ["unshare", "-m", "sh", "-c", script, str(disk), sys.executable]
+    try:
+        process = subprocess.run(
+            [*command, "-m", "experiments.train", *arguments],
+            cwd=ROOT, capture_output=True, text=True,
+        )  # fmt: skip
+    except FileNotFoundError:
+        pytest.skip("needs unshare")
+    if process.returncode == 99 or process.stderr.startswith("unshare: "):
+        pytest.skip("needs the right to mount")
+    assert process.returncode == 1 and "Traceback" not in process.stderr, process.stderr
+    assert pattern.fullmatch(process.stderr.splitlines()[-1]), process.stderr
+    kept = tmp_path / "new.kept"
+    assert not inspection.inspect(kept).damaged and not [*kept.rglob("results.json")]
+    call("train", [f"--workdir={kept}", *arguments[1:]])
+    assert results(kept) == results(finished)
+
+
 def test_a_merge_on_a_full_disk_leaves_nothing_and_can_be_repeated(tmp_path, capsys, monkeypatch):
     answer = "--output={nothing}.safetensors: cannot be written (No space left on device); ..."
     row = Row("merge", "{two} {output}", answer)
