@@ -1,6 +1,7 @@
 """What the benchmarks count and say; that they run is tested here and in package_test.py."""
 
 import dataclasses
+import gc
 import importlib.util
 import json
 import pathlib
@@ -13,9 +14,11 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.benchmarks import accelerator, peer
+from experiments.benchmarks import accelerator, many_tasks, peer
 from pm_jax import lora, trees
+from pm_jax.continual import Config
 from pm_jax.continual.training import logits_of
+from tests.small_runs import forget_programs
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -99,3 +102,26 @@ def test_accelerator_runs_small(tmp_path):
         assert eager == "not measured: torch is not installed"
     phases = [value for name, value in rows.items() if name.startswith("  of it")]
     assert 0 < sum(phases) < rows["whole run, s"]
+
+
+def test_nothing_but_records_grows_with_the_tasks(tmp_path):
+    forget_programs()
+    gc.collect()  # what other tests have left on the device
+    config = Config(num_tasks=8, epochs=1, first_task_epochs=1, hidden_sizes=(16,), batch_size=128)
+    rows = many_tasks.measured(config, tmp_path)
+    assert len(rows) == 8 and rows[0]["compilations"] > 5
+    assert sum(row["compilations"] for row in rows[2:]) == 0
+    for name in ("device MB", "state MB"):
+        assert len({row[name] for row in rows[2:]}) == 1 and rows[2][name] > 0
+    # Stored compressed: of equal size but for how well the numbers and records compress.
+    sizes = [row["checkpoint MB"] for row in rows[2:]]
+    assert max(sizes) / min(sizes) < 1.1 and min(sizes) > 0.2 * rows[2]["state MB"]
+    assert all(row["resident MB"] > row["device MB"] for row in rows)
+
+
+def test_trends_are_those_of_a_known_line_with_its_error():
+    noise = (1.0, -1.0, -1.0, 1.0)  # orthogonal to the line
+    rows = [{"MB": 50.0}] * 3 + [{"MB": 7 + 2.0 * t + noise[t]} for t in range(4)]
+    (found,) = many_tasks.trends(rows).values()
+    # Residual variance 4 / 2, by the sum of squares 5 of the tasks.
+    np.testing.assert_allclose(found, (10.0, 2.0, np.sqrt(2 / 5)), rtol=1e-12)

@@ -76,6 +76,16 @@ def test_notebooks_run(path):
             ],
             "1 of 1 equal",
         ),
+        (
+            "checkpoint_saves",
+            ["--hidden_sizes=8", "--batch_size=4", "--steps=2", "--repeats=1"],
+            "2 steps, asynchronous / no checkpoint",
+        ),
+        (
+            "many_tasks",
+            ["--num_tasks=6", "--hidden_sizes=4", "--rules=magmax"],
+            "compilations after task 3: 0",
+        ),
         ("offline_merging", ["--depth=1", "--models=1"], "peak above the baseline"),
     ],
 )

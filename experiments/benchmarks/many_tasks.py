@@ -1,0 +1,192 @@
+"""What grows with the number of tasks: memory, checkpoints, time and compilations, task by task.
+
+python -m experiments.benchmarks.many_tasks
+python -m experiments.benchmarks.many_tasks --rules=perturb_and_merge,magmax --curvature=kronecker
+
+Rotated digits, turned a little more in every task, learned by a small network. The slopes are least
+squares over the tasks from the fourth on; beside each, what it makes of the mean over 100 tasks.
+Evaluation is of all domains after every task, for the forward transfer; with
+--scenario=class_incremental it is of the tasks seen, and grows with them.
+"""
+
+import contextlib
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from experiments import flags as experiment_flags
+from pm_jax.continual import Config, Learner
+from pm_jax.continual.records import PHASES
+from pm_jax.types import InvalidInput
+
+experiment_flags.define_config_flags()
+flags.DEFINE_list("rules", ["perturb_and_merge"], "Of each a run.")
+flags.DEFINE_integer("every", 10, "Tasks from one line of the table to the next.")
+
+SMALL: dict[str, Any] = {
+    **{"num_tasks": 100, "rotation_step": 3.6, "epochs": 1, "first_task_epochs": 1},
+    "hidden_sizes": (256, 256),
+}
+"""The stream and its model, but for flags that are given."""
+WARM_UP = 3
+MEGABYTE = 1e6
+COMPILATION = "/jax/core/compile/backend_compile_duration"
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[float]]:
+    """Seconds of each compilation, as they come."""
+    found: list[float] = []
+
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        if event == COMPILATION:
+            found.append(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def resident_bytes() -> int:
+    """Memory of this process; where the system does not say, the most that it has been."""
+    with contextlib.suppress(OSError):
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+class WatchedLearner(Learner):
+    """A learner that measures what it takes after every task.
+
+    Attributes:
+        rows: a row of figures for each task.
+    """
+
+    def run(self) -> dict[str, Any]:
+        """As `Learner.run`."""
+        self.rows: list[dict[str, float]] = []
+        with compilations() as self._compiled:
+            results = super().run()
+        self._measure_checkpoint(self.total_steps)
+        return results
+
+    def _learn(self, task: int, step: int, *rest: Any) -> None:
+        before = self._records.arrays["seconds"].copy()
+        counted, clock = len(self._compiled), time.perf_counter()
+        super()._learn(task, step, *rest)
+        whole = time.perf_counter() - clock
+        # That of the task before is whole now; this task's is being written.
+        self._measure_checkpoint(step)
+        spent = dict(zip(PHASES, self._records.arrays["seconds"] - before, strict=True))
+        phases = {name: spent[name] for name in ("train", "curvature", "merge", "evaluate")}
+        self.rows.append(
+            {
+                "compilations": len(self._compiled) - counted,
+                "resident MB": resident_bytes() / MEGABYTE,
+                "device MB": sum(array.nbytes for array in jax.live_arrays()) / MEGABYTE,
+                "state MB": _bytes_of(self._saved(None)) / MEGABYTE,
+                **{f"{name} s": seconds for name, seconds in phases.items()},
+                "rest s": whole - sum(phases.values()),
+            }
+        )
+
+    def _measure_checkpoint(self, step: int) -> None:
+        if self.rows and self.directory:
+            files = (self.directory / "checkpoints" / str(step)).rglob("*")
+            size = sum(path.stat().st_size for path in files if path.is_file())
+            self.rows[-1]["checkpoint MB"] = size / MEGABYTE
+
+
+def _bytes_of(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+class Trend(NamedTuple):
+    """Least squares over the tasks after the warm-up.
+
+    Attributes:
+        mean: of the figure.
+        slope: a task.
+        error: standard error of the slope.
+    """
+
+    mean: float
+    slope: float
+    error: float
+
+
+def trends(rows: Sequence[dict[str, float]]) -> dict[str, Trend]:
+    """The trend of every figure.
+
+    Args:
+        rows: of each task, more than the warm-up and two.
+
+    Returns:
+        By the figure's name.
+
+    Example:
+        >>> trends([{"MB": 9.0}] * 3 + [{"MB": float(size)} for size in (1, 2, 3)])
+        {'MB': Trend(mean=2.0, slope=1.0, error=0.0)}
+    """
+    tasks = np.arange(len(rows) - WARM_UP)
+    away = tasks - tasks.mean()
+    found = {}
+    for name in rows[0]:
+        values = np.asarray([row[name] for row in rows[WARM_UP:]], np.float64)
+        slope = away @ values / (away @ away)
+        rest = values - values.mean() - slope * away
+        error = np.sqrt(rest @ rest / (len(rest) - 2) / (away @ away))
+        found[name] = Trend(*map(float, (values.mean(), slope, error)))
+    return found
+
+
+def measured(config: Config, directory: Path) -> list[dict[str, float]]:
+    """The figures of each task of a run."""
+    learner = WatchedLearner(config, 0, directory, quiet=True)
+    learner.run()
+    return learner.rows
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print a table for each rule, and the slopes."""
+    del argv
+    values = flags.FLAGS
+    own = {name: value for name, value in SMALL.items() if not values[name].present}
+    try:
+        configs = [experiment_flags.config_from_flags(rule=rule, **own) for rule in values.rules]
+        if configs[0].num_tasks < WARM_UP + 3:
+            raise InvalidInput(f"num_tasks={configs[0].num_tasks}: must be at least {WARM_UP + 3}")
+        for config in configs:
+            with tempfile.TemporaryDirectory() as directory:
+                _print(config, measured(config, Path(directory)), values.every)
+    except InvalidInput as error:
+        experiment_flags.fail(str(error))
+
+
+def _print(config: Config, rows: Sequence[dict[str, float]], every: int) -> None:
+    print(f"{config.rule}, {config.num_tasks} tasks")
+    print("task " + "".join(f"{name:>15s}" for name in rows[0]))
+    for task, row in enumerate(rows, 1):
+        if task <= WARM_UP or task % every == 0:
+            print(f"{task:4d} " + "".join(f"{value:15.4f}" for value in row.values()))
+    print(f"from task {WARM_UP + 1} on       mean     slope a task       in 100 tasks, of the mean")
+    for name, (mean, slope, error) in trends(rows).items():
+        share = f"{100 * 100 * slope / mean:8.1f} %" if mean else ""
+        print(f"{name:14s}{mean:13.4f}{slope:13.1e} +- {error:.1e}{share}")
+    late = sum(row["compilations"] for row in rows[WARM_UP:])
+    print(f"compilations after task {WARM_UP}: {late:.0f}", flush=True)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=experiment_flags.parse)
