@@ -63,6 +63,29 @@ WRONG = """
     --accumulation_steps=0: must be at least 1
 --checkpoint_every=-1
     --checkpoint_every=-1: must not be negative
+--keep_checkpoints=0
+    --keep_checkpoints=0: must be at least 1
+--devices=9
+    --devices=9: there are 8; give at most as many, or 0 for all
+--devices=-1
+    --devices=-1: must not be negative
+--devices=8 --fsdp=3
+    --fsdp=3: must divide the 8 devices
+--fsdp=0
+    --fsdp=0: must be at least 1
+--devices=8 --batch_size=12
+    --batch_size=12: must be a multiple of the 8 devices that examples are divided among
+--coordinator_address=host --process_count=2 --process_index=0
+    --coordinator_address=host: must be host:port, or auto
+--coordinator_address=host:1 --process_index=0
+    --process_count=None: must be at least 1
+--coordinator_address=host:1 --process_count=2 --process_index=2
+    --process_index=2: must be from 0 to 1
+--process_count=2
+    --process_count=2: goes with coordinator_address=host:port
+--coordinator_address=host:1 --process_count=2 --process_index=0 --export=x.safetensors
+    --export=x.safetensors: is written by one process; run the same command with it, but without
+    coordinator_address, when the run is finished
 --landscape_points=1
     --landscape_points=1: must be 0, or at least 2
 --learning_rate=0

@@ -15,9 +15,8 @@ from pm_jax.continual.checkpoints import Checkpoints
 from pm_jax.continual.devices import Devices
 from pm_jax.continual.feed import HostData
 from pm_jax.continual.programs import starting_params
-from pm_jax.continual.run import run_seeds
 from pm_jax.continual.training import Segment
-from pm_jax.types import Batch, InvalidInput
+from pm_jax.types import Batch
 from tests.small_runs import BY_CLASS, SMALL, VIT, Killed
 
 MESHES = {"two": (2, 1), "eight": (8, 1), "divided": (8, 4)}
@@ -157,20 +156,3 @@ def test_a_measure_of_divided_examples_is_that_of_all():
     found = found(devices.place(params), examples, devices.place(direction))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"devices": 9}, r"devices=9: there are 8; give at most as many, or 0 for all"),
-        ({"devices": -1}, r"devices=-1: must not be negative"),
-        ({"devices": 8, "fsdp": 3}, r"fsdp=3: must divide the 8 devices"),
-        ({"fsdp": 0}, r"fsdp=0: must be at least 1"),
-        ({"devices": 8, "batch_size": 12}, r"batch_size=12: must be a multiple of the 8 devices"),
-        ({"devices": 0, "batch_size": 30}, r"batch_size=30: must be a multiple of the 8 devices"),
-    ],
-)
-def test_what_cannot_be_divided_is_refused_before_anything_is_written(settings, message, tmp_path):
-    with pytest.raises(InvalidInput, match=message):
-        run_seeds(dataclasses.replace(SMALL, **settings), [0], tmp_path / "run", quiet=True)
-    assert not (tmp_path / "run/seed_0").exists()
