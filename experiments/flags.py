@@ -111,6 +111,12 @@ def define_run_flags() -> None:
     flags.DEFINE_integer(
         "keep_checkpoints", KEPT, "How many of the newest checkpoints stay, at least 1."
     )
+    flags.DEFINE_boolean(
+        "deterministic",
+        False,
+        "On a GPU, use XLA's deterministic operations only, so that the same command gives the "
+        "same bits, with a kill on the way too; slower. A CPU always does.",
+    )
     flags.DEFINE_boolean("tensorboard", False, "Write TensorBoard events beside the other logs.")
     flags.DEFINE_boolean(
         "dry_run", False, "Print the resolved settings and parameter counts; stop."
@@ -229,6 +235,10 @@ def parse(
         fail(f"flagfile={given}: cannot be read ({cause(error)}); give text in UTF-8", values)
     if not flags.FLAGS["verbosity"].present:
         _quieten_orbax()
+    if "deterministic" in values and values["deterministic"].value:
+        # Read when the first device is looked for, which nothing has done yet.
+        given_flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{given_flags} --xla_gpu_deterministic_ops=true".lstrip()
     if len(rest) > 1 + positional:
         fail(f"{rest[1 + positional]!r}: not a flag; settings are given as --name=value", values)
     if "preset" in values and values["preset"].present and not _given(argv, "preset"):

@@ -4,22 +4,29 @@ Every process is started by the same command, but for its number. The command it
 over the process that trains: where another one of the run is gone, JAX ends it without a word.
 """
 
+import contextlib
 import functools
 import os
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from typing import NoReturn
 
 import jax
 from absl import flags
 
 from experiments import flags as experiment_flags
-from pm_jax.types import InvalidInput
+from pm_jax.continual.processes import several
+from pm_jax.types import InvalidInput, cause
 
 SECONDS = 30
 """Without a sign of life, after which a process counts as gone."""
+GONE = "another process of the run is gone"
+LOST = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "Barrier")
+"""Words of errors that say so, of types that do not."""
+AGAIN = "start all of them again, they go on from the newest checkpoint"
 WATCHED = "PM_JAX_WATCHED"
 """In the environment of the process that trains."""
 
@@ -37,8 +44,9 @@ def define_process_flags() -> None:
     flags.DEFINE_integer("process_index", None, "Which one this is, from 0; not with auto.")
 
 
-def join_or_watch(module: str) -> None:
-    """Become one of several processes, if flags say so; returns in the one that trains.
+@contextlib.contextmanager
+def joined(module: str) -> Iterator[None]:
+    """Be one of several processes, if flags say so; only the one that trains enters.
 
     Args:
         module: that is run, for `python -m`.
@@ -46,6 +54,17 @@ def join_or_watch(module: str) -> None:
     Raises:
         InvalidInput: flags that do not go together.
     """
+    _join_or_watch(module)
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        if not several() or not any(word in str(error) for word in LOST):
+            raise
+        print(f"error: {GONE} ({cause(error)}); {AGAIN}", file=sys.stderr, flush=True)
+        os._exit(1)  # at once: the usual way waits for the other processes
+
+
+def _join_or_watch(module: str) -> None:
     values = flags.FLAGS
     address, count, index = (
         values.coordinator_address, values.process_count, values.process_index,
@@ -73,7 +92,11 @@ def join_or_watch(module: str) -> None:
         _watch(module)
     threading.Thread(target=_end_with_watcher, daemon=True).start()
     jax.distributed.initialize(
-        None if address == "auto" else address, count, index, heartbeat_timeout_seconds=SECONDS
+        None if address == "auto" else address,
+        count,
+        index,
+        heartbeat_timeout_seconds=SECONDS,
+        shutdown_timeout_seconds=SECONDS,
     )
 
 
@@ -89,11 +112,8 @@ def _watch(module: str) -> NoReturn:
         signal.signal(number, lambda number, _: process.send_signal(number))
     code = process.wait()
     if code < 0:
-        experiment_flags.fail(
-            f"ended by {signal.Signals(-code).name}, as another process of the run is gone or this "
-            "one was killed; start all of them again, they go on from the newest checkpoint",
-            code=1,
-        )
+        name = signal.Signals(-code).name
+        experiment_flags.fail(f"{GONE}, or this one was killed ({name}); {AGAIN}", code=1)
     sys.exit(code)
 
 

@@ -34,8 +34,7 @@ def main(argv: Sequence[str]) -> None:
     """Check everything, then train and print the table."""
     del argv
     values = flags.FLAGS
-    with experiment_flags.exits():
-        processes.join_or_watch("experiments.train")
+    with experiment_flags.exits(), processes.joined("experiments.train"):
         config = experiment_flags.config_from_flags()
         baseline = experiment_flags.baseline_from_flags(config)
         experiment_flags.check_run_flags()

@@ -83,7 +83,7 @@ def test_notebooks_run(path):
         ),
         (
             "many_tasks",
-            ["--num_tasks=6", "--hidden_sizes=4", "--rules=magmax"],
+            ["--num_tasks=6", "--hidden_sizes=4", "--run_rules=magmax"],
             "compilations after task 3: 0",
         ),
         ("offline_merging", ["--depth=1", "--models=1"], "peak above the baseline"),

@@ -163,6 +163,17 @@ def test_dry_run_prints_settings_counts_and_patterns_and_writes_nothing(tmp_path
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize(("before", "after"), [(None, ""), ("--xla_x=1", "--xla_x=1 ")])
+def test_deterministic_operations_are_asked_for_before_there_is_a_device(
+    before, after, capsys, monkeypatch
+):
+    monkeypatch.setenv("XLA_FLAGS", before or "")
+    run("--dry_run", *TINY)
+    assert os.environ["XLA_FLAGS"] == (before or "")
+    run("--dry_run", "--deterministic", *TINY)
+    assert os.environ["XLA_FLAGS"] == after + "--xla_gpu_deterministic_ops=true"
+
+
 def test_tensorboard_events_are_written_when_asked_for(tmp_path, capsys, monkeypatch):
     run(f"--workdir={tmp_path}", "--rule=averaging", "--tensorboard", *TINY)
     assert len(list((tmp_path / "seed_0").glob("events.out.tfevents.*"))) == 1

@@ -1,7 +1,7 @@
 """What grows with the number of tasks: memory, checkpoints, time and compilations, task by task.
 
 python -m experiments.benchmarks.many_tasks
-python -m experiments.benchmarks.many_tasks --run_rules=perturb_and_merge,magmax --curvature=kronecker
+python -m experiments.benchmarks.many_tasks --run_rules=perturb_and_merge,magmax
 
 Rotated digits, turned a little more in every task, learned by a small network. The slopes are least
 squares over the tasks from the fourth on; beside each, what it makes of the mean over 100 tasks.
@@ -164,7 +164,9 @@ def main(argv: Sequence[str]) -> None:
     values = flags.FLAGS
     own = {name: value for name, value in SMALL.items() if not values[name].present}
     try:
-        configs = [experiment_flags.config_from_flags(rule=rule, **own) for rule in values.run_rules]
+        configs = [
+            experiment_flags.config_from_flags(rule=rule, **own) for rule in values.run_rules
+        ]
         if configs[0].num_tasks < WARM_UP + 3:
             raise InvalidInput(f"num_tasks={configs[0].num_tasks}: must be at least {WARM_UP + 3}")
         for config in configs:
