@@ -148,6 +148,8 @@ def test_a_measure_of_divided_examples_is_that_of_all():
     measure = curvature.fisher_exact(lambda params, inputs: inputs @ params["kernel"])
     wanted = measures.measure_all(measure, params, examples, 24, direction)
 
+    assert jax.jit(devices.spread)(examples.inputs).addressable_shards[0].data.shape == (3, 6)
+
     @jax.jit
     def found(params, examples, direction):
         examples = devices.spread(examples)
