@@ -138,6 +138,10 @@ def test_streamed_inputs_are_divided_as_resident_ones(monkeypatch):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
+def test_every_device_has_as_many_examples():
+    assert [Devices.of(8).multiple(examples) for examples in (1, 8, 100)] == [8, 8, 104]
+
+
 def test_a_measure_of_divided_examples_is_that_of_all():
     devices, draw = Devices.of(8, 4), np.random.default_rng(0)
     examples = Batch(

@@ -1,15 +1,21 @@
 """Every registered rule through the binary, on a tiny run of three tasks."""
 
+import dataclasses
 import functools
+import inspect
 import json
 import tempfile
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from absl import flags
 
 from experiments import flags as experiment_flags
 from experiments import train
 from pm_jax import rules
+from tests.small_runs import SMALL, comparable, leaves_equal, straight_and_killed
 
 TINY = ["--num_tasks=3", "--epochs=1", "--first_task_epochs=1", "--hidden_sizes=8",
         "--batch_size=128", "--perturbation=none"]  # fmt: skip
@@ -47,3 +53,29 @@ def test_a_run_trains_as_the_rule_says_and_is_measured_on_the_merged_model(name)
     assert accuracies[0] == its_accuracies[0]
     assert (accuracies[-1] == its_accuracies[-1]) == (name == "sequential")
     assert all(merge["alpha"] is not None for merge in found["merges"])
+
+
+def state_bytes(name, max_tasks):
+    state = rules.make(name, f"max_tasks={max_tasks}").init({"w": jnp.zeros(50)})
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+
+
+def test_a_rule_whose_state_grows_with_the_tasks_says_so():
+    takes = [name for name, make in rules.REGISTRY.items()
+             if "max_tasks" in inspect.signature(make).parameters]  # fmt: skip
+    growing = {name for name in takes if state_bytes(name, 6) >= state_bytes(name, 3) + 3 * 200}
+    assert growing == {name for name in rules.REGISTRY if rules.make(name).keeps_tasks}
+
+
+@pytest.mark.parametrize("name", ["tunable_magmax", "exact_curvature"])
+def test_vectors_of_all_tasks_are_in_the_hosts_memory_and_outlive_a_kill(
+    name, tmp_path, monkeypatch
+):
+    config = dataclasses.replace(SMALL, rule=name, num_tasks=2, first_task_epochs=1)
+    straight, wanted, again, found = straight_and_killed(
+        config, tmp_path, monkeypatch, 0, lambda learner, step, tree: step == learner._bounds[1]
+    )
+    assert comparable(found) == comparable(wanted)
+    assert leaves_equal(again.params, straight.params)
+    for learner in (straight, again):
+        assert all(type(x) is np.ndarray for x in jax.tree.leaves(learner._state.rule))

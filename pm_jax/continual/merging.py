@@ -162,6 +162,8 @@ class Merging:
         with records.timed("merge"):
             rule_state, leaves, info = run.merge(state.rule, found.start, found.trained, evidence)
             merged = jax.block_until_ready(trees.replace(found.trained, leaves))
+            if self.rule.keeps_tasks:
+                rule_state = self._devices.whole(rule_state)
         if self.rule.absorb:
             with records.timed("curvature"):
                 rule_state = self._absorbed(rule_state, merged, found.start, number)
@@ -192,7 +194,8 @@ class Merging:
         takes = "adapters" in self.rule.needs
         given = {"adapters": self.blank_adapters(theta_0)} if takes else {}
         state = self.rule.init(jax.tree.map(jnp.copy, leaves), **given)
-        return self._devices.place(state)
+        kept = self._devices.whole if self.rule.keeps_tasks else self._devices.place
+        return kept(state)
 
     def _evidence(self, task: np.ndarray, found: TrainedTask, onset: float) -> Evidence:
         """All that the rule needs, and the onset's gradient norm where it was measured."""

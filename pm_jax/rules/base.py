@@ -134,6 +134,8 @@ class MergeRule(NamedTuple):
         hook: what the rule does while a task trains, or `None`.
         absorb: `absorb(state, evidence) -> state`, after the merge, with the same evidence measured
             anew at the merged model and `input_moments`; or `None`.
+        keeps_tasks: whether the state holds a vector of each task, of the size of what merges; a
+            run then has it in the host's memory but while it merges.
         tasks_at_once: whether all tasks are trained as one.
         analysis_only: whether it is no method but a bound for methods, as it needs the data of all
             tasks.
@@ -149,6 +151,7 @@ class MergeRule(NamedTuple):
     example_groups: int = 0
     hook: TrainingHook | None = None
     absorb: Callable[[Any, Evidence], Any] | None = None
+    keeps_tasks: bool = False
     tasks_at_once: bool = False
     analysis_only: bool = False
 

@@ -111,4 +111,6 @@ def exact_curvature(*, clip: bool = True, max_tasks: int = 10) -> MergeRule:
         merged = trees.lerp(previous, trained, info.alpha)
         return merged, ExactCurvatureState(tasks, models), info
 
-    return MergeRule(init, update, frozenset({"all_objectives"}), analysis_only=True)
+    return MergeRule(
+        init, update, frozenset({"all_objectives"}), keeps_tasks=True, analysis_only=True
+    )

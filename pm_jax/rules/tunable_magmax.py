@@ -93,7 +93,14 @@ def tunable_magmax(
         merged = task_vectors.apply(state.origin, chosen, factor)
         return merged, TunableMagmaxState(tasks, state.origin, every), MergeInfo.of(factor)
 
-    return MergeRule(init, update, frozenset({"key"}), next_task_from="trained", scope="tensor")
+    return MergeRule(
+        init,
+        update,
+        frozenset({"key"}),
+        next_task_from="trained",
+        scope="tensor",
+        keeps_tasks=True,
+    )
 
 
 def _map_by_shape(function: Callable[..., Array], keys: PyTree, tree: PyTree) -> PyTree:
