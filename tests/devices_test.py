@@ -129,7 +129,9 @@ def test_a_checkpoint_goes_from_eight_devices_to_one_to_two_and_back(tmp_path, m
 def test_streamed_inputs_are_divided_as_resident_ones(monkeypatch):
     resident = Learner(on(BY_CLASS, "divided"), 0, quiet=True)
     wanted = resident.run()
-    config = dataclasses.replace(on(BY_CLASS, "divided"), resident_mb=0.003)
+    config = dataclasses.replace(
+        on(BY_CLASS, "divided"), resident_mb=0.012
+    )  # windows of several steps
     streamed = Learner(config, 0, quiet=True)
     assert isinstance(streamed._train, HostData)
     found = streamed.run()
