@@ -85,11 +85,7 @@ def evidence_fn(
             return logits_of(model, params, inputs, data.class_masks[task], config.temperature)
 
         def own_logits_fn(leaves: Params, inputs: Array) -> Array:
-            logits, mask = logits_fn(leaves, inputs), data.class_masks[task]
-            if task_classes in (None, mask.shape[0]):
-                return logits
-            (own,) = jnp.nonzero(mask, size=task_classes, fill_value=mask.shape[0])
-            return jnp.take(logits, own, axis=1, fill_value=losses.MASKED_LOGIT)
+            return _of_classes(logits_fn(leaves, inputs), data.class_masks[task], task_classes)
 
         leaves = trees.select(trained, merging)
         # Drawn labels are the same ones whatever the classes of other tasks.
@@ -146,6 +142,14 @@ def evidence_fn(
         )
 
     return Pass(begin=begin, step=step, finish=finish, batch_size=chunk_of, devices=devices)
+
+
+def _of_classes(logits: Array, mask: Array, most: int | None) -> Array:
+    """The columns of some classes, and masked ones up to the most that a task has."""
+    if most in (None, mask.shape[0]):
+        return logits
+    (own,) = jnp.nonzero(mask, size=most, fill_value=mask.shape[0])
+    return jnp.take(logits, own, axis=1, fill_value=losses.MASKED_LOGIT)
 
 
 def _measures(

@@ -26,6 +26,30 @@ class Interrupted(RuntimeError):
         self.signal_number = signal_number
 
 
+def end_if(number: signal.Signals | None, step: int, total: int) -> None:
+    """End a run where a signal asked for it.
+
+    Args:
+        number: the signal, or `None`.
+        step: that has been saved.
+        total: steps of the run.
+
+    Raises:
+        Interrupted: it did.
+
+    Example:
+        >>> end_if(signal.SIGTERM, 40, 72)
+        Traceback (most recent call last):
+        pm_jax.continual.interruption.Interrupted: ended by SIGTERM at step 40 of 72; the same ...
+    """
+    if number:
+        raise Interrupted(
+            f"ended by {number.name} at step {step} of {total}; the same command goes on from "
+            "there",
+            number,
+        )
+
+
 class StopRequests:
     """Notes SIGTERM and SIGINT while it is entered; a second one acts as it would without.
 

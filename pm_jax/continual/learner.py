@@ -1,7 +1,6 @@
 """The task loop: train, measure curvature, merge, evaluate, save; one seed of one configuration."""
 
 import functools
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from pm_jax.continual import (
 from pm_jax.continual.checkpoints import KEPT, Checkpoints
 from pm_jax.continual.config import Config
 from pm_jax.continual.divergence import check_finite, check_state
-from pm_jax.continual.interruption import Interrupted, StopRequests
+from pm_jax.continual.interruption import StopRequests, end_if
 from pm_jax.continual.logs import RunLog
 from pm_jax.continual.merging import Merging, RunState, TrainedTask
 from pm_jax.continual.programs import programs, starting_params
@@ -241,16 +240,7 @@ class Learner:
         if checkpoints:
             checkpoints.save(end, self._saved(None))
         if end < self.total_steps:
-            self._end_if(self._stop.received(), end)
-
-    def _end_if(self, number: signal.Signals | None, step: int) -> None:
-        """Raise `Interrupted` where a signal asked for it; the step has been saved."""
-        if number:
-            raise Interrupted(
-                f"ended by {number.name} at step {step} of {self.total_steps}; the same command "
-                "goes on from there",
-                number,
-            )
+            end_if(self._stop.received(), end, self.total_steps)
 
     def _trained_before(self, task: int, start: Params, log: RunLog) -> Params | None:
         """The trained model if another run has trained the same; its log and time are taken over.
@@ -293,7 +283,7 @@ class Learner:
             asked = self._stop.received()
             if checkpoints and (due or asked):
                 checkpoints.save(begin + within, self._saved(state))
-            self._end_if(asked, begin + within)
+            end_if(asked, begin + within, self.total_steps)
         self._adapters = state[0].adapters or self._merging.blank_adapters(start)
         return self._programs.trained(start, state[0])
 

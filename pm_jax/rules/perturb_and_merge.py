@@ -139,8 +139,7 @@ def perturb_and_merge(
         if not jackknife:
             return merged, PerturbAndMergeState(tasks, total), info
 
-        def without_group(given: tuple[StoredQuadratic, Measurement]):
-            memory, measured = given
+        def coefficient_of(memory: StoredQuadratic, measured: Measurement):
             known = None if along is None else measured.along
             counted, scale, correction = _weighed(measured.quadratic, known, delta, normalize)
             total = memory.plus(counted)
@@ -149,9 +148,8 @@ def perturb_and_merge(
             )
 
         measured = _left_out(evidence, jackknife)
-        left_out, each = jax.lax.map(without_group, (state.left_out, measured))
-        error = jackknife_error(each.alpha_raw)
-        error = jnp.where(jnp.any(found.degenerate) | jnp.any(each.degenerate), jnp.nan, error)
+        left_out, error = _jackknifed(coefficient_of, state.left_out, measured)
+        error = jnp.where(jnp.any(found.degenerate), jnp.nan, error)
         info = info._replace(figures={"jackknife_error": error})
         return merged, PerturbAndMergeState(tasks, total, left_out), info
 
@@ -160,6 +158,17 @@ def perturb_and_merge(
     needs |= {"left_out"} if jackknife else set()
     figures = ("jackknife_error",) if jackknife else ()
     return MergeRule(init, update, frozenset(needs), figures=figures, example_groups=jackknife)
+
+
+def _jackknifed(
+    coefficient_of: Callable[..., tuple[StoredQuadratic, MergeCoefficient]],
+    memories: StoredQuadratic | None,
+    measured: Measurement,
+) -> tuple[StoredQuadratic, Array]:
+    """The next memories without each group of examples, and the error of the coefficient."""
+    memories, each = jax.lax.map(lambda given: coefficient_of(*given), (memories, measured))
+    error = jackknife_error(each.alpha_raw)
+    return memories, jnp.where(jnp.any(each.degenerate), jnp.nan, error)
 
 
 def group_names(paths: Sequence[str], per: str) -> list[str]:
