@@ -20,7 +20,7 @@ from typing import Any
 from absl import app, flags
 
 flags.DEFINE_integer("rounds", 20, "Runs that are killed.")
-flags.DEFINE_integer("kills", 3, "Kills of each run, at most: it may end before.")
+flags.DEFINE_integer("kills", 4, "Kills of each run, at most: it may end before.")
 flags.DEFINE_integer("seed", 0, "Of the moments.")
 flags.DEFINE_list(
     "train_flags", ["--checkpoint_every=20"], "Flags of the training command, by commas."
@@ -57,8 +57,9 @@ def _killed(
     sent = []
     for _ in range(kills):
         process = _started(workdir, arguments)
-        wanted = moments.choice((signal.SIGKILL, signal.SIGTERM))
-        moment = moments.uniform(0, seconds)
+        wanted = moments.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
+        # Late enough to have begun, and early enough for another one to come.
+        moment = seconds * moments.uniform(0.2, 0.6)
         try:
             process.wait(moment)
             break
