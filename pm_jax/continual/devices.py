@@ -117,10 +117,10 @@ class Devices:
         return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
     def whole(self, tree: PyTree) -> Any:
-        """Arrays as NumPy's, put together where they are divided; by all processes at once."""
+        """Copies as NumPy's, put together where they are divided; by all processes at once."""
         if processes.several():
             tree = jax.jit(lambda x: x, out_shardings=NamedSharding(self.mesh, P()))(tree)
-        return jax.tree.map(np.asarray, tree)
+        return jax.tree.map(np.array, tree)
 
     def shapes(self, tree: PyTree) -> PyTree:
         """What arrays are to be restored as: shape, type and, if they are not NumPy's, sharding."""
