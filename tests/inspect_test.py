@@ -290,6 +290,16 @@ def test_a_damaged_manifest_is_kept_by_another_name_and_said_to_be(tmp_path, cap
     assert manifest.read(tmp_path).about == {"seed": 0}
 
 
+def test_of_several_processes_only_the_first_touches_a_manifest(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(manifest.processes, "is_first", lambda: False)
+    (tmp_path / manifest.FILE).write_text("{}")
+    manifest.note(tmp_path, seed=0)
+    manifest.uncover(tmp_path, "results.json")
+    assert [path.name for path in tmp_path.iterdir()] == [manifest.FILE]
+    assert (tmp_path / manifest.FILE).read_text() == "{}"
+    assert not capsys.readouterr().err
+
+
 def test_any_bit_of_a_manifest_counts(trained):
     content = (trained / "manifest.json").read_bytes()
     assert manifest.Manifest.of(content).content() == content

@@ -76,8 +76,7 @@ class Learner:
     ):
         self._stop = stop or StopRequests()
         self.config, self.seed, self.directory = config, seed, directory
-        self._checkpoint_every, self._keep = checkpoint_every, keep_checkpoints
-        self._quiet = quiet
+        self._checkpoint_every, self._keep, self._quiet = checkpoint_every, keep_checkpoints, quiet
         self._tensorboard, self._keep_task_models = tensorboard, keep_task_models
         self.stream = config.task_stream(seed)
         self._by_domain = self.stream.scenario == "domain_incremental"
@@ -109,8 +108,8 @@ class Learner:
         self._reset()
 
     def _reset(self) -> None:
-        theta_0 = starting_params(self.config, self._programs.init(self._key))
-        theta_0 = self._devices.place(theta_0)
+        params = starting_params(self.config, self._programs.init(self._key))
+        theta_0 = self._devices.place(params)
         self._state = self._merging.fresh(theta_0)
         self._trajectory: PyTree = None
         self._adapters = self._merging.blank_adapters(theta_0)

@@ -325,6 +325,8 @@ def _held(directory: Path) -> Manifest:
     except FileNotFoundError:
         return Manifest()
     except DamagedManifest:
+        if not processes.is_first():
+            return Manifest()
         aside = set_aside(directory / FILE)
         print(
             f"warning: {directory / FILE} is damaged; kept as {aside.name}, what it covered can "
