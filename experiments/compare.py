@@ -20,9 +20,10 @@ from typing import Any
 from absl import app, flags
 
 from experiments import flags as experiment_flags
-from pm_jax import comparison, rules
-from pm_jax.continual import Config, comparison_plots
+from pm_jax import rules
+from pm_jax.continual import Config
 from pm_jax.continual.interruption import StopRequests
+from pm_jax.continual.report import comparison, comparison_plots
 from pm_jax.continual.rule_comparison import run_rules, write_tables
 from pm_jax.continual.run import describe
 from pm_jax.types import InvalidInput

@@ -16,9 +16,9 @@ from absl import flags, logging
 
 from pm_jax import rules
 from pm_jax.continual import Config, TrainingDiverged
-from pm_jax.continual.checkpoints import KEPT, check_keep
 from pm_jax.continual.export import Destinations
 from pm_jax.continual.interruption import Interrupted
+from pm_jax.continual.storage.checkpoints import KEPT, check_keep
 from pm_jax.rules.registry import number
 from pm_jax.types import InvalidInput, cause
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from absl import app
 
 from experiments import flags as experiment_flags
-from pm_jax.continual import inspection
+from pm_jax.continual.report import inspection
 from pm_jax.types import InvalidInput
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from absl import app, flags
 
 from experiments import flags as experiment_flags
-from pm_jax.continual import task_models
-from pm_jax.merge_requests import Merge
-from pm_jax.offline_merging import merge_files
+from pm_jax.continual.storage import task_models
+from pm_jax.offline.merging import merge_files
+from pm_jax.offline.requests import Merge
 from pm_jax.types import InvalidInput
 
 

@@ -18,7 +18,7 @@ import jax
 from absl import flags
 
 from experiments import flags as experiment_flags
-from pm_jax.continual.processes import several
+from pm_jax.continual.placement.processes import several
 from pm_jax.types import InvalidInput, cause
 
 SECONDS = 30

@@ -9,7 +9,7 @@ from pathlib import Path
 from absl import app, flags
 
 from experiments import flags as experiment_flags
-from pm_jax.continual.report import write_report
+from pm_jax.continual.report.report import write_report
 from pm_jax.types import InvalidInput
 
 

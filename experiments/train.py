@@ -12,8 +12,8 @@ from experiments import flags as experiment_flags
 from experiments import processes
 from pm_jax.continual import export
 from pm_jax.continual.interruption import StopRequests
-from pm_jax.continual.processes import is_first
-from pm_jax.continual.report import write_report
+from pm_jax.continual.placement.processes import is_first
+from pm_jax.continual.report.report import write_report
 from pm_jax.continual.run import describe, run_with_baseline, table
 from pm_jax.types import InvalidInput
 

@@ -3,25 +3,27 @@
 from pm_jax import (
     coefficients,
     curvature,
-    kronecker,
     lora,
     losses,
-    low_rank,
-    matrix_products,
-    measures,
     metrics,
     perturbation,
-    quadratics,
     rules,
-    squared_gradients,
     task_vectors,
     trees,
 )
 from pm_jax.coefficients import MergeCoefficient, merge_coefficient, predicted_loss_change
-from pm_jax.curvature import fisher_empirical, fisher_exact, gauss_newton, hessian
-from pm_jax.measures import Measure, Measurement, measure_all
+from pm_jax.curvature import (
+    kronecker,
+    low_rank,
+    matrix_products,
+    measures,
+    quadratics,
+    squared_gradients,
+)
+from pm_jax.curvature.diagonal import fisher_empirical, fisher_exact, gauss_newton, hessian
+from pm_jax.curvature.measures import Measure, Measurement, measure_all
+from pm_jax.curvature.quadratics import DiagonalQuadratic, ExactQuadratic, Quadratic, SumQuadratic
 from pm_jax.perturbation import Perturbation, curvature_weight, perturbed
-from pm_jax.quadratics import DiagonalQuadratic, ExactQuadratic, Quadratic, SumQuadratic
 from pm_jax.rules import Evidence, MergeInfo, MergeRule
 from pm_jax.types import Batch, InvalidInput
 

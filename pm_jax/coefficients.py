@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pm_jax.quadratics import LeafwiseQuadratic, Quadratic
+from pm_jax.curvature.quadratics import LeafwiseQuadratic, Quadratic
 from pm_jax.types import Array, Params, PyTree
 
 SWEEPS = 1000
@@ -69,7 +69,7 @@ def merge_coefficient(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from pm_jax.quadratics import DiagonalQuadratic
+        >>> from pm_jax.curvature.quadratics import DiagonalQuadratic
         >>> old = DiagonalQuadratic.at(jnp.zeros(1), diagonal=jnp.asarray([3.0]))
         >>> new = DiagonalQuadratic.at(jnp.ones(1), diagonal=jnp.asarray([1.0]))
         >>> float(merge_coefficient(old + new, jnp.zeros(1), jnp.ones(1), task=2).alpha)
@@ -116,7 +116,7 @@ def merge_coefficients(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from pm_jax.quadratics import DiagonalQuadratic
+        >>> from pm_jax.curvature.quadratics import DiagonalQuadratic
         >>> old = DiagonalQuadratic.at([jnp.zeros(1)] * 2, [jnp.ones(1), jnp.full(1, 3.0)])
         >>> new = DiagonalQuadratic.at([jnp.ones(1)] * 2, [jnp.ones(1)] * 2)
         >>> delta = [jnp.ones(1)] * 2

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pm_jax.continual import Config
-from pm_jax.continual.workdir import claim
-from pm_jax.models import VisionTransformer, pretrained
+from pm_jax.continual.storage.workdir import claim
+from pm_jax.models import VisionTransformer
+from pm_jax.weights import pretrained
 
 # Anything.
 

@@ -7,13 +7,14 @@ import pytest
 import scipy.linalg
 import scipy.optimize
 
-from pm_jax import coefficients, curvature, measures, rules, task_vectors
-from pm_jax.kronecker import KroneckerQuadratic
-from pm_jax.low_rank import LowRankQuadratic
-from pm_jax.quadratics import DiagonalQuadratic
+from pm_jax import coefficients, curvature, rules, task_vectors
+from pm_jax.curvature import measures
+from pm_jax.curvature.kronecker import KroneckerQuadratic
+from pm_jax.curvature.low_rank import LowRankQuadratic
+from pm_jax.curvature.quadratics import DiagonalQuadratic
 from pm_jax.types import InvalidInput
 from tests import oracles
-from tests.quadratics_test import listed_value, random_tree, running_sum, task_list
+from tests.curvature.quadratics_test import listed_value, random_tree, running_sum, task_list
 
 
 def test_closed_form_by_hand():

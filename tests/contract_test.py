@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from pm_jax import rules, trees
-from pm_jax.continual.checkpoints import Checkpoints
-from pm_jax.quadratics import DiagonalQuadratic
+from pm_jax.continual.storage.checkpoints import Checkpoints
+from pm_jax.curvature.quadratics import DiagonalQuadratic
 from pm_jax.rules import Evidence, MergeInfo
 from tests.training_evidence import as_in_training
 

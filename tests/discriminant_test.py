@@ -7,8 +7,9 @@ import pytest
 from sklearn.covariance import oas
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from pm_jax.continual import Config, Learner, training
-from pm_jax.continual.class_statistics import features_of
+from pm_jax.continual import Config, Learner
+from pm_jax.continual.merging.statistics import features_of
+from pm_jax.continual.training import task_program
 from pm_jax.discriminant import ClassStatistics
 from pm_jax.types import InvalidInput
 from tests.small_runs import BY_CLASS
@@ -103,7 +104,7 @@ def test_run_predicts_with_the_classes_of_all_tasks_and_trains_as_before():
         logits = features_of(model, merged, inputs) @ kernel + np.asarray(bias)[None]
         accuracy = np.mean(np.argmax(logits, axis=1) == stream.labels[rows])
         np.testing.assert_allclose(found["accuracy_matrix"][-1][task], accuracy, atol=1e-6)
-        predicted = training.logits_of(model, learner.params, inputs, seen)
+        predicted = task_program.logits_of(model, learner.params, inputs, seen)
         np.testing.assert_array_equal(np.argmax(predicted, axis=1), np.argmax(logits, axis=1))
 
 

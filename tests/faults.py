@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from orbax import checkpoint as orbax
 
 from pm_jax.continual import Learner
-from pm_jax.continual.logs import RunLog
-from pm_jax.continual.merging import Merging
+from pm_jax.continual.merging.merging import Merging
+from pm_jax.continual.storage.logs import RunLog
 
 
 def failing(monkeypatch, owner, name, error, when):

@@ -10,8 +10,8 @@ import pytest
 
 from pm_jax.continual import Config, Learner
 from pm_jax.continual import learner as learner_module
-from pm_jax.continual.programs import programs, shared_programs
-from pm_jax.continual.training import Segment
+from pm_jax.continual.merging.programs import programs, shared_programs
+from pm_jax.continual.training.task_program import Segment
 
 SMALL = Config(
     num_tasks=3, epochs=1, first_task_epochs=2, hidden_sizes=(16,), batch_size=64,

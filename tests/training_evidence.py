@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pm_jax import gradient_projection, objectives, trees
-from pm_jax.measures import Measurement
-from pm_jax.quadratics import DiagonalQuadratic
+from pm_jax import trees
+from pm_jax.curvature.measures import Measurement
+from pm_jax.curvature.quadratics import DiagonalQuadratic
+from pm_jax.rules import gradient_projection, objectives
 from pm_jax.types import Batch
 
 WIDTH, CLASSES = 8, 16

@@ -29,9 +29,9 @@ from experiments.benchmarks import peer
 from experiments.benchmarks.workloads import Workload, interleaved
 from pm_jax.continual import Config
 from pm_jax.continual.learner import Learner
-from pm_jax.continual.programs import programs
+from pm_jax.continual.merging.programs import programs
 from pm_jax.data.stream import LabelledArrays, TaskStream, class_incremental
-from pm_jax.models import pretrained
+from pm_jax.weights import pretrained
 
 SHARE, EAGER, COMPILED = "share of the matrix rate, %", "ours / peer", "ours / compiled peer"
 WHOLE_RUN = "whole run, s"

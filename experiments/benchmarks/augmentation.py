@@ -16,9 +16,9 @@ from absl import app, flags
 
 from experiments.benchmarks.workloads import interleaved, random_data
 from pm_jax.continual import Config
-from pm_jax.continual.feed import HostData, stretches
-from pm_jax.continual.partition import partition
-from pm_jax.continual.training import DeviceData, Segment, task_program
+from pm_jax.continual.placement.feed import HostData, stretches
+from pm_jax.continual.training.partition import partition
+from pm_jax.continual.training.task_program import DeviceData, Segment, task_program
 from pm_jax.data.augmentation import AUGMENTATIONS
 
 flags.DEFINE_integer("image_size", 160, "Side in pixels that the model reads.")

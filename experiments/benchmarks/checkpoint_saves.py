@@ -20,8 +20,8 @@ from experiments import flags as experiment_flags
 from experiments.benchmarks.workloads import Workload, interleaved
 from pm_jax import lora, trees
 from pm_jax.continual import Config
-from pm_jax.continual.checkpoints import Checkpoints
-from pm_jax.continual.training import Segment
+from pm_jax.continual.storage.checkpoints import Checkpoints
+from pm_jax.continual.training.task_program import Segment
 
 experiment_flags.define_tuple("hidden_sizes", (4400, 4400), "Of the MLP.")
 flags.DEFINE_integer("batch_size", 256, "Images of a step.")

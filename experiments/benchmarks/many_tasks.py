@@ -24,7 +24,7 @@ from absl import app, flags
 
 from experiments import flags as experiment_flags
 from pm_jax.continual import Config, Learner
-from pm_jax.continual.records import PHASES
+from pm_jax.continual.merging.records import PHASES
 from pm_jax.types import InvalidInput
 
 experiment_flags.define_config_flags()

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 
-from pm_jax.offline_merging import BLOCK
-from pm_jax.tensor_files import Entry, writing
+from pm_jax.offline.merging import BLOCK
+from pm_jax.offline.tensor_files import Entry, writing
 
 flags.DEFINE_list("models", ["2", "10"], "Numbers of models to merge.")
 flags.DEFINE_integer("depth", 10, "Blocks of the transformer; ten are 286 MB.")

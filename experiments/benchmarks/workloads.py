@@ -11,8 +11,8 @@ import numpy as np
 
 from pm_jax import trees
 from pm_jax.continual import Config
-from pm_jax.continual.programs import programs
-from pm_jax.continual.training import DeviceData, Segment
+from pm_jax.continual.merging.programs import programs
+from pm_jax.continual.training.task_program import DeviceData, Segment
 
 VIT = Config(
     model="vit",

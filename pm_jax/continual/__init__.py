@@ -1,7 +1,7 @@
 """The experiment: configuration, jitted training, the task loop, checkpoints and results."""
 
-from pm_jax.continual.config import Config
-from pm_jax.continual.divergence import TrainingDiverged
 from pm_jax.continual.learner import Learner
+from pm_jax.continual.settings.config import Config
+from pm_jax.continual.training.divergence import TrainingDiverged
 
 __all__ = ["Config", "Learner", "TrainingDiverged"]

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pm_jax import models
-from pm_jax.continual import manifest
-from pm_jax.continual.config import Config
 from pm_jax.continual.learner import Learner
-from pm_jax.continual.programs import partitions
-from pm_jax.continual.provenance import environment
-from pm_jax.models import peft_adapter, pretrained
-from pm_jax.tensor_files import check_folder
+from pm_jax.continual.merging.programs import partitions
+from pm_jax.continual.settings.config import Config
+from pm_jax.continual.storage import manifest
+from pm_jax.continual.storage.provenance import environment
+from pm_jax.offline.tensor_files import check_folder
 from pm_jax.types import InvalidInput
+from pm_jax.weights import peft_adapter, pretrained
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from pm_jax.continual import processes
+from pm_jax.continual.placement import processes
 
 SECONDS = 1.0
 """What steps are made at a time, about, so that a request is seen soon."""

@@ -9,26 +9,20 @@ import jax
 import numpy as np
 
 from pm_jax import trees
-from pm_jax.continual import (
-    branching,
-    feed,
-    landscape,
-    merge_warnings,
-    processes,
-    task_models,
-    training,
-    training_hooks,
-)
-from pm_jax.continual.checkpoints import KEPT, Checkpoints
-from pm_jax.continual.config import Config
-from pm_jax.continual.divergence import check_finite, check_state
 from pm_jax.continual.interruption import StopRequests, end_if
-from pm_jax.continual.logs import RunLog
-from pm_jax.continual.merging import Merging, RunState, TrainedTask
-from pm_jax.continual.programs import programs, starting_params
-from pm_jax.continual.records import Records
-from pm_jax.continual.shared_training import SharedTraining
-from pm_jax.continual.training import Segment, TaskProgram
+from pm_jax.continual.merging import landscape, trust
+from pm_jax.continual.merging.merging import Merging, RunState, TrainedTask
+from pm_jax.continual.merging.programs import programs, starting_params
+from pm_jax.continual.merging.records import Records
+from pm_jax.continual.placement import feed, processes
+from pm_jax.continual.settings.config import Config
+from pm_jax.continual.storage import branching, task_models
+from pm_jax.continual.storage.checkpoints import KEPT, Checkpoints
+from pm_jax.continual.storage.logs import RunLog
+from pm_jax.continual.storage.shared_training import SharedTraining
+from pm_jax.continual.training import hooks, task_program
+from pm_jax.continual.training.divergence import check_finite, check_state
+from pm_jax.continual.training.task_program import Segment, TaskProgram
 from pm_jax.types import InvalidInput, Params, PyTree
 
 
@@ -229,7 +223,7 @@ class Learner:
         end, mean = self._bounds[task + 1], float(np.mean(accuracies[0, :seen]))
         log.write("merge", step=end, task=task + 1, **info)
         if task and self.config.trust != "off":
-            for warning in merge_warnings.of_merge(info):
+            for warning in trust.of_merge(info):
                 log.tell(f"task {task + 1}: {warning}")
         log.write("evaluate", step=end, task=task + 1, accuracy=mean)
         log.tell(
@@ -268,12 +262,12 @@ class Learner:
         if not training_state:
             blank = snapshots.blank(start)
             self._trajectory = snapshots.taken(blank, cuts, 0, start, state[0])
-        pieces = training.segments(
+        pieces = task_program.segments(
             step - begin, epochs * per_epoch, per_epoch, self._checkpoint_every, cuts
         )
         for epoch, first, stop in pieces:
             state, within = self._train_piece(task, epoch, first, stop, start, state, log)
-            if training_hooks.refreshes(self._rule.hook, within, per_epoch, epochs):
+            if hooks.refreshes(self._rule.hook, within, per_epoch, epochs):
                 state = program.refresh(self._key, *state, task_array, within, *hooked)
             self._trajectory = snapshots.taken(self._trajectory, cuts, within, start, state[0])
             due = self._checkpoint_every and within % self._checkpoint_every == 0
@@ -304,7 +298,7 @@ class Learner:
         def order(data):
             return program.order(self._key, data, np.asarray(task, np.int32), epoch)
 
-        projected = training_hooks.projects(self._rule.hook, done + first, epochs * per_epoch)
+        projected = hooks.projects(self._rule.hook, done + first, epochs * per_epoch)
         found, reached = [], first
         stretches = feed.stretches(self._train, order, self.config.batch_size, first, stop)
         for low, reached, data in self._stop.cut(stretches):

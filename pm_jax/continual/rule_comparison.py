@@ -6,16 +6,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pm_jax import comparison
-from pm_jax.continual import branching, manifest
-from pm_jax.continual.checkpoints import KEPT
-from pm_jax.continual.config import Config
-from pm_jax.continual.divergence import TrainingDiverged
 from pm_jax.continual.interruption import StopRequests
-from pm_jax.continual.logs import check_tensorboard
+from pm_jax.continual.report import comparison
 from pm_jax.continual.run import read_results, run_seeds
-from pm_jax.continual.shared_training import folder_name
-from pm_jax.continual.workdir import RESULTS_FILE, check_claim, claim, write_json, write_text
+from pm_jax.continual.settings.config import Config
+from pm_jax.continual.storage import branching, manifest
+from pm_jax.continual.storage.checkpoints import KEPT
+from pm_jax.continual.storage.logs import check_tensorboard
+from pm_jax.continual.storage.shared_training import folder_name
+from pm_jax.continual.storage.workdir import (
+    RESULTS_FILE,
+    check_claim,
+    claim,
+    write_json,
+    write_text,
+)
+from pm_jax.continual.training.divergence import TrainingDiverged
 
 SETTINGS_FILE = "comparison_config.json"
 SHARED_FOLDER = "shared_training"

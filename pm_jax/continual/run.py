@@ -9,19 +9,20 @@ from typing import Any
 import numpy as np
 
 from pm_jax import lora, trees
-from pm_jax.continual import branching, landscape, manifest, processes
-from pm_jax.continual.checkpoints import KEPT
-from pm_jax.continual.config import Config
 from pm_jax.continual.interruption import StopRequests
 from pm_jax.continual.learner import Learner
-from pm_jax.continual.logs import check_tensorboard
-from pm_jax.continual.partition import Partition
-from pm_jax.continual.programs import parameter_shapes, partitions
-from pm_jax.continual.provenance import environment, provenance
-from pm_jax.continual.records import seconds_since
-from pm_jax.continual.result_form import METRICS, problem_of
-from pm_jax.continual.shared_training import SharedTraining
-from pm_jax.continual.workdir import (
+from pm_jax.continual.merging import landscape
+from pm_jax.continual.merging.programs import parameter_shapes, partitions
+from pm_jax.continual.merging.records import seconds_since
+from pm_jax.continual.placement import processes
+from pm_jax.continual.report.results import METRICS, problem_of
+from pm_jax.continual.settings.config import Config
+from pm_jax.continual.storage import branching, manifest
+from pm_jax.continual.storage.checkpoints import KEPT
+from pm_jax.continual.storage.logs import check_tensorboard
+from pm_jax.continual.storage.provenance import environment, provenance
+from pm_jax.continual.storage.shared_training import SharedTraining
+from pm_jax.continual.storage.workdir import (
     RESULTS_FILE,
     SUMMARY_FILE,
     check_claim,
@@ -30,6 +31,7 @@ from pm_jax.continual.workdir import (
     read_json,
     write_json,
 )
+from pm_jax.continual.training.partition import Partition
 from pm_jax.types import InvalidInput
 
 FINISHED_FILES = (RESULTS_FILE, landscape.FILE)

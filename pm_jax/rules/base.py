@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from pm_jax import task_vectors, trees
+from pm_jax.curvature.measures import Measurement
+from pm_jax.curvature.quadratics import DiagonalQuadratic, Quadratic, StoredQuadratic
 from pm_jax.lora import Adapter, Adapters
-from pm_jax.measures import Measurement
-from pm_jax.objectives import Objective
-from pm_jax.quadratics import DiagonalQuadratic, Quadratic, StoredQuadratic
+from pm_jax.rules.objectives import Objective
 from pm_jax.types import Array, Key, Params, PyTree
 
 Kind = TypeVar("Kind", bound=StoredQuadratic)

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pm_jax import gradient_projection, task_vectors, trees
+from pm_jax import task_vectors, trees
 from pm_jax.coefficients import predicted_loss_change
+from pm_jax.curvature.quadratics import DiagonalQuadratic, StoredQuadratic
 from pm_jax.lora import Adapter
-from pm_jax.quadratics import DiagonalQuadratic, StoredQuadratic
+from pm_jax.rules import gradient_projection
 from pm_jax.rules.base import (
     Evidence,
     MergeInfo,

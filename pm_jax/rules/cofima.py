@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pm_jax import trees
-from pm_jax.quadratics import DiagonalQuadratic
+from pm_jax.curvature.quadratics import DiagonalQuadratic
 from pm_jax.rules.base import (
     Evidence,
     MergeInfo,

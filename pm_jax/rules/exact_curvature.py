@@ -5,8 +5,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pm_jax import losses, matrix_products, task_vectors, trees
+from pm_jax import losses, task_vectors, trees
 from pm_jax.coefficients import merge_coefficient_of, predicted_loss_change
+from pm_jax.curvature import matrix_products
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, require
 from pm_jax.types import Array, Params
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pm_jax.quadratics import DiagonalQuadratic
+from pm_jax.curvature.quadratics import DiagonalQuadratic
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, diagonal_of, mean_of_entries
 from pm_jax.types import Params
 

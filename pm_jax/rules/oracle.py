@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from pm_jax import losses, trees
-from pm_jax.objectives import Objective
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, TaskCount, require
+from pm_jax.rules.objectives import Objective
 from pm_jax.types import Array, Params
 
 CRITERIA = ("loss", "accuracy")

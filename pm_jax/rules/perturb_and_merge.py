@@ -15,8 +15,8 @@ from pm_jax.coefficients import (
     merge_coefficients,
     predicted_loss_change,
 )
-from pm_jax.measures import Measurement
-from pm_jax.quadratics import DiagonalQuadratic, StoredQuadratic
+from pm_jax.curvature.measures import Measurement
+from pm_jax.curvature.quadratics import DiagonalQuadratic, StoredQuadratic
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, quadratic_of, require
 from pm_jax.types import Array, InvalidInput, Params, PyTree
 

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from pm_jax import losses, subspaces, task_vectors, trees
-from pm_jax.objectives import Objective
+from pm_jax import losses, task_vectors, trees
+from pm_jax.rules import subspaces
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, origin_of, require
+from pm_jax.rules.objectives import Objective
 from pm_jax.types import Array, Params, PyTree
 
 LOSSES = ("alignment", "consistency", "responsiveness", "gradient_norm")

@@ -1,0 +1,131 @@
+"""Plots of merge rules side by side; they need the extra `plots`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pm_jax.continual.storage import manifest
+
+Results = Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+def write_plots(results: Results, directory: Path) -> list[Path]:
+    """Write the plots of a comparison as PNG.
+
+    Args:
+        results: for each label the contents of `results.json`, one a seed.
+        directory: where to; earlier plots are replaced.
+
+    Returns:
+        The files: accuracy after each task, final accuracy of each task, forgetting against
+        learning accuracy, and the merge coefficient of each task.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> run = {"accuracy_matrix": [[1.0, None], [0.5, 0.75]], "forgetting": 0.5,
+        ...        "learning_accuracy": 0.875, "merges": [{"alpha": 1.0}, {"alpha": None}]}
+        >>> len(write_plots({"averaging": [run]}, Path(tempfile.mkdtemp())))
+        4
+    """
+    from matplotlib.figure import Figure
+
+    plots = {
+        "accuracy_after_each_task": _accuracy_after_each_task,
+        "final_accuracy_of_each_task": _final_accuracy_of_each_task,
+        "forgetting_and_learning_accuracy": _forgetting_and_learning_accuracy,
+        "alpha_of_each_task": _alpha_of_each_task,
+    }
+    files = []
+    for name, plot in plots.items():
+        figure = Figure(figsize=(9, max(5.0, 2 + 0.25 * len(results))), layout="constrained")
+        plot(figure.subplots(), results)
+        files.append(directory / f"{name}.png")
+        with manifest.covering(directory, files[-1].name):
+            figure.savefig(files[-1], dpi=150)
+    return files
+
+
+def accuracies_after_each_task(runs: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Mean accuracy on the tasks seen, after each task.
+
+    Args:
+        runs: contents of `results.json`.
+
+    Returns:
+        Fractions, float64 [S, T].
+
+    Example:
+        >>> accuracies_after_each_task([{"accuracy_matrix": [[1.0, None], [0.5, 0.75]]}]).tolist()
+        [[1.0, 0.625]]
+    """
+    matrices = [np.asarray(run["accuracy_matrix"], np.float64) for run in runs]
+    return np.asarray(
+        [[np.mean(row[: t + 1]) for t, row in enumerate(matrix)] for matrix in matrices]
+    )
+
+
+def _accuracy_after_each_task(axes, results: Results) -> None:
+    curves = {label: 100 * accuracies_after_each_task(runs) for label, runs in results.items()}
+    _lines(axes, curves, "accuracy on the tasks seen, %")
+
+
+def _alpha_of_each_task(axes, results: Results) -> None:
+    curves = {
+        label: np.asarray([[merge["alpha"] for merge in run["merges"]] for run in runs], np.float64)
+        for label, runs in results.items()
+    }
+    _lines(axes, curves, "merge coefficient alpha")
+
+
+def _lines(axes, curves: Mapping[str, np.ndarray], name: str) -> None:
+    """Curves [S, T] with their mean and standard deviation over the seeds, if there are any."""
+    for number, (label, values) in enumerate(curves.items()):
+        if not np.isfinite(values).any():
+            continue
+        tasks = np.arange(1, values.shape[1] + 1) + 0.03 * (number - len(curves) / 2)
+        spread = values.std(axis=0, ddof=1) if len(values) > 1 else None
+        style = ("-", "--", ":")[number // 10 % 3]
+        axes.errorbar(tasks, values.mean(axis=0), spread, label=label, linestyle=style,
+                      color=f"C{number % 10}", marker=".", capsize=2, linewidth=1)  # fmt: skip
+    axes.set(xlabel="after task", ylabel=name)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if axes.has_data():
+        axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _final_accuracy_of_each_task(axes, results: Results) -> None:
+    final = np.asarray(
+        [
+            np.mean([np.asarray(run["accuracy_matrix"][-1], np.float64) for run in runs], axis=0)
+            for runs in results.values()
+        ]
+    )
+    axes.imshow(100 * final, cmap="viridis", vmin=0, vmax=100, aspect="auto")
+    for row, column in np.ndindex(final.shape):
+        value = final[row, column]
+        ink = "white" if value < 0.6 else "black"
+        axes.text(column, row, f"{100 * value:.1f}", color=ink, ha="center", va="center")
+    axes.set_xticks(range(final.shape[1]), range(1, final.shape[1] + 1))
+    axes.set_yticks(range(len(results)), list(results))
+    axes.set(xlabel="task", title="accuracy after the last task, %")
+
+
+def _forgetting_and_learning_accuracy(axes, results: Results) -> None:
+    for number, (label, runs) in enumerate(results.items()):
+        points = 100 * np.asarray(
+            [[run["learning_accuracy"], run["forgetting"]] for run in runs], np.float64
+        )
+        x, y = points.mean(axis=0)
+        if not np.isfinite((x, y)).all():  # one task has nothing to forget
+            continue
+        error = points.std(axis=0, ddof=1) if len(runs) > 1 else (None, None)
+        marker = "osD"[number // 10 % 3]
+        color = f"C{number % 10}"  # the same in every plot
+        axes.errorbar(x, y, error[1], error[0], fmt=marker, color=color, label=label, capsize=2)
+        axes.annotate(label, (x, y), textcoords="offset points", xytext=(5, 4), fontsize="small")
+    axes.set(xlabel="learning accuracy, %", ylabel="forgetting, %")

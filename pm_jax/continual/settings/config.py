@@ -1,0 +1,204 @@
+"""What the settings of a run stand for: its model, merge rule, perturbation and task stream."""
+
+import dataclasses
+import inspect
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from pm_jax import models, perturbation, rules
+from pm_jax.continual.placement.devices import Devices
+from pm_jax.continual.settings.ranges import TEXT_POSITIONS
+from pm_jax.continual.settings.settings import MERGING, PUBLIC_SIZES, Settings
+from pm_jax.curvature.kronecker import KroneckerQuadratic
+from pm_jax.curvature.low_rank import LowRankQuadratic
+from pm_jax.curvature.quadratics import DiagonalQuadratic, StoredQuadratic
+from pm_jax.data import digits, sources, stream, texts
+from pm_jax.perturbation import Perturbation
+from pm_jax.rules import MergeRule, gradient_projection
+from pm_jax.types import InvalidInput, Params
+
+MLP_KERNELS, ATTENTION_KERNELS = r"hidden_\d+/kernel", r".*/attn/(key|value)/kernel"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Settings):
+    """Settings of a run, and what is made from them.
+
+    Raises:
+        InvalidInput: a value out of range; the message names the field, the value and the remedy.
+
+    Example:
+        >>> Config(rule="averaging", perturbation="none").merge_rule().needs
+        frozenset()
+    """
+
+    def __post_init__(self):
+        super().__post_init__()
+        try:
+            self.perturbation_law()
+        except ValueError as error:
+            raise InvalidInput(str(error)) from None
+        needs = self.merge_rule().needs
+        if self.trust == "shrink" and "curvature_along" not in needs:
+            raise InvalidInput(
+                f"trust=shrink: rule={self.rule} with rule_settings={self.rule_settings} has no "
+                "closed form for one coefficient; use warn, or perturb_and_merge with one"
+            )
+        takes = inspect.signature(rules.REGISTRY[self.rule]).parameters
+        if "quadratic" not in needs:
+            return
+        if self.kept_curvature == "exact_all":
+            raise InvalidInput(
+                f"curvature=exact_all: rule={self.rule} takes curvature of one task at a time; use "
+                "fisher_exact, or perturb_and_merge"
+            )
+        if self.kept_curvature in ("kronecker", "low_rank") and "memory" not in takes:
+            raise InvalidInput(
+                f"curvature={self.kept_curvature}: rule={self.rule} takes curvature entry by "
+                "entry; use fisher_exact, or perturb_and_merge or became"
+            )
+        if self.curvature == "exact_current" and "curvature_along" not in needs:
+            raise InvalidInput(
+                f"curvature=exact_current: rule={self.rule} with rule_settings="
+                f"{self.rule_settings} takes no curvature along the task vector; use "
+                "fisher_exact, or perturb_and_merge with one coefficient"
+            )
+
+    def perturbation_law(self) -> Perturbation:
+        """The perturbation of the training loss."""
+        match self.perturbation:
+            case "symmetric":
+                return perturbation.symmetric(self.epsilon, self.probabilities)
+            case "one_sided":
+                return perturbation.one_sided(self.epsilon)
+            case "gaussian":
+                return perturbation.gaussian(self.epsilon)
+            case "antithetic":
+                return perturbation.antithetic(self.epsilon)
+        return perturbation.none()
+
+    def merge_rule(self) -> MergeRule:
+        """The merge rule with its settings."""
+        replays = self.rule == "perturb_and_merge" and self.curvature == "exact_all"
+        return rules.make(
+            "exact_curvature" if replays else self.rule,
+            self.rule_settings,
+            max_tasks=self.num_tasks,
+            memory=self._memory,
+        )
+
+    def _memory(self, params: Params) -> StoredQuadratic:
+        """The quadratic that is 0 everywhere, of the kind that tasks leave behind."""
+        match self.kept_curvature:
+            case "kronecker":
+                kernels = gradient_projection.kernel_paths(params)
+                slots = min(self.num_tasks, self.curvature_slots)
+                return KroneckerQuadratic.zero(params, kernels, slots)
+            case "low_rank":
+                return LowRankQuadratic.zero(params, self.curvature_rank)
+        return DiagonalQuadratic.zero(params)
+
+    def placement(self) -> Devices:
+        """Where arrays lie; raises `InvalidInput` where there are no such devices."""
+        devices = Devices.of(self.devices, self.fsdp)
+        if self.batch_size % devices.count:
+            raise InvalidInput(
+                f"batch_size={self.batch_size}: must be a multiple of the {devices.count} devices "
+                "that examples are divided among"
+            )
+        return devices
+
+    def without_merging(self) -> "Config":
+        """The same settings for training and evaluation, with the defaults of merging."""
+        default = Config()
+        return dataclasses.replace(self, **{name: getattr(default, name) for name in MERGING})
+
+    def network(self, num_classes: int) -> nn.Module:
+        """The model for a number of classes."""
+        dtype = jnp.dtype(self.compute_dtype)
+        if self.model == "mlp":
+            return models.MLP(num_classes, self.hidden_sizes, dtype)
+        sizes = PUBLIC_SIZES.get(self.model, (self.width, self.depth, self.num_heads))
+        if self.reads_text:
+            return models.TextEncoder(
+                num_classes,
+                self.vocabulary,
+                TEXT_POSITIONS,
+                *sizes,
+                layer_norm_epsilon=self.layer_norm_epsilon or 1e-12,
+                dtype=dtype,
+            )
+        return models.VisionTransformer(
+            num_classes,
+            16 if self.model in PUBLIC_SIZES else self.patch_size,
+            self.image_size or None,
+            *sizes,
+            layer_norm_epsilon=self.layer_norm_epsilon or 1e-6,
+            dtype=dtype,
+        )
+
+    def kernel_pattern(self) -> str:
+        """Pattern of the kernels that get adapters."""
+        return self.lora_pattern or (MLP_KERNELS if self.model == "mlp" else ATTENTION_KERNELS)
+
+    def epochs_of(self, task: int) -> int:
+        """Passes over the data of a task, counted from 0."""
+        longer = task == 0 and self.from_scratch and self.first_task_epochs
+        return self.epoch_repeats * (self.first_task_epochs if longer else self.epochs)
+
+    def task_stream(self, seed: int) -> stream.TaskStream:
+        """The tasks, split by a seed; raises `InvalidInput` where they cannot be formed."""
+        if self.scenario == "class_incremental":
+            tasks = stream.class_incremental(
+                self._texts() if self.reads_text else self._images(),
+                self.num_tasks,
+                seed,
+                class_order=self.class_order,
+                base_classes=self.base_classes,
+                validation_fraction=self.validation_fraction,
+            )
+            if tasks.class_masks.sum(axis=1).min() < 2:
+                raise InvalidInput(
+                    f"num_tasks={self.num_tasks}: leaves a task with one class, whose loss over "
+                    "its own classes is constant; use fewer tasks"
+                )
+            return tasks
+        return stream.domain_incremental(
+            self._domains(), seed, validation_fraction=self.validation_fraction
+        )
+
+    def _images(self) -> stream.LabelledArrays:
+        return sources.load(self.dataset, **self._reading())
+
+    def _domains(self) -> Sequence[stream.LabelledArrays]:
+        if self.dataset != "digits":
+            return sources.load_domains(self.dataset, self.num_tasks, **self._reading())
+        arrays = self._images()
+        angles = [self.rotation_step * task for task in range(self.num_tasks)]
+        return [digits.rotated(arrays, angle) for angle in angles]
+
+    def _reading(self) -> dict[str, Any]:
+        names = ("data_dir", "train_per_class", "test_per_class", "stored_size", "cache_dir")
+        settings = {name: getattr(self, name) for name in names}
+        return {**settings, "rgb": bool(self.pretrained)}
+
+    def _texts(self) -> stream.LabelledArrays:
+        beside = str(pathlib.Path(self.pretrained).parent / "tokenizer.json")
+        arrays = texts.load(
+            self.dataset,
+            self.data_dir,
+            self.tokenizer or beside,
+            self.max_tokens,
+            train_per_class=self.train_per_class,
+            test_per_class=self.test_per_class,
+        )
+        if (largest := int(arrays.train_inputs.max())) >= self.vocabulary:
+            raise InvalidInput(
+                f"vocabulary={self.vocabulary}: the tokenizer gives ids up to {largest}; raise the "
+                "vocabulary or give the tokenizer of the model"
+            )
+        return arrays

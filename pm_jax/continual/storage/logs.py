@@ -1,0 +1,184 @@
+"""What a run writes while it goes: metrics.jsonl, metrics.csv, and progress for the eyes."""
+
+import contextlib
+import csv
+import json
+import math
+import sys
+from pathlib import Path
+from typing import IO, Any
+
+from pm_jax import whole_files
+from pm_jax.continual.storage import manifest
+from pm_jax.types import InvalidInput
+
+JSONL_FILE, CSV_FILE, EVENT_FILES = "metrics.jsonl", "metrics.csv", "events.out.tfevents.*"
+COLUMNS = ("step", "event", "task", "epoch", "loss", "alpha", "accuracy", "images_per_second")
+
+
+class RunLog:
+    """Logs of one seed's run.
+
+    Lines after the step that a run resumes from are dropped, so that an interrupted run leaves the
+    same lines as an uninterrupted one.
+
+    Args:
+        directory: of metrics.jsonl and metrics.csv; `None` to write neither.
+        label: printed before each line, "seed 0".
+        total_steps: of the whole run, for the time left.
+        resume_step: the step the run goes on from.
+        quiet: print nothing.
+        tensorboard: write TensorBoard events too (needs the extra `tensorboard`).
+
+    Raises:
+        InvalidInput: TensorBoard is asked for and tensorboardX is not installed.
+
+    Example:
+        >>> log = RunLog(None, "seed 0", total_steps=10, quiet=True)
+        >>> log.write("epoch", step=5, task=1, loss=0.5)
+        >>> log.close()
+    """
+
+    def __init__(
+        self,
+        directory: Path | None,
+        label: str,
+        total_steps: int,
+        resume_step: int = 0,
+        quiet: bool = False,
+        tensorboard: bool = False,
+    ):
+        from tqdm import tqdm
+
+        self._label, self._quiet, self._directory = label, quiet, directory
+        self._bar = tqdm(
+            total=total_steps,
+            initial=resume_step,
+            desc=label,
+            unit="step",
+            disable=quiet or not sys.stderr.isatty(),
+        )
+        self._step = resume_step
+        if directory:
+            saved = manifest.known(directory).within(JSONL_FILE)
+            for name, what in manifest.damage(directory, saved):
+                self.tell(f"warning: {name} {what}; what can be read of it is kept")
+            self._jsonl, self._csv_file = _reopened(directory, resume_step)
+            self._csv = _csv_writer(self._csv_file)
+        self._events = None
+        if directory and tensorboard:
+            self._events = _summary_writer()(str(directory), purge_step=resume_step + 1)
+
+    def write(self, event: str, *, step: int, **figures: Any) -> None:
+        """Add a line; a figure that is not finite becomes null."""
+        if "images_per_second" in figures:
+            speed = f"{figures['images_per_second']:.0f} images/s"
+            self._bar.set_postfix_str(speed, refresh=False)
+        self._bar.update(step - self._step)
+        self._step = step
+        if self._directory:
+            clean = {
+                key: None if isinstance(v, float) and not math.isfinite(v) else v
+                for key, v in figures.items()
+            }
+            self._append({"step": step, "event": event, **clean})
+        if self._events:
+            for name, value in figures.items():
+                if isinstance(value, float):
+                    self._events.add_scalar(f"{event}/{name}", value, step)
+
+    def lines(self, event: str, task: int) -> list[dict[str, Any]]:
+        """The lines of an event of a task, counted from 1, that are written so far."""
+        return of_event(self._directory / JSONL_FILE, event, task) if self._directory else []
+
+    def tell(self, text: str) -> None:
+        """Print a line for a person, above the progress bar."""
+        if not self._quiet:
+            self._bar.write(f"{self._label}: {text}", file=sys.stderr)
+            sys.stderr.flush()
+
+    def close(self) -> None:
+        """Close files and bar."""
+        self._bar.close()
+        if self._directory:
+            self._jsonl.close()
+            self._csv_file.close()
+        if self._events:
+            self._events.close()
+        if self._directory:
+            events = (path.name for path in self._directory.glob(EVENT_FILES))
+            manifest.cover(self._directory, JSONL_FILE, CSV_FILE, *events)
+
+    def _append(self, line: dict[str, Any]) -> None:
+        self._jsonl.write(json.dumps(line) + "\n")
+        self._jsonl.flush()
+        self._csv.writerow(line)
+        self._csv_file.flush()
+
+
+def of_event(path: Path, event: str, task: int) -> list[dict[str, Any]]:
+    """The lines of a log that tell of an event of a task.
+
+    Args:
+        path: of a metrics.jsonl.
+        event: "epoch", "merge" or "evaluate".
+        task: counted from 1.
+
+    Returns:
+        A dict for each, in order; damaged lines are left out, and all where the file is absent.
+
+    Example:
+        >>> of_event(Path("/nonexistent"), "epoch", 1)
+        []
+    """
+    return [line for line in _read(path) if (line.get("event"), line.get("task")) == (event, task)]
+
+
+def check_tensorboard() -> None:
+    """Raise `InvalidInput` where TensorBoard files cannot be written, before any work starts.
+
+    Raises:
+        InvalidInput: tensorboardX is not installed.
+
+    Example:
+        >>> check_tensorboard()
+    """
+    _summary_writer()
+
+
+def _summary_writer():
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise InvalidInput(
+            "tensorboard=True: needs tensorboardX; pip install 'pm_jax[tensorboard]'"
+        ) from None
+    return SummaryWriter
+
+
+def _csv_writer(file) -> csv.DictWriter:
+    return csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+
+
+def _reopened(directory: Path, resume_step: int) -> tuple[IO[str], IO[str]]:
+    """Both files, open to append, rewritten up to the step in one rename each."""
+    manifest.uncover(directory, JSONL_FILE, CSV_FILE)  # until the run rests
+    jsonl, table = directory / JSONL_FILE, directory / CSV_FILE
+    kept = [line for line in _read(jsonl) if line["step"] <= resume_step]
+    with whole_files.replacing(jsonl) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    with whole_files.replacing(table) as temporary, temporary.open("w", newline="") as file:
+        writer = _csv_writer(file)
+        writer.writeheader()
+        writer.writerows(kept)
+    return jsonl.open("a"), table.open("a", newline="")
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log, but for those that are damaged or were cut short by a kill."""
+    lines = []
+    for text in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            lines.append(json.loads(text))
+    return [line for line in lines
+            if isinstance(line, dict) and isinstance(line.get("step"), int)]  # fmt: skip

@@ -1,0 +1,273 @@
+"""Measure curvature by streaming over batches: Fisher, Gauss-Newton, Hessian."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from pm_jax import losses, trees
+from pm_jax.curvature import matrix_products, squared_gradients
+from pm_jax.curvature.measures import Measure, Measurement, MeasureState
+from pm_jax.curvature.quadratics import DiagonalQuadratic
+from pm_jax.curvature.squared_gradients import OutputsFn, Passes, PassesFn, SquaredGradients
+from pm_jax.types import Array, Batch, Key, LogitsFn, LossesFn, Params, PyTree
+
+
+def fisher_empirical(
+    losses_fn: LossesFn, *, chunk_size: int = 32, dense_layers: Sequence[str] = ()
+) -> Measure:
+    """Diagonal empirical Fisher, `mean_n (d L_n / d theta)^2` with the true labels.
+
+    Per-example gradients are squared, not the gradient of a batch mean.
+
+    Args:
+        losses_fn: `losses_fn(params, batch) -> [N]`.
+        chunk_size: examples whose gradients are in memory at a time (see `chunk_for_memory`).
+        dense_layers: paths of linen Dense layers of the model, "a/b" for the kernel "a/b/kernel",
+            whose squares may be had without per-example gradients (see `squared_gradients`): the
+            same numbers, faster. The parameters are then a flat `{path: leaf}`.
+
+    Returns:
+        A `Measure`; its quadratic is diagonal.
+
+    Raises:
+        ValueError: chunk_size below 1; in `update`, a name that is no such layer.
+
+    References:
+        Kunstner et al., `Limitations of the Empirical Fisher Approximation
+        <https://arxiv.org/abs/1905.12558>`_, 2019
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from pm_jax.curvature.measures import measure_all
+        >>> losses_fn = lambda w, batch: batch.inputs @ w
+        >>> examples = Batch(jnp.asarray([[1.0, 2.0], [3.0, 0.0]]), jnp.zeros(2, int))
+        >>> measure_all(fisher_empirical(losses_fn), jnp.zeros(2), examples, 2).quadratic.diagonal
+        Array([5., 2.], dtype=float32)
+    """
+
+    def passes(outputs: Array, keys: Key | None) -> Passes:
+        del keys
+        return Passes(jnp.ones_like(outputs)[None], jnp.ones((1, *outputs.shape)))
+
+    return _diagonal_measure(losses_fn, passes, chunk_size, dense_layers)
+
+
+def fisher_exact(
+    logits_fn: LogitsFn,
+    *,
+    num_samples: int | None = None,
+    chunk_size: int = 32,
+    dense_layers: Sequence[str] = (),
+) -> Measure:
+    """Diagonal Fisher, `mean_n sum_c p_nc (d log p_nc / d theta)^2`: the Gauss-Newton diagonal.
+
+    Args:
+        logits_fn: `logits_fn(params, inputs) -> [N, C]`.
+        num_samples: `None` for the sum over all labels, C backward passes; otherwise the mean over
+            that many labels drawn from the model, with the key folded with each example's index.
+        chunk_size: examples whose gradients are in memory at a time.
+        dense_layers: as for `fisher_empirical`.
+
+    Returns:
+        A `Measure`; its quadratic is diagonal. Sampling needs a key in `init`.
+
+    Raises:
+        ValueError: chunk_size or num_samples below 1; in `update`, no key to sample with, or a name
+            that is no dense layer.
+
+    References:
+        Martens, `New Insights and Perspectives on the Natural Gradient Method
+        <https://arxiv.org/abs/1412.1193>`_, 2020
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from pm_jax.curvature.measures import measure_all
+        >>> examples = Batch(jnp.ones((1, 1)), jnp.zeros(1, int))
+        >>> measure = fisher_exact(lambda w, x: x * w[None])
+        >>> measure_all(measure, jnp.zeros(2), examples, 1).quadratic.diagonal
+        Array([0.25, 0.25], dtype=float32)
+    """
+
+    def outputs(params: Params, batch: Batch) -> Array:
+        return logits_fn(params, batch.inputs)
+
+    passes = squared_gradients.label_passes(num_samples)
+    return _diagonal_measure(outputs, passes, chunk_size, dense_layers)
+
+
+def identity() -> Measure:
+    """The identity, whatever the loss: with it, merging is averaging.
+
+    Returns:
+        A `Measure`; its quadratic is diagonal, and its error 0.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from pm_jax.curvature.measures import measure_all
+        >>> examples = Batch(jnp.ones((2, 1)), jnp.zeros(2, int))
+        >>> float(measure_all(identity(), jnp.zeros(2), examples, 1, jnp.asarray([1.0, 3.0])).along)
+        10.0
+    """
+
+    def init(params: Params, direction: PyTree | None = None, key: Key | None = None):
+        one = jax.tree.map(lambda p: jnp.ones_like(p, trees.compute_dtype(p)), params)
+        return MeasureState.start(params, direction, key, one)
+
+    def update(state: MeasureState, batch: Batch) -> MeasureState:
+        along = jnp.full_like(state.mean, jnp.nan)
+        if state.direction is not None:
+            along = trees.inner(state.direction, state.direction)
+        examples = state.examples + jnp.sum(losses.weights_of(batch))
+        return state._replace(mean=along, examples=examples)
+
+    def finalize(state: MeasureState) -> Measurement:
+        return state.measurement(DiagonalQuadratic.at(state.params, state.total))
+
+    return Measure(init, update, finalize)
+
+
+def gauss_newton(logits_fn: LogitsFn) -> Measure:
+    """Exact Gauss-Newton curvature along a direction, one jvp per batch.
+
+    Args:
+        logits_fn: `logits_fn(params, inputs) -> [N, C]`.
+
+    Returns:
+        A `Measure` whose `init` needs a direction and whose quadratic is `None`.
+
+    References:
+        Schraudolph, `Fast Curvature Matrix-Vector Products
+        <https://doi.org/10.1162/08997660260028683>`_, 2002
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from pm_jax.curvature.measures import measure_all
+        >>> examples = Batch(jnp.ones((1, 1)), jnp.zeros(1, int))
+        >>> measure = gauss_newton(lambda w, x: x * w[None])
+        >>> float(measure_all(measure, jnp.zeros(2), examples, 1, jnp.asarray([1.0, 3.0])).along)
+        1.0
+    """
+
+    def along(params: Params, direction: PyTree, batch: Batch) -> Array:
+        return matrix_products.gauss_newton_along(logits_fn, params, direction, batch.inputs)
+
+    return _directional_measure(along)
+
+
+def hessian(losses_fn: LossesFn) -> Measure:
+    """Exact Hessian curvature along a direction, forward-over-forward.
+
+    Args:
+        losses_fn: `losses_fn(params, batch) -> [N]`.
+
+    Returns:
+        A `Measure` whose `init` needs a direction and whose quadratic is `None`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from pm_jax.curvature.measures import measure_all
+        >>> examples = Batch(jnp.asarray([1.0, 3.0]), jnp.zeros(2, int))
+        >>> measure = hessian(lambda w, batch: batch.inputs * w**2)
+        >>> float(measure_all(measure, 5.0, examples, 2, 1.0).along)
+        4.0
+    """
+
+    def along(params: Params, direction: PyTree, batch: Batch) -> Array:
+        return matrix_products.hessian_along(losses_fn, params, direction, batch)
+
+    return _directional_measure(along)
+
+
+def chunk_for_memory(params: Params, memory_bytes: float) -> int:
+    """Number of per-example gradients that fit into a memory bound.
+
+    Args:
+        params: the parameters that gradients are taken of.
+        memory_bytes: bound in bytes on the gradients of one chunk.
+
+    Returns:
+        A chunk size of at least 1 and at most 1024.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> chunk_for_memory(jnp.zeros(1000), 8000)
+        2
+    """
+    per_example = sum(
+        leaf.size * trees.compute_dtype(leaf).itemsize for leaf in jax.tree.leaves(params)
+    )
+    return max(1, min(1024, int(memory_bytes // max(per_example, 1))))
+
+
+def _diagonal_measure(
+    outputs_fn: OutputsFn, passes_fn: PassesFn, chunk_size: int, dense_layers: Sequence[str]
+) -> Measure:
+    """Accumulate squared gradients, the diagonal of the matrix that the passes stand for."""
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size}: must be at least 1")
+
+    def add_chunk(state: MeasureState, chunk: Batch) -> tuple[MeasureState, None]:
+        weights = losses.weights_of(chunk)
+        found = _squares(state, chunk, weights, state.keys(weights.shape[0]))
+        total = jax.tree.map(jnp.add, state.total, found.total)
+        return state._replace(total=total).plus(found.along, weights), None
+
+    def _squares(state, chunk, weights, keys) -> SquaredGradients:
+        options = {"weights": weights, "keys": keys}
+        if not dense_layers:
+            return squared_gradients.by_vmap(
+                outputs_fn, passes_fn, state.params, chunk, direction=state.direction, **options
+            )
+        dense = squared_gradients.dense_paths(state.params, dense_layers)
+        parts = []
+        for way, paths in (
+            (squared_gradients.by_layers, dense),
+            (squared_gradients.by_vmap, tuple(p for p in state.params if p not in dense)),
+        ):
+            if paths:
+                parts.append(
+                    way(
+                        lambda some, batch: outputs_fn({**state.params, **some}, batch),
+                        passes_fn,
+                        {path: state.params[path] for path in paths},
+                        chunk,
+                        direction=state.direction and {p: state.direction[p] for p in paths},
+                        **options,
+                    )
+                )
+        total = {path: leaf for part in parts for path, leaf in part.total.items()}
+        return SquaredGradients(
+            {path: total[path] for path in state.params},
+            functools.reduce(jnp.add, [part.along for part in parts]),
+        )
+
+    def init(params: Params, direction: PyTree | None = None, key: Key | None = None):
+        zero = jax.tree.map(lambda p: jnp.zeros_like(p, trees.compute_dtype(p)), params)
+        return MeasureState.start(params, direction, key, zero)
+
+    def update(state: MeasureState, batch: Batch) -> MeasureState:
+        position = state.position + state.stride * batch.labels.shape[0]
+        chunks = losses.in_batches(batch, min(chunk_size, batch.labels.shape[0]))
+        return jax.lax.scan(add_chunk, state, chunks)[0]._replace(position=position)
+
+    def finalize(state: MeasureState) -> Measurement:
+        return state.measurement(DiagonalQuadratic.at(state.params, state.average(state.total)))
+
+    return Measure(init, update, finalize)
+
+
+def _directional_measure(along: Callable[[Params, PyTree, Batch], Array]) -> Measure:
+    """Accumulate `along(params, direction, batch)`, one value per example."""
+
+    def init(params: Params, direction: PyTree | None = None, key: Key | None = None):
+        if direction is None:
+            raise ValueError("direction=None: this measure needs the direction to measure along")
+        return MeasureState.start(params, direction, key, None)
+
+    def update(state: MeasureState, batch: Batch) -> MeasureState:
+        values = along(state.params, state.direction, batch)
+        return state.plus(values, losses.weights_of(batch))
+
+    return Measure(init, update, lambda state: state.measurement(None))

@@ -1,0 +1,252 @@
+"""The grammar of measures: what they find, and how they stream over batches.
+
+A `Measure` is a triple of pure functions in the manner of a gradient transformation:
+
+    state = measure.init(params, direction, key)
+    state = measure.update(state, batch)          # once per batch, in any batch size
+    result = measure.finalize(state)
+
+The result is a mean over all examples seen, whatever the batch size, and comes with the curvature
+along one direction and the standard error of that over the examples.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pm_jax import losses, trees
+from pm_jax.curvature.quadratics import Quadratic
+from pm_jax.types import Array, Batch, Key, Params, PyTree
+
+
+class Measurement(NamedTuple):
+    """What a measure finds.
+
+    Attributes:
+        quadratic: at the parameters; `None` for measures along a direction.
+        along: `d^T H d` of the mean loss, scalar; NaN where no direction was given.
+        standard_error: of `along`, over the examples (0 for a single one).
+        examples: number of examples, the sum of their weights.
+        left_out: all of this without each of K groups of examples, stacked [K, ...], where they
+            were measured `in_groups`.
+    """
+
+    quadratic: Quadratic | None
+    along: Array
+    standard_error: Array
+    examples: Array
+    left_out: "Measurement | None" = None
+
+
+class MeasureState(NamedTuple):
+    """What a measure carries from batch to batch.
+
+    Attributes:
+        params: where the curvature is taken.
+        direction: d, or `None`.
+        key: PRNG key of sampled labels, or `None`.
+        total: sum over examples of what the measure adds up, or `None`.
+        examples: sum of weights.
+        mean: of `d^T H_n d` over the examples so far.
+        squares: sum of squared deviations from that mean.
+        position: number of rows seen, padding included: the index of the next example.
+        stride: from one example's index to the next one's.
+    """
+
+    params: Params
+    direction: PyTree | None
+    key: Key | None
+    total: PyTree
+    examples: Array
+    mean: Array
+    squares: Array
+    position: Array
+    stride: Array
+
+    @classmethod
+    def start(
+        cls, params: Params, direction: PyTree | None, key: Key | None, total: PyTree
+    ) -> "MeasureState":
+        """Nothing seen yet."""
+        zero = jnp.zeros((), trees.compute_dtype(*jax.tree.leaves(params)))
+        position, stride = jnp.zeros((), jnp.int32), jnp.ones((), jnp.int32)
+        return cls(params, direction, key, total, zero, zero, zero, position, stride)
+
+    def keys(self, examples: int) -> Key | None:
+        """A key for each of the next examples, by its index; `None` without a key."""
+        if self.key is None:
+            return None
+        index = self.position + self.stride * jnp.arange(examples)
+        return jax.vmap(jax.random.fold_in, (None, 0))(self.key, index)
+
+    def plus(self, values: Array, weights: Array) -> "MeasureState":
+        """With some examples' `d^T H_n d`, [N], by Chan's update: exact for any grouping."""
+        weights = weights.astype(self.mean.dtype)
+        count = jnp.sum(weights)
+        values = jnp.where(weights > 0, values, 0)
+        mean = jnp.sum(weights * values) / jnp.maximum(count, 1)
+        squares = jnp.sum(weights * (values - mean) ** 2)
+        total = self.examples + count
+        shift = mean - self.mean
+        fraction = count / jnp.maximum(total, 1)
+        return self._replace(
+            examples=total,
+            mean=self.mean + shift * fraction,
+            squares=self.squares + squares + shift**2 * self.examples * fraction,
+            position=self.position + self.stride * values.shape[0],
+        )
+
+    def average(self, sums: PyTree) -> PyTree:
+        """Sums over the examples as means; 0 if all examples were padding."""
+        return jax.tree.map(lambda total: total / jnp.maximum(self.examples, 1), sums)
+
+    def measurement(self, quadratic: Quadratic | None) -> Measurement:
+        """What was found, with the quadratic that the total stands for."""
+        variance = self.squares / jnp.maximum(self.examples - 1, 1)
+        error = jnp.sqrt(variance / jnp.maximum(self.examples, 1))
+        return Measurement(quadratic, self.mean, error, self.examples)
+
+
+class Measure(NamedTuple):
+    """A way to measure curvature.
+
+    Attributes:
+        init: `init(params, direction=None, key=None) -> MeasureState`.
+        update: `update(state, batch) -> MeasureState`.
+        finalize: `finalize(state) -> Measurement`.
+    """
+
+    init: Callable[..., MeasureState]
+    update: Callable[[MeasureState, Batch], MeasureState]
+    finalize: Callable[[MeasureState], Measurement]
+
+
+SUMS = ("total", "examples", "mean", "squares")
+"""Fields of `MeasureState` that grow with the examples."""
+
+
+def in_groups(measure: Measure, groups: int) -> Measure:
+    """A measure that also finds what it would find without each of K groups of examples.
+
+    The n-th example is of group n modulo K; they should come in random order. Each is measured
+    once, in batches a K-th as large, for K times the memory; what is found of all is the same.
+
+    Args:
+        measure: of any kind.
+        groups: K, at least 2.
+
+    Returns:
+        A `Measure` whose `Measurement` has `left_out`.
+
+    Raises:
+        ValueError: fewer groups.
+
+    Example:
+        >>> from pm_jax.curvature import diagonal
+        >>> examples = Batch(jnp.asarray([[1.0], [3.0], [2.0]]), jnp.zeros(3, int))
+        >>> measure = diagonal.fisher_empirical(lambda w, batch: batch.inputs @ w)
+        >>> found = measure_all(in_groups(measure, 2), jnp.zeros(1), examples, 3)
+        >>> found.left_out.quadratic.diagonal.tolist()  # of the second alone, and of the others
+        [[9.0], [2.5]]
+    """
+    if groups < 2:
+        raise ValueError(f"groups={groups}: must be at least 2")
+
+    def init(params: Params, direction: PyTree | None = None, key: Key | None = None):
+        state = measure.init(params, direction, key)
+        return state._replace(
+            **jax.tree.map(lambda x: jnp.broadcast_to(x, (groups, *x.shape)), _sums(state))
+        )
+
+    def update(state: MeasureState, batch: Batch) -> MeasureState:
+        batch = batch._replace(weights=losses.weights_of(batch))
+        size = batch.labels.shape[0]
+        first = (jnp.arange(groups) - state.position) % groups
+        rows = first[:, None] + groups * jnp.arange(-(-size // groups))[None, :]
+
+        def of_group(given: tuple[dict[str, PyTree], Array]) -> dict[str, PyTree]:
+            sums, rows = given
+            own = jax.tree.map(lambda leaf: leaf[jnp.minimum(rows, size - 1)], batch)
+            own = own._replace(weights=own.weights * (rows < size))
+            index = {"position": state.position + rows[0], "stride": groups * state.stride}
+            return _sums(measure.update(state._replace(**sums, **index), own))
+
+        sums = jax.lax.map(of_group, (_sums(state), rows))
+        return state._replace(**sums, position=state.position + size)
+
+    def finalize(state: MeasureState) -> Measurement:
+        start = measure.init(state.params, state.direction, state.key).total
+
+        def of_some(kept: Array) -> Measurement:
+            """Of the groups with weight 1, [K]."""
+
+            def total(first: Array, each: Array) -> Array:
+                # What does not grow, such as a key, is the same in all.
+                if not jnp.issubdtype(first.dtype, jnp.inexact):
+                    return first
+                return first + jnp.tensordot(kept, each - first[None], 1, precision="highest")
+
+            examples = kept * state.examples
+            mean = jnp.sum(examples * state.mean) / jnp.maximum(jnp.sum(examples), 1)
+            squares = kept * state.squares + examples * (state.mean - mean) ** 2
+            return measure.finalize(
+                state._replace(
+                    total=jax.tree.map(total, start, state.total),
+                    examples=jnp.sum(examples),
+                    mean=mean,
+                    squares=jnp.sum(squares),
+                )
+            )
+
+        others = 1 - jnp.eye(groups, dtype=state.examples.dtype)
+        left_out = jax.lax.map(of_some, others)
+        return of_some(jnp.ones_like(others[0]))._replace(left_out=left_out)
+
+    return Measure(init, update, finalize)
+
+
+def _sums(state: MeasureState) -> dict[str, PyTree]:
+    return {name: getattr(state, name) for name in SUMS}
+
+
+def measure_all(
+    measure: Measure,
+    params: Params,
+    examples: Batch,
+    batch_size: int,
+    direction: PyTree | None = None,
+    key: Key | None = None,
+) -> Measurement:
+    """Run a measure over all examples, in batches of one size.
+
+    Args:
+        measure: how curvature is measured.
+        params: where it is taken.
+        examples: N examples.
+        batch_size: examples per update.
+        direction: d, of the structure of the parameters, or `None`.
+        key: PRNG key, for sampled labels.
+
+    Returns:
+        The `Measurement`, the same for every batch size up to rounding.
+
+    Raises:
+        ValueError: no examples, batch size below 1, or a direction that is needed and missing.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> examples = Batch(jnp.asarray([[1.0], [3.0]]), jnp.zeros(2, int))
+        >>> from pm_jax.curvature import diagonal
+        >>> measure = diagonal.fisher_empirical(lambda w, batch: batch.inputs @ w)
+        >>> float(measure_all(measure, jnp.zeros(1), examples, 2, jnp.ones(1)).along)
+        5.0
+    """
+
+    def step(state, batch):
+        return measure.update(state, batch), None
+
+    batches = losses.in_batches(examples, batch_size)
+    state, _ = jax.lax.scan(step, measure.init(params, direction, key), batches)
+    return measure.finalize(state)

@@ -1,0 +1,253 @@
+"""Merging of checkpoints in files, without training and without whole models in memory.
+
+What must be in memory at once is the rule's `scope`: blocks of elements, one tensor, or, for a rule
+that looks across tensors, all of them.
+"""
+
+import functools
+import json
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pm_jax.curvature.quadratics import DiagonalQuadratic
+from pm_jax.offline.requests import Inputs, Merge, listed, open_inputs, rules_by_settings
+from pm_jax.offline.tensor_files import FLOATS, TensorFile, check_output, writing
+from pm_jax.rules import Evidence, MergeRule, jit_merge
+from pm_jax.types import InvalidInput, Params
+
+BLOCK = 1 << 16
+"""Elements in memory at a time, where the rule allows it; smaller tensors are padded to it."""
+
+Load = Callable[[TensorFile], Params]
+"""From a file to the part of it that is merged at once."""
+
+
+def merge_files(merge: Merge) -> str:
+    """Merge checkpoints in files into another file, written whole or not at all.
+
+    The base is the model before the first task, every model is merged in its turn: the rule's
+    `init(base)`, then `update(previous=, trained=)` per model, as in training. Arithmetic is in
+    float32 (float64 where a file is), the result has the base's types, names and order. Tensors
+    that are not floating-point are the base's. The metadata say how it was made.
+
+    Memory is that of a few blocks of `BLOCK` elements for a rule of scope "element", of a tensor
+    and the rule's state for scope "tensor", and of all tensors and the state for scope "model".
+
+    Args:
+        merge: what, how and where to.
+
+    Returns:
+        Lines that say what was done.
+
+    Raises:
+        InvalidInput: files that cannot be read, do not hold the same tensors or hold NaN; a rule
+            that needs more than the files hold; an output that exists.
+
+    Example:
+        >>> import tempfile
+        >>> from safetensors.numpy import load_file, save_file
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> paths = [folder / f"{name}.safetensors" for name in ("base", "first", "second")]
+        >>> for path, value in zip(paths, (0.0, 1.0, 3.0)):
+        ...     save_file({"w": np.full(2, value, np.float32)}, path)
+        >>> merged = folder / "merged.safetensors"
+        >>> print(merge_files(Merge(paths[0], tuple(paths[1:]), merged)))
+        merged 2 models by averaging: 1 tensors, 2 numbers
+        >>> load_file(merged)["w"].tolist()
+        [2.0, 2.0]
+    """
+    check_output(merge.output, overwrite=merge.overwrite)
+    with tempfile.TemporaryDirectory(
+        prefix=f"{merge.output.name}.", dir=merge.output.parent
+    ) as folder:
+        return _merge(merge, open_inputs(merge, Path(folder)))
+
+
+def _merge(merge: Merge, inputs: Inputs) -> str:
+    by_settings = rules_by_settings(merge, inputs)
+    of_tensor = {name: rule for rule, names in by_settings for name in names}
+    entries = inputs.base.entries
+    with (
+        jax.enable_x64(any(_is_double(file) for file in inputs.files)),
+        writing(
+            merge.output, entries, _provenance(merge, inputs), overwrite=merge.overwrite
+        ) as file,
+    ):
+        pieces = _Pieces(inputs, by_settings, merge.seed)
+        for name in entries:
+            if name not in of_tensor:
+                inputs.base.copy(name, file)
+                continue
+            for values in pieces.of(name, of_tensor[name]):
+                file.write(_rounded(merge, name, values, FLOATS[entries[name].dtype]))
+    return _report(merge, inputs, of_tensor)
+
+
+class _Pieces:
+    """Merged values, piece by piece, in the order of the elements of each tensor."""
+
+    def __init__(
+        self, inputs: Inputs, by_settings: list[tuple[MergeRule, tuple[str, ...]]], seed: int
+    ):
+        self._inputs, self._by_settings = inputs, by_settings
+        self._merged: dict[str, np.ndarray] = {}
+        self._run = {id(rule): _runner(rule, inputs, seed) for rule, _ in by_settings}
+
+    def of(self, name: str, rule: MergeRule) -> Iterator[np.ndarray]:
+        run, size = self._run[id(rule)], self._inputs.base.entries[name].size
+        place = zlib.crc32(name.encode())
+        if rule.scope == "element":
+            for block, first in enumerate(range(0, size, BLOCK)):
+                stop = min(first + BLOCK, size)
+                yield run(self._block(name, first, stop), place, block)[: stop - first]
+        elif rule.scope == "tensor":
+            yield run(lambda file: self._tensor(file, name), place)
+        else:
+            if name not in self._merged:
+                names = next(names for other, names in self._by_settings if other is rule)
+                self._merged |= run(lambda file: {n: self._tensor(file, n) for n in names})
+            yield self._merged.pop(name)
+
+    def _block(self, name: str, first: int, stop: int) -> Load:
+        def load(file: TensorFile) -> np.ndarray:
+            values: np.ndarray = np.zeros(BLOCK, self._dtype(name))  # of one shape: one compilation
+            values[: stop - first] = _values(file, name, first, stop)
+            return values
+
+        return load
+
+    def _tensor(self, file: TensorFile, name: str) -> np.ndarray:
+        entry = file.entries[name]
+        values = _values(file, name, 0, entry.size).astype(self._dtype(name), copy=False)
+        return values.reshape(entry.shape)
+
+    def _dtype(self, name: str) -> np.dtype:
+        double = any(file.entries[name].dtype == "F64" for file in self._inputs.files)
+        return np.dtype(np.float64 if double else np.float32)
+
+
+def _values(file: TensorFile, name: str, first: int, stop: int) -> np.ndarray:
+    values = file.read(name, first, stop)
+    if file.argument == "fishers" and values.size and values.min() < 0:
+        raise InvalidInput(
+            f"fishers={file.source}: {name} holds {values.min()}; must not be negative"
+        )
+    return values
+
+
+def _runner(rule: MergeRule, inputs: Inputs, seed: int) -> Callable[..., Params]:
+    """A function that takes a rule through all models, over whatever part is loaded at once.
+
+    Numbers that say which part it is make its random draws its own.
+    """
+
+    @jax.jit
+    def init(base):
+        return rule.init(jax.tree.map(jnp.copy, base))  # of its own: `update` donates it
+
+    @jit_merge
+    def update(state, previous, trained, fisher, place):
+        evidence = Evidence()
+        if "quadratic" in rule.needs:
+            evidence = evidence._replace(quadratic=DiagonalQuadratic.at(trained, fisher))
+        if "key" in rule.needs:
+            key = functools.reduce(jax.random.fold_in, place, jax.random.key(seed))
+            evidence = evidence._replace(key=key)
+        merged, state, _ = rule.update(state, previous=previous, trained=trained, evidence=evidence)
+        return state, merged
+
+    def run(load: Load, *part: int) -> Params:
+        previous = load(inputs.base)
+        state = init(previous)
+        for task, file in enumerate(inputs.models):
+            trained = load(file)
+            fisher = load(inputs.fishers[task]) if inputs.fishers else None
+            place = np.asarray([*part, task], np.uint32)
+            state, merged = update(state, previous, trained, fisher, place)
+            jax.block_until_ready(merged)  # loads no further model while this one is in use
+            previous = merged if rule.next_task_from == "merged" else trained
+        return jax.tree.map(_with_lost_bits, merged, trained)
+
+    return run
+
+
+def _with_lost_bits(merged: jax.Array, trained: np.ndarray) -> np.ndarray:
+    """Signed zeros and subnormal numbers, which compiled arithmetic takes for zero.
+
+    Without them the average of equal models would not be that model bit for bit.
+    """
+    values = np.asarray(merged)
+    lost = np.abs(values - trained) < np.finfo(values.dtype).tiny
+    return np.where(lost, trained, values)
+
+
+def _rounded(merge: Merge, name: str, values: np.ndarray, dtype: np.dtype) -> memoryview:
+    with np.errstate(over="ignore"):
+        rounded = np.ascontiguousarray(values).astype(dtype, copy=False)
+    if not np.isfinite(rounded).all():
+        raise InvalidInput(
+            f"rule={merge.rule}: takes {name} out of the range of {dtype.name}; take smaller "
+            "settings or a base of a wider type"
+        )
+    return rounded.reshape(-1).view(np.uint8).data
+
+
+def _is_double(file: TensorFile) -> bool:
+    return any(entry.dtype == "F64" for entry in file.entries.values())
+
+
+def _version() -> str:
+    try:
+        return metadata.version("pm_jax")
+    except metadata.PackageNotFoundError:
+        return "that is not installed"
+
+
+def _provenance(merge: Merge, inputs: Inputs) -> dict[str, str]:
+    """The base's metadata, and how the output was made; names of files without their folders."""
+
+    def described(file: TensorFile) -> dict[str, str]:
+        return {"name": file.source.name, "sha256": file.sha256()}
+
+    made_from = {
+        "base": described(inputs.base),
+        "models": [described(file) for file in inputs.models],
+        "fishers": [described(file) for file in inputs.fishers],
+    }
+    return {
+        **inputs.base.metadata,
+        "made_by": f"pm_jax {_version()}",
+        "rule": merge.rule,
+        "rule_settings": merge.rule_settings,
+        "settings": json.dumps(merge.settings),
+        "seed": str(merge.seed),
+        "made_from": json.dumps(made_from),
+    }
+
+
+def _report(merge: Merge, inputs: Inputs, of_tensor: dict[str, MergeRule]) -> str:
+    entries = inputs.base.entries
+    numbers = sum(entries[name].size for name in of_tensor)
+    lines = [
+        f"merged {len(inputs.models)} models by {merge.rule}: {len(of_tensor)} tensors, "
+        f"{numbers} numbers"
+    ]
+    mixed = [
+        name
+        for name in of_tensor
+        if any(file.entries[name].dtype != entries[name].dtype for file in inputs.models)
+    ]
+    if mixed:
+        lines.append(f"of several types, written in the base's: {listed(mixed)}")
+    if kept := [name for name, entry in entries.items() if entry.dtype not in FLOATS]:
+        lines.append(f"not floating-point, left as the base's: {listed(kept)}")
+    if any(rule.scope == "model" for rule in of_tensor.values()):
+        lines.append(f"{merge.rule} looks at all tensors at once: they were held in memory")
+    return "\n".join(lines)

@@ -1,0 +1,78 @@
+"""Orbax checkpoints as safetensors files, array by array."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from pm_jax import trees
+from pm_jax.offline.tensor_files import FLOATS, WHOLE_NUMBERS, Entry, writing
+from pm_jax.types import InvalidInput
+
+
+def to_safetensors(argument: str, directory: Path, path: Path) -> None:
+    """Write the tree that a folder of Orbax holds into a safetensors file, under "a/b/c".
+
+    Args:
+        argument: what the caller calls the folder, for messages.
+        directory: of one checkpoint of one tree, as `StandardCheckpointer` saves it.
+        path: of the file.
+
+    Raises:
+        InvalidInput: the folder cannot be read, or holds what safetensors cannot.
+
+    Example:
+        >>> import tempfile
+        >>> from orbax import checkpoint as orbax
+        >>> from safetensors.numpy import load_file
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with orbax.StandardCheckpointer() as checkpointer:
+        ...     checkpointer.save(folder / "saved", {"fc": {"kernel": np.ones(2)}})
+        >>> to_safetensors("base", folder / "saved", folder / "saved.safetensors")
+        >>> load_file(folder / "saved.safetensors")
+        {'fc/kernel': array([1., 1.])}
+    """
+    from orbax import checkpoint as orbax
+
+    directory = directory.absolute()
+    try:
+        with orbax.PyTreeCheckpointer() as checkpointer:
+            tree = checkpointer.metadata(directory).item_metadata.tree
+            as_arrays = jax.tree.map(lambda _: orbax.RestoreArgs(restore_type=np.ndarray), tree)
+            leaves = trees.leaves_by_path(tree)
+            with writing(path, _entries(leaves), {}) as file:
+                for name, leaf in leaves.items():
+                    wanted = jax.tree.map(
+                        lambda other, leaf=leaf: (
+                            _shape(leaf) if other is leaf else orbax.PLACEHOLDER
+                        ),
+                        tree,
+                    )
+                    found = checkpointer.restore(
+                        directory, args=orbax.args.PyTreeRestore(wanted, restore_args=as_arrays)
+                    )
+                    file.write(np.asarray(trees.leaves_by_path(found)[name], leaf.dtype).tobytes())
+    except InvalidInput:
+        raise
+    except Exception as error:  # Orbax and TensorStore raise many types for damaged folders.
+        raise InvalidInput(
+            f"{argument}={directory}: cannot be read as a checkpoint of Orbax "
+            f"({type(error).__name__}); give the folder of one saved tree"
+        ) from error
+
+
+def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def _entries(leaves: dict[str, Any]) -> dict[str, Entry]:
+    names = {dtype: name for name, dtype in (FLOATS | WHOLE_NUMBERS).items()}
+    entries, begin = {}, 0
+    for path, leaf in leaves.items():
+        dtype = np.dtype(leaf.dtype)
+        end = begin + math.prod(leaf.shape) * dtype.itemsize
+        entries[path] = Entry(names[dtype], tuple(leaf.shape), begin, end)
+        begin = end
+    return entries

@@ -1,0 +1,239 @@
+"""What is asked of an offline merge, checked before any tensor is loaded."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from pm_jax import rules, trees
+from pm_jax.offline import orbax_files
+from pm_jax.offline.tensor_files import FLOATS, WHOLE_NUMBERS, TensorFile
+from pm_jax.rules import MergeRule
+from pm_jax.types import InvalidInput
+
+SHOWN = 6
+"""Names or differences that are listed before the rest is counted."""
+
+OF_FISHERS = frozenset({"quadratic", "curvature_error", "curvature_along"})
+"""Fields of `Evidence` that Fisher files stand for; of these, only the quadratic is known."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Merge:
+    """What is merged, how, and where to.
+
+    Attributes:
+        base: file of theta_0, in safetensors; like the others it may be a folder of Orbax, which is
+            turned into a temporary file beside the output first.
+        models: files of theta_1*, theta_2*, ... in the order of the tasks.
+        output: file that is written.
+        rule: a key of `rules.REGISTRY`.
+        rule_settings: of the rule, "name=value,...".
+        settings: "PATTERN:name=value,...", each for the tensors whose whole name matches; the first
+            that does counts, and what it does not set is as in `rule_settings`.
+        fishers: files of the diagonal Fisher at each model, under the names of its tensors; for the
+            rules that need curvature.
+        seed: of rules that draw.
+        overwrite: replace an output that is there; it is never one of the inputs.
+    """
+
+    base: Path
+    models: tuple[Path, ...]
+    output: Path
+    rule: str = "averaging"
+    rule_settings: str = ""
+    settings: tuple[str, ...] = ()
+    fishers: tuple[Path, ...] = ()
+    seed: int = 0
+    overwrite: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Files whose headers agree.
+
+    Attributes:
+        base: theta_0; the output has its names, shapes and types.
+        models: theta_1*, theta_2*, ...
+        fishers: one for each model, or none.
+        merging: names of the tensors that merge, those that are floating-point and not empty.
+    """
+
+    base: TensorFile
+    models: tuple[TensorFile, ...]
+    fishers: tuple[TensorFile, ...]
+    merging: tuple[str, ...]
+
+    @property
+    def files(self) -> tuple[TensorFile, ...]:
+        """All of them."""
+        return (self.base, *self.models, *self.fishers)
+
+
+def open_inputs(merge: Merge, folder: Path) -> Inputs:
+    """Read all headers, and see that they fit together.
+
+    Args:
+        merge: what is merged.
+        folder: for what has to be turned into safetensors first.
+
+    Returns:
+        The files.
+
+    Raises:
+        InvalidInput: files that cannot be read or do not hold the same tensors, a number of Fisher
+            files that is not that of the models, or an output that is one of the inputs.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> open_inputs(Merge(folder / "a.safetensors", (), folder / "b.safetensors"), folder)
+        Traceback (most recent call last):
+        pm_jax.types.InvalidInput: models=: needs one or more files
+    """
+    _check_paths(merge)
+
+    def opened(argument: str, number: int, path: Path) -> TensorFile:
+        if not path.is_dir():
+            return TensorFile.open(argument, path)
+        converted = folder / f"{argument}_{number}.safetensors"
+        orbax_files.to_safetensors(argument, path, converted)
+        return dataclasses.replace(TensorFile.open(argument, converted), source=path)
+
+    base = opened("base", 0, merge.base)
+    models = tuple(opened("models", n, path) for n, path in enumerate(merge.models))
+    fishers = tuple(opened("fishers", n, path) for n, path in enumerate(merge.fishers))
+    for file in (base, *models, *fishers):
+        for name, entry in file.entries.items():
+            if entry.dtype not in FLOATS and entry.dtype not in WHOLE_NUMBERS:
+                raise InvalidInput(
+                    f"{file.argument}={file.source}: {name} is of type {entry.dtype}; convert "
+                    f"it to one of {', '.join(FLOATS)}"
+                )
+    merging = tuple(
+        name for name, entry in base.entries.items() if entry.dtype in FLOATS and entry.size
+    )
+    if not merging:
+        raise InvalidInput(f"base={base.source}: has no floating-point tensor; nothing to merge")
+    for file in models:
+        _check_same(base, file, tuple(base.entries))
+    for file in fishers:
+        _check_same(base, file, merging)
+    return Inputs(base, models, fishers, merging)
+
+
+def rules_by_settings(merge: Merge, inputs: Inputs) -> list[tuple[MergeRule, tuple[str, ...]]]:
+    """The rule in each of its settings, with the names of the tensors that it merges.
+
+    Args:
+        merge: what is merged, and how.
+        inputs: its files.
+
+    Returns:
+        Rules and names; every name of `inputs.merging` is with one of them.
+
+    Raises:
+        InvalidInput: no such rule or setting, a pattern that matches nothing, or a rule that needs
+            what the files do not hold, or that merges nothing.
+
+    Example:
+        >>> merge = Merge(Path("a"), (Path("b"),), Path("c"), settings=("a.*:speed=2",))
+        >>> rules_by_settings(merge, Inputs(None, (), (), ("attn", "mlp")))
+        Traceback (most recent call last):
+        pm_jax.types.InvalidInput: rule_settings=speed=2: ...
+    """
+    names: dict[str, list[str]] = {}
+    patterns = [_pattern(setting, inputs.merging) for setting in merge.settings]
+    for name in inputs.merging:
+        own = next((text for matched, text in patterns if name in matched), "")
+        names.setdefault(_joined(merge.rule_settings, own), []).append(name)
+    found = [
+        (rules.make(merge.rule, text, max_tasks=len(merge.models)), tuple(group))
+        for text, group in names.items()
+    ]
+    for rule, _ in found:
+        if rule.tasks_at_once:
+            raise InvalidInput(
+                f"rule={merge.rule}: trains all tasks at once, which needs their data; use "
+                "experiments.train, or another rule"
+            )
+        if beyond := rule.needs - OF_FISHERS - {"key"}:
+            raise InvalidInput(
+                f"rule={merge.rule}: needs {' and '.join(sorted(beyond))} from training, which "
+                "checkpoints do not hold; use experiments.train, or another rule"
+            )
+        if rule.needs & OF_FISHERS and not merge.fishers:
+            raise InvalidInput(
+                f"rule={merge.rule}: needs curvature; give fishers, a file for each model"
+            )
+    if merge.fishers and not any(rule.needs & OF_FISHERS for rule, _ in found):
+        raise InvalidInput(
+            f"fishers={merge.fishers[0]}: rule={merge.rule} reads none; leave them out"
+        )
+    return found
+
+
+def _pattern(setting: str, names: tuple[str, ...]) -> tuple[frozenset[str], str]:
+    """The tensors and the text of "PATTERN:name=value,..."; a pattern may hold colons."""
+    split = re.fullmatch(r"(.+?):(\w+=.*)", setting)
+    if not split:
+        raise InvalidInput(f"settings={setting}: must read PATTERN:name=value,...")
+    try:
+        matched = trees.match_paths(dict.fromkeys(names, 0), split[1])
+    except ValueError as error:
+        raise InvalidInput(f"settings={setting}: {error}") from None
+    return frozenset(matched), split[2]
+
+
+def _joined(default: str, own: str) -> str:
+    """Settings of the form "name=value,..." where the second win."""
+    parts = [part for text in (default, own) for part in text.split(",") if part]
+    return ",".join({part.partition("=")[0]: part for part in parts}.values())
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few of some names, and how many more there are.
+
+    Args:
+        names: any strings.
+
+    Returns:
+        A phrase.
+
+    Example:
+        >>> listed("abcdefgh")
+        'a, b, c, d, e, f and 2 more'
+    """
+    rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + rest
+
+
+def _check_paths(merge: Merge) -> None:
+    if not merge.models:
+        raise InvalidInput("models=: needs one or more files")
+    if merge.fishers and len(merge.fishers) != len(merge.models):
+        raise InvalidInput(
+            f"fishers={','.join(map(str, merge.fishers))}: needs one for each of "
+            f"{len(merge.models)} models, in their order"
+        )
+    for path in (merge.base, *merge.models, *merge.fishers):
+        if merge.output.exists() and path.exists() and merge.output.samefile(path):
+            raise InvalidInput(f"output={merge.output}: is one of the inputs; choose another name")
+
+
+def _check_same(base: TensorFile, other: TensorFile, names: tuple[str, ...]) -> None:
+    differences = [f"lacks {name}" for name in names if name not in other.entries]
+    differences += [f"also has {name}" for name in other.entries if name not in base.entries]
+    for name in names:
+        ours, theirs = base.entries[name], other.entries.get(name)
+        if theirs is None:
+            continue
+        if theirs.shape != ours.shape:
+            differences.append(f"{name} is {list(theirs.shape)}, not {list(ours.shape)}")
+        elif (theirs.dtype in FLOATS) != (ours.dtype in FLOATS):
+            differences.append(f"{name} is {theirs.dtype}, not {ours.dtype}")
+    if differences:
+        raise InvalidInput(
+            f"{other.argument}={other.source}: does not hold the tensors of the base: "
+            f"{listed(differences)}; give files of one architecture"
+        )

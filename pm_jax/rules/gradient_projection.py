@@ -1,0 +1,140 @@
+"""Gradient projection memory: directions of a layer's inputs that earlier tasks have used.
+
+Of a dense kernel [in, out] a change D alters the outputs `x W` of an earlier input x by `x D`. Kept
+are orthonormal directions that hold most of the energy of the earlier inputs; a D without a
+component in them leaves those outputs nearly as they were. The memory of a kernel is the projector
+`P = U U^T` [in, in], whose shape does not grow with the tasks.
+
+References:
+    Saha et al., `Gradient Projection Memory for Continual Learning
+    <https://arxiv.org/abs/2103.09762>`_, 2021
+"""
+
+from collections.abc import Collection
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pm_jax import losses, trees
+from pm_jax.rules.objectives import Objective
+from pm_jax.types import Array, Params
+
+
+def kernel_paths(params: Params) -> tuple[str, ...]:
+    """Paths of the dense kernels [in, out] of a parameter tree, by linen's names.
+
+    Args:
+        params: any parameter tree.
+
+    Returns:
+        Paths that end in "kernel", of two axes.
+
+    Example:
+        >>> kernel_paths({"fc": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}})
+        ('fc/kernel',)
+    """
+    leaves = trees.leaves_by_path(params)
+    return tuple(p for p, x in leaves.items() if p.split("/")[-1] == "kernel" and x.ndim == 2)
+
+
+def removed(projector: Array, change: Array) -> Array:
+    """A change of a kernel without its component in the memory, `D - P D`.
+
+    Args:
+        projector: P [in, in].
+        change: D [in, ...], such as a gradient.
+
+    Returns:
+        Array of the shape of `change`.
+
+    Example:
+        >>> removed(jnp.diag(jnp.asarray([1.0, 0.0])), jnp.ones((2, 1))).tolist()
+        [[0.0], [1.0]]
+    """
+    return change - jnp.matmul(projector, change, precision="highest")
+
+
+def grown(projector: Array, moments: Array, threshold: Array | float) -> Array:
+    """The memory with the directions that a task's inputs need beyond it.
+
+    Of the part of the inputs outside the memory, the fewest principal directions are added with
+    which the memory holds the share `threshold` of the inputs' energy.
+
+    Args:
+        projector: P [in, in].
+        moments: second moments of the inputs, `mean_n x_n x_n^T` [in, in], not centred.
+        threshold: share of `tr(moments)`, in (0, 1).
+
+    Returns:
+        P' [in, in].
+
+    Example:
+        >>> moments = jnp.diag(jnp.asarray([90.0, 9.0, 1.0]))
+        >>> projector = grown(jnp.zeros((3, 3)), moments, 0.95)
+        >>> jnp.diagonal(projector).round(4).tolist()
+        [1.0, 1.0, 0.0]
+    """
+    outside = removed(projector, removed(projector, moments).T)
+    values, vectors = jnp.linalg.eigh((outside + outside.T) / 2)
+    values, vectors = jnp.maximum(values[::-1], 0), vectors[:, ::-1]
+    total = jnp.trace(moments)
+    # Energy that is held before a direction is added.
+    before = total - jnp.sum(values) + jnp.cumsum(values) - values
+    needed = (before < threshold * total) & (values > 0)
+    own = vectors * needed[None, :]
+    return projector + jnp.matmul(own, own.T, precision="highest")
+
+
+def input_moments(objective: Objective, leaves: Params, paths: Collection[str]) -> dict[str, Array]:
+    """Second moments of the inputs of linen Dense layers, a mean over examples and token axes.
+
+    Args:
+        objective: of the task, with the model and examples.
+        leaves: that merge, of the model to measure at.
+        paths: of the kernels.
+
+    Returns:
+        `{path: float32 [in, in]}`, in the order of the paths.
+
+    Raises:
+        ValueError: a kernel of no Dense layer that the model calls.
+
+    Example:
+        >>> from pm_jax.types import Batch
+        >>> logits = jax.tree_util.Partial(
+        ...     lambda leaves, x: nn.Dense(1).apply({"params": leaves}, x))
+        >>> batches = Batch(jnp.asarray([[[1.0, 2.0]]]), jnp.zeros((1, 1), int), jnp.ones((1, 1)))
+        >>> objective = Objective(logits, batches, jnp.ones(1, bool), jnp.zeros(1, bool))
+        >>> leaves = {"kernel": jnp.ones((2, 1)), "bias": jnp.zeros(1)}
+        >>> input_moments(objective, leaves, ["kernel"])["kernel"].tolist()
+        [[1.0, 2.0], [2.0, 4.0]]
+    """
+
+    def of_batch(number: Array) -> dict[str, tuple[Array, Array]]:
+        batch = objective.batch(number)
+        found: dict[str, tuple[Array, Array]] = {}
+
+        def interceptor(next_fn, args, kwargs, context):
+            path = "/".join((*context.module.path, "kernel"))
+            dense = isinstance(context.module, nn.Dense) and context.method_name == "__call__"
+            if dense and path in paths:
+                x = jnp.asarray(args[0], jnp.float32)
+                weights = losses.weights_of(batch).reshape(-1, *[1] * (x.ndim - 1))
+                rows = (x * weights).reshape(-1, x.shape[-1])
+                products = jnp.matmul(rows.T, x.reshape(rows.shape), precision="highest")
+                count = jnp.sum(jnp.broadcast_to(weights, (*x.shape[:-1], 1)))
+                old = found.get(path, (0.0, 0.0))
+                found[path] = old[0] + products, old[1] + count
+            return next_fn(*args, **kwargs)
+
+        with nn.intercept_methods(interceptor):
+            objective.logits(leaves, batch.inputs)
+        if missing := [path for path in paths if path not in found]:
+            raise ValueError(f"paths={missing}: no Dense layer of the model that is called")
+        return {path: found[path] for path in paths}
+
+    sums = jax.lax.map(of_batch, jnp.arange(objective.batches.labels.shape[0]))
+    return {
+        path: jnp.sum(products, axis=0) / jnp.sum(count) for path, (products, count) in sums.items()
+    }

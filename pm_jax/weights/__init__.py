@@ -1,0 +1,1 @@
+"""Weights of public models as files: their layouts, reading, writing, and LoRA adapters."""

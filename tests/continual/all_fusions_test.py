@@ -1,0 +1,27 @@
+"""Tests that compare different programs to the last bit, compiled as a user's run is."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.small_runs import ALL_FUSIONS
+
+ROOT = Path(__file__).parents[2]
+FILES = ("tests/feed_test.py", "tests/augmentation_test.py")
+
+
+@pytest.mark.skipif(ALL_FUSIONS, reason="this process compiles as a user's run does")
+def test_different_programs_agree_to_the_last_bit():
+    arguments = (*FILES, "-m", "different_programs", "-p", "no:cacheprovider", "-p", "no:xdist")
+    ended = subprocess.run(
+        [sys.executable, "-m", "pytest", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stdout
+    assert "3 passed" in ended.stdout and "skipped" not in ended.stdout

@@ -1,0 +1,167 @@
+"""The same numbers on one device and on several, which divide the examples of every step."""
+
+import contextlib
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pm_jax import curvature
+from pm_jax.continual import Learner
+from pm_jax.continual.merging.programs import starting_params
+from pm_jax.continual.placement.devices import Devices
+from pm_jax.continual.placement.feed import HostData
+from pm_jax.continual.storage.checkpoints import Checkpoints
+from pm_jax.continual.training.task_program import Segment
+from pm_jax.curvature import measures
+from pm_jax.types import Batch
+from tests.small_runs import BY_CLASS, SMALL, VIT, Killed
+
+MESHES = {"two": (2, 1), "eight": (8, 1), "divided": (8, 4)}
+"""Devices, and how many of them hold one copy of the parameters."""
+# Of a size at which what is left of the parameters' digits after a step is the gradient's.
+STEP = {"optimizer": "sgd", "learning_rate": 2.0**20}
+KINDS = {
+    "mlp": dataclasses.replace(SMALL, **STEP),
+    "vit": dataclasses.replace(VIT, **STEP, augmentation="crop_flip"),
+}
+
+
+def on(config, mesh):
+    devices, parts = MESHES.get(mesh, (1, 1))
+    return dataclasses.replace(config, devices=devices, fsdp=parts)
+
+
+def one_of_each(config):
+    """Gradients of a step, curvature, and scores, from the same parameters and data."""
+    learner, task = Learner(config, 0, quiet=True), np.asarray(1, np.int32)
+    run, key, data = learner._programs, learner._key, learner._train
+    # Of another seed, so that adapters have a task vector to be perturbed along and merged.
+    other = learner._devices.place(starting_params(config, run.init(jax.random.key(1))))
+    trainable, state = run.later.begin(key, learner.params, task)
+    trained, _, values = run.later.train(
+        key, jax.tree.map(jnp.copy, trainable), state, learner.params, data,
+        Segment.of(1, 0, 0, 1, 1),
+    )  # fmt: skip
+    gradients = jax.tree.map(lambda before, after: after - before, trainable, trained)
+    evidence = run.measure(key, other, learner.params, data, task)
+    seen = learner.stream.class_masks.any(axis=0)
+    scores = run.scores(other, learner._held_out, seen, np.asarray(2, np.int32))
+    count = config.devices
+    kernels = [leaf for leaf in jax.tree.leaves(other) if leaf.ndim == 2]
+    assert all(len(leaf.sharding.device_set) == count for leaf in jax.tree.leaves(trained))
+    assert all(leaf.sharding.is_fully_replicated == (config.fsdp == 1) for leaf in kernels)
+    parts = [values[:1], gradients, evidence.quadratic, evidence.curvature_error, scores]
+    return jax.tree.map(np.asarray, parts)
+
+
+on_one_device = functools.cache(lambda kind: one_of_each(KINDS[kind]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "mesh"), [("mlp", "two"), ("mlp", "eight"), ("mlp", "divided"), ("vit", "divided")]
+)
+def test_gradients_curvature_and_scores_are_those_of_one_device(kind, mesh):
+    wanted, found = on_one_device(kind), one_of_each(on(KINDS[kind], mesh))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        # Of the largest entry: sums over examples in another order cancel differently.
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * np.abs(b).max())
+    assert (found[-1].accuracy == wanted[-1].accuracy).all()  # no example is left out
+
+
+def examples_right(results, stream):
+    matrix = np.asarray(results["accuracy_matrix"], float)
+    return np.round(matrix * stream.test.sizes[None, :])
+
+
+def test_a_whole_stream_ends_alike_and_is_compiled_once():
+    straight = Learner(BY_CLASS, 0, quiet=True)
+    wanted = examples_right(straight.run(), straight.stream)
+    divided = Learner(on(BY_CLASS, "divided"), 0, quiet=True)
+    found = examples_right(divided.run(), divided.stream)
+    seen = np.tril(np.ones_like(wanted)) > 0
+    assert np.abs(found - wanted)[seen].max() <= 2
+    for a, b in zip(*(jax.tree.leaves(each.params) for each in (divided, straight)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=5e-5, atol=5e-5)  # after hundreds of Adam's steps
+    run = divided._programs
+    for function in (
+        run.init, run.first.begin, run.first.train, run.later.train, run.trained, run.merge,
+        run.measure.resident, run.scores.resident, run.mean_loss.resident,
+    ):  # fmt: skip
+        assert function._cache_size() == 1
+    for leaf in jax.tree.leaves((divided._state.params, divided._state.rule)):
+        assert leaf.sharding == divided._devices.sharding(leaf.shape)
+
+
+def test_a_checkpoint_goes_from_eight_devices_to_one_to_two_and_back(tmp_path, monkeypatch):
+    straight = Learner(SMALL, 0, quiet=True)
+    wanted = examples_right(straight.run(), straight.stream)
+    save, restore, saved = Checkpoints.save, Checkpoints.restore, {}
+    ends_at_a_task = {"divided": False, "one": True, "two": False, "eight": None}
+
+    def dying_save(self, step, tree):
+        save(self, step, tree)
+        saved[step] = jax.tree.map(np.array, tree)
+        if (step in straight._bounds) is ends_at_a_task[mesh]:
+            raise Killed
+
+    def checked_restore(self, step, like):
+        found = restore(self, step, like)
+        jax.tree.map(np.testing.assert_array_equal, found, saved[step])
+        kernel = found["params"]["hidden_0"]["kernel"]
+        assert len(kernel.sharding.device_set) == config.devices
+        assert kernel.sharding.is_fully_replicated == (config.fsdp == 1)
+        return found
+
+    monkeypatch.setattr(Checkpoints, "save", dying_save)
+    monkeypatch.setattr(Checkpoints, "restore", checked_restore)
+    for mesh in ("divided", "one", "two", "eight"):
+        config = on(SMALL, mesh)
+        learner = Learner(config, 0, tmp_path, checkpoint_every=5, quiet=True)
+        with contextlib.nullcontext() if mesh == "eight" else pytest.raises(Killed):
+            results = learner.run()
+    seen = np.tril(np.ones_like(wanted)) > 0
+    assert np.abs(examples_right(results, straight.stream) - wanted)[seen].max() <= 2
+
+
+def test_streamed_inputs_are_divided_as_resident_ones(monkeypatch):
+    resident = Learner(on(BY_CLASS, "divided"), 0, quiet=True)
+    wanted = resident.run()
+    config = dataclasses.replace(
+        on(BY_CLASS, "divided"), resident_mb=0.012
+    )  # windows of several steps
+    streamed = Learner(config, 0, quiet=True)
+    assert isinstance(streamed._train, HostData)
+    found = streamed.run()
+    for name in ("accuracy_matrix", "merges"):
+        for a, b in zip(*(jax.tree.leaves(x[name]) for x in (found, wanted)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_every_device_has_as_many_examples():
+    assert [Devices.of(8).multiple(examples) for examples in (1, 8, 100)] == [8, 8, 104]
+
+
+def test_a_measure_of_divided_examples_is_that_of_all():
+    devices, draw = Devices.of(8, 4), np.random.default_rng(0)
+    examples = Batch(
+        draw.normal(size=(24, 6)).astype(np.float32), draw.integers(0, 4, 24), np.ones(24)
+    )
+    params = {"kernel": draw.normal(size=(6, 4)).astype(np.float32)}
+    direction = jax.tree.map(np.ones_like, params)
+    measure = curvature.fisher_exact(lambda params, inputs: inputs @ params["kernel"])
+    wanted = measures.measure_all(measure, params, examples, 24, direction)
+
+    assert jax.jit(devices.spread)(examples.inputs).addressable_shards[0].data.shape == (3, 6)
+
+    @jax.jit
+    def found(params, examples, direction):
+        examples = devices.spread(examples)
+        return measures.measure_all(measure, params, examples, 24, direction)
+
+    found = found(devices.place(params), examples, devices.place(direction))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)

@@ -1,0 +1,179 @@
+"""Exports of the binary, of runs on digits from weights made here."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors
+
+from pm_jax import models, trees
+from pm_jax.continual import Config, Learner, export
+from pm_jax.continual.report import inspection
+from pm_jax.continual.storage import manifest
+from pm_jax.types import InvalidInput
+from pm_jax.weights import pretrained
+from tests.experiments.train_test import refused, results, run
+from tests.small_runs import leaves_equal
+
+DIGITS = [
+    *("--rule=averaging", "--scenario=class_incremental", "--num_tasks=2", "--epochs=1"),
+    *("--model=vit", "--patch_size=4", "--width=16", "--depth=1", "--num_heads=2"),
+    *("--adapter=lora", "--lora_rank=2", "--train_per_class=40", "--learning_rate=0.03"),
+]
+VIT = models.VisionTransformer(10, 4, None, 16, 1, 2)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with weights, a run from them, and what that exported."""
+    folder = tmp_path_factory.mktemp("finished")
+    params = VIT.init(jax.random.key(1), jnp.ones((1, 8, 8, 3)))["params"]
+    pretrained.write_tensors(
+        pretrained.export_params(params, "transformers"), folder / "start.safetensors"
+    )
+    run(*arguments(folder), f"--export={folder / 'run' / 'merged.safetensors'}",
+        f"--export_adapter={folder / 'adapter'}")  # fmt: skip
+    return folder
+
+
+def arguments(folder):
+    return [
+        f"--workdir={folder / 'run'}", f"--pretrained={folder / 'start.safetensors'}", *DIGITS
+    ]  # fmt: skip
+
+
+def config_of(folder):
+    fields = results(folder / "run")["config"]
+    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+def merged_params(folder):
+    return Learner(config_of(folder), 0, folder / "run" / "seed_0", quiet=True).finished_params()
+
+
+def test_the_merged_model_comes_back_with_the_accuracy_of_the_run(finished):
+    path = finished / "run" / "merged.safetensors"
+    tensors = pretrained.read_tensors(path)
+    assert pretrained.layout_of(tensors) == "transformers"
+    empty = jax.tree.map(jnp.zeros_like, merged_params(finished))
+    params = pretrained.load_params(tensors, empty, head=True)
+    assert leaves_equal(params, merged_params(finished))
+    stream = config_of(finished).task_stream(0)
+    positions = [p[:n] for p, n in zip(stream.test.positions, stream.test.sizes, strict=True)]
+    logits = [VIT.apply({"params": params}, stream.inputs[p] / 127.5 - 1.0) for p in positions]
+    found = [
+        np.mean(np.argmax(row, axis=1) == stream.labels[p])
+        for row, p in zip(logits, positions, strict=True)
+    ]
+    wanted = results(finished / "run")["accuracy_matrix"][-1]
+    assert np.mean(wanted) > 0.15
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_what_is_exported_into_the_work_directory_is_covered_by_its_manifest(finished):
+    found = inspection.inspect(finished / "run")
+    assert not found.damaged and not found.unlisted
+    assert "merged.safetensors" in manifest.read(finished / "run").files
+    assert sorted(path.name for path in (finished / "adapter").iterdir()) == [
+        *("adapter_config.json", "adapter_model.safetensors")
+    ]
+
+
+def test_metadata_says_how_to_build_the_model_and_what_made_it(finished):
+    path = finished / "run" / "merged.safetensors"
+    with safetensors.safe_open(path, "numpy") as file:
+        found = file.metadata()
+    wanted = {
+        "format": "pt", "layout": "transformers", "num_heads": "2", "width": "16", "depth": "1",
+        "patch_size": "4", "num_classes": "10", "image_size": "8", "layer_norm_epsilon": "1e-06",
+        "rule": "averaging", "model": "vit", "dataset": "digits", "num_tasks": "2",
+        "seed": "0",
+    }  # fmt: skip
+    assert wanted.items() <= found.items()
+    assert found["made_by"].startswith("pm_jax") and str(finished) not in str(found)
+
+
+def test_the_adapter_of_a_run_adds_up_to_its_merged_model(finished):
+    config = json.loads((finished / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == 4 == config["lora_alpha"]  # two tasks of rank 2
+    tensors = pretrained.read_tensors(finished / "adapter" / "adapter_model.safetensors")
+    start = pretrained.read_tensors(finished / "start.safetensors")
+    merged = pretrained.read_tensors(finished / "run" / "merged.safetensors")
+    for ours, theirs in (("key", "k_proj"), ("value", "v_proj")):
+        name = f"vit.encoder.layer.0.attention.attention.{ours}.weight"
+        module = f"base_model.model.vit.layers.0.attention.{theirs}"
+        product = tensors[f"{module}.lora_B.weight"] @ tensors[f"{module}.lora_A.weight"]
+        step = merged[name] - start[name]
+        assert np.abs(step).max() > 1e-3
+        np.testing.assert_allclose(product, step, atol=1e-6)  # rounding of the weights
+
+
+def test_a_finished_run_exports_without_training(finished, tmp_path, monkeypatch, capsys):
+    def no_training(self):
+        raise AssertionError("trains")
+
+    monkeypatch.setattr(Learner, "run", no_training)
+    first = pretrained.read_tensors(finished / "run" / "merged.safetensors")
+    again = tmp_path / "again.safetensors"
+    run(*arguments(finished), f"--export={again}")
+    assert leaves_equal(pretrained.read_tensors(again), first)
+    line = refused(capsys, *arguments(finished), f"--export={again}")
+    assert line.startswith(f"error: --export={again}: exists") and "overwrite" in line
+    adapter = [f"--export_adapter={finished / 'adapter'}"]
+    assert "exists" in refused(capsys, *arguments(finished), *adapter)
+    again.write_bytes(b"old")
+    run(*arguments(finished), f"--export={again}", *adapter, "--overwrite")
+    assert leaves_equal(pretrained.read_tensors(again), first)
+    assert list(tmp_path.iterdir()) == [again]
+
+
+def test_a_run_without_its_last_checkpoint_does_not_export(finished, tmp_path, capsys):
+    checkpoints = finished / "run" / "seed_0" / "checkpoints"
+    checkpoints.rename(tmp_path / "moved")
+    try:
+        line = refused(capsys, *arguments(finished), f"--export={tmp_path / 'm.safetensors'}")
+    finally:
+        if checkpoints.exists():
+            checkpoints.rmdir()
+        (tmp_path / "moved").rename(checkpoints)
+    assert "no checkpoint of the end" in line and not (tmp_path / "m.safetensors").exists()
+
+
+def test_a_displacement_without_low_rank_is_refused_and_the_model_written(
+    finished, tmp_path, monkeypatch, capsys
+):
+    """As a merge rule that works element by element would leave it."""
+    restored = Learner.finished_params
+    noise = np.random.default_rng(0).normal(size=(16, 16)).astype(np.float32)
+    monkeypatch.setattr(
+        Learner,
+        "finished_params",
+        lambda self: trees.replace(restored(self), {"blocks_0/attn/key/kernel": noise}),
+    )
+    line = refused(
+        *(capsys, *arguments(finished), f"--export={tmp_path / 'm.safetensors'}"),
+        f"--export_adapter={tmp_path / 'adapter'}",
+    )
+    assert re.search("--export_adapter=.*key.weight is not of rank 4.*rule=averaging", line)
+    assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_weights_of_augreg_and_none_go_out_in_timms_layout(tmp_path):
+    shapes = jax.eval_shape(VIT.init, jax.random.key(1), jnp.ones((1, 8, 8, 3)))["params"]
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
+    np.savez(tmp_path / "a.npz", **pretrained.export_params(params, "augreg", num_heads=2))
+    for start in ("", str(tmp_path / "a.npz")):
+        config = Config(model="vit", pretrained=start)
+        assert export.layout_for(config) == "timm"
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path):
+    with pytest.raises(InvalidInput, match="export=.*: cannot be written"):
+        pretrained.write_tensors({"w": np.ones(2)}, tmp_path / "none" / "m.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+# Other people's implementations, where they are installed (the extra `parity`).

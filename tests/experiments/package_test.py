@@ -1,0 +1,132 @@
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from experiments.benchmarks import peer
+
+ROOT = pathlib.Path(__file__).parents[2]
+NOTEBOOKS = sorted((ROOT / "experiments" / "notebooks").glob("*.py"))
+HEAVY = ("tensorflow", "tensorflow_datasets", "orbax", "matplotlib", "sklearn", "absl.flags")
+
+
+def test_import_loads_nothing_heavy():
+    """Beyond what jax, flax, optax and chex load themselves."""
+    script = (
+        "import sys, jax, flax.linen, optax, chex; before = set(sys.modules); import pm_jax; "
+        "print(*sorted(set(sys.modules) - before))"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    loaded = ended.stdout.split()
+    assert "pm_jax.rules" in loaded, ended.stderr
+    assert [name for name in loaded if name.startswith(HEAVY)] == []
+    assert all(name.startswith("pm_jax") for name in loaded), loaded
+
+
+def test_import_alone_loads_nothing_heavy():
+    script = "import sys, pm_jax; print(*sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    loaded = set(ended.stdout.split())
+    for name in ("tensorflow", "tensorflow_datasets", "orbax.checkpoint", "matplotlib", "sklearn"):
+        assert name not in loaded
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_run(path):
+    ended = subprocess.run([sys.executable, path], capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 0, ended.stderr
+    assert "task 2: alpha" in ended.stdout
+    assert "# %%" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    "module,arguments,expected",
+    [
+        (
+            "training_step",
+            ["--repeats=1", "--depth=1", "--image_size=32", "--vit_examples=32"],
+            "Fisher / two plain epochs",
+        ),
+        (
+            "main_job",
+            ["--repeats=1", "--train_flags=--num_tasks=1,--epochs=1,--hidden_sizes=4"],
+            "peak resident MB",
+        ),
+        (
+            "merge_rules",
+            ["--benchmark_model=vit_tiny_patch16", "--benchmark_rules=averaging,magmax,joint"],
+            "magmax",
+        ),
+        (
+            "curvature_ladder",
+            [
+                *("--model=vit", "--depth=1", "--image_size=32", "--vit_examples=4"),
+                *("--repeats=1", "--curvature_rank=2", "--kind=low_rank"),
+            ],
+            "low_rank",
+        ),
+        (
+            "interruptions",
+            [
+                *("--rounds=1", "--kills=1", "--seed=2"),
+                "--train_flags=--num_tasks=2,--epochs=1,--hidden_sizes=4,--checkpoint_every=5,"
+                "--noreport,--baseline=",
+            ],
+            "1 of 1 equal",
+        ),
+        (
+            "checkpoint_saves",
+            ["--hidden_sizes=8", "--batch_size=4", "--steps=2", "--repeats=1"],
+            "2 steps, asynchronous / no checkpoint",
+        ),
+        (
+            "many_tasks",
+            ["--num_tasks=6", "--hidden_sizes=4", "--run_rules=magmax"],
+            "compilations after task 3: 0",
+        ),
+        ("offline_merging", ["--depth=1", "--models=1"], "peak above the baseline"),
+    ],
+)
+def test_benchmarks_run_small(module, arguments, expected):
+    command = [sys.executable, "-m", f"experiments.benchmarks.{module}", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 0, ended.stderr
+    assert expected in ended.stdout
+
+
+@pytest.mark.skipif(not peer.missing_package(), reason="the peer is installed")
+def test_a_benchmark_without_the_peer_is_one_line():
+    command = [sys.executable, "-m", "experiments.benchmarks.peer"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 2
+    line = f"error: {peer.missing_package()} is not installed; pip install 'pm_jax[benchmark]'\n"
+    assert ended.stderr == line
+
+
+def test_the_grid_study_runs_small(tmp_path):
+    command = [
+        *(sys.executable, "-m", "experiments.studies.ablation", f"--workdir={tmp_path}"),
+        *("--seeds=0", "--learning_rates=0.001", "--grid_epochs=1", "--arms=joint,sequential"),
+        *("--num_tasks=2", "--first_task_epochs=1", "--hidden_sizes=4"),
+    ]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 0, ended.stderr
+    assert "sequential (learning_rate=0.001, epochs=1)" in ended.stdout
+
+
+def test_the_map_of_where_merging_pays_runs_small(tmp_path):
+    command = [
+        *(sys.executable, "-m", "experiments.studies.merging_map", f"--workdir={tmp_path}"),
+        *("--learning_rates=0.001", "--map_epochs=1", "--temperatures=1", "--rules=averaging"),
+        *("--num_tasks=2", "--first_task_epochs=1", "--hidden_sizes=4"),
+    ]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 0, ended.stderr
+    gains = {}
+    for rule in ("sequential", "averaging"):
+        path = tmp_path / "epochs_1_rate_0.001_temp_1" / rule / "summary.json"
+        gains[rule] = 100 * json.loads(path.read_text())["final_average_accuracy"]["mean"]
+    head, gain = f"| {gains['sequential']:.1f} |", gains["averaging"] - gains["sequential"]
+    assert f"| 0.001 | 1 {head} {gain:+.1f} |" in ended.stdout

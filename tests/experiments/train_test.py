@@ -1,0 +1,261 @@
+"""The binary: in-process for speed, as a subprocess where a process is what is tested."""
+
+import csv
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import termios
+
+import pytest
+from absl import flags
+
+from experiments import flags as experiment_flags
+from experiments import train
+from pm_jax.continual.report import inspection
+
+ROOT = pathlib.Path(__file__).parents[2]
+TINY = [
+    *("--num_tasks=2", "--epochs=1", "--first_task_epochs=1", "--hidden_sizes=8", "--noreport"),
+]
+
+
+def run(*arguments):
+    """Parse and run as `app.run` would."""
+    flags.FLAGS.unparse_flags()
+    train.main(experiment_flags.parse(["train", *map(str, arguments)]))
+
+
+def refused(capsys, *arguments, code=2):
+    """The single line of a run that ends with a code."""
+    with pytest.raises(SystemExit) as ended:
+        run(*arguments)
+    assert ended.value.code == code
+    text = capsys.readouterr().err
+    lines = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and text.endswith(lines[0] + "\n"), text
+    assert "Traceback" not in text
+    return lines[0]
+
+
+def results(workdir, seed=0):
+    return json.loads((workdir / f"seed_{seed}" / "results.json").read_text())
+
+
+def test_default_is_perturb_and_merge_and_a_sequential_baseline(tmp_path, capsys):
+    run(f"--workdir={tmp_path}", "--seeds=0,1", *TINY, "--baseline_learning_rate=0.01",
+        "--baseline_epochs=2")  # fmt: skip
+    table = capsys.readouterr().out.splitlines()[-3:]
+    assert table[0].startswith("rule") and "final accuracy" in table[0]
+    assert table[1].startswith("perturb_and_merge")
+    assert table[2].startswith("sequential (baseline, learning_rate=0.01, epochs=2)")
+    assert re.search(r"\d+\.\d \+- \d+\.\d", table[1])
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    accuracies = [results(tmp_path, seed)["final_average_accuracy"] for seed in (0, 1)]
+    assert summary["seeds"] == [0, 1]
+    figure = summary["final_average_accuracy"]
+    assert figure["n"] == 2 and figure["mean"] == pytest.approx(sum(accuracies) / 2)
+    assert figure["standard_deviation"] == pytest.approx(
+        abs(accuracies[0] - accuracies[1]) / 2**0.5
+    )
+    baseline = results(tmp_path / "baseline")["config"]
+    assert (baseline["rule"], baseline["perturbation"]) == ("sequential", "none")
+    assert baseline["learning_rate"] == 0.01
+
+
+def test_the_baseline_has_its_own_best_rate_only_where_that_was_chosen():
+    def baseline(*arguments):
+        flags.FLAGS.unparse_flags()
+        experiment_flags.parse(["train", *arguments])
+        return experiment_flags.baseline_from_flags(experiment_flags.config_from_flags())
+
+    for arguments in (
+        [],
+        ["--curvature=fisher_empirical", "--epsilon=0.3", "--learning_rate=0.01"],
+    ):
+        own = baseline(*arguments)
+        assert (own.learning_rate, own.epochs) == (3e-4, 1)
+    for arguments in (["--num_tasks=3"], ["--batch_size=64"], ["--baseline=averaging"]):
+        same = baseline(*arguments, "--epochs=7")
+        assert (same.learning_rate, same.epochs) == (3e-3, 7)
+    given = baseline("--baseline_learning_rate=0.5", "--baseline_epochs=4")
+    assert (given.learning_rate, given.epochs) == (0.5, 4)
+    assert baseline("--rule=averaging") is None and baseline("--baseline=") is None
+
+
+def test_a_run_ends_with_its_report_and_the_table(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    run(f"--workdir={tmp_path}", "--rule=averaging", *TINY, "--report")
+    report = tmp_path / "report.html"
+    *_, line, heading, _ = capsys.readouterr().out.splitlines()
+    assert line == f"report: {report}" and heading.startswith("rule ") and report.exists()
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    run(f"--workdir={tmp_path}", "--rule=averaging", *TINY, "--report")
+    assert "report: skipped, matplotlib is not installed; pip" in capsys.readouterr().out
+
+
+def test_results_hold_what_is_promised(tmp_path):
+    run(f"--workdir={tmp_path}", "--rule=perturb_and_merge", *TINY)
+    assert not (tmp_path / "baseline").exists()
+    found = results(tmp_path)
+    assert set(found) == {
+        *("config", "seed", "accuracy_matrix", "final_average_accuracy"),
+        *("average_incremental_accuracy", "forgetting", "backward_transfer", "forward_transfer"),
+        *("learning_accuracy", "task_aware", "merges", "manifest", "environment", "seconds"),
+        *("rule_state_bytes", "mean_regret_loss", "mean_regret_accuracy"),
+    }
+    assert not (tmp_path / "report.html").exists()
+    assert len(found["merges"]) == 2
+    assert {
+        *("alpha", "alpha_raw", "numerator", "denominator", "standard_error"),
+        *("predicted_loss_change", "actual_loss_change"),
+    } <= set(found["merges"][1])
+    assert 0 <= found["final_average_accuracy"] <= 1
+    assert found["config"]["num_tasks"] == 2 and found["seed"] == 0
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "seed_0" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [line["event"] for line in lines] == ["epoch", "merge", "evaluate"] * 2
+    rows = list(csv.DictReader((tmp_path / "seed_0" / "metrics.csv").read_text().splitlines()))
+    assert len(rows) == len(lines) and float(rows[1]["alpha"]) == 1.0
+    text = (tmp_path / "seed_0" / "results.json").read_text()
+    assert "NaN" not in text and str(tmp_path) not in text
+
+
+def test_what_does_not_apply_is_null(tmp_path):
+    run(f"--workdir={tmp_path}", "--rule=averaging", "--scenario=class_incremental", *TINY)
+    found = results(tmp_path)
+    assert found["forward_transfer"] is None
+    assert found["accuracy_matrix"][0][1] is None
+    assert found["merges"][1]["denominator"] is None and found["merges"][1]["alpha"] == 0.5
+
+
+def test_a_finished_run_says_so_and_other_settings_are_refused(tmp_path, capsys):
+    arguments = [f"--workdir={tmp_path}", "--rule=averaging", *TINY]
+    run(*arguments)
+    before = (tmp_path / "seed_0" / "results.json").read_bytes()
+    capsys.readouterr()
+    run(*arguments)
+    assert "already finished" in capsys.readouterr().out
+    assert (tmp_path / "seed_0" / "results.json").read_bytes() == before
+    line = refused(capsys, *arguments, "--learning_rate=0.5", "--batch_size=16")
+    assert f"--workdir={tmp_path}" in line
+    assert "batch_size=32, not 16" in line and "learning_rate=0.003, not 0.5" in line
+    run(*arguments, "--seeds=0,1", "--checkpoint_every=3", "--data_dir=/elsewhere",
+        "--resident_mb=0.1")  # fmt: skip
+    assert json.loads((tmp_path / "summary.json").read_text())["seeds"] == [0, 1]
+
+
+def test_dry_run_prints_settings_counts_and_patterns_and_writes_nothing(tmp_path, capsys):
+    run(
+        "--dry_run", f"--workdir={tmp_path}/x", "--model=vit", "--adapter=lora", "--lora_rank=3",
+        "--width=16", "--depth=2", "--scenario=class_incremental",
+    )  # fmt: skip
+    text = capsys.readouterr().out
+    assert "rule=perturb_and_merge" in text and "lora_rank=3" in text
+    assert "blocks_1/attn/value/kernel" in text
+    assert "(adapters 384)" in text  # 4 kernels, rank 3, 16 + 16
+    assert "merging: 1024" in text  # 4 kernels of 16 x 16
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, ""), ("--xla_x=1", "--xla_x=1 ")])
+def test_deterministic_operations_are_asked_for_before_there_is_a_device(
+    before, after, capsys, monkeypatch
+):
+    monkeypatch.setenv("XLA_FLAGS", before or "")
+    run("--dry_run", *TINY)
+    assert os.environ["XLA_FLAGS"] == (before or "")
+    run("--dry_run", "--deterministic", *TINY)
+    assert os.environ["XLA_FLAGS"] == after + "--xla_gpu_deterministic_ops=true"
+
+
+def test_tensorboard_events_are_written_when_asked_for(tmp_path, capsys, monkeypatch):
+    run(f"--workdir={tmp_path}", "--rule=averaging", "--tensorboard", *TINY)
+    assert len(list((tmp_path / "seed_0").glob("events.out.tfevents.*"))) == 1
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    other = tmp_path / "other"
+    line = refused(capsys, f"--workdir={other}", "--rule=averaging", "--tensorboard", *TINY)
+    assert "--tensorboard=True: needs tensorboardX" in line and not other.exists()
+
+
+@pytest.fixture
+def preset(tmp_path, monkeypatch):
+    (tmp_path / "mine.flags").write_text("# a comment\n--epochs=2\n--rule=averaging\n")
+    monkeypatch.setattr(experiment_flags, "PRESETS", tmp_path)
+
+
+@pytest.mark.parametrize("spelling", [["--preset=mine"], ["--preset", "mine"]])
+def test_flags_override_a_preset_wherever_they_stand(preset, capsys, spelling):
+    run("--dry_run", "--epochs=5", *spelling)
+    assert "epochs=5\n" in capsys.readouterr().out
+    run("--dry_run", *spelling)
+    text = capsys.readouterr().out
+    assert "\nepochs=2\n" in text and "rule=averaging" in text
+
+
+def test_a_damaged_checkpoint_ends_with_a_warning(tmp_path, capsys):
+    whole = [f"--workdir={tmp_path / 'b'}", "--rule=averaging", *TINY]
+    run(*whole)
+    (tmp_path / "b" / "seed_0" / "results.json").unlink()
+    checkpoints = tmp_path / "b" / "seed_0" / "checkpoints"
+    newest = max(checkpoints.glob("[0-9]*"), key=lambda path: int(path.name))
+    for path in newest.rglob("*"):
+        if path.is_file() and path.stat().st_size > 1000:
+            path.write_bytes(path.read_bytes()[:100])
+    capsys.readouterr()
+    run(*whole)
+    warning, *_ = capsys.readouterr().err.splitlines()
+    assert f"warning: checkpoint {newest.name} is damaged" in warning
+    assert results(tmp_path / "b")["final_average_accuracy"] > 0
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "experiments.train", *map(str, arguments)]
+
+
+def test_a_terminal_shows_a_progress_bar(tmp_path):
+    pty = pytest.importorskip("pty", reason="needs pseudo-terminals")
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (40, 120))
+    with subprocess.Popen(
+        command(f"--workdir={tmp_path}", "--rule=averaging", *TINY), cwd=ROOT, stderr=theirs
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        while chunk := _read_until_closed(ours):
+            shown += chunk
+    assert process.returncode == 0
+    assert b"%|" in shown and b"images/s" in shown and b"task 2 of 2" in shown
+
+
+def _read_until_closed(descriptor):
+    try:
+        return os.read(descriptor, 4096)
+    except OSError:  # Linux's word for a terminal that nobody holds any more
+        return b""
+
+
+def test_a_killed_process_resumes_to_the_same_results(tmp_path):
+    arguments = ["--rule=perturb_and_merge", *TINY, "--num_tasks=3", "--checkpoint_every=5"]
+    run(f"--workdir={tmp_path / 'straight'}", *arguments)
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(
+        command(f"--workdir={killed}", *arguments), cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    with process:
+        for line in process.stderr:  # the end of a task is as good a moment as any
+            if "task 1 of 3" in line:
+                process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert not (killed / "seed_0" / "results.json").exists()
+    assert inspection.inspect(killed).damaged == []
+    run(f"--workdir={killed}", *arguments)
+    one, two = (results(tmp_path / name) for name in ("straight", "killed"))
+    for found in (one, two):
+        del found["seconds"]
+    assert one == two

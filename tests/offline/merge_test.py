@@ -1,0 +1,352 @@
+"""Offline merging: arithmetic against NumPy in float64, streaming, and what is refused."""
+
+import dataclasses
+import hashlib
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors
+from absl import flags
+from orbax import checkpoint as orbax
+from safetensors.numpy import load_file, save_file
+
+from experiments import flags as experiment_flags
+from experiments import merge
+from pm_jax import rules, trees
+from pm_jax.continual import Learner
+from pm_jax.continual.run import run_seeds
+from pm_jax.curvature.quadratics import DiagonalQuadratic
+from pm_jax.offline import merging, requests, tensor_files
+from pm_jax.rules import Evidence, MergeRule
+from tests import small_runs
+
+SHAPES = {"blocks.0.attn.qkv": (40, 75), "blocks.0.mlp": (7, 3, 2), "scale": (), "empty": (0, 4)}
+BLOCK = 1000
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(merging, "BLOCK", BLOCK)
+
+
+def run(*arguments):
+    """Parse and run as `app.run` would, with flags of its own."""
+    values = flags.FlagValues()
+    merge.define_flags(values)
+    merge.main(experiment_flags.parse(["merge", *map(str, arguments)], values), values)
+
+
+def refused(capsys, *arguments):
+    """The single line of a call that ends with code 2."""
+    with pytest.raises(SystemExit) as ended:
+        run(*arguments)
+    assert ended.value.code == 2
+    text = capsys.readouterr().err
+    assert text.startswith("error: ") and text.count("\n") == 1, text
+    return text.rstrip()
+
+
+def tensors(seed, dtype=np.float32, positive=False):
+    rng = np.random.default_rng(seed)
+
+    def values(shape):
+        drawn = rng.normal(size=shape)
+        return np.asarray(abs(drawn) if positive else drawn, dtype)
+
+    return {name: values(shape) for name, shape in SHAPES.items()}
+
+
+def written(folder, name, content):
+    path = folder / f"{name}.safetensors"
+    save_file(content, path, {"format": "pt"})
+    return path
+
+
+def call(folder, models, *more, base=None, output="out", fishers=()):
+    """Arguments of a merge of models that are written here."""
+    base = written(folder, "base", tensors(0) if base is None else base)
+    paths = [written(folder, f"m{n}", content) for n, content in enumerate(models)]
+    evidence = [written(folder, f"f{n}", content) for n, content in enumerate(fishers)]
+    given = [f"--base={base}", f"--models={','.join(map(str, paths))}"]
+    given += [f"--fishers={','.join(map(str, evidence))}"] if fishers else []
+    return [*given, f"--output={folder / output}.safetensors", *more]
+
+
+def merged(folder, *arguments, **options):
+    run(*call(folder, *arguments, **options))
+    return load_file(folder / "out.safetensors")
+
+
+@pytest.mark.parametrize("count", [2, 10])
+def test_averaging_agrees_with_float64(count, tmp_path):
+    models = [tensors(1 + n) for n in range(count)]
+    found = merged(tmp_path, models)
+    assert set(found) == set(SHAPES)
+    for name in SHAPES:
+        wanted = np.mean([model[name].astype(np.float64) for model in models], axis=0)
+        assert found[name].dtype == np.float32 and found[name].shape == SHAPES[name]
+        np.testing.assert_allclose(found[name], wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16, np.float64])
+def test_the_average_of_copies_is_the_model_bit_for_bit(dtype, tmp_path):
+    model = tensors(1, dtype)
+    tiny = float(jnp.finfo(dtype).smallest_subnormal)
+    model["blocks.0.mlp"].reshape(-1)[:4] = [-0.0, tiny, -3 * tiny, 1 / 3]
+    found = merged(tmp_path, [model] * 5, base=tensors(0, dtype))
+    assert all(found[name].tobytes() == model[name].tobytes() for name in SHAPES)
+
+
+def test_float64_is_merged_in_float64(tmp_path):
+    models = [tensors(1, np.float64), tensors(2, np.float64)]
+    found = merged(tmp_path, models, base=tensors(0, np.float64))
+    wanted = (models[0]["scale"] + models[1]["scale"]) / 2
+    np.testing.assert_allclose(found["scale"], wanted, rtol=1e-15)
+
+
+def in_memory(rule, base, models, fishers):
+    """The rule over whole models, as in training."""
+    state, previous, update = rule.init(base), base, jax.jit(rule.update)
+    for task, (trained, fisher) in enumerate(zip(models, fishers, strict=True)):
+        key = jax.random.fold_in(jax.random.key(0), task)
+        evidence = Evidence(quadratic=DiagonalQuadratic.at(trained, fisher), key=key)
+        params, state, _ = update(state, previous=previous, trained=trained, evidence=evidence)
+        previous = params if rule.next_task_from == "merged" else trained
+    return params
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [*((name, "") for name in sorted(rules.REGISTRY)), ("ties", "trim=tensor")],
+)
+def test_every_rule_merges_in_pieces_as_in_memory(name, settings, tmp_path, capsys):
+    """And so its `scope` is true; a rule that cannot work on files is refused."""
+    rule = rules.make(name, settings, max_tasks=3)
+    models = [tensors(1 + n) for n in range(3)]
+    fishers = [tensors(11 + n, positive=True) for n in range(3)]
+    given = {"fishers": fishers} if rule.needs & requests.OF_FISHERS else {}
+    if rule.analysis_only:
+        line = refused(capsys, *call(tmp_path, models, f"--rule={name}"))
+        assert re.search(f"--rule={name}: .* all", line)
+        return
+    if rule.needs - requests.OF_FISHERS - {"key"}:
+        line = refused(capsys, *call(tmp_path, models, f"--rule={name}", **given))
+        assert re.search(f"--rule={name}: needs .* from training", line)
+        return
+    found = merged(tmp_path, models, f"--rule={name}", f"--rule_settings={settings}", **given)
+    assert {key: value.shape for key, value in found.items()} == SHAPES
+    if "key" in rule.needs and rule.scope != "model":
+        return  # draws block by block, from other keys
+    wanted = in_memory(rule, tensors(0), models, fishers)
+    for tensor in SHAPES:
+        np.testing.assert_allclose(found[tensor], wanted[tensor], rtol=1e-5, atol=1e-6)
+
+
+def moving(*, step: float = 0.5, start: str = "trained") -> MergeRule:
+    """A rule that reads the model that training started from, and draws."""
+
+    def update(state, *, previous, trained, evidence):
+        noise = trees.gaussian_like(evidence.key, trained)
+        merged = jax.tree.map(lambda n, x: n + x, trees.lerp(previous, trained, step), noise)
+        return merged, state, None
+
+    return MergeRule(lambda params: (), update, frozenset({"key"}), start, "element")
+
+
+def without_noise(monkeypatch):
+    monkeypatch.setattr(
+        trees, "gaussian_like", lambda key, tree: jax.tree.map(jnp.zeros_like, tree)
+    )
+
+
+def test_the_next_task_starts_where_the_rule_says(tmp_path, monkeypatch):
+    monkeypatch.setitem(rules.REGISTRY, "moving", moving)
+    without_noise(monkeypatch)
+    first, second = tensors(1)["scale"], tensors(2)["scale"]
+    starts = {"trained": first, "merged": (tensors(0)["scale"] + first) / 2}
+    for name, start in starts.items():
+        found = merged(
+            *(tmp_path, [tensors(1), tensors(2)], "--rule=moving", "--overwrite"),
+            f"--rule_settings=start={name}",
+        )
+        np.testing.assert_allclose(found["scale"], (start + second) / 2, atol=1e-6)
+
+
+def test_settings_of_a_pattern_go_before_those_of_the_rule(tmp_path, monkeypatch):
+    monkeypatch.setitem(rules.REGISTRY, "moving", moving)
+    without_noise(monkeypatch)
+    found = merged(
+        *(tmp_path, [tensors(1)], "--rule=moving", "--rule_settings=step=0.5,start=merged"),
+        *("--settings=(?:.*attn.*):step=1/4", "--settings=blocks.*:step=0.1"),
+    )
+    steps = {"blocks.0.attn.qkv": 0.25, "blocks.0.mlp": 0.1, "scale": 0.5}
+    for name, step in steps.items():
+        wanted = (1 - step) * tensors(0)[name] + step * tensors(1)[name].astype(np.float64)
+        np.testing.assert_allclose(found[name], wanted, rtol=0, atol=1e-6)
+
+
+def test_what_is_random_repeats_with_the_seed_and_differs_by_block(tmp_path, monkeypatch):
+    monkeypatch.setitem(rules.REGISTRY, "moving", moving)
+    same = [tensors(0)]
+    draws = [
+        merged(tmp_path, same, "--rule=moving", f"--seed={seed}", "--overwrite")[
+            "blocks.0.attn.qkv"
+        ].reshape(-1)
+        - tensors(0)["blocks.0.attn.qkv"].reshape(-1)
+        for seed in (0, 0, 1)
+    ]
+    assert np.array_equal(draws[0], draws[1]) and abs(draws[0].std() - 1) < 0.1
+    for other in (draws[0][BLOCK : 2 * BLOCK], draws[2][:BLOCK]):
+        assert abs(np.corrcoef(draws[0][:BLOCK], other)[0, 1]) < 0.2
+
+
+def test_no_more_than_a_block_is_read_at_once(tmp_path, monkeypatch):
+    read, sizes = tensor_files.TensorFile.read, []
+    monkeypatch.setattr(
+        tensor_files.TensorFile,
+        "read",
+        lambda self, name, first, stop: sizes.append(stop - first) or read(self, name, first, stop),
+    )
+    merged(tmp_path, [tensors(1), tensors(2)])
+    assert max(sizes) == BLOCK and sum(sizes) == 3 * (3000 + 42 + 1)
+
+
+def test_whole_numbers_stay_the_bases_and_mixed_types_become_its_type(tmp_path, capsys):
+    base = {"ids": np.arange(3), "w": np.zeros(3, np.float16), "v": np.ones(2, np.float32)}
+    models = [
+        {"ids": np.arange(3) + n, "w": np.full(3, n, jnp.bfloat16), "v": base["v"]}
+        for n in (1, 2)
+    ]  # fmt: skip
+    found = merged(tmp_path, models, base=base)
+    assert found["ids"].tolist() == [0, 1, 2] and found["ids"].dtype == np.int64
+    assert found["w"].tolist() == [1.5] * 3 and found["w"].dtype == np.float16
+    said = capsys.readouterr().out
+    assert "left as the base's: ids" in said and "written in the base's: w" in said
+
+
+def test_metadata_says_how_the_file_was_made(tmp_path):
+    merged(tmp_path, [tensors(1), tensors(2)])
+    with safetensors.safe_open(tmp_path / "out.safetensors", "numpy") as file:
+        found = file.metadata()
+    assert found["format"] == "pt" and found["rule"] == "averaging"
+    assert found["made_by"].startswith("pm_jax ")
+    sources = json.loads(found["made_from"])
+    assert [model["name"] for model in sources["models"]] == ["m0.safetensors", "m1.safetensors"]
+    digest = hashlib.sha256((tmp_path / "base.safetensors").read_bytes()).hexdigest()
+    assert sources["base"]["sha256"] == digest and str(tmp_path) not in str(found)
+
+
+def test_an_error_in_the_middle_leaves_nothing(tmp_path, monkeypatch):
+    arguments = call(tmp_path, [tensors(1)])
+    before = sorted(tmp_path.iterdir())
+    read = tensor_files.TensorFile.read
+
+    def failing(self, name, first, stop):
+        if name == "scale":
+            raise KeyboardInterrupt
+        return read(self, name, first, stop)
+
+    monkeypatch.setattr(tensor_files.TensorFile, "read", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run(*arguments)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_existing_output_is_kept_unless_told_and_never_an_input(tmp_path, capsys):
+    arguments = call(tmp_path, [tensors(1), tensors(2)])
+    output = tmp_path / "out.safetensors"
+    output.write_bytes(b"old")
+    assert re.search("--output=.*: exists", refused(capsys, *arguments))
+    assert output.read_bytes() == b"old"
+    run(*arguments, "--overwrite")
+    assert set(load_file(output)) == set(SHAPES)
+    onto = [*arguments, f"--output={tmp_path / 'm1.safetensors'}", "--overwrite"]
+    assert "is one of the inputs" in refused(capsys, *onto)
+
+
+def test_the_task_models_of_a_run_merge_to_the_model_of_the_run(tmp_path, capsys):
+    config = dataclasses.replace(small_runs.BY_CLASS, rule="averaging")
+    run_seeds(config, [0], tmp_path / "run", quiet=True, keep_task_models=True)
+    seed = tmp_path / "run" / "seed_0"
+    run(f"--run={seed}", f"--output={tmp_path / 'out.safetensors'}")
+    found = load_file(tmp_path / "out.safetensors")
+    params = trees.leaves_by_path(Learner(config, 0, seed, quiet=True).finished_params())
+    assert set(params) - set(found) == {"head/kernel", "head/bias"}
+    for name in found:
+        np.testing.assert_allclose(found[name], params[name], rtol=1e-5, atol=1e-7)
+    theta_0 = load_file(seed / "task_models" / "theta_0.safetensors")
+    first = load_file(seed / "task_models" / "task_1.safetensors")
+    assert all(np.array_equal(theta_0[name], first[name]) for name in theta_0)  # from scratch
+    both = refused(capsys, f"--run={seed}", "--base=b.safetensors")
+    assert re.search("--run=.*: stands for base and models", both)
+    (tmp_path / "other").mkdir()
+    none = refused(capsys, f"--run={tmp_path / 'other'}", f"--output={tmp_path / 'x.safetensors'}")
+    assert re.search("--run=.*other: holds no task models; .*keep_task_models", none)
+
+
+def test_orbax_and_safetensors_merge_alike(tmp_path, capsys):
+    models = [tensors(1), tensors(2, jnp.bfloat16)]
+    wanted = merged(tmp_path, models)
+    for model in models:
+        del model["empty"]  # Orbax does not take it
+    with orbax.StandardCheckpointer() as checkpointer:
+        for number, model in enumerate(models):
+            checkpointer.save(tmp_path / f"orbax{number}", {"blocks": model, "step": np.asarray(3)})
+            written(
+                tmp_path,
+                f"n{number}",
+                {f"blocks/{k}": v for k, v in model.items()} | {"step": np.asarray(3)},
+            )
+    for base in ("orbax0", "n0.safetensors"):
+        run(
+            f"--base={tmp_path / base}", f"--output={tmp_path / 'o.safetensors'}", "--overwrite",
+            f"--models={tmp_path / 'orbax0'},{tmp_path / 'n1.safetensors'}",
+        )  # fmt: skip
+        found = load_file(tmp_path / "o.safetensors")
+        assert set(found) == {"step", *(f"blocks/{name}" for name in models[0])}
+        for name in models[0]:
+            assert np.array_equal(found[f"blocks/{name}"], wanted[name])
+    given = [f"--models={tmp_path / 'orbax0'}", f"--output={tmp_path / 'x.safetensors'}"]
+    before = sorted(tmp_path.iterdir())
+    (tmp_path / "orbax1" / "_METADATA").unlink()
+    line = refused(capsys, f"--base={tmp_path / 'orbax1'}", *given)
+    assert re.search("--base=.*orbax1: cannot be read as a checkpoint of Orbax", line)
+    line = refused(capsys, f"--base={tmp_path / 'base.safetensors'}", *given)
+    assert re.search("--models=.*orbax0: does not hold .*lacks blocks.0.attn.qkv", line)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def changed(**tensor):
+    return {**tensors(1), **tensor}
+
+
+BAD = {
+    "names": (
+        {"models": [{"scale": np.ones((), np.float32), "z": np.ones(1)}]},
+        r"--models=.*m0\S*: .*lacks \S*qkv, lacks \S*mlp, lacks empty, also has z; give",
+    ),
+    "kind": ({"models": [changed(scale=np.asarray(1))]}, "scale is I64, not F32"),
+    "type": (
+        {"models": [changed(scale=np.asarray(1, jnp.float8_e4m3fn))]},
+        "scale is of type F8_E4M3; convert",
+    ),
+    "range": (
+        {"base": tensors(0, np.float16), "models": [changed(scale=np.asarray(1e6))]},
+        "--rule=averaging: takes scale out of the range of float16",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_be_merged_is_one_line_and_leaves_nothing(case, tmp_path, capsys):
+    """Tensors that do not go together; all else is in bad_input_test.py."""
+    options, pattern = BAD[case]
+    arguments = call(tmp_path, **{"models": [tensors(1)], **options})
+    before = sorted(tmp_path.iterdir())
+    line = refused(capsys, *arguments)
+    assert re.search(pattern, line), line
+    assert sorted(tmp_path.iterdir()) == before
