@@ -14,7 +14,8 @@ from pm_jax.continual import export
 from pm_jax.continual.interruption import StopRequests
 from pm_jax.continual.placement.processes import is_first
 from pm_jax.continual.report.report import write_report
-from pm_jax.continual.run import describe, run_with_baseline, table
+from pm_jax.continual.report.results import table
+from pm_jax.continual.run import describe, run_with_baseline
 from pm_jax.types import InvalidInput
 
 experiment_flags.define_config_flags()

@@ -25,7 +25,8 @@ from absl import app, flags
 from experiments import flags as experiment_flags
 from pm_jax import rules
 from pm_jax.continual import Config
-from pm_jax.continual.run import run_seeds, table
+from pm_jax.continual.report.results import table
+from pm_jax.continual.run import run_seeds
 from pm_jax.types import InvalidInput
 
 ARMS: dict[str, dict[str, Any]] = {

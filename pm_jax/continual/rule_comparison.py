@@ -8,13 +8,15 @@ from typing import Any
 
 from pm_jax.continual.interruption import StopRequests
 from pm_jax.continual.report import comparison
-from pm_jax.continual.run import read_results, run_seeds
+from pm_jax.continual.report.results import read_results
+from pm_jax.continual.run import run_seeds
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.storage import branching, manifest
 from pm_jax.continual.storage.checkpoints import KEPT
 from pm_jax.continual.storage.logs import check_tensorboard
 from pm_jax.continual.storage.shared_training import folder_name
 from pm_jax.continual.storage.workdir import (
+    COMPARISON_FILE,
     RESULTS_FILE,
     check_claim,
     claim,
@@ -23,7 +25,6 @@ from pm_jax.continual.storage.workdir import (
 )
 from pm_jax.continual.training.divergence import TrainingDiverged
 
-SETTINGS_FILE = "comparison_config.json"
 SHARED_FOLDER = "shared_training"
 
 
@@ -74,13 +75,13 @@ def run_rules(
     anything = {name: getattr(Config(), name) for name in ("rule", "rule_settings")}
     owner = dataclasses.replace(base, **anything)
     directories = {label: workdir / urllib.parse.quote(label, safe="+=:") for label in configs}
-    check_claim(workdir, owner, SETTINGS_FILE)
+    check_claim(workdir, owner, COMPARISON_FILE)
     for label, config in configs.items():
         check_claim(directories[label], config)
         branching.check(config, seeds)
     if tensorboard:
         check_tensorboard()
-    claim(workdir, owner, SETTINGS_FILE)
+    claim(workdir, owner, COMPARISON_FILE)
     for label, config in configs.items():
         try:
             run_seeds(

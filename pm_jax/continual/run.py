@@ -2,11 +2,9 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from pm_jax import lora, trees
 from pm_jax.continual.interruption import StopRequests
@@ -15,7 +13,7 @@ from pm_jax.continual.merging import landscape
 from pm_jax.continual.merging.programs import parameter_shapes, partitions
 from pm_jax.continual.merging.records import seconds_since
 from pm_jax.continual.placement import processes
-from pm_jax.continual.report.results import METRICS, problem_of
+from pm_jax.continual.report.results import summarize_seeds
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.storage import branching, manifest
 from pm_jax.continual.storage.checkpoints import KEPT
@@ -28,11 +26,9 @@ from pm_jax.continual.storage.workdir import (
     check_claim,
     claim,
     held,
-    read_json,
     write_json,
 )
 from pm_jax.continual.training.partition import Partition
-from pm_jax.types import InvalidInput
 
 FINISHED_FILES = (RESULTS_FILE, landscape.FILE)
 
@@ -215,120 +211,6 @@ def run_with_baseline(
         )
         for label, (directory, settings) in runs.items()
     }
-
-
-def summarize_seeds(workdir: Path) -> dict[str, Any]:
-    """Mean, sample standard deviation and number of seeds of every figure.
-
-    Args:
-        workdir: with `seed_<n>/results.json`.
-
-    Returns:
-        The content of `summary.json`; NaN where a figure does not apply.
-
-    Raises:
-        InvalidInput: a results.json that cannot be read.
-
-    Example:
-        >>> import tempfile
-        >>> summarize_seeds(Path(tempfile.mkdtemp()))["seeds"]
-        []
-    """
-    results = [read_results(path) for path in sorted(workdir.glob(f"seed_*/{RESULTS_FILE}"))]
-    results.sort(key=lambda result: result["seed"])
-
-    def figures(of: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        return {name: _spread([result.get(name) for result in of]) for name in METRICS}
-
-    return {
-        "seeds": [result["seed"] for result in results],
-        **figures(results),
-        "task_aware": figures([result["task_aware"] for result in results]),
-    }
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """What a finished run left behind.
-
-    Args:
-        path: of its results.json.
-
-    Returns:
-        Its content.
-
-    Raises:
-        InvalidInput: the file is damaged, or lacks something.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "results.json"
-        >>> write_json(path, {"seed": "none"})
-        >>> read_results(path)
-        Traceback (most recent call last):
-        pm_jax.types.InvalidInput: workdir=...results.json is damaged at seed; move it away ...
-    """
-    try:
-        content = read_json(path)
-        problem = problem_of(content)
-    except ValueError:
-        problem = "is damaged"
-    if problem:
-        raise InvalidInput(
-            f"workdir={path.parent.parent}: {path.parent.name}/{path.name} {problem}; move it away "
-            "to have it written again"
-        )
-    return content
-
-
-def _spread(values: Sequence[float | None]) -> dict[str, Any]:
-    known = [value for value in values if value is not None]
-    return {
-        "mean": float(np.mean(known)) if known else float("nan"),
-        "standard_deviation": float(np.std(known, ddof=1)) if len(known) > 1 else float("nan"),
-        "n": len(known),
-    }
-
-
-def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Summaries side by side, in percent, with the standard deviation over seeds.
-
-    Args:
-        rows: `{label: summary}`.
-
-    Returns:
-        Lines of text.
-
-    Example:
-        >>> figure = {"mean": 0.5, "standard_deviation": 0.01, "n": 2}
-        >>> summary = dict.fromkeys(METRICS, figure)
-        >>> print(table({"averaging": summary}))  # doctest: +ELLIPSIS
-        rule       final accuracy  AAA         forgetting  backward transfer  learning accuracy
-        averaging  50.0 +- 1.0     50.0 +- 1.0 ...
-    """
-    columns = {
-        "final accuracy": "final_average_accuracy",
-        "AAA": "average_incremental_accuracy",
-        "forgetting": "forgetting",
-        "backward transfer": "backward_transfer",
-        "learning accuracy": "learning_accuracy",
-    }
-    cells = [["rule", *columns]]
-    cells += [[label, *(_percent(row[name]) for name in columns.values())]
-              for label, row in rows.items()]  # fmt: skip
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in cells
-    ]
-    return "\n".join(lines)
-
-
-def _percent(figure: Mapping[str, Any]) -> str:
-    mean, deviation = figure["mean"], figure["standard_deviation"]
-    if mean is None or not np.isfinite(mean):
-        return "-"
-    spread = "" if deviation is None or not np.isfinite(deviation) else f" +- {100 * deviation:.1f}"
-    return f"{100 * mean:.1f}{spread}"
 
 
 def describe(config: Config, seed: int = 0) -> str:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from pm_jax.continual import Learner
-from pm_jax.continual.run import read_results, run_seeds
+from pm_jax.continual.report.results import read_results
+from pm_jax.continual.run import run_seeds
 from pm_jax.continual.storage import task_models
 from pm_jax.types import InvalidInput
 from tests.small_runs import BY_CLASS, SMALL, VIT, comparable

@@ -18,7 +18,7 @@ import pytest
 from safetensors.numpy import save
 
 from pm_jax.continual import Config
-from pm_jax.continual.run import METRICS, read_results, summarize_seeds
+from pm_jax.continual.report.results import METRICS, read_results, summarize_seeds
 from pm_jax.continual.storage.logs import RunLog
 from pm_jax.continual.storage.shared_training import SharedTraining
 from pm_jax.continual.storage.workdir import check_claim, claim

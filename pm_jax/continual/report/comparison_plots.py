@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from pm_jax.continual.report.results import accuracies_after_each_task
 from pm_jax.continual.storage import manifest
 
 Results = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -48,25 +49,6 @@ def write_plots(results: Results, directory: Path) -> list[Path]:
         with manifest.covering(directory, files[-1].name):
             figure.savefig(files[-1], dpi=150)
     return files
-
-
-def accuracies_after_each_task(runs: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """Mean accuracy on the tasks seen, after each task.
-
-    Args:
-        runs: contents of `results.json`.
-
-    Returns:
-        Fractions, float64 [S, T].
-
-    Example:
-        >>> accuracies_after_each_task([{"accuracy_matrix": [[1.0, None], [0.5, 0.75]]}]).tolist()
-        [[1.0, 0.625]]
-    """
-    matrices = [np.asarray(run["accuracy_matrix"], np.float64) for run in runs]
-    return np.asarray(
-        [[np.mean(row[: t + 1]) for t, row in enumerate(matrix)] for matrix in matrices]
-    )
 
 
 def _accuracy_after_each_task(axes, results: Results) -> None:

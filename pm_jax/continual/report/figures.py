@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pm_jax.continual.merging.trust import FACTOR, NEGLIGIBLE
-from pm_jax.continual.report.comparison_plots import accuracies_after_each_task
+from pm_jax.continual.report.results import accuracies_after_each_task, of_merges
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -306,23 +306,6 @@ def plane(
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3,
                   frameon=False)  # fmt: skip
     return figure
-
-
-def of_merges(runs: Sequence[Results], name: str) -> np.ndarray:
-    """One figure of the merges.
-
-    Args:
-        runs: contents of `results.json`.
-        name: of the figure.
-
-    Returns:
-        float64 [S, T]; NaN where it does not apply.
-
-    Example:
-        >>> of_merges([{"merges": [{"alpha": 1.0}, {"alpha": None}]}], "alpha").tolist()
-        [[1.0, nan]]
-    """
-    return np.asarray([[merge.get(name) for merge in run["merges"]] for run in runs], np.float64)
 
 
 def _figure(height: float) -> "Figure":

@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pm_jax import whole_files
-from pm_jax.continual.rule_comparison import SETTINGS_FILE
-from pm_jax.continual.run import table
+from pm_jax.continual.report.results import table
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.storage import manifest
-from pm_jax.continual.storage.workdir import CONFIG_FILE, RESULTS_FILE, SUMMARY_FILE
+from pm_jax.continual.storage.workdir import (
+    COMPARISON_FILE,
+    CONFIG_FILE,
+    RESULTS_FILE,
+    SUMMARY_FILE,
+)
 from pm_jax.types import InvalidInput
 
 SEED, CHECKPOINTS = re.compile(r"seed_(\d+)"), "checkpoints"
@@ -91,7 +95,7 @@ def inspect(workdir: Path) -> Inspection:
         raise InvalidInput(f"DIR={workdir}: is no directory; {wanted}")
     # A run whose settings are lost is one still.
     present = {*manifest.known(workdir).files, *(path.name for path in workdir.glob("*"))}
-    if not present & {CONFIG_FILE, SETTINGS_FILE}:
+    if not present & {CONFIG_FILE, COMPARISON_FILE}:
         raise InvalidInput(f"DIR={workdir}: holds no run; {wanted}")
     found = _verified(workdir)
 
@@ -161,7 +165,7 @@ def _verified(workdir: Path) -> _Verified:
 def _has_manifest(path: Path) -> bool:
     """Whether there is one, or should be."""
     folder = path.parent if path.name == CHECKPOINTS else path
-    names = (manifest.FILE, CONFIG_FILE, SETTINGS_FILE)
+    names = (manifest.FILE, CONFIG_FILE, COMPARISON_FILE)
     return bool(SEED.fullmatch(folder.name)) or any((path / name).exists() for name in names)
 
 
@@ -176,7 +180,7 @@ def _settled(directory: Path) -> tuple[manifest.Manifest, list[manifest.Damage]]
 def _holds(workdir: Path, damaged: Collection[Path]) -> list[str]:
     """What the runs in a directory are, how far they are, and what came of them."""
     lines, rows = [], {}
-    if (workdir / SETTINGS_FILE).exists():
+    if (workdir / COMPARISON_FILE).exists():
         labels = sorted(path.parent.name for path in workdir.glob(f"*/{CONFIG_FILE}"))
         lines += [f"{workdir}: comparison of {', '.join(labels) or 'nothing yet'}"]
     runs = (path.parent for path in _below(workdir) if path.name == CONFIG_FILE)

@@ -14,9 +14,8 @@ import numpy as np
 from pm_jax.continual.merging import landscape
 from pm_jax.continual.merging.trust import warnings_of
 from pm_jax.continual.report import figures
-from pm_jax.continual.report.figures import of_merges
 from pm_jax.continual.report.page import captioned, details, grid, page, paragraph, table
-from pm_jax.continual.run import read_results
+from pm_jax.continual.report.results import of_merges, read_results
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.storage import manifest
 from pm_jax.continual.storage.logs import JSONL_FILE

@@ -1,6 +1,13 @@
-"""The form that a run gives its results.json: what is checked before anything is made of one."""
+"""Reading results: their form is checked before any figure is taken from them."""
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from pm_jax.continual.storage.workdir import RESULTS_FILE, read_json
+from pm_jax.types import InvalidInput
 
 METRICS = (
     "final_average_accuracy",
@@ -74,3 +81,108 @@ def _fits(value: Any, form: Any) -> bool:
         return all(name in value and _fits(value[name], own) for name, own in form.items())
     fits = isinstance(value, form) and not (isinstance(value, bool) and form is not object)
     return fits and not (isinstance(value, int) and abs(value) > LARGEST)
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Read the results.json of a finished run.
+
+    Raises:
+        InvalidInput: the file is damaged, or a field is missing.
+    """
+    try:
+        content = read_json(path)
+        problem = problem_of(content)
+    except ValueError:
+        problem = "is damaged"
+    if problem:
+        raise InvalidInput(
+            f"workdir={path.parent.parent}: {path.parent.name}/{path.name} {problem}; move it away "
+            "to have it written again"
+        )
+    return content
+
+
+def summarize_seeds(workdir: Path) -> dict[str, Any]:
+    """Compute the content of summary.json: mean, sample deviation and seed count of every figure.
+
+    Raises:
+        InvalidInput: a results.json cannot be read.
+    """
+    results = [read_results(path) for path in sorted(workdir.glob(f"seed_*/{RESULTS_FILE}"))]
+    results.sort(key=lambda result: result["seed"])
+
+    def figures(of: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return {name: _spread([result.get(name) for result in of]) for name in METRICS}
+
+    return {
+        "seeds": [result["seed"] for result in results],
+        **figures(results),
+        "task_aware": figures([result["task_aware"] for result in results]),
+    }
+
+
+def _spread(values: Sequence[float | None]) -> dict[str, Any]:
+    known = [value for value in values if value is not None]
+    return {
+        "mean": float(np.mean(known)) if known else float("nan"),
+        "standard_deviation": float(np.std(known, ddof=1)) if len(known) > 1 else float("nan"),
+        "n": len(known),
+    }
+
+
+def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Lay out summaries side by side by label, in percent, with the deviation over seeds.
+
+    Example:
+        >>> figure = {"mean": 0.5, "standard_deviation": 0.01, "n": 2}
+        >>> print(table({"averaging": dict.fromkeys(METRICS, figure)}))
+        rule       final accuracy  AAA         forgetting  backward transfer  learning accuracy
+        averaging  50.0 +- 1.0     50.0 +- 1.0 ...
+    """
+    columns = {
+        "final accuracy": "final_average_accuracy",
+        "AAA": "average_incremental_accuracy",
+        "forgetting": "forgetting",
+        "backward transfer": "backward_transfer",
+        "learning accuracy": "learning_accuracy",
+    }
+    cells = [["rule", *columns]]
+    cells += [[label, *(_percent(row[name]) for name in columns.values())]
+              for label, row in rows.items()]  # fmt: skip
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    ]
+    return "\n".join(lines)
+
+
+def _percent(figure: Mapping[str, Any]) -> str:
+    mean, deviation = figure["mean"], figure["standard_deviation"]
+    if mean is None or not np.isfinite(mean):
+        return "-"
+    spread = "" if deviation is None or not np.isfinite(deviation) else f" +- {100 * deviation:.1f}"
+    return f"{100 * mean:.1f}{spread}"
+
+
+def accuracies_after_each_task(runs: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Average the accuracy over the tasks seen so far, after each task; float64 [S, T].
+
+    Example:
+        >>> accuracies_after_each_task([{"accuracy_matrix": [[1.0, None], [0.5, 0.75]]}]).tolist()
+        [[1.0, 0.625]]
+    """
+    matrices = [np.asarray(run["accuracy_matrix"], np.float64) for run in runs]
+    return np.asarray(
+        [[np.mean(row[: t + 1]) for t, row in enumerate(matrix)] for matrix in matrices]
+    )
+
+
+def of_merges(runs: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+    """Collect one figure of all merges, float64 [S, T]; NaN where it does not apply.
+
+    Example:
+        >>> of_merges([{"merges": [{"alpha": 1.0}, {"alpha": None}]}], "alpha").tolist()
+        [[1.0, nan]]
+    """
+    return np.asarray([[merge.get(name) for merge in run["merges"]] for run in runs], np.float64)

@@ -16,6 +16,7 @@ from pm_jax.continual.storage import manifest
 from pm_jax.types import InvalidInput
 
 CONFIG_FILE = "config.json"
+COMPARISON_FILE = "comparison_config.json"
 RESULTS_FILE = "results.json"
 SUMMARY_FILE = "summary.json"
 SHOWN = 8
