@@ -1,6 +1,6 @@
 """Files and folders that are not what a run can use, each by a name that says what it is.
 
-`bad_input_test.py` writes the names in braces; each function makes its file in a folder that is
+`experiments/mistakes.md` has the names in braces; each function makes its file in a folder that is
 given and returns the path.
 """
 

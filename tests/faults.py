@@ -1,6 +1,6 @@
-"""What a machine can do to a run while it goes, each by a name that says what; all within a patch.
+"""Faults of a machine while a run goes on, each a function of a patch whose name says what happens.
 
-`bad_input_test.py` writes the names with spaces.
+`experiments/mistakes.md` has the names with spaces.
 """
 
 import errno

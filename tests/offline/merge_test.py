@@ -343,7 +343,7 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_what_cannot_be_merged_is_one_line_and_leaves_nothing(case, tmp_path, capsys):
-    """Tensors that do not go together; all else is in bad_input_test.py."""
+    """Tensors that do not go together; all else is in mistakes.md."""
     options, pattern = BAD[case]
     arguments = call(tmp_path, **{"models": [tensors(1)], **options})
     before = sorted(tmp_path.iterdir())
