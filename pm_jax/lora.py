@@ -10,7 +10,7 @@ References:
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -33,6 +33,23 @@ class Adapter(NamedTuple):
 
 
 Adapters = dict[str, Adapter]
+
+
+class AdaptedKernel(NamedTuple):
+    """A dense kernel and the branch of its adapter, `kernel + scale a @ b`, not added up.
+
+    `pm_jax.perturbed` makes them of adapters, since a perturbation along the task vector scales
+    the branch.
+
+    Attributes:
+        kernel: [in, out].
+        adapter: whose product is added.
+        scale: scalar, or [N] for one scale per example.
+    """
+
+    kernel: Array
+    adapter: Adapter
+    scale: Array | float
 
 
 def adapted_paths(params: Params, pattern: str, rank: int) -> tuple[str, ...]:
@@ -208,15 +225,40 @@ def squared_norm(adapters: Adapters) -> Array:
     return total
 
 
-def branch(adapters: Mapping[str, Adapter], scale: Array | float = 1.0):
+def dense_leaves(leaves: Mapping[str, Array | Adapter | AdaptedKernel]) -> dict[str, Array]:
+    """The arrays among leaves of which some have a branch: what belongs into the parameters.
+
+    Args:
+        leaves: `{path: array, Adapter or AdaptedKernel}`.
+
+    Returns:
+        `{path: array}`: arrays as they are, and the kernel of an `AdaptedKernel`; an `Adapter` has
+        none.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> adapter = Adapter(jnp.ones((1, 2)), jnp.ones((2, 1)))
+        >>> list(dense_leaves({"k": AdaptedKernel(jnp.ones((1, 1)), adapter, 1.5), "l": adapter}))
+        ['k']
+    """
+    return {
+        path: leaf.kernel if isinstance(leaf, AdaptedKernel) else leaf
+        for path, leaf in leaves.items()
+        if not isinstance(leaf, Adapter)
+    }
+
+
+def branch(adapters: Mapping[str, Any], scale: Array | float = 1.0):
     """Context in which adapted linen `Dense` layers add `scale (x A) B` to their output.
 
     Equal to applying the model with `fold(params, adapters, scale)`, and cheaper to train: the
     backward pass forms gradients of A and B only.
 
     Args:
-        adapters: `{path of a kernel: Adapter}`, paths within the module that is applied.
-        scale: scalar, or [N] for one scale per example (the first axis of every layer's input).
+        adapters: `{path of a kernel: Adapter or AdaptedKernel}`, paths within the module that is
+            applied; other leaves have no branch and are left out.
+        scale: scalar, or [N] for one scale per example (the first axis of every layer's input);
+            an `AdaptedKernel` has its own.
 
     Returns:
         A context manager around `module.apply`.
@@ -231,23 +273,28 @@ def branch(adapters: Mapping[str, Adapter], scale: Array | float = 1.0):
         >>> (adapted - layer.apply(params, x)).round(4).tolist()
         [[2.0, 2.0, 2.0]]
     """
+    branches = {
+        path: (leaf.adapter, leaf.scale) if isinstance(leaf, AdaptedKernel) else (leaf, scale)
+        for path, leaf in adapters.items()
+        if isinstance(leaf, (Adapter, AdaptedKernel))
+    }
 
     def interceptor(next_fn, args, kwargs, context):
         output = next_fn(*args, **kwargs)
         path = "/".join((*context.module.path, "kernel"))
-        if context.method_name != "__call__" or path not in adapters:
+        if context.method_name != "__call__" or path not in branches:
             return output
         if not isinstance(context.module, nn.Dense):
             raise ValueError(
                 f"adapters={path}: belongs to a {type(context.module).__name__}; a branch is for "
                 "linen Dense layers, use fold for others"
             )
-        adapter = adapters[path]
-        a, b = (factor.astype(output.dtype) for factor in adapter)
+        adapter, factor = branches[path]
+        a, b = (matrix.astype(output.dtype) for matrix in adapter)
         # Matrices, because a CPU differentiates products of more axes with slow copies.
         low = jnp.asarray(args[0], output.dtype).reshape(-1, a.shape[0]) @ a
         low = low.reshape(*output.shape[:-1], a.shape[1])
-        factor = jnp.asarray(scale, output.dtype)
+        factor = jnp.asarray(factor, output.dtype)
         low *= factor.reshape(factor.shape + (1,) * (low.ndim - factor.ndim))
         return output + (low.reshape(-1, a.shape[1]) @ b).reshape(output.shape)
 

@@ -13,12 +13,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pm_jax import task_vectors, trees
-from pm_jax.types import Array, Key, LossFn, Params, PyTree
+from pm_jax import lora, task_vectors, trees
+from pm_jax.lora import AdaptedKernel, Adapter
+from pm_jax.types import Array, Key, Params, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,22 +224,69 @@ def displace(
     Args:
         key: PRNG key of the random direction; used by a Gaussian law only.
         perturbation: the law; says which direction.
-        step: `s`, scalar.
-        params: `theta`, pytree of floating-point arrays.
-        base: `theta_hat_{t-1}`, of the same structure.
+        step: `s`, scalar; [N] for one draw per example where all that moves is adapters.
+        params: `theta`, pytree of floating-point arrays; an `Adapter` in the place of a kernel
+            stands for that kernel of the base plus its product.
+        base: `theta_hat_{t-1}`, of the same structure, with arrays only.
 
     Returns:
-        `theta + s Delta`, or `theta + s ||Delta|| u` with `u` uniform on the sphere.
+        `theta + s Delta`, or `theta + s ||Delta|| u` with `u` uniform on the sphere. Adapters
+        become an `AdaptedKernel`, whose branch `lora.branch` adds with the scale 1 + s.
+
+    Raises:
+        ValueError: structures differ, or one draw per example for a leaf that examples share.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> displace(jax.random.key(0), symmetric(), 0.5, jnp.asarray([3.0]), jnp.ones(1)).tolist()
         [4.0]
     """
-    delta = task_vectors.difference(params, base)
-    if perturbation.gaussian:
-        return task_vectors.apply(params, noise_of_norm(key, params, step * trees.norm(delta)))
-    return task_vectors.apply(params, delta, step)
+
+    def along_delta(leaf: Array | Adapter, start: Array) -> Array | AdaptedKernel:
+        if isinstance(leaf, Adapter):
+            # Delta is A B: scaling one factor scales it, and the gradient has the factor 1 + s.
+            return AdaptedKernel(start, leaf, 1.0 + step)
+        return task_vectors.apply(leaf, task_vectors.difference(leaf, start), step)
+
+    if not perturbation.gaussian:
+        if jnp.ndim(step):
+            _check_adapters_only(params)
+        return jax.tree.map(along_delta, params, base, is_leaf=_is_adapter)
+    dense = jax.tree.map(_dense_leaf, params, base, is_leaf=_is_adapter)
+    delta = jax.tree.map(
+        lambda leaf, start: None if _is_adapter(leaf) else task_vectors.difference(leaf, start),
+        params,
+        base,
+        is_leaf=_is_adapter,
+    )
+    leaves = jax.tree.leaves(params, is_leaf=_is_adapter)
+    adapters = {str(number): leaf for number, leaf in enumerate(leaves) if _is_adapter(leaf)}
+    length = trees.safe_sqrt(trees.inner(delta, delta) + lora.squared_norm(adapters))
+    moved = task_vectors.apply(dense, noise_of_norm(key, dense, step * length))
+    return jax.tree.map(
+        lambda leaf, point: AdaptedKernel(point, leaf, 1.0) if _is_adapter(leaf) else point,
+        params,
+        moved,
+        is_leaf=_is_adapter,
+    )
+
+
+def _is_adapter(leaf: Any) -> bool:
+    return isinstance(leaf, Adapter)
+
+
+def _dense_leaf(leaf: Array | Adapter, start: Array) -> Array:
+    """The leaf that a branch is added to: the base's where an adapter trains."""
+    return start if isinstance(leaf, Adapter) else leaf
+
+
+def _check_adapters_only(params: Params) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_adapter):
+        if not _is_adapter(leaf):
+            raise ValueError(
+                f"examples: one draw per example needs adapters, and {trees.path_name(path)} is an "
+                "array that all examples share; leave examples out for one draw per batch"
+            )
 
 
 def noise_of_norm(key: Key, tree: PyTree, length: Array) -> PyTree:
@@ -262,17 +311,31 @@ def noise_of_norm(key: Key, tree: PyTree, length: Array) -> PyTree:
     return task_vectors.scale(noise, length / trees.norm(noise))
 
 
-def perturbed(loss_fn: LossFn, perturbation: Perturbation) -> Callable[..., Array]:
+def perturbed(
+    loss_fn: Callable[..., Any],
+    perturbation: Perturbation,
+    *,
+    has_aux: bool = False,
+    examples: int | None = None,
+) -> Callable[..., Any]:
     """The loss at a random point along the task vector.
 
     Args:
-        loss_fn: `loss_fn(params, *args) -> scalar`.
-        perturbation: the law.
+        loss_fn: `loss_fn(params, *args, **kwargs) -> scalar`, or `(scalar, aux)`. Where `params`
+            has an `Adapter` it is given an `AdaptedKernel`, for `lora.branch`.
+        perturbation: the law, made by a factory such as `symmetric()`.
+        has_aux: whether `loss_fn` returns auxiliary outputs too, as for `jax.grad`.
+        examples: N for a draw of its own for each of the N examples of a batch, where all that
+            `params` has is adapters; `None` for one draw per call.
 
     Returns:
-        `perturbed_loss(key, params, base, *args) -> scalar`: differentiable in `params` (the
+        `perturbed_loss(key, params, base, *args, **kwargs)`: differentiable in `params` (the
         gradient includes the factor 1 + s), jit-compatible, one forward pass (two for
-        `antithetic`).
+        `antithetic`, whose auxiliary outputs are those of the last).
+
+    Raises:
+        ValueError: when called, a Gaussian law with a draw per example, or leaves that examples
+            share.
 
     References:
         Perturb-and-Merge, `arXiv 2505.22389 <https://arxiv.org/abs/2505.22389>`_, section 3.2
@@ -283,15 +346,23 @@ def perturbed(loss_fn: LossFn, perturbation: Perturbation) -> Callable[..., Arra
         >>> float(loss(jax.random.key(0), jnp.asarray([2.0]), jnp.asarray([0.0]), 3.0))
         6.0
     """
-
-    def perturbed_loss(key: Key, params: Params, base: Params, *args) -> Array:
-        step_key, direction_key = jax.random.split(key)
-        return sum(
-            (
-                weight * loss_fn(displace(direction_key, perturbation, step, params, base), *args)
-                for step, weight in perturbation.draws(step_key)
-            ),
-            start=jnp.zeros(()),
+    if examples is not None and perturbation.gaussian:
+        raise ValueError(
+            f"examples={examples}: a Gaussian law perturbs the weights, which examples share; "
+            "leave it out for one draw per batch"
         )
+    shape = () if examples is None else (examples,)
+
+    def perturbed_loss(key: Key, params: Params, base: Params, *args: Any, **kwargs: Any) -> Any:
+        if perturbation == none():
+            return loss_fn(params, *args, **kwargs)
+        step_key, direction_key = jax.random.split(key)
+        total, aux = jnp.zeros(()), None
+        for step, weight in perturbation.draws(step_key, shape):
+            point = displace(direction_key, perturbation, step, params, base)
+            output = loss_fn(point, *args, **kwargs)
+            loss, aux = output if has_aux else (output, None)
+            total = total + weight * loss
+        return (total, aux) if has_aux else total
 
     return perturbed_loss

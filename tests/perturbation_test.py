@@ -1,9 +1,10 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pm_jax import perturbation, trees
+from pm_jax import lora, perturbation, trees
 from tests import oracles
 
 
@@ -148,3 +149,65 @@ def test_jit_equals_eager():
 def test_settings_out_of_range_are_refused_when_the_law_is_made(make):
     with pytest.raises(ValueError, match="^(epsilon|probabilities)="):
         make()
+
+
+# Losses as people have them.
+
+
+def test_auxiliary_outputs_and_further_arguments_pass_through():
+    def loss_fn(params, batch, *, scale):
+        values = batch @ params
+        return scale * jnp.mean(values**2), {"largest": jnp.max(values)}
+
+    params, base, batch = jnp.asarray([1.0, 2.0]), jnp.asarray([0.5, 0.0]), jnp.ones((3, 2))
+    for law in (perturbation.symmetric(), perturbation.antithetic(), perturbation.none()):
+        plain = perturbation.perturbed(lambda *args: loss_fn(*args, scale=2.0)[0], law)
+        with_aux = perturbation.perturbed(loss_fn, law, has_aux=True)
+        key = jax.random.key(3)
+        (got, aux), gradient = jax.value_and_grad(with_aux, argnums=1, has_aux=True)(
+            key, params, base, batch, scale=2.0
+        )
+        wanted = jax.value_and_grad(plain, argnums=1)(key, params, base, batch)
+        np.testing.assert_array_equal(got, wanted[0])
+        np.testing.assert_array_equal(gradient, wanted[1])
+        assert aux["largest"].shape == ()
+
+
+def adapted_loss(point, inputs):
+    """Squared outputs of a linen layer whose kernel may have a branch."""
+    with lora.branch(point):
+        outputs = nn.Dense(2, use_bias=False).apply({"params": lora.dense_leaves(point)}, inputs)
+    return jnp.mean(outputs**2)
+
+
+def test_adapters_move_along_the_task_vector_of_their_product():
+    key, inputs = jax.random.key(5), jnp.asarray([[1.0, -2.0, 0.5], [0.0, 1.0, 1.0]])
+    kernel = jnp.arange(6.0).reshape(3, 2) / 6
+    adapter = lora.Adapter(jnp.asarray([[1.0], [0.5], [-1.0]]), jnp.asarray([[0.25, -0.5]]))
+    trained = {"kernel": kernel + adapter.a @ adapter.b}
+    for law in (perturbation.symmetric(), perturbation.antithetic(), perturbation.gaussian(0.5, 1)):
+        loss = perturbation.perturbed(adapted_loss, law)
+        got = loss(key, {"kernel": adapter}, {"kernel": kernel}, inputs)
+        np.testing.assert_allclose(got, loss(key, trained, {"kernel": kernel}, inputs), rtol=1e-5)
+
+
+def test_a_draw_for_each_example_scales_its_own_branch():
+    law, key = perturbation.symmetric(0.5), jax.random.key(1)
+    kernel, inputs = jnp.ones((1, 2)), jnp.asarray([[1.0], [2.0], [3.0], [4.0]])
+    adapter = lora.Adapter(jnp.asarray([[2.0]]), jnp.asarray([[1.0, -1.0]]))
+    loss = perturbation.perturbed(adapted_loss, law, examples=4)
+    got = loss(key, {"kernel": adapter}, {"kernel": kernel}, inputs)
+    steps = perturbation.sample(jax.random.split(key)[0], law, (4,))
+    assert len(set(steps.tolist())) > 1
+    outputs = inputs * (kernel + (1 + steps[:, None]) * (adapter.a @ adapter.b))
+    np.testing.assert_allclose(got, jnp.mean(outputs**2), rtol=1e-5)
+
+
+def test_a_draw_for_each_example_is_refused_where_examples_share_what_moves():
+    one, key = jnp.ones(1), jax.random.key(0)
+    with pytest.raises(ValueError, match="one draw per example needs adapters, and w is an array"):
+        perturbation.perturbed(lambda p: p["w"].sum(), perturbation.symmetric(), examples=2)(
+            key, {"w": one}, {"w": one}
+        )
+    with pytest.raises(ValueError, match="examples=2: a Gaussian law perturbs the weights"):
+        perturbation.perturbed(lambda p: p.sum(), perturbation.gaussian(), examples=2)
