@@ -5,13 +5,12 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from pm_jax import models
+from pm_jax import files, models
 from pm_jax.continual.learner import Learner
 from pm_jax.continual.merging.programs import partitions
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.storage import manifest
 from pm_jax.continual.storage.provenance import environment
-from pm_jax.offline.tensor_files import check_folder
 from pm_jax.types import InvalidInput
 from pm_jax.weights import peft_adapter, pretrained
 
@@ -62,7 +61,7 @@ def check(
             )
         _check_path(flag, path, is_file=path is model, overwrite=destinations.overwrite)
         if path.parent.is_dir() or path.parent.absolute() != (workdir and workdir.absolute()):
-            check_folder(flag, path)
+            files.check_folder(flag, path)
         layout_for(config)
     if adapter and (config.adapter != "lora" or config.from_scratch):
         raise InvalidInput(

@@ -25,7 +25,7 @@ from pm_jax.continual.storage.workdir import (
     SUMMARY_FILE,
     check_claim,
     claim,
-    held,
+    locked,
     write_json,
 )
 from pm_jax.continual.training.partition import Partition
@@ -81,7 +81,7 @@ def run_seeds(
     branching.check(config, seeds)
     claim(workdir, config)
     processes.wait_for_all("claimed")
-    with held(workdir):
+    with locked(workdir):
         for seed in seeds:
             directory = workdir / f"seed_{seed}"
             if (directory / RESULTS_FILE).exists():
@@ -131,7 +131,7 @@ def _run_seed(learner: Learner, directory: Path, clock: float) -> None:
 
 def _note_start(directory: Path, learner: Learner) -> None:
     """Keep how long the run is and what it is made with, after what it was made with before."""
-    earlier = manifest.known(directory).about.get("made_with", [])
+    earlier = manifest.read_or_empty(directory).about.get("made_with", [])
     now = provenance(learner.config)
     made_with = earlier if earlier[-1:] == [now] else [*earlier, now]
     manifest.note(directory, total_steps=learner.total_steps, made_with=made_with)

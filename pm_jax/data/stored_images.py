@@ -5,13 +5,14 @@ import contextlib
 import io
 import itertools
 import os
-import uuid
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
+from pm_jax import files
 from pm_jax.types import InvalidInput
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
@@ -190,11 +191,11 @@ def keep(
     folder = _writable(folders)
     header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
     try:
-        with _whole_or_not_at_all(folder / f"{stem}.images.npy") as file:
+        with _writing(folder / f"{stem}.images.npy") as file:
             np.lib.format.write_array_header_1_0(file, header)
             for image in images:
                 file.write(image.tobytes())
-        with _whole_or_not_at_all(folder / f"{stem}.labels.npy") as file:
+        with _writing(folder / f"{stem}.labels.npy") as file:
             np.save(file, np.asarray(labels, np.int64))
     except OSError as error:
         raise InvalidInput(
@@ -213,10 +214,9 @@ def _writable(folders: Sequence[Path]) -> Path:
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with _whole_or_not_at_all(folder / "written"):
-                pass
-            (folder / "written").unlink()
-            return folder
+            # Only an attempt tells: permissions do not know of read-only mounts.
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
         except OSError as error:
             problem = error
     raise InvalidInput(
@@ -226,12 +226,7 @@ def _writable(folders: Sequence[Path]) -> Path:
 
 
 @contextlib.contextmanager
-def _whole_or_not_at_all(path: Path) -> Iterator[IO[bytes]]:
-    """A file that has its name only once it is complete, whoever else writes it meanwhile."""
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        with part.open("xb") as file:
-            yield file
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+def _writing(path: Path) -> Iterator[IO[bytes]]:
+    """Write a file whole or not at all, also where other processes write the same one."""
+    with files.replacing(path, unique=True) as temporary, temporary.open("wb") as file:
+        yield file

@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +18,7 @@ from typing import Any, BinaryIO
 import jax.numpy as jnp
 import numpy as np
 
+from pm_jax import files
 from pm_jax.types import InvalidInput, cause
 
 FLOATS = {
@@ -75,8 +75,7 @@ class TensorFile:
         start: byte at which the tensors begin.
 
     Example:
-        >>> import tempfile
-        >>> from safetensors.numpy import save_file
+        >>>         >>> from safetensors.numpy import save_file
         >>> path = Path(tempfile.mkdtemp()) / "model.safetensors"
         >>> save_file({"w": np.arange(6.0).reshape(2, 3)}, path)
         >>> file = TensorFile.open("base", path)
@@ -204,8 +203,7 @@ def writing(
         InvalidInput: as `check_output`, or the file cannot be written.
 
     Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "model.safetensors"
+        >>>         >>> path = Path(tempfile.mkdtemp()) / "model.safetensors"
         >>> with writing(path, {"w": Entry("F32", (2,), 0, 8)}, {}) as file:
         ...     _ = file.write(np.ones(2, np.float32).tobytes())
         >>> TensorFile.open("output", path).read("w", 0, 2).tolist()
@@ -213,21 +211,20 @@ def writing(
     """
     path = Path(path)
     check_output(path, overwrite=overwrite)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(_header(entries, metadata))
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        check_output(path, overwrite=overwrite)  # merging can take long
-        os.replace(temporary, path)
+        with files.replacing(path, unique=True) as temporary:
+            with temporary.open("wb") as file:
+                file.write(_header(entries, metadata))
+                yield file
+                # On the disk before the rename: a power cut must not leave an empty output.
+                file.flush()
+                os.fsync(file.fileno())
+            # Checked once more, as merging can take long.
+            check_output(path, overwrite=overwrite)
     except OSError as error:
         raise InvalidInput(
             f"output={path}: cannot be written ({error.strerror or error}); choose another place"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_output(path: Path, *, overwrite: bool = False) -> None:
@@ -252,34 +249,7 @@ def check_output(path: Path, *, overwrite: bool = False) -> None:
         raise InvalidInput(f"output={path}: is a folder already; choose another name")
     if path.exists() and not overwrite:
         raise InvalidInput(f"output={path}: exists; choose another name or set overwrite")
-    check_folder("output", path)
-
-
-def check_folder(argument: str, path: Path) -> None:
-    """Raise for a path in whose folder nothing can be made.
-
-    Args:
-        argument: what the caller calls the path, for messages.
-        path: of what is to be made.
-
-    Raises:
-        InvalidInput: the folder is absent or cannot be written.
-
-    Example:
-        >>> check_folder("output", Path("/nonexistent/merged.safetensors"))
-        Traceback (most recent call last):
-        pm_jax.types.InvalidInput: output=...: the folder /nonexistent does not exist; make it
-    """
-    if not path.parent.is_dir():
-        raise InvalidInput(f"{argument}={path}: the folder {path.parent} does not exist; make it")
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):  # permissions do not say all
-            pass
-    except OSError as error:
-        raise InvalidInput(
-            f"{argument}={path}: the folder {path.parent} cannot be written ({error.strerror}); "
-            "choose another"
-        ) from error
+    files.check_folder("output", path)
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ References:
     <https://huggingface.co/docs/peft/developer_guides/checkpoint>`_
 """
 
-import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pm_jax import trees
+from pm_jax import files, trees
 from pm_jax.types import InvalidInput, Params
 from pm_jax.weights.layouts import LAYOUTS, Entry, depth_of
 from pm_jax.weights.pretrained import Tensors, export_params, write_tensors
@@ -146,7 +145,7 @@ def write_adapter(adapter: PeftAdapter, directory: Path) -> None:
             staged = Path(made)
             write_tensors(adapter.tensors, staged / WEIGHTS_FILE)
             write_tensors(adapter.head, staged / HEAD_FILE)
-            (staged / CONFIG_FILE).write_text(json.dumps(adapter.config, indent=2) + "\n")
+            files.write_json(staged / CONFIG_FILE, adapter.config)
             directory.mkdir(exist_ok=True)
             (directory / CONFIG_FILE).unlink(missing_ok=True)
             names = (HEAD_FILE,) if adapter.head else ()

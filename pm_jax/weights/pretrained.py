@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pm_jax import trees, whole_files
+from pm_jax import files, trees
 from pm_jax.types import InvalidInput, Params, cause
 from pm_jax.weights.layouts import LAYOUTS, Entry, depth_of
 
@@ -224,7 +224,7 @@ def write_tensors(
     if path.exists() and not overwrite:
         raise InvalidInput(f"export={path}: exists; choose another name or set overwrite")
     try:
-        with whole_files.replacing(path) as temporary:
+        with files.replacing(path) as temporary:
             save_file(dict(tensors), temporary, {"format": "pt", **(metadata or {})})
     except (OSError, SafetensorError) as error:
         raise InvalidInput(f"export={path}: cannot be written ({error})") from error

@@ -16,7 +16,7 @@ from experiments import compare, inspect, merge, report, train
 from experiments import flags as experiment_flags
 from pm_jax.continual import Config, Learner
 from pm_jax.continual.report import inspection
-from pm_jax.continual.storage.workdir import held
+from pm_jax.continual.storage.workdir import locked
 from tests import bad_files, faults
 from tests.small_runs import comparable
 
@@ -248,7 +248,7 @@ def test_a_work_directory_that_another_process_runs_in(finished, tmp_path, capsy
     row = Row("train", "{tiny} --noreport --workdir={finished}", answer)
     arguments, pattern = told(row, tmp_path, finished)
     before = content(finished)
-    with held(finished):
+    with locked(finished):
         code, (line,) = ended(capsys, row, arguments)
     assert code == 2 and pattern.fullmatch(line) and content(finished) == before
     call("train", arguments)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pm_jax import trees, whole_files
+from pm_jax import files, trees
 from pm_jax.types import PyTree
 
 FILE = "landscape.npz"
@@ -148,5 +148,5 @@ def write(path: Path, points: int, arrays: Mapping[str, np.ndarray]) -> None:
         for number, name in enumerate(SCORES):
             written[f"plane_{name}"] = scores[..., number, :]
     # An open file, as NumPy would add its ending to a name.
-    with whole_files.replacing(path) as temporary, temporary.open("wb") as file:
+    with files.replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **written)

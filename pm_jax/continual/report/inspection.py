@@ -1,15 +1,13 @@
 """What a work directory holds, and whether every file in it is as it was saved."""
 
-import dataclasses
 import itertools
-import json
 import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pm_jax import whole_files
+from pm_jax import files
 from pm_jax.continual.report.results import table
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.storage import manifest
@@ -18,6 +16,7 @@ from pm_jax.continual.storage.workdir import (
     CONFIG_FILE,
     RESULTS_FILE,
     SUMMARY_FILE,
+    saved_form,
 )
 from pm_jax.types import InvalidInput
 
@@ -94,7 +93,7 @@ def inspect(workdir: Path) -> Inspection:
     if not workdir.is_dir():
         raise InvalidInput(f"DIR={workdir}: is no directory; {wanted}")
     # A run whose settings are lost is one still.
-    present = {*manifest.known(workdir).files, *(path.name for path in workdir.glob("*"))}
+    present = {*manifest.read_or_empty(workdir).files, *(path.name for path in workdir.glob("*"))}
     if not present & {CONFIG_FILE, COMPARISON_FILE}:
         raise InvalidInput(f"DIR={workdir}: holds no run; {wanted}")
     found = _verified(workdir)
@@ -131,14 +130,14 @@ def _verified(workdir: Path) -> _Verified:
     """All files below a directory against the manifests that there are, or should be."""
     paths = _below(workdir)
     # Of a manifest in the making there may be nothing yet that it would be missed beside.
-    in_the_making = manifest.FILE + whole_files.TEMPORARY
-    files = [
+    in_the_making = manifest.FILE + files.TEMPORARY
+    contents = [
         path
         for path in paths
         if path.name != in_the_making and (path.is_symlink() or not path.is_dir())
     ]
     owners = {workdir, *(path for path in paths if path.is_dir() and _has_manifest(path))}
-    owner = {path: next(above for above in path.parents if above in owners) for path in files}
+    owner = {path: next(above for above in path.parents if above in owners) for path in contents}
     damaged: dict[Path, str] = {}
     covered, blind, intact = {workdir / manifest.FILE}, set(), 0
     for directory in sorted(owners.intersection(owner.values())):
@@ -156,7 +155,7 @@ def _verified(workdir: Path) -> _Verified:
     holding = {above for path in covered for above in path.parents}
     unlisted = {
         next(part for part in (*reversed(path.parents), path) if part not in holding)
-        for path in files
+        for path in contents
         if path not in covered and owner[path] not in blind
     }
     return _Verified(damaged, sorted(unlisted), intact)
@@ -194,7 +193,7 @@ def _holds(workdir: Path, damaged: Collection[Path]) -> list[str]:
 
 def _run(directory: Path, damaged: Collection[Path]) -> list[str]:
     config = _content(directory / CONFIG_FILE, damaged)
-    default = json.loads(json.dumps(dataclasses.asdict(Config())))
+    default = saved_form(Config())
     own = [
         f"--{name}={','.join(map(str, value)) if isinstance(value, list) else value}"
         for name, value in config.items()
@@ -205,7 +204,7 @@ def _run(directory: Path, damaged: Collection[Path]) -> list[str]:
     before: list[str] = []
     seeds = [path for path in directory.iterdir() if SEED.fullmatch(path.name)]
     for seed in sorted(seeds, key=lambda path: int(path.name[5:])):
-        about = manifest.known(seed).about
+        about = manifest.read_or_empty(seed).about
         lines.append(f"  seed {seed.name[5:]}: {_progress(seed, about, damaged)}")
         made_with = [f"    made with {_origin(each)}" for each in about.get("made_with", [])]
         lines += made_with if made_with != before else []
@@ -234,9 +233,8 @@ def _origin(made_with: Mapping[str, Any]) -> str:
 
 
 def _content(path: Path, damaged: Collection[Path]) -> dict[str, Any]:
-    """Of a file of JSON that is as it was saved; nothing of any other."""
+    """Read a JSON file that is as it was saved; any other counts as empty."""
     try:
-        content = {} if path in damaged else json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return {} if path in damaged else files.read_json(path, {})
+    except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}

@@ -1,7 +1,5 @@
 """The report of a finished run: one HTML file that needs nothing beside it."""
 
-import dataclasses
-import json
 import math
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -11,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pm_jax import files
 from pm_jax.continual.merging import landscape
 from pm_jax.continual.merging.trust import warnings_of
 from pm_jax.continual.report import figures
@@ -19,7 +18,7 @@ from pm_jax.continual.report.results import of_merges, read_results
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.storage import manifest
 from pm_jax.continual.storage.logs import JSONL_FILE
-from pm_jax.continual.storage.workdir import CONFIG_FILE, RESULTS_FILE, read_json, write_text
+from pm_jax.continual.storage.workdir import CONFIG_FILE, RESULTS_FILE, saved_form, write_text
 from pm_jax.types import InvalidInput
 
 FILE = "report.html"
@@ -27,6 +26,8 @@ DAMAGE = (LookupError, TypeError, ValueError, ArithmeticError, EOFError, zipfile
 """What logs and landscapes raise that are not as they were written."""
 SHOWN = 10
 """Warnings before the others are folded away."""
+EPOCH = {"task": int, "epoch": int, "loss": (int, float)}
+"""Form of a line of the log that tells of an epoch."""
 METRICS = {
     "final_average_accuracy": "final average accuracy, over the tasks after the last one",
     "average_incremental_accuracy": "average incremental accuracy, over the tasks seen, over time",
@@ -88,9 +89,8 @@ def _read(directory: Path, suffix: str = "") -> _Run:
             "experiments.train"
         )
     try:
-        config = read_json(path)
-        label, _ = config["rule"] + suffix, Path(config["dataset"])
-    except (LookupError, TypeError, ValueError):
+        config = files.read_json(path, {"rule": str, "dataset": str})
+    except ValueError:
         raise InvalidInput(
             f"workdir={directory}: its {CONFIG_FILE} is damaged; take another directory"
         ) from None
@@ -100,7 +100,7 @@ def _read(directory: Path, suffix: str = "") -> _Run:
             f"workdir={directory}: has no finished seed; run the command that made it to its end"
         )
     results.sort(key=lambda content: content["seed"])
-    return _Run(directory, label, config, results)
+    return _Run(directory, config["rule"] + suffix, config, results)
 
 
 def _page(runs: Sequence[_Run]) -> str:
@@ -157,7 +157,7 @@ def _warnings(run: _Run) -> str:
 
 
 def _settings(runs: Sequence[_Run]) -> str:
-    default = json.loads(json.dumps(dataclasses.asdict(Config())))
+    default = saved_form(Config())
     header = ["setting", *(run.label for run in runs), "default"]
     rows = [
         [name, *(_shown(config.get(name)) for config in (*(run.config for run in runs), default))]
@@ -216,7 +216,7 @@ def _losses(run: _Run) -> tuple[np.ndarray, np.ndarray] | None:
             return None
         try:
             by_seed.append(_losses_of_epochs(path))
-        except (*DAMAGE, RecursionError):
+        except (ArithmeticError, ValueError):
             raise InvalidInput(
                 f"workdir={run.directory}: {path.parent.name}/{JSONL_FILE} is damaged; move it "
                 "away for a report without the training loss"
@@ -231,9 +231,13 @@ def _losses_of_epochs(path: Path) -> dict[tuple[int, int], float]:
     """Mean loss by task and epoch."""
     found: dict[tuple[int, int], tuple[int, float]] = {}
     before = 0
-    for line in map(json.loads, path.read_bytes().splitlines()):
-        if line["event"] == "epoch":  # a checkpoint within an epoch makes several lines of it
-            key, steps = (int(line["task"]), int(line["epoch"])), line["step"] - before
+    for text in path.read_bytes().splitlines():
+        line = files.parse_json(text, {"event": str, "step": int})
+        # A checkpoint within an epoch splits its line into several.
+        if line["event"] == "epoch":
+            if not files.fits(line, EPOCH):
+                raise ValueError("a figure of an epoch is missing")
+            key, steps = (line["task"], line["epoch"]), line["step"] - before
             if min(key) < 1:
                 raise ValueError("tasks and epochs are counted from 1")
             earlier, loss = found.get(key, (0, 0.0))

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from pm_jax.continual.storage.workdir import RESULTS_FILE, read_json
+from pm_jax import files
+from pm_jax.continual.storage.workdir import RESULTS_FILE
 from pm_jax.types import InvalidInput
 
 METRICS = (
@@ -33,9 +34,7 @@ FORM = {
                             "validation": {"examples": int}, "test": {"examples": int}}]},
     "environment": {"python": str, "device": str, "devices": int, "packages": {str: object}},
 }  # fmt: skip
-"""What each field is: a type or several, a list or dict of those, `{str: ...}` for any names."""
-LARGEST = 2**63
-"""A whole number beyond it is none that a run writes, and too large for a float."""
+"""Form of each field that a run writes, as `files.fits` reads it."""
 
 
 def problem_of(content: Any) -> str | None:
@@ -54,7 +53,7 @@ def problem_of(content: Any) -> str | None:
     if not isinstance(content, dict):
         return "is damaged"
     for name, form in FORM.items():
-        if name in content and not _fits(content[name], form):
+        if name in content and not files.fits(content[name], form):
             return f"is damaged at {name}"
     if missing := [name for name in FORM if name not in content]:
         return f"lacks {', '.join(missing)}"
@@ -65,22 +64,9 @@ def problem_of(content: Any) -> str | None:
         return "is damaged at merges"
     for figures in (content, content["task_aware"]):
         for name in METRICS:
-            if not _fits(figures.get(name), NUMBER):
+            if not files.fits(figures.get(name), NUMBER):
                 return f"is damaged at {name}"
     return None
-
-
-def _fits(value: Any, form: Any) -> bool:
-    if isinstance(form, list):
-        return isinstance(value, list) and all(_fits(each, form[0]) for each in value)
-    if isinstance(form, dict):
-        if not isinstance(value, dict):
-            return False
-        if str in form:
-            return all(_fits(each, form[str]) for each in value.values())
-        return all(name in value and _fits(value[name], own) for name, own in form.items())
-    fits = isinstance(value, form) and not (isinstance(value, bool) and form is not object)
-    return fits and not (isinstance(value, int) and abs(value) > LARGEST)
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -90,7 +76,7 @@ def read_results(path: Path) -> dict[str, Any]:
         InvalidInput: the file is damaged, or a field is missing.
     """
     try:
-        content = read_json(path)
+        content = files.read_json(path)
         problem = problem_of(content)
     except ValueError:
         problem = "is damaged"

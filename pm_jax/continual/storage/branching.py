@@ -7,11 +7,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from pm_jax import trees
+from pm_jax import files, trees
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.settings.settings import MERGING
 from pm_jax.continual.storage import logs, task_models
-from pm_jax.continual.storage.workdir import CONFIG_FILE, read_json
+from pm_jax.continual.storage.workdir import CONFIG_FILE
 from pm_jax.types import InvalidInput, Params
 
 FREE = (*MERGING, "perturbation", "epsilon", "probabilities", "perturb_per")
@@ -41,7 +41,7 @@ def check(config: Config, seeds: Sequence[int]) -> None:
             "use another rule, or train from the beginning"
         )
     try:
-        saved = read_json(Path(config.branch_from) / CONFIG_FILE)
+        saved = files.read_json(Path(config.branch_from) / CONFIG_FILE)
         saved = Config(**{name: _frozen(value) for name, value in saved.items()})
     except (OSError, ValueError, TypeError):
         raise InvalidInput(
@@ -90,7 +90,7 @@ def trained(
     """
     run = Path(config.branch_from) / f"seed_{seed}"
     leaves = {path: jnp.asarray(leaf) for path, leaf in task_models.whole(run, task + 1).items()}
-    return trees.replace(start, leaves), logs.of_event(run / logs.JSONL_FILE, "epoch", task + 1)
+    return trees.replace(start, leaves), logs.lines_about(run / logs.JSONL_FILE, "epoch", task + 1)
 
 
 def _frozen(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Checkpoints of a run by Orbax: one directory per training step that was saved."""
+"""Checkpoints of a run in Orbax: a directory for each training step that was saved."""
 
 import concurrent.futures
 import contextlib
@@ -18,35 +18,28 @@ from pm_jax.continual.storage import manifest
 from pm_jax.types import InvalidInput, PyTree
 
 KEPT = 2
+"""Default number of checkpoints that stay."""
 DELETED, UNFINISHED = "deleted_", ".orbax-checkpoint-tmp"
-"""In the names of folders that are being deleted, and by Orbax of those that are being written."""
+"""Marks in the names of folders: we are deleting the one, Orbax is writing the other."""
 T = TypeVar("T")
 
 
 def check_keep(keep: int) -> None:
-    """Raise `InvalidInput` for a number of checkpoints that cannot be kept.
-
-    Args:
-        keep: to be at least 1.
+    """Check a number of checkpoints to keep.
 
     Raises:
-        InvalidInput: it is not.
-
-    Example:
-        >>> check_keep(0)
-        Traceback (most recent call last):
-        pm_jax.types.InvalidInput: keep_checkpoints=0: must be at least 1
+        InvalidInput: the number is below 1.
     """
     if keep < 1:
         raise InvalidInput(f"keep_checkpoints={keep}: must be at least 1")
 
 
 class DamagedCheckpoint(InvalidInput):
-    """A checkpoint that is not as it was saved, or is not known to be and cannot be read.
+    """A checkpoint differs from what was saved, or is in no manifest and cannot be read.
 
     Args:
-        message: for the user.
-        why: what is wrong, in a few words.
+        message: line for the user.
+        why: the damage in a few words.
     """
 
     def __init__(self, message: str, why: str):
@@ -55,15 +48,15 @@ class DamagedCheckpoint(InvalidInput):
 
 
 class Checkpoints:
-    """The checkpoints in a directory, the newest of them kept, and a manifest of those.
+    """The checkpoints in a directory, of which the newest are kept, and their manifest.
 
-    The manifest is written by the thread that calls, and speaks of a checkpoint once it is whole.
+    The calling thread writes the manifest, which lists a checkpoint once it is whole.
 
     Args:
-        directory: made if absent.
-        keep: number of checkpoints, at least 1.
-        asynchronous: let `save` return once the arrays are copied, and write them meanwhile; not
-            with several processes.
+        directory: folder of the checkpoints; made if absent.
+        keep: number of checkpoints that stay, at least 1.
+        asynchronous: let `save` return once the arrays are copied, and write them meanwhile;
+            ignored with several processes.
 
     Raises:
         InvalidInput: `keep` is below 1.
@@ -82,7 +75,8 @@ class Checkpoints:
         self._directory, self._keep = directory.absolute(), keep
         self._asynchronous = asynchronous and not processes.several()
         self._manager = orbax.CheckpointManager(self._directory, options=options)
-        self._behind = concurrent.futures.ThreadPoolExecutor(1)
+        # Checksums and deletions run in this thread, one after another, beside the training.
+        self._background = concurrent.futures.ThreadPoolExecutor(1)
         self._pending: tuple[int, concurrent.futures.Future[dict[str, manifest.Entry]]] | None
         self._pending = None
 
@@ -90,35 +84,31 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_) -> None:
-        with contextlib.closing(self._manager), self._behind:
+        with contextlib.closing(self._manager), self._background:
             self.finish()
 
     def latest(self) -> int | None:
-        """The newest step saved, or `None`."""
+        """Return the newest step saved, or `None`."""
         return self._manager.latest_step()
 
     def save(self, step: int, tree: PyTree) -> None:
-        """Save a pytree of arrays under a step; atomic.
+        """Save a pytree of arrays under a new step, whole or not at all.
 
-        Waits for the save before. The arrays may be donated or overwritten when this returns.
-
-        Args:
-            step: one that was not saved.
-            tree: of arrays.
+        This waits for the previous save. The arrays may be donated or overwritten afterwards.
 
         Raises:
-            OSError: this or the save before could not be written.
+            OSError: this save or the previous one could not be written.
         """
         self.finish()
         manifest.uncover(self._directory, str(step))
         with self._writing(step):
             self._manager.save(step, args=orbax.args.StandardSave(tree))
-        self._pending = step, self._behind.submit(self._checksums, step)
+        self._pending = step, self._background.submit(self._checksums, step)
         if not self._asynchronous:
             self.finish()
 
     def finish(self) -> None:
-        """Wait until the last save is whole; then it is in the manifest and the oldest one goes.
+        """Wait until the last save is whole, list it in the manifest, and delete the oldest.
 
         Raises:
             OSError: it could not be written.
@@ -130,38 +120,37 @@ class Checkpoints:
             self._manager.wait_until_finished()
         manifest.enter(self._directory, checksums.result())
         kept = sorted(self._manager.all_steps())[-self._keep :]
-        covered = {name.split("/")[0] for name in manifest.known(self._directory).files}
-        manifest.uncover(self._directory, *covered.difference(map(str, kept)))
+        listed = {name.split("/")[0] for name in manifest.read_or_empty(self._directory).files}
+        manifest.uncover(self._directory, *listed.difference(map(str, kept)))
         if processes.is_first():
             for old in set(self._manager.all_steps()).difference(kept):
-                # So that a kill leaves no step with some of its files.
+                # Renamed first: a kill during the deletion leaves no step with half its files.
                 (self._directory / str(old)).rename(self._directory / f"{DELETED}{old}")
-            self._behind.submit(self._delete, f"{DELETED}*")
+            self._background.submit(self._delete, f"{DELETED}*")
+        # All processes must see the same steps before any of them goes on.
         processes.wait_for_all("saved")
         self._manager.reload()
 
     def newest(self, restore: Callable[[int], T]) -> tuple[int, T | None, list[str]]:
-        """Go back to the newest step that is whole; damaged ones are set aside by name.
+        """Restore the newest step that is whole; damaged ones are set aside under another name.
 
-        Args:
-            restore: of a step; it calls the method `restore`.
-
-        Returns:
-            The step and what `restore` returned, (0, None) where no step is left, and a line for
-            each that was set aside.
+        `restore` is given a step and calls the method `restore`. The result is the step, what
+        `restore` returned, and a warning for each step set aside; (0, None) if no step is left.
 
         Raises:
-            InvalidInput: a checkpoint is as it was saved and cannot be restored all the same.
+            InvalidInput: a checkpoint is as it was saved and still cannot be restored.
         """
         self.finish()
         if processes.is_first():
-            self._delete(f"{DELETED}*", f"*{UNFINISHED}*")  # what a process was killed at
+            # An earlier process may have been killed while it deleted or wrote these.
+            self._delete(f"{DELETED}*", f"*{UNFINISHED}*")
         processes.wait_for_all("deleted")
         warnings: list[str] = []
         while step := self.latest():
             try:
                 restored = restore(step)
             except DamagedCheckpoint as error:
+                # The folder is renamed only when no process reads it any more.
                 processes.wait_for_all("damaged")
                 aside = self._directory / str(step)
                 if processes.is_first():
@@ -174,23 +163,19 @@ class Checkpoints:
                     f"going on from {self._newest_but(step)}"
                 )
                 continue
-            manifest.cover(self._directory, str(step))  # killed right after it was written
+            # The process that wrote it may have been killed before it listed it.
+            manifest.cover(self._directory, str(step))
             return step, restored, warnings
         return 0, None, warnings
 
     def restore(self, step: int, like: PyTree) -> PyTree:
-        """The tree saved under a step.
+        """Restore the tree saved under a step, of the structure and shapes of `like`.
 
-        Args:
-            step: one that was saved.
-            like: pytree of arrays or `jax.ShapeDtypeStruct`, of the same structure.
-
-        Returns:
-            Pytree of arrays on the default device, of NumPy arrays where those were saved.
+        Arrays come back on the devices that `like` says, NumPy arrays as NumPy arrays.
 
         Raises:
-            DamagedCheckpoint: it is not as it was saved; nothing is deleted.
-            InvalidInput: it is, and cannot be restored.
+            DamagedCheckpoint: it differs from what was saved; nothing is deleted.
+            InvalidInput: it is as it was saved and cannot be restored.
         """
         self.finish()
         abstract = jax.tree.map(
@@ -199,35 +184,37 @@ class Checkpoints:
             ),
             like,
         )
-        saved = manifest.known(self._directory, str(step)).files
-        if found := manifest.damage(self._directory, saved):
-            raise self._damaged(step, " ".join(found[0]))
+        saved = manifest.read_or_empty(self._directory, str(step)).files
+        if damages := manifest.damage(self._directory, saved):
+            raise self._damaged(step, " ".join(damages[0]))
         try:
             return self._manager.restore(step, args=orbax.args.StandardRestore(abstract))
         except Exception as error:  # Orbax and TensorStore raise many types for damaged files.
             damaged = self._damaged(step, type(error).__name__)
+            # The manifest has just confirmed every byte: then the damage is not in the files.
             raise (InvalidInput(str(damaged)) if saved else damaged) from error
 
     def _checksums(self, step: int) -> dict[str, manifest.Entry]:
-        """Of a step's files once they are all there."""
+        """Measure the files of a step once they are all written."""
         self._manager.wait_until_finished()
         return manifest.checksums(self._directory, str(step))
 
     @contextlib.contextmanager
     def _writing(self, step: int) -> Iterator[None]:
-        """Errors of the operating system as such: TensorStore raises another type."""
+        """Turn TensorStore's errors about files into OSError; it raises ValueError with a code."""
         try:
             yield
         except ValueError as error:
-            found = re.search(r"os_error_code='(\d+)'", str(error))
-            if not found:
+            code = re.search(r"os_error_code='(\d+)'", str(error))
+            if not code:
                 raise
-            number, path = int(found[1]), str(self._directory / str(step))
+            number, path = int(code[1]), str(self._directory / str(step))
             raise OSError(number, os.strerror(number), path) from error
 
-    def _delete(self, *names: str) -> None:
-        for folder in (folder for each in names for folder in self._directory.glob(each)):
-            shutil.rmtree(folder, ignore_errors=True)
+    def _delete(self, *patterns: str) -> None:
+        for pattern in patterns:
+            for folder in self._directory.glob(pattern):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _damaged(self, step: int, why: str) -> DamagedCheckpoint:
         return DamagedCheckpoint(

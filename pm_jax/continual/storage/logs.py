@@ -1,14 +1,13 @@
-"""What a run writes while it goes: metrics.jsonl, metrics.csv, and progress for the eyes."""
+"""Logs that a run writes as it goes: metrics.jsonl, metrics.csv, TensorBoard, a progress bar."""
 
 import contextlib
 import csv
 import json
-import math
 import sys
 from pathlib import Path
 from typing import IO, Any
 
-from pm_jax import whole_files
+from pm_jax import files
 from pm_jax.continual.storage import manifest
 from pm_jax.types import InvalidInput
 
@@ -17,26 +16,21 @@ COLUMNS = ("step", "event", "task", "epoch", "loss", "alpha", "accuracy", "image
 
 
 class RunLog:
-    """Logs of one seed's run.
+    """The logs of one seed's run.
 
     Lines after the step that a run resumes from are dropped, so that an interrupted run leaves the
     same lines as an uninterrupted one.
 
     Args:
-        directory: of metrics.jsonl and metrics.csv; `None` to write neither.
-        label: printed before each line, "seed 0".
-        total_steps: of the whole run, for the time left.
-        resume_step: the step the run goes on from.
+        directory: folder of metrics.jsonl and metrics.csv; `None` writes neither.
+        label: text in front of each printed line, "seed 0".
+        total_steps: steps of the whole run, for the time left.
+        resume_step: step that the run goes on from.
         quiet: print nothing.
         tensorboard: write TensorBoard events too (needs the extra `tensorboard`).
 
     Raises:
         InvalidInput: TensorBoard is asked for and tensorboardX is not installed.
-
-    Example:
-        >>> log = RunLog(None, "seed 0", total_steps=10, quiet=True)
-        >>> log.write("epoch", step=5, task=1, loss=0.5)
-        >>> log.close()
     """
 
     def __init__(
@@ -60,13 +54,14 @@ class RunLog:
         )
         self._step = resume_step
         if directory:
-            saved = manifest.known(directory).within(JSONL_FILE)
-            for name, what in manifest.damage(directory, saved):
+            entries = manifest.read_or_empty(directory).within(JSONL_FILE)
+            for name, what in manifest.damage(directory, entries):
                 self.tell(f"warning: {name} {what}; what can be read of it is kept")
             self._jsonl, self._csv_file = _reopened(directory, resume_step)
             self._csv = _csv_writer(self._csv_file)
         self._events = None
         if directory and tensorboard:
+            # TensorBoard then hides what an interrupted process wrote after the step resumed from.
             self._events = _summary_writer()(str(directory), purge_step=resume_step + 1)
 
     def write(self, event: str, *, step: int, **figures: Any) -> None:
@@ -77,19 +72,15 @@ class RunLog:
         self._bar.update(step - self._step)
         self._step = step
         if self._directory:
-            clean = {
-                key: None if isinstance(v, float) and not math.isfinite(v) else v
-                for key, v in figures.items()
-            }
-            self._append({"step": step, "event": event, **clean})
+            self._append({"step": step, "event": event, **files.without_nan(figures)})
         if self._events:
             for name, value in figures.items():
                 if isinstance(value, float):
                     self._events.add_scalar(f"{event}/{name}", value, step)
 
     def lines(self, event: str, task: int) -> list[dict[str, Any]]:
-        """The lines of an event of a task, counted from 1, that are written so far."""
-        return of_event(self._directory / JSONL_FILE, event, task) if self._directory else []
+        """Return the lines written so far about an event of a task, which is counted from 1."""
+        return lines_about(self._directory / JSONL_FILE, event, task) if self._directory else []
 
     def tell(self, text: str) -> None:
         """Print a line for a person, above the progress bar."""
@@ -98,50 +89,39 @@ class RunLog:
             sys.stderr.flush()
 
     def close(self) -> None:
-        """Close files and bar."""
+        """Close files and bar, and list the files in the manifest."""
         self._bar.close()
         if self._directory:
             self._jsonl.close()
             self._csv_file.close()
         if self._events:
             self._events.close()
+        # Checksums come last: closing writes what was still buffered.
         if self._directory:
             events = (path.name for path in self._directory.glob(EVENT_FILES))
             manifest.cover(self._directory, JSONL_FILE, CSV_FILE, *events)
 
     def _append(self, line: dict[str, Any]) -> None:
         self._jsonl.write(json.dumps(line) + "\n")
-        self._jsonl.flush()
         self._csv.writerow(line)
+        # Flushed line by line, so that a person can follow the run and a kill loses little.
+        self._jsonl.flush()
         self._csv_file.flush()
 
 
-def of_event(path: Path, event: str, task: int) -> list[dict[str, Any]]:
-    """The lines of a log that tell of an event of a task.
+def lines_about(path: Path, event: str, task: int) -> list[dict[str, Any]]:
+    """Read the lines of a metrics.jsonl about an event of a task, which is counted from 1.
 
-    Args:
-        path: of a metrics.jsonl.
-        event: "epoch", "merge" or "evaluate".
-        task: counted from 1.
-
-    Returns:
-        A dict for each, in order; damaged lines are left out, and all where the file is absent.
-
-    Example:
-        >>> of_event(Path("/nonexistent"), "epoch", 1)
-        []
+    Damaged lines are left out; an absent file has no lines.
     """
     return [line for line in _read(path) if (line.get("event"), line.get("task")) == (event, task)]
 
 
 def check_tensorboard() -> None:
-    """Raise `InvalidInput` where TensorBoard files cannot be written, before any work starts.
+    """Check that TensorBoard files can be written, before any work starts.
 
     Raises:
         InvalidInput: tensorboardX is not installed.
-
-    Example:
-        >>> check_tensorboard()
     """
     _summary_writer()
 
@@ -161,13 +141,13 @@ def _csv_writer(file) -> csv.DictWriter:
 
 
 def _reopened(directory: Path, resume_step: int) -> tuple[IO[str], IO[str]]:
-    """Both files, open to append, rewritten up to the step in one rename each."""
-    manifest.uncover(directory, JSONL_FILE, CSV_FILE)  # until the run rests
+    """Cut both logs after a step, in one rename each, and open them to append."""
+    # The manifest lists them again when the run closes them.
+    manifest.uncover(directory, JSONL_FILE, CSV_FILE)
     jsonl, table = directory / JSONL_FILE, directory / CSV_FILE
     kept = [line for line in _read(jsonl) if line["step"] <= resume_step]
-    with whole_files.replacing(jsonl) as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    with whole_files.replacing(table) as temporary, temporary.open("w", newline="") as file:
+    files.write_text(jsonl, "".join(json.dumps(line) + "\n" for line in kept))
+    with files.replacing(table) as temporary, temporary.open("w", newline="") as file:
         writer = _csv_writer(file)
         writer.writeheader()
         writer.writerows(kept)
@@ -175,10 +155,9 @@ def _reopened(directory: Path, resume_step: int) -> tuple[IO[str], IO[str]]:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log, but for those that are damaged or were cut short by a kill."""
+    """Read a log's lines, except those that are damaged or were cut short by a kill."""
     lines = []
     for text in path.read_bytes().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, RecursionError):
-            lines.append(json.loads(text))
-    return [line for line in lines
-            if isinstance(line, dict) and isinstance(line.get("step"), int)]  # fmt: skip
+        with contextlib.suppress(ValueError):
+            lines.append(files.parse_json(text, {"step": int}))
+    return lines

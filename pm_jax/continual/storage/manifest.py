@@ -1,8 +1,8 @@
 """The manifest of a directory: what was saved in it, by size and checksum.
 
 A file leaves the manifest before it is written and enters it afterwards. A process that is killed
-in between leaves a file that is not covered, never one that looks damaged; and no file is older
-than the manifest beside it, so that a manifest that is lost is missed.
+in between leaves a file that is not listed, never one that looks damaged. Every directory gets its
+manifest before its first file, so that a missing manifest is noticed.
 """
 
 import contextlib
@@ -15,26 +15,28 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from pm_jax import whole_files
+from pm_jax import files
 from pm_jax.continual.placement import processes
 
 FILE = "manifest.json"
 ASIDE = "damaged_"
+"""A damaged file that is kept gets this in front of its name."""
+FORM = {"about": {}, "files": {str: {"bytes": int, "sha256": str}}}
 
 Entry = Mapping[str, Any]
 """`{"bytes": size, "sha256": hexadecimal}` of a file."""
 
 
 class DamagedManifest(ValueError):
-    """A manifest that is not as it was written."""
+    """A manifest differs from what was written."""
 
 
 class Damage(NamedTuple):
-    """What is wrong with a file, or with a whole folder that is missing.
+    """A damaged file, or a whole folder that is missing.
 
     Attributes:
-        name: relative, with slashes.
-        what: is wrong, to follow the name and a colon.
+        name: path in the directory, with slashes.
+        what: what is wrong, worded to follow the name.
     """
 
     name: str
@@ -43,11 +45,11 @@ class Damage(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What was saved in a directory.
+    """The files that were saved in a directory, and notes about them.
 
     Attributes:
-        files: `{name: entry}`, names relative, with slashes.
-        about: what else is to be known, as JSON.
+        files: entries by path in the directory, with slashes.
+        about: notes by name, as JSON.
 
     Example:
         >>> Manifest.of(Manifest(about={"seed": 0}).content()).about
@@ -58,97 +60,68 @@ class Manifest:
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def content(self) -> bytes:
-        """Of its file, which holds a checksum of itself."""
+        """Return the manifest as the bytes of its file, which end with their own checksum."""
         fields = {"about": dict(self.about), "files": dict(self.files)}
         digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
         text = json.dumps(fields | {"sha256": digest}, indent=1, sort_keys=True)
         return text.encode() + b"\n"
 
     def within(self, *names: str) -> dict[str, Entry]:
-        """The entries of files, or of folders for all that is in them."""
+        """Return the entries of some files; a folder's name stands for all files in it."""
         return {
-            name: entry
-            for name, entry in self.files.items()
-            if any(name == each or name.startswith(f"{each}/" if each else "") for each in names)
+            path: entry
+            for path, entry in self.files.items()
+            if any(path == name or path.startswith(f"{name}/" if name else "") for name in names)
         }
 
     @classmethod
     def of(cls, content: bytes) -> "Manifest":
-        """The manifest of a file's content; raises `DamagedManifest`."""
+        """Parse the bytes of a manifest's file.
+
+        Raises:
+            DamagedManifest: they differ from what was written.
+        """
         try:
-            fields = json.loads(content)
+            fields = files.parse_json(content, FORM)
             manifest = cls(fields["files"], fields["about"])
-            # Written again, so that no byte can differ, not even a space.
-            whole = manifest.content() == content and all(map(_is_entry, manifest.files.items()))
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            # Written once more and compared, so that not even a changed space goes unnoticed.
+            whole = manifest.content() == content and all(map(_is_inside, manifest.files))
+        except (ValueError, RecursionError):  # json.dumps nests less deeply than json.loads
             whole = False
         if not whole:
             raise DamagedManifest
         return manifest
 
 
-def _is_entry(item: tuple[str, Entry]) -> bool:
-    path = PurePosixPath(item[0])
-    inside = not path.is_absolute() and ".." not in path.parts
-    return inside and isinstance(item[1]["bytes"], int) and isinstance(item[1]["sha256"], str)
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
 
 
 def read(directory: Path) -> Manifest:
-    """The manifest of a directory.
-
-    Args:
-        directory: that holds one.
-
-    Returns:
-        As it was written.
+    """Read the manifest of a directory.
 
     Raises:
-        FileNotFoundError: it holds none.
-        DamagedManifest: it is not as it was written.
-
-    Example:
-        >>> import tempfile
-        >>> directory = Path(tempfile.mkdtemp())
-        >>> note(directory, seed=0)
-        >>> read(directory).about
-        {'seed': 0}
+        FileNotFoundError: there is none.
+        DamagedManifest: it differs from what was written.
     """
     return Manifest.of((directory / FILE).read_bytes())
 
 
-def known(directory: Path, folder: str = "") -> Manifest:
-    """As `read`, with nothing in it where it is absent or damaged.
-
-    Args:
-        directory: present or not.
-        folder: of which entries are wanted; all by default.
-
-    Returns:
-        What can be relied on.
-
-    Example:
-        >>> known(Path("/nonexistent"))
-        Manifest(files={}, about={})
-    """
+def read_or_empty(directory: Path, folder: str = "") -> Manifest:
+    """Read the entries of a folder in a directory; an absent or damaged manifest has none."""
     try:
-        found = read(directory)
+        manifest = read(directory)
     except (OSError, DamagedManifest):
         return Manifest()
-    return dataclasses.replace(found, files=found.within(folder))
+    return dataclasses.replace(manifest, files=manifest.within(folder))
 
 
 def checksums(directory: Path, *names: str) -> dict[str, Entry]:
-    """Size and SHA-256 of files as they are now.
-
-    Args:
-        directory: that they are in.
-        names: of files, or of folders for all that is in them; what is absent is left out.
-
-    Returns:
-        `{name: entry}`, names relative to the directory.
+    """Measure files, or all files of folders, as they are now; what is absent is left out.
 
     Raises:
-        OSError: a file that cannot be read.
+        OSError: a file cannot be read.
 
     Example:
         >>> import tempfile
@@ -157,33 +130,28 @@ def checksums(directory: Path, *names: str) -> dict[str, Entry]:
         >>> checksums(directory, "x.txt")["x.txt"]["bytes"]
         8
     """
-    found: dict[str, Entry] = {}
+    entries: dict[str, Entry] = {}
     for name in names:
         for path in (directory / name, *(directory / name).rglob("*")):
             if path.is_file():
                 with path.open("rb") as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
+                    # The position, not a second look: the file may grow meanwhile.
                     entry = {"bytes": file.tell(), "sha256": digest}
-                found[path.relative_to(directory).as_posix()] = entry
-    return found
+                entries[path.relative_to(directory).as_posix()] = entry
+    return entries
 
 
-def damage(directory: Path, files: Mapping[str, Entry]) -> list[Damage]:
-    """The files that are not as they were saved.
-
-    Args:
-        directory: that they are in.
-        files: `{name: entry}`.
-
-    Returns:
-        One for each; one only for a folder that is missing with all its files.
+def damage(directory: Path, entries: Mapping[str, Entry]) -> list[Damage]:
+    """List the files that differ from their entries; a missing folder is listed once.
 
     Example:
         >>> damage(Path("/nonexistent"), {"seed_0/x": {"bytes": 1, "sha256": "00"}})
         [Damage(name='seed_0', what='is missing')]
     """
-    found = (_damage(directory, name, entry) for name, entry in sorted(files.items()))
-    return list(dict.fromkeys(each for each in found if each))
+    damages = (_damage(directory, name, entry) for name, entry in sorted(entries.items()))
+    # Every file of a missing folder reports the folder: keep the first report only.
+    return list(dict.fromkeys(damage for damage in damages if damage))
 
 
 def _damage(directory: Path, name: str, entry: Entry) -> Damage | None:
@@ -206,103 +174,43 @@ def _damage(directory: Path, name: str, entry: Entry) -> Damage | None:
 
 @contextlib.contextmanager
 def covering(directory: Path, *names: str) -> Iterator[None]:
-    """Files that are written meanwhile: not covered by the manifest until they are.
-
-    Args:
-        directory: that they are in, present.
-        names: of files or folders, as for `checksums`.
-
-    Example:
-        >>> import tempfile
-        >>> directory = Path(tempfile.mkdtemp())
-        >>> with covering(directory, "x.txt"):
-        ...     _ = (directory / "x.txt").write_text("one line")
-        >>> damage(directory, read(directory).files)
-        []
-    """
+    """Keep files and folders out of the manifest while they are written, and enter them then."""
     uncover(directory, *names)
+    # After an error they stay out of the manifest, as they may be incomplete.
     yield
     cover(directory, *names)
 
 
 def uncover(directory: Path, *names: str) -> None:
-    """Take files out of the manifest, before they are written or deleted.
-
-    Args:
-        directory: that they are in, present; its manifest is made if absent.
-        names: of files or folders, as for `checksums`.
-
-    Example:
-        >>> import tempfile
-        >>> uncover(Path(tempfile.mkdtemp()), "x.txt")
-    """
-    held = _held(directory)
-    gone = held.within(*names)
-    kept = {name: entry for name, entry in held.files.items() if name not in gone}
-    _write(directory, dataclasses.replace(held, files=kept))
+    """Take files and folders out of the manifest, before they are written or deleted."""
+    manifest = _read_to_rewrite(directory)
+    gone = manifest.within(*names)
+    kept = {name: entry for name, entry in manifest.files.items() if name not in gone}
+    _write(directory, dataclasses.replace(manifest, files=kept))
 
 
 def cover(directory: Path, *names: str) -> None:
-    """Enter files as they are now, but for those that are in the manifest already.
-
-    Args:
-        directory: that they are in, present.
-        names: of files or folders, as for `checksums`.
-
-    Example:
-        >>> import tempfile
-        >>> directory = Path(tempfile.mkdtemp())
-        >>> _ = (directory / "x.txt").write_text("one line")
-        >>> cover(directory, "x.txt")
-        >>> list(read(directory).files)
-        ['x.txt']
-    """
-    held = _held(directory)
-    enter(directory, checksums(directory, *(name for name in names if not held.within(name))))
+    """Enter files and folders as they are now, except those that the manifest already lists."""
+    manifest = _read_to_rewrite(directory)
+    missing = (name for name in names if not manifest.within(name))
+    enter(directory, checksums(directory, *missing))
 
 
-def enter(directory: Path, files: Mapping[str, Entry]) -> None:
-    """As `cover`, with checksums that are known.
-
-    Args:
-        directory: that the files are in, present.
-        files: `{name: entry}`, as of `checksums`.
-
-    Example:
-        >>> import tempfile
-        >>> directory = Path(tempfile.mkdtemp())
-        >>> enter(directory, {"x.txt": {"bytes": 1, "sha256": "00"}})
-        >>> list(read(directory).files)
-        ['x.txt']
-    """
-    held = _held(directory)
-    _write(directory, dataclasses.replace(held, files={**held.files, **files}))
+def enter(directory: Path, entries: Mapping[str, Entry]) -> None:
+    """Add entries to the manifest."""
+    manifest = _read_to_rewrite(directory)
+    _write(directory, dataclasses.replace(manifest, files={**manifest.files, **entries}))
 
 
 def note(directory: Path, **about: Any) -> None:
-    """Keep in the manifest what else is to be known.
-
-    Args:
-        directory: made if absent.
-        about: JSON by name; earlier ones of the same name are replaced.
-
-    Example:
-        >>> import tempfile
-        >>> note(Path(tempfile.mkdtemp()), seed=0)
-    """
+    """Add notes to the manifest, and make the directory if it is absent."""
     directory.mkdir(parents=True, exist_ok=True)
-    held = _held(directory)
-    _write(directory, dataclasses.replace(held, about={**held.about, **about}))
+    manifest = _read_to_rewrite(directory)
+    _write(directory, dataclasses.replace(manifest, about={**manifest.about, **about}))
 
 
 def set_aside(path: Path) -> Path:
-    """Rename what is damaged, so that it is kept and stands in nobody's way.
-
-    Args:
-        path: of a file or folder.
-
-    Returns:
-        Its new path: `damaged_<name>`, with a number where that is taken.
+    """Rename a damaged file or folder to `damaged_<name>`, numbered if that name is in use.
 
     Example:
         >>> import tempfile
@@ -318,13 +226,14 @@ def set_aside(path: Path) -> Path:
     return path.rename(aside)
 
 
-def _held(directory: Path) -> Manifest:
-    """The manifest to be written again; a damaged one is kept beside it."""
+def _read_to_rewrite(directory: Path) -> Manifest:
+    """Read the manifest for a change; a damaged one is set aside, and a new one begins."""
     try:
         return read(directory)
     except FileNotFoundError:
         return Manifest()
     except DamagedManifest:
+        # Only one of several processes may rename the file.
         if not processes.is_first():
             return Manifest()
         aside = set_aside(directory / FILE)
@@ -341,7 +250,8 @@ def _write(directory: Path, manifest: Manifest) -> None:
     path, content = directory / FILE, manifest.content()
     if not processes.is_first():
         return
+    # An unchanged file keeps its time of change.
     if path.exists() and path.read_bytes() == content:
         return
-    with whole_files.replacing(path) as temporary:
+    with files.replacing(path) as temporary:
         temporary.write_bytes(content)

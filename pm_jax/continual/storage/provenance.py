@@ -1,4 +1,4 @@
-"""What a run was made with: its settings, the versions, the revision and the device."""
+"""The origin of a run: its settings, the versions, the revision and the device."""
 
 import dataclasses
 import functools
@@ -19,32 +19,14 @@ PACKAGES = ("pm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "num
 
 
 def provenance(config: Config) -> dict[str, Any]:
-    """What a run of this process is made with.
-
-    Args:
-        config: settings of the run.
-
-    Returns:
-        `environment()`, `configuration`, the hash of the settings, and `git_revision` where the
-        package lies in a checkout.
-
-    Example:
-        >>> len(provenance(Config())["configuration"])
-        64
-    """
-    found = {"configuration": configuration_hash(config), **environment()}
+    """Describe this process: `environment()`, hash of the settings, revision of the checkout."""
+    origin = {"configuration": configuration_hash(config), **environment()}
     revision = git_revision()
-    return found | ({"git_revision": revision} if revision else {})
+    return origin | ({"git_revision": revision} if revision else {})
 
 
 def configuration_hash(config: Config) -> str:
-    """SHA-256 of the settings that make a run what it is, as hexadecimal digits.
-
-    Args:
-        config: settings; those that may differ between calls on a work directory do not count.
-
-    Returns:
-        64 digits.
+    """Hash the settings that decide what a run computes, to 64 hexadecimal digits.
 
     Example:
         >>> configuration_hash(Config(data_dir="x")) == configuration_hash(Config())
@@ -60,18 +42,11 @@ def configuration_hash(config: Config) -> str:
 
 @functools.cache
 def git_revision(directory: Path = Path(__file__).parents[2]) -> str | None:
-    """The revision of the checkout that the package lies in.
+    """Return the commit of the checkout that a package lies in, "-dirty" if its files changed.
 
-    Args:
-        directory: of a package.
-
-    Returns:
-        The commit, "-dirty" after it where the package's files have changed since; `None` without
-        git, outside a checkout, and in one that the package is no part of.
-
-    Example:
-        >>> git_revision(Path("/"))
+    The result is `None` without git, and outside a checkout that tracks the package.
     """
+    # Variables such as GIT_DIR would make git look at another checkout.
     environment = {name: value for name, value in os.environ.items() if name[:4] != "GIT_"}
 
     def git(*arguments: str) -> subprocess.CompletedProcess:
@@ -79,31 +54,25 @@ def git_revision(directory: Path = Path(__file__).parents[2]) -> str | None:
         return subprocess.run(command, env=environment, capture_output=True)
 
     try:
-        # The second fails in a checkout around an environment that the package is installed in.
-        found = git("rev-parse", "HEAD", "HEAD:./__init__.py")
-        if found.returncode:
+        # HEAD:./__init__.py fails if the package is installed in a virtual environment inside
+        # another checkout, whose revision would say nothing about the package.
+        commit = git("rev-parse", "HEAD", "HEAD:./__init__.py")
+        if commit.returncode:
             return None
         changed = git("diff", "--quiet", "HEAD", "--", ".").returncode
     except OSError:
         return None
-    return found.stdout.split()[0].decode() + ("-dirty" if changed else "")
+    return commit.stdout.split()[0].decode() + ("-dirty" if changed else "")
 
 
 def environment() -> dict[str, Any]:
-    """Versions and device of this process.
-
-    Returns:
-        Strings and numbers; no paths or names of machines.
-
-    Example:
-        >>> environment()["packages"]["jax"] == jax.__version__
-        True
-    """
+    """Describe versions and device of this process, without paths or names of machines."""
     versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
+        except importlib.metadata.PackageNotFoundError:
+            # pm_jax runs from a checkout that is not installed.
             versions[package] = None
     return {
         "python": platform.python_version(),

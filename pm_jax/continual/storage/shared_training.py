@@ -8,11 +8,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from pm_jax import trees
+from pm_jax import files, trees
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.storage import manifest
 from pm_jax.continual.storage.provenance import configuration_hash
 from pm_jax.types import InvalidInput, Params, cause
+
+LINES = [{"seconds": (int, float), "step": int, "event": str}]
+"""Form of the lines that a task's training wrote to the log."""
 
 
 class SharedTraining:
@@ -104,13 +107,13 @@ class SharedTraining:
 
         path = self._path(task)
         try:
-            if manifest.damage(self._directory, manifest.known(self._directory, path.name).files):
+            if manifest.damage(
+                self._directory, manifest.read_or_empty(self._directory, path.name).files
+            ):
                 raise OSError("it is not as it was saved")
             with safe_open(path, "np") as file:
-                lines = json.loads(file.metadata()["log"])
+                lines = files.parse_json(file.metadata()["log"], LINES)
                 leaves = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            for line in lines:
-                float(line["seconds"]), int(line["step"]), str(line["event"])
             if _form(leaves) != _form(trees.leaves_by_path(like)):
                 raise ValueError("it holds another model")
         except Exception as error:  # Rust, JSON and what is not in it raise many types.

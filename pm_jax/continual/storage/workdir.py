@@ -1,15 +1,14 @@
-"""The work directory: whose it is, and files that are written whole or not at all."""
+"""The work directory of a run: claimed by one configuration, locked by one process at a time."""
 
 import contextlib
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pm_jax import whole_files
+from pm_jax import files
 from pm_jax.continual.placement import processes
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.storage import manifest
@@ -20,94 +19,34 @@ COMPARISON_FILE = "comparison_config.json"
 RESULTS_FILE = "results.json"
 SUMMARY_FILE = "summary.json"
 SHOWN = 8
-"""Differing settings that a message names before the others are counted."""
+"""A message names this many differing settings, and counts the others."""
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all; of several processes the first does.
-
-    Args:
-        path: of the file.
-        text: its content.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "x.txt"
-        >>> write_text(path, "one line")
-        >>> path.read_text()
-        'one line'
-    """
+    """Write a text file whole or not at all; only the first of several processes writes."""
     if processes.is_first():
-        with whole_files.replacing(path) as temporary:
-            temporary.write_text(text)
+        files.write_text(path, text)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON as `write_text` does; NaN becomes null.
-
-    Args:
-        path: of the file.
-        content: dicts, lists, strings and numbers.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "x.json"
-        >>> write_json(path, {"a": float("nan")})
-        >>> json.loads(path.read_text())
-        {'a': None}
-    """
-    write_text(path, json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n")
+    """Write JSON whole or not at all, NaN as null; only the first of several processes writes."""
+    if processes.is_first():
+        files.write_json(path, content)
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file holds.
-
-    Args:
-        path: of the file.
-
-    Returns:
-        Dicts, lists, strings and numbers.
-
-    Raises:
-        ValueError: it is damaged.
-        OSError: it cannot be read.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "x.json"
-        >>> write_json(path, [1])
-        >>> read_json(path)
-        [1]
-    """
-    try:
-        return json.loads(path.read_bytes())
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+def saved_form(config: Config) -> dict[str, Any]:
+    """Return settings as a config.json gives them back: tuples have become lists."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def claim(workdir: Path, config: Config, file_name: str = CONFIG_FILE) -> None:
     """Make a directory the work directory of a configuration, or see that it already is.
 
-    Of several processes the first writes.
-
-    Args:
-        workdir: a directory that is absent, empty, or claimed by the same configuration before.
-        config: settings.
-        file_name: of the file that the claim is kept in, one for each kind of work directory.
+    Each kind of work directory has its own `file_name`. Nothing is touched where the claim fails.
 
     Raises:
-        InvalidInput: the directory cannot be written, holds something else, or belongs to another
-            configuration (the differing flags are named). Nothing in it is touched then.
+        InvalidInput: the directory cannot be written, has other content, or belongs to another
+            configuration (the differing flags are named).
 
     Example:
         >>> import tempfile
@@ -123,7 +62,8 @@ def claim(workdir: Path, config: Config, file_name: str = CONFIG_FILE) -> None:
         if not os.access(workdir, os.W_OK):
             raise PermissionError("no permission to write")
         if (workdir / file_name).exists():
-            manifest.cover(workdir, file_name)  # killed right after it was written
+            # An earlier process may have been killed between writing the file and listing it.
+            manifest.cover(workdir, file_name)
             return
         with manifest.covering(workdir, file_name):
             write_json(workdir / file_name, dataclasses.asdict(config))
@@ -135,26 +75,24 @@ def claim(workdir: Path, config: Config, file_name: str = CONFIG_FILE) -> None:
 
 
 @contextlib.contextmanager
-def held(workdir: Path) -> Iterator[None]:
-    """Keep other runs out of a work directory meanwhile; the first process of a run does.
-
-    Args:
-        workdir: present.
+def locked(workdir: Path) -> Iterator[None]:
+    """Keep other runs out of a work directory; of several processes the first does it for all.
 
     Raises:
-        InvalidInput: another process, or another call, runs in it.
+        InvalidInput: another process, or another call, runs in the directory.
 
     Example:
         >>> import tempfile
         >>> workdir = Path(tempfile.mkdtemp())
-        >>> with held(workdir), held(workdir):
+        >>> with locked(workdir), locked(workdir):
         ...     pass
         Traceback (most recent call last):
         pm_jax.types.InvalidInput: workdir=...: another process runs in it; wait for its end or ...
     """
     try:
         import fcntl
-    except ImportError:  # not on this system
+    except ImportError:
+        # Windows has no fcntl: runs are then not kept apart.
         yield
         return
     if not processes.is_first():
@@ -163,6 +101,7 @@ def held(workdir: Path) -> Iterator[None]:
     descriptor = os.open(workdir, os.O_RDONLY)
     try:
         try:
+            # The system frees the lock when the process ends, however it ends.
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InvalidInput(
@@ -175,46 +114,45 @@ def held(workdir: Path) -> Iterator[None]:
 
 
 def check_claim(workdir: Path, config: Config, file_name: str = CONFIG_FILE) -> None:
-    """Raise as `claim` would for what a directory holds, without writing anything.
-
-    Args:
-        workdir: a directory, present or not.
-        config: settings.
-        file_name: as for `claim`.
+    """Check whether `claim` would succeed, without writing anything.
 
     Raises:
         InvalidInput: as `claim`.
-
-    Example:
-        >>> check_claim(Path("/nonexistent"), Config())
     """
     path = workdir / file_name
-    if os.path.lexists(workdir) and not workdir.is_dir():  # a link may lead nowhere
+    # `exists` follows links, and a link may lead nowhere.
+    if os.path.lexists(workdir) and not workdir.is_dir():
         raise InvalidInput(f"workdir={workdir}: is not a directory; choose another path")
     try:
         if not path.exists():
-            own = (file_name, manifest.FILE)
-            killed = {manifest.FILE, *(name + whole_files.TEMPORARY for name in own)}
-            if workdir.exists() and any(each.name not in killed for each in workdir.iterdir()):
+            # A process that was killed while it claimed the directory leaves these.
+            names = (file_name, manifest.FILE)
+            leftovers = {manifest.FILE, *(name + files.TEMPORARY for name in names)}
+            if workdir.exists() and any(file.name not in leftovers for file in workdir.iterdir()):
                 raise InvalidInput(
                     f"workdir={workdir}: is not empty and holds no run of this program; choose "
                     "another directory"
                 )
             return
-        saved = read_json(path)
-        if not isinstance(saved, dict) or not saved:
+        saved = files.read_json(path, {})
+        if not saved:
             raise ValueError("no settings")
     except OSError as error:
         raise InvalidInput(
             f"workdir={workdir}: cannot be read ({error.strerror}); choose another directory"
         ) from None
     except InvalidInput:
+        # InvalidInput is a ValueError, which the next clause takes for damage.
         raise
     except ValueError:
         raise InvalidInput(
             f"workdir={workdir}: its {file_name} is damaged; choose another directory"
         ) from None
-    current = json.loads(json.dumps(dataclasses.asdict(config)))
+    _check_same_settings(workdir, saved, saved_form(config))
+
+
+def _check_same_settings(workdir: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    # Settings that do not change what a run computes may differ from call to call.
     free = {f.name for f in dataclasses.fields(Config) if not f.metadata["identity"]}
     differing = [
         f"{name}={_shown(saved.get(name))}, not {_shown(current.get(name))}"
