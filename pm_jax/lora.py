@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from pm_jax import trees
+from pm_jax.curvature.dense_layers import LayerCall, visiting
 from pm_jax.types import Array, Key, Params, PyTree
 
 
@@ -279,23 +280,22 @@ def branch(adapters: Mapping[str, Any], scale: Array | float = 1.0):
         if isinstance(leaf, (Adapter, AdaptedKernel))
     }
 
-    def interceptor(next_fn, args, kwargs, context):
-        output = next_fn(*args, **kwargs)
-        path = "/".join((*context.module.path, "kernel"))
-        if context.method_name != "__call__" or path not in branches:
-            return output
-        if not isinstance(context.module, nn.Dense):
+    def add_branch(call: LayerCall) -> Array | None:
+        path = f"{call.name}/kernel".lstrip("/")
+        if path not in branches:
+            return None
+        if not isinstance(call.layer, nn.Dense):
             raise ValueError(
-                f"adapters={path}: belongs to a {type(context.module).__name__}; a branch is for "
+                f"adapters={path}: belongs to a {type(call.layer).__name__}; a branch is for "
                 "linen Dense layers, use fold for others"
             )
-        adapter, factor = branches[path]
+        (adapter, factor), output = branches[path], call.output
         a, b = (matrix.astype(output.dtype) for matrix in adapter)
         # Matrices, because a CPU differentiates products of more axes with slow copies.
-        low = jnp.asarray(args[0], output.dtype).reshape(-1, a.shape[0]) @ a
+        low = jnp.asarray(call.inputs, output.dtype).reshape(-1, a.shape[0]) @ a
         low = low.reshape(*output.shape[:-1], a.shape[1])
         factor = jnp.asarray(factor, output.dtype)
         low *= factor.reshape(factor.shape + (1,) * (low.ndim - factor.ndim))
         return output + (low.reshape(-1, a.shape[1]) @ b).reshape(output.shape)
 
-    return nn.intercept_methods(interceptor)
+    return visiting(add_branch, kind=nn.Module)

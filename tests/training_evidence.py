@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pm_jax import trees
+from pm_jax.curvature import dense_layers
 from pm_jax.curvature.measures import Measurement
 from pm_jax.curvature.quadratics import DiagonalQuadratic
-from pm_jax.rules import gradient_projection, objectives
+from pm_jax.rules import objectives
 from pm_jax.types import Batch
 
 WIDTH, CLASSES = 8, 16
@@ -76,7 +77,7 @@ def as_in_training(rule):
         if rule.absorb:
             moments = {
                 path: jnp.diag(jnp.arange(1.0, 1 + trees.leaves_by_path(merged)[path].shape[0]))
-                for path in gradient_projection.kernel_paths(merged)
+                for path in dense_layers.kernel_paths(merged)
             }
             quadratic = DiagonalQuadratic.at(merged, evidence.quadratic.diagonal)
             absorbed = evidence._replace(quadratic=quadratic, input_moments=moments)

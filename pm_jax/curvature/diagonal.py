@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from pm_jax import losses, trees
 from pm_jax.curvature import matrix_products, squared_gradients
+from pm_jax.curvature.dense_layers import leaf_paths
 from pm_jax.curvature.measures import Measure, Measurement, MeasureState
 from pm_jax.curvature.quadratics import DiagonalQuadratic
 from pm_jax.curvature.squared_gradients import OutputsFn, Passes, PassesFn, SquaredGradients
@@ -220,7 +221,7 @@ def _diagonal_measure(
             return squared_gradients.by_vmap(
                 outputs_fn, passes_fn, state.params, chunk, direction=state.direction, **options
             )
-        dense = squared_gradients.dense_paths(state.params, dense_layers)
+        dense = leaf_paths(state.params, dense_layers)
         parts = []
         for way, paths in (
             (squared_gradients.by_layers, dense),

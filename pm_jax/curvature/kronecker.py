@@ -28,6 +28,7 @@ import jax.numpy as jnp
 
 from pm_jax import losses, task_vectors, trees
 from pm_jax.curvature import diagonal, matrix_products, squared_gradients
+from pm_jax.curvature.dense_layers import layer_of, tapped
 from pm_jax.curvature.measures import Measure, Measurement, MeasureState
 from pm_jax.curvature.quadratics import LeafwiseQuadratic
 from pm_jax.curvature.squared_gradients import OutputsFn, PassesFn
@@ -288,8 +289,8 @@ def factors(
         >>> found.inputs["kernel"].tolist(), found.outputs["kernel"].tolist()
         ([[1.0, 2.0], [2.0, 4.0]], [[9.0]])
     """
-    found = squared_gradients.layer_passes(outputs_fn, passes_fn, params, batch, keys)
-    names = {path: path.rpartition("/")[0] for path in params}
+    names = {path: layer_of(path) for path in params}
+    found = tapped(outputs_fn, params, batch, set(names.values()))
 
     def by_token(values: Array) -> Array:  # [N, tokens, width]
         return values.astype(jnp.float32).reshape(len(weights), -1, values.shape[-1])
@@ -310,7 +311,7 @@ def factors(
         }, None
 
     start = Factors.zero(params).outputs
-    return Factors(inputs, jax.lax.scan(add_pass, start, found.passes)[0])
+    return Factors(inputs, jax.lax.scan(add_pass, start, passes_fn(found.outputs, keys))[0])
 
 
 def fisher_kronecker(

@@ -11,14 +11,14 @@ weight per example. The empirical Fisher is one pass; the exact one has a pass p
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from pm_jax import trees
+from pm_jax.curvature import dense_layers
 from pm_jax.types import Array, Batch, Key, Params, PyTree
 
 
@@ -182,6 +182,7 @@ def by_layers(
         ValueError: a path that is no kernel or bias of a Dense layer that is called exactly once.
 
     Example:
+        >>> import flax.linen as nn
         >>> layer = nn.Dense(1)
         >>> params = {"kernel": jnp.ones((1, 1)), "bias": jnp.zeros(1)}
         >>> batch = Batch(jnp.asarray([[1.0], [3.0]]), jnp.zeros(2, int))
@@ -192,7 +193,8 @@ def by_layers(
         >>> found.total["kernel"].item(), found.total["bias"].item()
         (10.0, 2.0)
     """
-    seen = layer_passes(outputs_fn, passes_fn, params, batch, keys)
+    layers = {dense_layers.layer_of(path) for path in params}
+    seen = dense_layers.tapped(outputs_fn, params, batch, layers)
 
     def add_pass(carry, one):
         gradients = seen.pull_back(one.cotangents)
@@ -211,110 +213,8 @@ def by_layers(
         return (total, along), None
 
     start = (_zeros(params), jnp.zeros(weights.shape, jnp.float32))
-    (total, along), _ = jax.lax.scan(add_pass, start, seen.passes)
+    (total, along), _ = jax.lax.scan(add_pass, start, passes_fn(seen.outputs, keys))
     return SquaredGradients(total, along if direction is not None else along * jnp.nan)
-
-
-class LayerPasses(NamedTuple):
-    """A batch on its way through Dense layers, and what leads back to them.
-
-    Attributes:
-        inputs: `{layer: its inputs [N, ..., in]}`.
-        passes: backward passes to make.
-        pull_back: from cotangents of one pass to `{layer: gradients of its outputs [N, ..., out]}`.
-    """
-
-    inputs: dict[str, Array]
-    passes: Passes
-    pull_back: Callable[[Array], dict[str, Array]]
-
-
-def layer_passes(
-    outputs_fn: OutputsFn,
-    passes_fn: PassesFn,
-    params: Params,
-    batch: Batch,
-    keys: Key | None = None,
-) -> LayerPasses:
-    """Inputs and output gradients of linen Dense layers, example by example.
-
-    Args:
-        outputs_fn: of the model, which applies a linen module.
-        passes_fn: of the matrix that is measured.
-        params: flat `{path: leaf}` of kernels and biases of Dense layers of that module.
-        batch: N examples.
-        keys: one per example, or `None`.
-
-    Returns:
-        `LayerPasses`.
-
-    Raises:
-        ValueError: a path that is no kernel or bias of a Dense layer that is called exactly once.
-
-    Example:
-        >>> layer, params = nn.Dense(1), {"kernel": jnp.ones((1, 1)), "bias": jnp.zeros(1)}
-        >>> found = layer_passes(
-        ...     lambda p, b: layer.apply({"params": p}, b.inputs)[:, 0],
-        ...     lambda outputs, _: Passes(2 * jnp.ones_like(outputs)[None], jnp.ones((1, 1))),
-        ...     params, Batch(jnp.asarray([[3.0]]), jnp.zeros(1, int)))
-        >>> found.inputs[""].tolist(), found.pull_back(found.passes.cotangents[0])[""].tolist()
-        ([[3.0]], [[2.0]])
-    """
-    layers = {path.rpartition("/")[0] for path in params}
-
-    def tapped(taps: dict[str, Array]) -> tuple[Array, dict[str, tuple[Array, Array]]]:
-        return _with_taps(outputs_fn, params, batch, layers, taps)
-
-    seen = jax.eval_shape(lambda: _with_taps(outputs_fn, params, batch, layers, None)[1])
-    if missing := sorted(layers - set(seen)):
-        raise ValueError(
-            f"dense_layers={missing}: are no linen Dense layers of the model that is applied"
-        )
-    taps = {name: jnp.zeros(output.shape, output.dtype) for name, (_, output) in seen.items()}
-    outputs, pull_back, seen = jax.vjp(tapped, taps, has_aux=True)
-    inputs = {name: x for name, (x, _) in seen.items()}
-    return LayerPasses(inputs, passes_fn(outputs, keys), lambda one: pull_back(one)[0])
-
-
-def dense_paths(params: PyTree, layers: Sequence[str]) -> tuple[str, ...]:
-    """Paths among `params` of the kernels and biases of some layers.
-
-    Args:
-        params: flat `{path: leaf}`, or any other pytree.
-        layers: paths of layers, "a/b" for the kernel "a/b/kernel".
-
-    Returns:
-        Paths of leaves, in the tree's order.
-
-    Example:
-        >>> dense_paths({"fc/kernel": 0, "fc/bias": 0, "norm/bias": 0}, ("fc",))
-        ('fc/bias', 'fc/kernel')
-    """
-    return tuple(
-        path
-        for path in trees.leaves_by_path(params)
-        if path.rpartition("/")[0] in layers and path.rpartition("/")[2] in ("kernel", "bias")
-    )
-
-
-def _with_taps(outputs_fn, params, batch, layers, taps):
-    """Outputs with `taps` added to the layers' outputs, and each layer's (input, output)."""
-    seen: dict[str, tuple[Array, Array]] = {}
-
-    def interceptor(next_fn, args, kwargs, context):
-        output = next_fn(*args, **kwargs)
-        name = "/".join(context.module.path)
-        dense = isinstance(context.module, nn.Dense) and context.method_name == "__call__"
-        if not dense or name not in layers:
-            return output
-        if name in seen:
-            raise ValueError(f"dense_layers={name}: is called more than once; leave it out")
-        seen[name] = (args[0], output)
-        return output if taps is None else output + taps[name]
-
-    with nn.intercept_methods(interceptor):
-        outputs = outputs_fn(params, batch)
-    return outputs, seen
 
 
 def _dense_squares(inputs, gradients, weights, pass_weights, direction):

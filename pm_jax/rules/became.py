@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from pm_jax import task_vectors, trees
 from pm_jax.coefficients import predicted_loss_change
+from pm_jax.curvature.dense_layers import kernel_paths
 from pm_jax.curvature.quadratics import DiagonalQuadratic, StoredQuadratic
 from pm_jax.lora import Adapter
 from pm_jax.rules import gradient_projection
@@ -109,7 +110,7 @@ def became(
     require("decay", decay, 0 <= decay <= 1, "in [0, 1]")
 
     def init(params: Params) -> BecameState:
-        sizes = trees.select(params, gradient_projection.kernel_paths(params))
+        sizes = trees.select(params, kernel_paths(params))
         projectors = {path: jnp.zeros((x.shape[0],) * 2) for path, x in sizes.items()}
         return BecameState(jnp.zeros((), jnp.int32), _curvature_only(memory(params)), projectors)
 

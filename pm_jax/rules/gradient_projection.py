@@ -12,30 +12,13 @@ References:
 
 from collections.abc import Collection
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pm_jax import losses, trees
+from pm_jax import losses
+from pm_jax.curvature import dense_layers
 from pm_jax.rules.objectives import Objective
 from pm_jax.types import Array, Params
-
-
-def kernel_paths(params: Params) -> tuple[str, ...]:
-    """Paths of the dense kernels [in, out] of a parameter tree, by linen's names.
-
-    Args:
-        params: any parameter tree.
-
-    Returns:
-        Paths that end in "kernel", of two axes.
-
-    Example:
-        >>> kernel_paths({"fc": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}})
-        ('fc/kernel',)
-    """
-    leaves = trees.leaves_by_path(params)
-    return tuple(p for p, x in leaves.items() if p.split("/")[-1] == "kernel" and x.ndim == 2)
 
 
 def removed(projector: Array, change: Array) -> Array:
@@ -101,6 +84,7 @@ def input_moments(objective: Objective, leaves: Params, paths: Collection[str]) 
         ValueError: a kernel of no Dense layer that the model calls.
 
     Example:
+        >>> import flax.linen as nn
         >>> from pm_jax.types import Batch
         >>> logits = jax.tree_util.Partial(
         ...     lambda leaves, x: nn.Dense(1).apply({"params": leaves}, x))
@@ -113,26 +97,9 @@ def input_moments(objective: Objective, leaves: Params, paths: Collection[str]) 
 
     def of_batch(number: Array) -> dict[str, tuple[Array, Array]]:
         batch = objective.batch(number)
-        found: dict[str, tuple[Array, Array]] = {}
-
-        def interceptor(next_fn, args, kwargs, context):
-            path = "/".join((*context.module.path, "kernel"))
-            dense = isinstance(context.module, nn.Dense) and context.method_name == "__call__"
-            if dense and path in paths:
-                x = jnp.asarray(args[0], jnp.float32)
-                weights = losses.weights_of(batch).reshape(-1, *[1] * (x.ndim - 1))
-                rows = (x * weights).reshape(-1, x.shape[-1])
-                products = jnp.matmul(rows.T, x.reshape(rows.shape), precision="highest")
-                count = jnp.sum(jnp.broadcast_to(weights, (*x.shape[:-1], 1)))
-                old = found.get(path, (0.0, 0.0))
-                found[path] = old[0] + products, old[1] + count
-            return next_fn(*args, **kwargs)
-
-        with nn.intercept_methods(interceptor):
-            objective.logits(leaves, batch.inputs)
-        if missing := [path for path in paths if path not in found]:
-            raise ValueError(f"paths={missing}: no Dense layer of the model that is called")
-        return {path: found[path] for path in paths}
+        return dense_layers.input_moments(
+            lambda: objective.logits(leaves, batch.inputs), paths, losses.weights_of(batch)
+        )
 
     sums = jax.lax.map(of_batch, jnp.arange(objective.batches.labels.shape[0]))
     return {

@@ -12,7 +12,7 @@ from pm_jax.continual.merging.evaluation import mean_loss_fn, scores_fn
 from pm_jax.continual.settings.purpose_keys import CURVATURE, purpose_key
 from pm_jax.continual.training import task_program
 from pm_jax.curvature import kronecker, low_rank, measures
-from pm_jax.rules.gradient_projection import kernel_paths
+from pm_jax.curvature.dense_layers import kernel_paths
 from pm_jax.types import Batch
 from tests.small_runs import BY_CLASS, SMALL, VIT
 

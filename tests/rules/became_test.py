@@ -11,6 +11,7 @@ import pytest
 from pm_jax import rules, trees
 from pm_jax.continual import Config, Learner
 from pm_jax.continual.merging.programs import programs
+from pm_jax.curvature import dense_layers
 from pm_jax.curvature.quadratics import DiagonalQuadratic
 from pm_jax.lora import Adapter
 from pm_jax.rules import Evidence, gradient_projection, objectives
@@ -85,9 +86,7 @@ def test_input_moments_are_those_of_the_layers_inputs_with_and_without_tokens():
     batches = Batch(x, jnp.zeros((2, 4), int), weights)
     objective = objectives.Objective(logits, batches, jnp.ones(5, bool), jnp.zeros(5, bool))
     leaves = trees.leaves_by_path(params)
-    found = gradient_projection.input_moments(
-        objective, leaves, gradient_projection.kernel_paths(leaves)
-    )
+    found = gradient_projection.input_moments(objective, leaves, dense_layers.kernel_paths(leaves))
     rows = np.asarray(x).reshape(8, 2, 3)[:6]
     np.testing.assert_allclose(
         found["tokens/kernel"], moments_of(rows.reshape(12, 3)), rtol=1e-5, atol=1e-6

@@ -14,9 +14,10 @@ from pm_jax.continual.settings.purpose_keys import CURVATURE, MERGE, purpose_key
 from pm_jax.continual.training.image_transforms import evaluation_transform
 from pm_jax.continual.training.task_program import DeviceData, logits_of
 from pm_jax.curvature import kronecker, low_rank
+from pm_jax.curvature.dense_layers import kernel_paths
 from pm_jax.curvature.measures import Measure, Measurement, in_groups
-from pm_jax.rules import Evidence, MergeRule, gradient_projection
-from pm_jax.types import Array, Batch, Key, LogitsFn, Params, PyTree
+from pm_jax.rules import Evidence, MergeRule
+from pm_jax.types import Array, Batch, Key, LogitsFn, Params
 
 FEWEST_EXAMPLES = 32
 """To know a standard error from."""
@@ -40,7 +41,7 @@ def evidence_fn(
         model: linen module.
         rule: says what it needs; nothing else is computed.
         merging: paths of the leaves that merge.
-        dense_layers: those of the model, for speed (see `dense_layers_of`).
+        dense_layers: those of the model, for speed (see `dense_layers.layers_called_once`).
         task_classes: most classes that a task has, for speed: sums over all labels are over so
             many; `None` for all classes of the stream.
 
@@ -165,7 +166,7 @@ def _measures(
         case "fisher_empirical":
             stored = curvature.fisher_empirical(losses.cross_entropy(logits_fn), **options)
         case "kronecker":
-            kernels = gradient_projection.kernel_paths(leaves)
+            kernels = kernel_paths(leaves)
             stored = kronecker.fisher_kronecker(
                 each_label_fn, kernels, num_samples=samples, **options
             )
@@ -176,33 +177,6 @@ def _measures(
     if config.curvature == "exact_current":
         return stored, curvature.gauss_newton(logits_fn)
     return (stored,)
-
-
-def dense_layers_of(model: nn.Module, inputs: PyTree) -> tuple[str, ...]:
-    """Paths of the linen Dense layers of a model that it calls exactly once.
-
-    Args:
-        model: linen module.
-        inputs: of the module; arrays or shapes.
-
-    Returns:
-        Module paths, "a/b".
-
-    Example:
-        >>> from pm_jax.models import MLP
-        >>> dense_layers_of(MLP(10, (5,)), jnp.ones((1, 4)))
-        ('hidden_0', 'head')
-    """
-    calls: list[str] = []
-
-    def interceptor(next_fn, args, kwargs, context):
-        if isinstance(context.module, nn.Dense) and context.method_name == "__call__":
-            calls.append("/".join(context.module.path))
-        return next_fn(*args, **kwargs)
-
-    with nn.intercept_methods(interceptor):
-        jax.eval_shape(model.init, jax.random.key(0), inputs)
-    return tuple(name for name in dict.fromkeys(calls) if calls.count(name) == 1)
 
 
 def _examples(config: Config, key: Key, data: DeviceData, task: Array) -> tuple[Array, Array]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from pm_jax import rules, task_vectors, trees
 from pm_jax.continual.merging import evaluation, statistics
-from pm_jax.continual.merging.evidence import dense_layers_of, evidence_fn
+from pm_jax.continual.merging.evidence import evidence_fn
 from pm_jax.continual.merging.objective import objective_fn
 from pm_jax.continual.placement import feed
 from pm_jax.continual.settings.config import Config
@@ -20,6 +20,7 @@ from pm_jax.continual.training.image_transforms import check_images, evaluation_
 from pm_jax.continual.training.partition import Partition, partition, trained_params
 from pm_jax.continual.training.snapshots import Snapshots
 from pm_jax.continual.training.task_program import TaskProgram
+from pm_jax.curvature import dense_layers
 from pm_jax.discriminant import ClassStatistics
 from pm_jax.rules import MergeInfo, TrainingHook, gradient_projection
 from pm_jax.rules.objectives import Objective
@@ -227,11 +228,11 @@ def shared_programs(
     )
 
 
-def _check_dense(shared: SharedPrograms, dense_layers: tuple[str, ...]) -> None:
+def _check_dense(shared: SharedPrograms, once: tuple[str, ...]) -> None:
     """Raise `InvalidInput` where a kernel that merges cannot have Kronecker factors."""
     shapes = trees.select(jax.eval_shape(shared.init, jax.random.key(0)), shared.partition.merging)
-    for path in gradient_projection.kernel_paths(shapes):
-        if path.rpartition("/")[0] not in dense_layers:
+    for path in dense_layers.kernel_paths(shapes):
+        if dense_layers.layer_of(path) not in once:
             raise InvalidInput(
                 f"curvature=kronecker: {path} is not the kernel of a dense layer that is called "
                 "once; use fisher_exact, or lora_pattern to choose other kernels"
@@ -269,9 +270,9 @@ def programs(
     shape = (num_classes, input_shape, largest_task)
     shared = shared_programs(config.without_merging(), *shape, rule.hook)
     model, later = shared.model, shared.partition
-    dense_layers = dense_layers_of(model, _blank(config, input_shape))
+    once = dense_layers.layers_called_once(model, _blank(config, input_shape))
     if config.kept_curvature == "kronecker":
-        _check_dense(shared, dense_layers)
+        _check_dense(shared, once)
 
     @rules.jit_merge
     def merge(rule_state, previous, trained, evidence):
@@ -299,7 +300,7 @@ def programs(
     def absorb(rule_state, merged, objective, evidence):
         assert rule.absorb
         leaves = trees.select(merged, later.merging)
-        kernels = gradient_projection.kernel_paths(leaves)
+        kernels = dense_layers.kernel_paths(leaves)
         moments = gradient_projection.input_moments(objective, leaves, kernels)
         return rule.absorb(rule_state, evidence._replace(input_moments=moments))
 
@@ -309,7 +310,7 @@ def programs(
         later=shared.later,
         merging=later.merging,
         adapted=later.adapted,
-        measure=evidence_fn(config, model, rule, later.merging, dense_layers, task_classes),
+        measure=evidence_fn(config, model, rule, later.merging, once, task_classes),
         between=between,
         in_plane=in_plane,
         merge=merge,

@@ -7,6 +7,7 @@ from pm_jax.continual.placement.feed import Pass
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.training.image_transforms import evaluation_transform
 from pm_jax.continual.training.task_program import DeviceData, normalized
+from pm_jax.curvature import dense_layers
 from pm_jax.discriminant import ClassStatistics
 from pm_jax.types import Array, Params
 
@@ -32,16 +33,9 @@ def features_of(model: nn.Module, params: Params, inputs: Array) -> Array:
         >>> features_of(model, params, inputs).shape
         (2, 5)
     """
-    found: list[Array] = []
-
-    def interceptor(next_fn, args, kwargs, context):
-        if context.module.path == ("head",) and context.method_name == "__call__":
-            found.append(args[0])
-        return next_fn(*args, **kwargs)
-
-    with nn.intercept_methods(interceptor):
-        model.apply({"params": params}, normalized(inputs))
-    return found[0].astype(jnp.float32)
+    return dense_layers.inputs_of(
+        lambda: model.apply({"params": params}, normalized(inputs)), "head"
+    )
 
 
 def statistics_fn(config: Config, model: nn.Module) -> Pass:

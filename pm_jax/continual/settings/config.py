@@ -13,12 +13,13 @@ from pm_jax import models, perturbation, rules
 from pm_jax.continual.placement.devices import Devices
 from pm_jax.continual.settings.ranges import TEXT_POSITIONS
 from pm_jax.continual.settings.settings import MERGING, PUBLIC_SIZES, Settings
+from pm_jax.curvature.dense_layers import kernel_paths
 from pm_jax.curvature.kronecker import KroneckerQuadratic
 from pm_jax.curvature.low_rank import LowRankQuadratic
 from pm_jax.curvature.quadratics import DiagonalQuadratic, StoredQuadratic
 from pm_jax.data import digits, sources, stream, texts
 from pm_jax.perturbation import Perturbation
-from pm_jax.rules import MergeRule, gradient_projection
+from pm_jax.rules import MergeRule
 from pm_jax.types import InvalidInput, Params
 
 MLP_KERNELS, ATTENTION_KERNELS = r"hidden_\d+/kernel", r".*/attn/(key|value)/kernel"
@@ -95,7 +96,7 @@ class Config(Settings):
         """The quadratic that is 0 everywhere, of the kind that tasks leave behind."""
         match self.kept_curvature:
             case "kronecker":
-                kernels = gradient_projection.kernel_paths(params)
+                kernels = kernel_paths(params)
                 slots = min(self.num_tasks, self.curvature_slots)
                 return KroneckerQuadratic.zero(params, kernels, slots)
             case "low_rank":
