@@ -10,7 +10,7 @@ import pytest
 from tests.small_runs import ALL_FUSIONS
 
 ROOT = Path(__file__).parents[2]
-FILES = ("tests/feed_test.py", "tests/augmentation_test.py")
+FILES = ("tests/continual/feed_test.py", "tests/data/augmentation_test.py")
 
 
 @pytest.mark.skipif(ALL_FUSIONS, reason="this process compiles as a user's run does")

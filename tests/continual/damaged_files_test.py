@@ -28,7 +28,7 @@ from pm_jax.offline.merging import Merge, merge_files
 from pm_jax.offline.tensor_files import TensorFile
 from pm_jax.types import InvalidInput
 from pm_jax.weights import pretrained
-from tests.experiments.train_test import refused
+from tests.binaries import refused
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -261,7 +261,7 @@ def test_a_file_whose_metadata_are_null_merges(tmp_path):
 def test_flagfiles(tmp_path, capsys, content, wanted):
     path = tmp_path / "é.flags"
     path.write_bytes(content)
-    line = refused(capsys, f"--flagfile={path}")
+    line = refused(capsys, "train", f"--flagfile={path}")
     assert wanted.replace("PATH", str(path)) in line
 
 

@@ -1,4 +1,6 @@
-"""Logs, landscapes and settings that once broke the report, found by fuzzing."""
+"""Files that once broke the report, found by fuzzing. What else results.json can have wrong is in
+damaged_files_test.py.
+"""
 
 import dataclasses
 import io
@@ -9,8 +11,8 @@ import pytest
 
 from pm_jax.continual import Config
 from pm_jax.continual.merging import landscape
-from pm_jax.continual.report import report
-from tests.continual.damaged_files_test import RESULTS, line_of
+from tests.binaries import call, refused
+from tests.continual.damaged_files_test import RESULTS
 
 pytest.importorskip("matplotlib")
 
@@ -39,36 +41,40 @@ def workdir(tmp_path):
 
 
 DAMAGES = {
-    "config.json": [b"[" * 100_000, b'{"rule": []}', b'{"rule": "x", "dataset": []}'],
-    "seed_0/metrics.jsonl": [
-        *(
-            b"",
-            b"[]",
-            b"[" * 100_000,
-            b"{}",
-            b"\xff",
-            epoch(step=None),
-            epoch(step=0),
-            epoch(epoch=0),
-        ),
-        *(epoch(task=[]), epoch(loss=None)),
-    ],
-    "seed_0/landscape.npz": [
-        archive(alphas=np.zeros(2)),
-        archive(alphas=np.zeros(2), loss=np.ones(3), merged_loss=np.ones(3)),
-        archive(loss=np.full((2, 2, 2), "x")),
-        archive(loss=np.asarray([{}], object)),
-        archive(loss=np.ones((2, 2, 2), np.complex64)),
-    ],
+    "config.json": (
+        "take another directory",
+        [b"\xff{", b"[" * 100_000, b'{"rule": []}', b'{"rule": "x", "dataset": []}'],
+    ),
+    "seed_0/results.json": ("move it away to have it written again", [b"{"]),
+    "seed_0/metrics.jsonl": (
+        "move it away for a report without the training loss",
+        [
+            *(b"", b"[]", b"[" * 100_000, b"{}", b"\xff", b'{"step": 1', epoch(step=None)),
+            *(epoch(step=0), epoch(epoch=0), epoch(task=[]), epoch(loss=None)),
+        ],
+    ),
+    "seed_0/landscape.npz": (
+        "move it away for a report without it",
+        [
+            b"PK",
+            archive(alphas=np.zeros(2)),
+            archive(alphas=np.zeros(2), loss=np.ones(3), merged_loss=np.ones(3)),
+            archive(loss=np.full((2, 2, 2), "x")),
+            archive(loss=np.asarray([{}], object)),
+            archive(loss=np.ones((2, 2, 2), np.complex64)),
+        ],
+    ),
 }
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_file_is_named(workdir, name):
-    report.write_report(workdir)  # whole, it is read
+def test_a_damaged_file_is_one_line_and_leaves_no_report(workdir, name, capsys):
+    call("report", f"--workdir={workdir}")  # whole, it is read
     (workdir / "report.html").unlink()
-    for content in DAMAGES[name]:
+    remedy, contents = DAMAGES[name]
+    for content in contents:
         (workdir / name).write_bytes(content)
-        line = line_of(report.write_report, workdir)
-        assert line.startswith(f"workdir={workdir}: ") and f"{name} is damaged; " in line
-        assert not (workdir / "report.html").exists()
+        line = refused(capsys, "report", f"--workdir={workdir}")
+        assert line.startswith(f"error: --workdir={workdir}: ")
+        assert line.endswith(f"{name} is damaged; {remedy}")
+        assert not [*workdir.glob("report*")]

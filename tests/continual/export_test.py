@@ -15,7 +15,8 @@ from pm_jax.continual.report import inspection
 from pm_jax.continual.storage import manifest
 from pm_jax.types import InvalidInput
 from pm_jax.weights import pretrained
-from tests.experiments.train_test import refused, results, run
+from tests.binaries import call, refused
+from tests.experiments.train_test import results
 from tests.small_runs import leaves_equal
 
 DIGITS = [
@@ -34,8 +35,12 @@ def finished(tmp_path_factory):
     pretrained.write_tensors(
         pretrained.export_params(params, "transformers"), folder / "start.safetensors"
     )
-    run(*arguments(folder), f"--export={folder / 'run' / 'merged.safetensors'}",
-        f"--export_adapter={folder / 'adapter'}")  # fmt: skip
+    call(
+        "train",
+        *arguments(folder),
+        f"--export={folder / 'run' / 'merged.safetensors'}",
+        f"--export_adapter={folder / 'adapter'}",
+    )
     return folder
 
 
@@ -118,14 +123,14 @@ def test_a_finished_run_exports_without_training(finished, tmp_path, monkeypatch
     monkeypatch.setattr(Learner, "run", no_training)
     first = pretrained.read_tensors(finished / "run" / "merged.safetensors")
     again = tmp_path / "again.safetensors"
-    run(*arguments(finished), f"--export={again}")
+    call("train", *arguments(finished), f"--export={again}")
     assert leaves_equal(pretrained.read_tensors(again), first)
-    line = refused(capsys, *arguments(finished), f"--export={again}")
+    line = refused(capsys, "train", *arguments(finished), f"--export={again}")
     assert line.startswith(f"error: --export={again}: exists") and "overwrite" in line
     adapter = [f"--export_adapter={finished / 'adapter'}"]
-    assert "exists" in refused(capsys, *arguments(finished), *adapter)
+    assert "exists" in refused(capsys, "train", *arguments(finished), *adapter)
     again.write_bytes(b"old")
-    run(*arguments(finished), f"--export={again}", *adapter, "--overwrite")
+    call("train", *arguments(finished), f"--export={again}", *adapter, "--overwrite")
     assert leaves_equal(pretrained.read_tensors(again), first)
     assert list(tmp_path.iterdir()) == [again]
 
@@ -134,7 +139,9 @@ def test_a_run_without_its_last_checkpoint_does_not_export(finished, tmp_path, c
     checkpoints = finished / "run" / "seed_0" / "checkpoints"
     checkpoints.rename(tmp_path / "moved")
     try:
-        line = refused(capsys, *arguments(finished), f"--export={tmp_path / 'm.safetensors'}")
+        line = refused(
+            capsys, "train", *arguments(finished), f"--export={tmp_path / 'm.safetensors'}"
+        )
     finally:
         if checkpoints.exists():
             checkpoints.rmdir()
@@ -153,10 +160,8 @@ def test_a_displacement_without_low_rank_is_refused_and_the_model_written(
         "finished_params",
         lambda self: trees.replace(restored(self), {"blocks_0/attn/key/kernel": noise}),
     )
-    line = refused(
-        *(capsys, *arguments(finished), f"--export={tmp_path / 'm.safetensors'}"),
-        f"--export_adapter={tmp_path / 'adapter'}",
-    )
+    exports = [f"--export={tmp_path / 'm.safetensors'}", f"--export_adapter={tmp_path / 'adapter'}"]
+    line = refused(capsys, "train", *arguments(finished), *exports)
     assert re.search("--export_adapter=.*key.weight is not of rank 4.*rule=averaging", line)
     assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
 

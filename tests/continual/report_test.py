@@ -12,13 +12,11 @@ import sys
 
 import numpy as np
 import pytest
-from absl import flags
 
-from experiments import flags as experiment_flags
-from experiments import report as binary
 from pm_jax.continual.merging import trust
 from pm_jax.continual.report import figures, report
 from pm_jax.continual.run import run_seeds, run_with_baseline
+from tests.binaries import call, refused
 from tests.small_runs import SMALL
 
 pytest.importorskip("matplotlib")
@@ -287,78 +285,21 @@ def test_a_landscape_shows_new_and_earlier_tasks_apart():
     assert second.get_ylim()[1] < 9  # what is outside [0, 1] does not squeeze what is inside
 
 
-def run(*arguments):
-    """Parse and run as `app.run` would, with flags of its own."""
-    values = flags.FlagValues()
-    binary.define_flags(values)
-    binary.main(experiment_flags.parse(["report", *map(str, arguments)], values), values)
-
-
-def refused(capsys, *arguments):
-    """The single line of a call that ends with code 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        run(*arguments)
-    assert ended.value.code == 2
-    text = capsys.readouterr().err
-    assert text.startswith("error: ") and text.count("\n") == 1, text
-    return text.rstrip()
-
-
 def test_the_binary_prints_where_the_report_is(plain, capsys):
-    run(f"--workdir={plain}")
+    call("report", f"--workdir={plain}")
     assert capsys.readouterr().out == f"{plain / 'report.html'}\n"
     assert (plain / "report.html").exists()
 
 
-def test_the_process_ends_with_code_2_and_one_line(tmp_path):
-    command = [sys.executable, "-m", "experiments.report", f"--workdir={tmp_path}"]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 2 and ended.stdout == "" and ended.stderr.count("\n") == 1
-    assert ended.stderr.startswith(f"error: --workdir={tmp_path}: has no config.json; give the")
-
-
-DAMAGES = {
-    "config.json": (b"\xff{", r"its config\.json is damaged; take another"),
-    "seed_3/results.json": (b"{", r"seed_3/results\.json is damaged; move it away"),
-    "seed_3/metrics.jsonl": (b'{"step": 1', r"seed_3/metrics\.jsonl is damaged; move it away"),
-    "seed_3/landscape.npz": (b"PK", r"seed_3/landscape\.npz is damaged; move it away"),
-}
-
-
-@pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_file_is_one_line_and_leaves_no_report(name, plain, capsys):
-    content, pattern = DAMAGES[name]
-    (plain / name).write_bytes(content)
-    line = refused(capsys, f"--workdir={plain}")
-    assert line.startswith(f"error: --workdir={plain}: ") and re.search(pattern, line)
-    assert not list(plain.glob("report*"))
-
-
-def test_a_directory_without_what_is_needed_is_one_line(plain, capsys):
-    workdir = f"--workdir={plain}"
-    content = json.loads((plain / "seed_3/results.json").read_text())
-    del content["merges"]
-    (plain / "seed_3/results.json").write_text(json.dumps(content))
-    assert "results.json lacks merges; move it away" in refused(capsys, workdir)
-    (plain / "seed_3/results.json").unlink()
-    assert "has no finished seed; run the command" in refused(capsys, workdir)
-    (plain / "config.json").unlink()
-    assert "has no config.json; give the work directory" in refused(capsys, workdir)
-    assert "has no config.json" in refused(capsys, f"--workdir={plain / 'absent'}")
-    assert refused(capsys).startswith("error: --workdir=: needs that of a run")
-    assert "not a flag" in refused(capsys, plain)
-
-
 def test_what_cannot_be_written_is_one_line(plain, capsys):
     (plain / "report.html").mkdir()
-    line = refused(capsys, f"--workdir={plain}")
+    line = refused(capsys, "report", f"--workdir={plain}")
     assert "report.html" in line and "cannot be read or written" in line
 
 
 def test_without_matplotlib_one_line_says_so(plain, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    line = refused(capsys, f"--workdir={plain}")
+    line = refused(capsys, "report", f"--workdir={plain}")
     assert "needs matplotlib" in line and "pip install 'pm_jax[plots]'" in line
     assert not (plain / "report.html").exists()
 

@@ -10,11 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
 
-from experiments import flags as experiment_flags
-from experiments import train
 from pm_jax import rules
+from tests.binaries import call
 from tests.small_runs import SMALL, comparable, leaves_equal, straight_and_killed
 
 TINY = ["--num_tasks=3", "--epochs=1", "--first_task_epochs=1", "--hidden_sizes=8",
@@ -25,9 +23,8 @@ TINY = ["--num_tasks=3", "--epochs=1", "--first_task_epochs=1", "--hidden_sizes=
 def results(rule):
     """Results and training losses by task."""
     with tempfile.TemporaryDirectory() as directory:
-        flags.FLAGS.unparse_flags()
         arguments = [f"--rule={rule}", f"--workdir={directory}/run", *TINY]
-        train.main(experiment_flags.parse(["train", *arguments]))
+        call("train", *arguments)
         seed = f"{directory}/run/seed_0"
         with open(f"{seed}/metrics.jsonl") as log, open(f"{seed}/results.json") as found:
             lines = [line for line in map(json.loads, log) if line["event"] == "epoch"]

@@ -14,7 +14,7 @@ from pm_jax.continual.storage.checkpoints import Checkpoints
 from pm_jax.data import sources
 from pm_jax.data.stream import LabelledArrays
 from pm_jax.types import InvalidInput
-from tests.experiments.train_test import refused
+from tests.binaries import refused
 
 # Twice as much of the first task, so that a second one of any classes has no other shapes.
 LABELS = np.asarray([0, 1] * 14 + [2, 3] * 6)
@@ -210,7 +210,7 @@ def test_a_rate_that_overflows_in_bfloat16_ends_with_code_1_and_what_was_saved_l
             "batch_size", "compute_dtype", "optimizer", "learning_rate")]  # fmt: skip
     arguments = [*own, "--hidden_sizes=8", f"--workdir={tmp_path}", "--baseline="]
     lines = [
-        refused(capsys, *arguments, "--checkpoint_every=1", code=1)
+        refused(capsys, "train", *arguments, "--checkpoint_every=1", code=1)
         for _ in range(2)  # the rerun goes on, and fails at the same step
     ]
     assert re.match(r"error: task 1, step \d: .* lower learning_rate=10000000000.0", lines[0])

@@ -10,14 +10,12 @@ import time
 from typing import NamedTuple
 
 import pytest
-from absl import flags
 
-from experiments import compare, inspect, merge, report, train
-from experiments import flags as experiment_flags
 from pm_jax.continual import Config, Learner
 from pm_jax.continual.report import inspection
 from pm_jax.continual.storage.workdir import locked
 from tests import bad_files, faults
+from tests.binaries import call
 from tests.small_runs import comparable
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -86,24 +84,11 @@ def told(row, folder, finished):
     return Told(arguments, re.compile(f"error: {pattern}"))
 
 
-def call(binary, arguments):
-    """Parse and run as `app.run` would."""
-    if binary in ("merge", "report"):  # have flags of their own
-        module, values = {"merge": merge, "report": report}[binary], flags.FlagValues()
-        module.define_flags(values)
-        return module.main(experiment_flags.parse([binary, *arguments], values), values)
-    flags.FLAGS.unparse_flags()
-    if binary == "inspect":
-        return inspect.main(experiment_flags.parse([binary, *arguments], positional=1))
-    module = {"train": train, "compare": compare}[binary]
-    return module.main(experiment_flags.parse([binary, *arguments]))
-
-
 def ended(capsys, row, arguments):
     """Exit code and the lines on standard error."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
-        call(row.binary, arguments)
+        call(row.binary, *arguments)
     out, err = capsys.readouterr()
     assert "Traceback" not in out + err
     return caught.value.code, err.splitlines()
@@ -123,7 +108,7 @@ def content(folder):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "a run, möglichst 好"
-    call("train", [f"--workdir={workdir}", "--noreport", *SHORT["tiny"].split()])
+    call("train", f"--workdir={workdir}", "--noreport", *SHORT["tiny"].split())
     return workdir
 
 
@@ -148,7 +133,7 @@ def test_what_is_wrong_is_one_line_before_anything_is_done(
     assert code == 2
     assert content(tmp_path) | content(finished) == before
     if "{finished}" in row.typed:
-        assert call("inspect", [str(finished)]) == 0
+        assert call("inspect", finished) == 0
 
 
 def test_the_finished_run_of_the_tables_is_one_that_can_be_gone_on_with(finished):
@@ -192,7 +177,7 @@ def test_a_run_survives_what_a_machine_does(row, finished, tmp_path, capsys, mon
     assert sum(line.startswith("error: ") for line in lines) == 1
     if (tmp_path / "new" / "config.json").exists():
         assert not inspection.inspect(tmp_path / "new").damaged
-    call("train", arguments)
+    call("train", *arguments)
     assert results(tmp_path / "new") == results(finished)
     assert not inspection.inspect(tmp_path / "new").damaged
 
@@ -226,7 +211,7 @@ def test_a_disk_that_is_really_full(finished, tmp_path):
     assert pattern.fullmatch(process.stderr.splitlines()[-1]), process.stderr
     kept = tmp_path / "new.kept"
     assert not inspection.inspect(kept).damaged and not [*kept.rglob("results.json")]
-    call("train", [f"--workdir={kept}", *arguments[1:]])
+    call("train", f"--workdir={kept}", *arguments[1:])
     assert results(kept) == results(finished)
 
 
@@ -239,7 +224,7 @@ def test_a_merge_on_a_full_disk_leaves_nothing_and_can_be_repeated(tmp_path, cap
         faults.the_disk_is_full_when_the_merged_model_is_written(patch)
         code, (line,) = ended(capsys, row, arguments)
     assert code == 1 and pattern.fullmatch(line) and content(tmp_path) == before
-    call("merge", arguments)
+    call("merge", *arguments)
     assert (tmp_path / "nothing.safetensors").exists()
 
 
@@ -251,7 +236,7 @@ def test_a_work_directory_that_another_process_runs_in(finished, tmp_path, capsy
     with locked(finished):
         code, (line,) = ended(capsys, row, arguments)
     assert code == 2 and pattern.fullmatch(line) and content(finished) == before
-    call("train", arguments)
+    call("train", *arguments)
     assert "already finished" in capsys.readouterr().out
 
 
@@ -266,7 +251,7 @@ def test_clocks_that_are_set_back_change_no_result(finished, tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(time, "time", earlier)
         patch.setattr(time, "perf_counter", earlier)
-        call("train", arguments)
+        call("train", *arguments)
     assert len(readings) > 10 and results(tmp_path) == results(finished)
     seconds = json.loads((tmp_path / "seed_0" / "results.json").read_text())["seconds"]
     assert set(seconds.values()) == {0.0}
@@ -282,7 +267,7 @@ def test_what_looks_odd_and_is_right_is_accepted(row, finished, tmp_path, capsys
         pytest.importorskip("tokenizers")
     arguments, _ = told(row, tmp_path, finished)
     arguments += ["--noreport"] if row.binary == "train" else []
-    assert not call(row.binary, arguments)
+    assert not call(row.binary, *arguments)
     assert "error" not in capsys.readouterr().err
     if "{tiny}" in row.typed:
         (workdir,) = (each[10:] for each in arguments if each.startswith("--workdir="))

@@ -12,25 +12,9 @@ from experiments import compare
 from experiments import flags as experiment_flags
 from pm_jax import rules
 from pm_jax.continual import learner as learner_module
+from tests.binaries import call, refused
 
 TINY = ["--num_tasks=3", "--epochs=1", "--first_task_epochs=1", "--hidden_sizes=8"]
-
-
-def run(*arguments):
-    """Parse and run as `app.run` would."""
-    flags.FLAGS.unparse_flags()
-    compare.main(experiment_flags.parse(["compare", *map(str, arguments)]))
-
-
-def refused(capsys, *arguments, code=2):
-    """The single line of a call that ends with a code."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        run(*arguments)
-    assert ended.value.code == code
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), lines
-    return lines[0]
 
 
 @pytest.fixture
@@ -51,7 +35,7 @@ def test_two_rules_with_two_seeds_then_a_restart_that_runs_nothing(tmp_path, cap
     pytest.importorskip("matplotlib")
     arguments = [f"--workdir={tmp_path}", "--seeds=0,1", *TINY]
     named = "--rules=sequential,averaging+curvature=identity"
-    run(*arguments, named)
+    call("compare", *arguments, named)
     assert learners == [
         (rule, curvature, seed)
         for rule, curvature in (("sequential", "fisher_exact"), ("averaging", "identity"))
@@ -80,12 +64,12 @@ def test_two_rules_with_two_seeds_then_a_restart_that_runs_nothing(tmp_path, cap
     assert len(list(tmp_path.glob("*.png"))) == 4
 
     learners.clear()
-    run(*arguments, named)
+    call("compare", *arguments, named)
     assert learners == []
     # Those that print the table again say what is finished first.
     assert capsys.readouterr().out.endswith(output)
     (tmp_path / "sequential" / "seed_1" / "results.json").unlink()
-    run(*arguments, named)
+    call("compare", *arguments, named)
     assert learners == [("sequential", "fisher_exact", 1)]
     assert json.loads((tmp_path / "comparison.json").read_text())["rules"][0]["rank"] >= 1
 
@@ -108,7 +92,7 @@ def test_rules_have_settings_of_their_own_and_all_is_each_once():
 def test_a_list_of_curvatures_is_a_run_of_each_for_the_rules_that_take_one(capsys, learners):
     own = "perturb_and_merge+curvature=low_rank"
     named = f"--rules=sequential,perturb_and_merge+per=block,fisher_averaging,{own}"
-    run("--dry_run", named, "--curvature=identity,fisher_empirical", *TINY)
+    call("compare", "--dry_run", named, "--curvature=identity,fisher_empirical", *TINY)
     lines = capsys.readouterr().out.splitlines()
     assert "curvature=identity" in lines
     *_, first, blocks, empirical_blocks, fisher, empirical_fisher, alone = lines
@@ -122,7 +106,7 @@ def test_a_list_of_curvatures_is_a_run_of_each_for_the_rules_that_take_one(capsy
 
 
 def test_a_dry_run_says_what_would_run_and_trains_nothing(capsys, learners):
-    run("--dry_run", "--rules=perturb_and_merge,ties+keep=0.1", *TINY)
+    call("compare", "--dry_run", "--rules=perturb_and_merge,ties+keep=0.1", *TINY)
     *_, first, second = capsys.readouterr().out.splitlines()
     assert first == "perturb_and_merge: as above"
     assert second == "ties+keep=0.1: perturbation=none, rule=ties, rule_settings=keep=0.1"
@@ -131,26 +115,21 @@ def test_a_dry_run_says_what_would_run_and_trains_nothing(capsys, learners):
 
 def test_without_matplotlib_one_line_says_so(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    run(f"--workdir={tmp_path}", "--rules=sequential", *TINY)
+    call("compare", f"--workdir={tmp_path}", "--rules=sequential", *TINY)
     assert "plots: skipped, matplotlib is not installed; pip install" in capsys.readouterr().out
     assert (tmp_path / "comparison.csv").exists() and not list(tmp_path.glob("*.png"))
 
 
-def test_a_work_directory_of_something_else_is_refused(tmp_path, capsys, learners):
-    (tmp_path / "a" / "averaging").mkdir(parents=True)
-    (tmp_path / "a" / "averaging" / "thesis.tex").write_text("years of work")
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "config.json").write_text("{}")  # of experiments.train
-    for name in ("a", "b"):
-        line = refused(capsys, f"--workdir={tmp_path / name}", "--rules=averaging", *TINY)
-        assert line.startswith(f"error: --workdir={tmp_path / name}: is not empty")
-    compared = [f"--workdir={tmp_path / 'c'}", *TINY]
-    run(*compared, "--rules=averaging")
+def test_a_comparison_of_other_settings_or_beside_something_else_is_refused(
+    tmp_path, capsys, learners
+):
+    compared = [f"--workdir={tmp_path}", *TINY]
+    call("compare", *compared, "--rules=averaging")
     learners.clear()
-    line = refused(capsys, *compared, "--rules=averaging,sequential", "--epochs=2")
+    line = refused(capsys, "compare", *compared, "--rules=averaging,sequential", "--epochs=2")
     assert "holds a run with epochs=1, not 2" in line
-    thesis = tmp_path / "c" / "sequential"
+    thesis = tmp_path / "sequential"
     thesis.mkdir()
     (thesis / "thesis.tex").write_text("years of work")
-    assert f"{thesis}: is not empty" in refused(capsys, *compared, "--rules=sequential")
+    assert f"{thesis}: is not empty" in refused(capsys, "compare", *compared, "--rules=sequential")
     assert not learners

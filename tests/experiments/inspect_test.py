@@ -8,18 +8,15 @@ import subprocess
 
 import hypothesis
 import pytest
-from absl import flags
 from hypothesis import strategies
 
-from experiments import compare, train
-from experiments import flags as experiment_flags
-from experiments import inspect as inspect_binary
 from pm_jax.continual import Config
 from pm_jax.continual import learner as learner_module
 from pm_jax.continual.report import inspection
 from pm_jax.continual.run import run_seeds
 from pm_jax.continual.storage import manifest, provenance
 from pm_jax.types import InvalidInput
+from tests.binaries import call
 from tests.small_runs import Killed
 
 TINY = ["--num_tasks=2", "--epochs=1", "--first_task_epochs=1", "--hidden_sizes=4"]
@@ -29,24 +26,21 @@ TINY_CONFIG = Config(
 )  # fmt: skip
 
 
-def call(binary, *arguments, positional=0):
-    flags.FLAGS.unparse_flags()
-    parsed = experiment_flags.parse(["binary", *map(str, arguments)], positional=positional)
-    return binary.main(parsed)
-
-
-def inspect(*arguments):
-    return call(inspect_binary, *arguments, positional=1)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run with everything that one writes, but for TensorBoard's files."""
     pytest.importorskip("matplotlib")
     workdir = tmp_path_factory.mktemp("runs") / "a run, möglichst"
     arguments = ["--rule=averaging", "--perturbation=none", "--baseline=sequential"]
-    call(train, f"--workdir={workdir}", *arguments, "--keep_task_models", "--checkpoint_every=20",
-         "--landscape_points=2", *TINY)  # fmt: skip
+    call(
+        "train",
+        f"--workdir={workdir}",
+        *arguments,
+        "--keep_task_models",
+        "--checkpoint_every=20",
+        "--landscape_points=2",
+        *TINY,
+    )
     return workdir
 
 
@@ -54,7 +48,7 @@ def trained(tmp_path_factory):
 def compared(tmp_path_factory):
     pytest.importorskip("matplotlib")
     workdir = tmp_path_factory.mktemp("compared")
-    call(compare, f"--workdir={workdir}", "--rules=averaging,sequential", *TINY)
+    call("compare", f"--workdir={workdir}", "--rules=averaging,sequential", *TINY)
     return workdir
 
 
@@ -79,7 +73,7 @@ def test_what_is_whole_is_said_to_be_and_every_file_is_covered(workdir, capsys):
     assert found.damaged == [] and found.unlisted == []
     manifests = [path for path in files_of(workdir) if path.name == manifest.FILE]
     assert found.intact == len(files_of(workdir)) - len(manifests) > 50
-    assert inspect(workdir) == 0
+    assert call("inspect", workdir) == 0
     assert capsys.readouterr().out.endswith(f"{found.intact} files are as they were saved, none "
                                             "damaged\n")  # fmt: skip
 
@@ -120,7 +114,7 @@ def test_what_is_damaged_is_a_line_with_a_remedy_and_code_1(trained, tmp_path, c
     (workdir / "seed_0/metrics.csv").unlink()
     (workdir / "seed_0/metrics.csv").mkdir()
     (workdir / "seed_0/checkpoints/manifest.json").write_text("[" * 100_000)
-    assert inspect(workdir) == 1
+    assert call("inspect", workdir) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.startswith("damaged: ")] == [
         "damaged: baseline/config.json has other bytes than were saved; put back a copy, or run "
@@ -141,7 +135,7 @@ def test_what_is_damaged_is_a_line_with_a_remedy_and_code_1(trained, tmp_path, c
 
 
 def test_what_a_directory_holds_is_printed(trained, compared, capsys):
-    inspect(trained)
+    call("inspect", trained)
     first, seed, origin, second, *_ = capsys.readouterr().out.splitlines()
     flags_given = "--num_tasks=2 --hidden_sizes=4 --epochs=1 --first_task_epochs=1"
     assert first.startswith(f"{trained}: averaging on digits {flags_given} --perturbation=none")
@@ -155,7 +149,7 @@ def test_what_a_directory_holds_is_printed(trained, compared, capsys):
     assert (f"revision {revision}" in origin) if revision else ("revision" not in origin)
     config = json.loads((trained / "config.json").read_text())
     assert provenance.configuration_hash(Config(**config))[:12] in origin
-    inspect(compared)
+    call("inspect", compared)
     first, *lines = capsys.readouterr().out.splitlines()
     assert first == f"{compared}: comparison of averaging, sequential"
     assert len([line for line in lines if "seed 0: finished" in line]) == 2
@@ -270,7 +264,7 @@ def test_what_no_manifest_speaks_of_is_named_by_its_folder(trained, tmp_path, ca
     shutil.copytree(checkpoints / "72", checkpoints / "damaged_71")
     shutil.copytree(checkpoints / "72", checkpoints / "74")
     (workdir / os.fsdecode(b"notes\n\xff.txt")).write_text("")
-    assert inspect(workdir) == 0
+    assert call("inspect", workdir) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" is in no manifest; ") for line in lines if line[:8] == "unlisted"] == [
         ["unlisted: notes??.txt", inspection.UNLISTED[".*"]],

@@ -4,13 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
 
 from experiments import flags as experiment_flags
-from experiments import train
 from pm_jax import models
 from pm_jax.data import tfds_images
 from pm_jax.weights import pretrained
+from tests.binaries import call
 from tests.small_data_sets import labelled, prepare
 
 PRESETS = sorted(path.stem for path in experiment_flags.PRESETS.glob("*.flags"))
@@ -55,9 +54,7 @@ def data_dir(tmp_path_factory):
 
 def dry_run(capsys, preset, *arguments):
     assert (experiment_flags.PRESETS / f"{preset}.flags").read_text().startswith("#")
-    flags.FLAGS.unparse_flags()
-    arguments = ["train", "--dry_run", f"--preset={preset}", *arguments]
-    train.main(experiment_flags.parse(list(map(str, arguments))))
+    call("train", "--dry_run", f"--preset={preset}", *arguments)
     text = capsys.readouterr().out
     assert "merging:" in text
     return text

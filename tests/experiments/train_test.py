@@ -14,8 +14,8 @@ import pytest
 from absl import flags
 
 from experiments import flags as experiment_flags
-from experiments import train
 from pm_jax.continual.report import inspection
+from tests.binaries import call, refused
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = [
@@ -23,31 +23,19 @@ TINY = [
 ]
 
 
-def run(*arguments):
-    """Parse and run as `app.run` would."""
-    flags.FLAGS.unparse_flags()
-    train.main(experiment_flags.parse(["train", *map(str, arguments)]))
-
-
-def refused(capsys, *arguments, code=2):
-    """The single line of a run that ends with a code."""
-    with pytest.raises(SystemExit) as ended:
-        run(*arguments)
-    assert ended.value.code == code
-    text = capsys.readouterr().err
-    lines = [line for line in text.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and text.endswith(lines[0] + "\n"), text
-    assert "Traceback" not in text
-    return lines[0]
-
-
 def results(workdir, seed=0):
     return json.loads((workdir / f"seed_{seed}" / "results.json").read_text())
 
 
 def test_default_is_perturb_and_merge_and_a_sequential_baseline(tmp_path, capsys):
-    run(f"--workdir={tmp_path}", "--seeds=0,1", *TINY, "--baseline_learning_rate=0.01",
-        "--baseline_epochs=2")  # fmt: skip
+    call(
+        "train",
+        f"--workdir={tmp_path}",
+        "--seeds=0,1",
+        *TINY,
+        "--baseline_learning_rate=0.01",
+        "--baseline_epochs=2",
+    )
     table = capsys.readouterr().out.splitlines()[-3:]
     assert table[0].startswith("rule") and "final accuracy" in table[0]
     assert table[1].startswith("perturb_and_merge")
@@ -88,17 +76,17 @@ def test_the_baseline_has_its_own_best_rate_only_where_that_was_chosen():
 
 def test_a_run_ends_with_its_report_and_the_table(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
-    run(f"--workdir={tmp_path}", "--rule=averaging", *TINY, "--report")
+    call("train", f"--workdir={tmp_path}", "--rule=averaging", *TINY, "--report")
     report = tmp_path / "report.html"
     *_, line, heading, _ = capsys.readouterr().out.splitlines()
     assert line == f"report: {report}" and heading.startswith("rule ") and report.exists()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    run(f"--workdir={tmp_path}", "--rule=averaging", *TINY, "--report")
+    call("train", f"--workdir={tmp_path}", "--rule=averaging", *TINY, "--report")
     assert "report: skipped, matplotlib is not installed; pip" in capsys.readouterr().out
 
 
 def test_results_hold_what_is_promised(tmp_path):
-    run(f"--workdir={tmp_path}", "--rule=perturb_and_merge", *TINY)
+    call("train", f"--workdir={tmp_path}", "--rule=perturb_and_merge", *TINY)
     assert not (tmp_path / "baseline").exists()
     found = results(tmp_path)
     assert set(found) == {
@@ -127,34 +115,46 @@ def test_results_hold_what_is_promised(tmp_path):
 
 
 def test_what_does_not_apply_is_null(tmp_path):
-    run(f"--workdir={tmp_path}", "--rule=averaging", "--scenario=class_incremental", *TINY)
+    call(
+        "train", f"--workdir={tmp_path}", "--rule=averaging", "--scenario=class_incremental", *TINY
+    )
     found = results(tmp_path)
     assert found["forward_transfer"] is None
     assert found["accuracy_matrix"][0][1] is None
     assert found["merges"][1]["denominator"] is None and found["merges"][1]["alpha"] == 0.5
 
 
-def test_a_finished_run_says_so_and_other_settings_are_refused(tmp_path, capsys):
+def test_a_finished_run_says_so_and_more_seeds_are_added_to_it(tmp_path, capsys):
     arguments = [f"--workdir={tmp_path}", "--rule=averaging", *TINY]
-    run(*arguments)
+    call("train", *arguments)
     before = (tmp_path / "seed_0" / "results.json").read_bytes()
     capsys.readouterr()
-    run(*arguments)
+    call("train", *arguments)
     assert "already finished" in capsys.readouterr().out
     assert (tmp_path / "seed_0" / "results.json").read_bytes() == before
-    line = refused(capsys, *arguments, "--learning_rate=0.5", "--batch_size=16")
-    assert f"--workdir={tmp_path}" in line
-    assert "batch_size=32, not 16" in line and "learning_rate=0.003, not 0.5" in line
-    run(*arguments, "--seeds=0,1", "--checkpoint_every=3", "--data_dir=/elsewhere",
-        "--resident_mb=0.1")  # fmt: skip
+    call(
+        "train",
+        *arguments,
+        "--seeds=0,1",
+        "--checkpoint_every=3",
+        "--data_dir=/elsewhere",
+        "--resident_mb=0.1",
+    )
     assert json.loads((tmp_path / "summary.json").read_text())["seeds"] == [0, 1]
 
 
 def test_dry_run_prints_settings_counts_and_patterns_and_writes_nothing(tmp_path, capsys):
-    run(
-        "--dry_run", f"--workdir={tmp_path}/x", "--model=vit", "--adapter=lora", "--lora_rank=3",
-        "--width=16", "--depth=2", "--scenario=class_incremental",
-    )  # fmt: skip
+    call(
+        "train",
+        "--dry_run",
+        f"--workdir={tmp_path}/x",
+        "--model=vit",
+        "--adapter=lora",
+        "--lora_rank=3",
+        "--width=16",
+        "--depth=2",
+        "--scenario=class_incremental",
+    )
     text = capsys.readouterr().out
     assert "rule=perturb_and_merge" in text and "lora_rank=3" in text
     assert "blocks_1/attn/value/kernel" in text
@@ -168,18 +168,20 @@ def test_deterministic_operations_are_asked_for_before_there_is_a_device(
     before, after, capsys, monkeypatch
 ):
     monkeypatch.setenv("XLA_FLAGS", before or "")
-    run("--dry_run", *TINY)
+    call("train", "--dry_run", *TINY)
     assert os.environ["XLA_FLAGS"] == (before or "")
-    run("--dry_run", "--deterministic", *TINY)
+    call("train", "--dry_run", "--deterministic", *TINY)
     assert os.environ["XLA_FLAGS"] == after + "--xla_gpu_deterministic_ops=true"
 
 
 def test_tensorboard_events_are_written_when_asked_for(tmp_path, capsys, monkeypatch):
-    run(f"--workdir={tmp_path}", "--rule=averaging", "--tensorboard", *TINY)
+    call("train", f"--workdir={tmp_path}", "--rule=averaging", "--tensorboard", *TINY)
     assert len(list((tmp_path / "seed_0").glob("events.out.tfevents.*"))) == 1
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     other = tmp_path / "other"
-    line = refused(capsys, f"--workdir={other}", "--rule=averaging", "--tensorboard", *TINY)
+    line = refused(
+        capsys, "train", f"--workdir={other}", "--rule=averaging", "--tensorboard", *TINY
+    )
     assert "--tensorboard=True: needs tensorboardX" in line and not other.exists()
 
 
@@ -191,16 +193,16 @@ def preset(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("spelling", [["--preset=mine"], ["--preset", "mine"]])
 def test_flags_override_a_preset_wherever_they_stand(preset, capsys, spelling):
-    run("--dry_run", "--epochs=5", *spelling)
+    call("train", "--dry_run", "--epochs=5", *spelling)
     assert "epochs=5\n" in capsys.readouterr().out
-    run("--dry_run", *spelling)
+    call("train", "--dry_run", *spelling)
     text = capsys.readouterr().out
     assert "\nepochs=2\n" in text and "rule=averaging" in text
 
 
 def test_a_damaged_checkpoint_ends_with_a_warning(tmp_path, capsys):
     whole = [f"--workdir={tmp_path / 'b'}", "--rule=averaging", *TINY]
-    run(*whole)
+    call("train", *whole)
     (tmp_path / "b" / "seed_0" / "results.json").unlink()
     checkpoints = tmp_path / "b" / "seed_0" / "checkpoints"
     newest = max(checkpoints.glob("[0-9]*"), key=lambda path: int(path.name))
@@ -208,7 +210,7 @@ def test_a_damaged_checkpoint_ends_with_a_warning(tmp_path, capsys):
         if path.is_file() and path.stat().st_size > 1000:
             path.write_bytes(path.read_bytes()[:100])
     capsys.readouterr()
-    run(*whole)
+    call("train", *whole)
     warning, *_ = capsys.readouterr().err.splitlines()
     assert f"warning: checkpoint {newest.name} is damaged" in warning
     assert results(tmp_path / "b")["final_average_accuracy"] > 0
@@ -242,7 +244,7 @@ def _read_until_closed(descriptor):
 
 def test_a_killed_process_resumes_to_the_same_results(tmp_path):
     arguments = ["--rule=perturb_and_merge", *TINY, "--num_tasks=3", "--checkpoint_every=5"]
-    run(f"--workdir={tmp_path / 'straight'}", *arguments)
+    call("train", f"--workdir={tmp_path / 'straight'}", *arguments)
     killed = tmp_path / "killed"
     process = subprocess.Popen(
         command(f"--workdir={killed}", *arguments), cwd=ROOT, stderr=subprocess.PIPE, text=True
@@ -254,7 +256,7 @@ def test_a_killed_process_resumes_to_the_same_results(tmp_path):
     assert process.returncode == -signal.SIGKILL
     assert not (killed / "seed_0" / "results.json").exists()
     assert inspection.inspect(killed).damaged == []
-    run(f"--workdir={killed}", *arguments)
+    call("train", f"--workdir={killed}", *arguments)
     one, two = (results(tmp_path / name) for name in ("straight", "killed"))
     for found in (one, two):
         del found["seconds"]

@@ -10,12 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors
-from absl import flags
 from orbax import checkpoint as orbax
 from safetensors.numpy import load_file, save_file
 
-from experiments import flags as experiment_flags
-from experiments import merge
 from pm_jax import rules, trees
 from pm_jax.continual import Learner
 from pm_jax.continual.run import run_seeds
@@ -23,6 +20,7 @@ from pm_jax.curvature.quadratics import DiagonalQuadratic
 from pm_jax.offline import merging, requests, tensor_files
 from pm_jax.rules import Evidence, MergeRule
 from tests import small_runs
+from tests.binaries import call, refused
 
 SHAPES = {"blocks.0.attn.qkv": (40, 75), "blocks.0.mlp": (7, 3, 2), "scale": (), "empty": (0, 4)}
 BLOCK = 1000
@@ -31,23 +29,6 @@ BLOCK = 1000
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(merging, "BLOCK", BLOCK)
-
-
-def run(*arguments):
-    """Parse and run as `app.run` would, with flags of its own."""
-    values = flags.FlagValues()
-    merge.define_flags(values)
-    merge.main(experiment_flags.parse(["merge", *map(str, arguments)], values), values)
-
-
-def refused(capsys, *arguments):
-    """The single line of a call that ends with code 2."""
-    with pytest.raises(SystemExit) as ended:
-        run(*arguments)
-    assert ended.value.code == 2
-    text = capsys.readouterr().err
-    assert text.startswith("error: ") and text.count("\n") == 1, text
-    return text.rstrip()
 
 
 def tensors(seed, dtype=np.float32, positive=False):
@@ -66,7 +47,7 @@ def written(folder, name, content):
     return path
 
 
-def call(folder, models, *more, base=None, output="out", fishers=()):
+def arguments_of(folder, models, *more, base=None, output="out", fishers=()):
     """Arguments of a merge of models that are written here."""
     base = written(folder, "base", tensors(0) if base is None else base)
     paths = [written(folder, f"m{n}", content) for n, content in enumerate(models)]
@@ -77,7 +58,7 @@ def call(folder, models, *more, base=None, output="out", fishers=()):
 
 
 def merged(folder, *arguments, **options):
-    run(*call(folder, *arguments, **options))
+    call("merge", *arguments_of(folder, *arguments, **options))
     return load_file(folder / "out.safetensors")
 
 
@@ -130,11 +111,11 @@ def test_every_rule_merges_in_pieces_as_in_memory(name, settings, tmp_path, caps
     fishers = [tensors(11 + n, positive=True) for n in range(3)]
     given = {"fishers": fishers} if rule.needs & requests.OF_FISHERS else {}
     if rule.analysis_only:
-        line = refused(capsys, *call(tmp_path, models, f"--rule={name}"))
+        line = refused(capsys, "merge", *arguments_of(tmp_path, models, f"--rule={name}"))
         assert re.search(f"--rule={name}: .* all", line)
         return
     if rule.needs - requests.OF_FISHERS - {"key"}:
-        line = refused(capsys, *call(tmp_path, models, f"--rule={name}", **given))
+        line = refused(capsys, "merge", *arguments_of(tmp_path, models, f"--rule={name}", **given))
         assert re.search(f"--rule={name}: needs .* from training", line)
         return
     found = merged(tmp_path, models, f"--rule={name}", f"--rule_settings={settings}", **given)
@@ -241,7 +222,7 @@ def test_metadata_says_how_the_file_was_made(tmp_path):
 
 
 def test_an_error_in_the_middle_leaves_nothing(tmp_path, monkeypatch):
-    arguments = call(tmp_path, [tensors(1)])
+    arguments = arguments_of(tmp_path, [tensors(1)])
     before = sorted(tmp_path.iterdir())
     read = tensor_files.TensorFile.read
 
@@ -252,27 +233,27 @@ def test_an_error_in_the_middle_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tensor_files.TensorFile, "read", failing)
     with pytest.raises(KeyboardInterrupt):
-        run(*arguments)
+        call("merge", *arguments)
     assert sorted(tmp_path.iterdir()) == before
 
 
 def test_an_existing_output_is_kept_unless_told_and_never_an_input(tmp_path, capsys):
-    arguments = call(tmp_path, [tensors(1), tensors(2)])
+    arguments = arguments_of(tmp_path, [tensors(1), tensors(2)])
     output = tmp_path / "out.safetensors"
     output.write_bytes(b"old")
-    assert re.search("--output=.*: exists", refused(capsys, *arguments))
+    assert re.search("--output=.*: exists", refused(capsys, "merge", *arguments))
     assert output.read_bytes() == b"old"
-    run(*arguments, "--overwrite")
+    call("merge", *arguments, "--overwrite")
     assert set(load_file(output)) == set(SHAPES)
     onto = [*arguments, f"--output={tmp_path / 'm1.safetensors'}", "--overwrite"]
-    assert "is one of the inputs" in refused(capsys, *onto)
+    assert "is one of the inputs" in refused(capsys, "merge", *onto)
 
 
 def test_the_task_models_of_a_run_merge_to_the_model_of_the_run(tmp_path, capsys):
     config = dataclasses.replace(small_runs.BY_CLASS, rule="averaging")
     run_seeds(config, [0], tmp_path / "run", quiet=True, keep_task_models=True)
     seed = tmp_path / "run" / "seed_0"
-    run(f"--run={seed}", f"--output={tmp_path / 'out.safetensors'}")
+    call("merge", f"--run={seed}", f"--output={tmp_path / 'out.safetensors'}")
     found = load_file(tmp_path / "out.safetensors")
     params = trees.leaves_by_path(Learner(config, 0, seed, quiet=True).finished_params())
     assert set(params) - set(found) == {"head/kernel", "head/bias"}
@@ -281,10 +262,12 @@ def test_the_task_models_of_a_run_merge_to_the_model_of_the_run(tmp_path, capsys
     theta_0 = load_file(seed / "task_models" / "theta_0.safetensors")
     first = load_file(seed / "task_models" / "task_1.safetensors")
     assert all(np.array_equal(theta_0[name], first[name]) for name in theta_0)  # from scratch
-    both = refused(capsys, f"--run={seed}", "--base=b.safetensors")
+    both = refused(capsys, "merge", f"--run={seed}", "--base=b.safetensors")
     assert re.search("--run=.*: stands for base and models", both)
     (tmp_path / "other").mkdir()
-    none = refused(capsys, f"--run={tmp_path / 'other'}", f"--output={tmp_path / 'x.safetensors'}")
+    none = refused(
+        capsys, "merge", f"--run={tmp_path / 'other'}", f"--output={tmp_path / 'x.safetensors'}"
+    )
     assert re.search("--run=.*other: holds no task models; .*keep_task_models", none)
 
 
@@ -302,10 +285,13 @@ def test_orbax_and_safetensors_merge_alike(tmp_path, capsys):
                 {f"blocks/{k}": v for k, v in model.items()} | {"step": np.asarray(3)},
             )
     for base in ("orbax0", "n0.safetensors"):
-        run(
-            f"--base={tmp_path / base}", f"--output={tmp_path / 'o.safetensors'}", "--overwrite",
+        call(
+            "merge",
+            f"--base={tmp_path / base}",
+            f"--output={tmp_path / 'o.safetensors'}",
+            "--overwrite",
             f"--models={tmp_path / 'orbax0'},{tmp_path / 'n1.safetensors'}",
-        )  # fmt: skip
+        )
         found = load_file(tmp_path / "o.safetensors")
         assert set(found) == {"step", *(f"blocks/{name}" for name in models[0])}
         for name in models[0]:
@@ -313,9 +299,9 @@ def test_orbax_and_safetensors_merge_alike(tmp_path, capsys):
     given = [f"--models={tmp_path / 'orbax0'}", f"--output={tmp_path / 'x.safetensors'}"]
     before = sorted(tmp_path.iterdir())
     (tmp_path / "orbax1" / "_METADATA").unlink()
-    line = refused(capsys, f"--base={tmp_path / 'orbax1'}", *given)
+    line = refused(capsys, "merge", f"--base={tmp_path / 'orbax1'}", *given)
     assert re.search("--base=.*orbax1: cannot be read as a checkpoint of Orbax", line)
-    line = refused(capsys, f"--base={tmp_path / 'base.safetensors'}", *given)
+    line = refused(capsys, "merge", f"--base={tmp_path / 'base.safetensors'}", *given)
     assert re.search("--models=.*orbax0: does not hold .*lacks blocks.0.attn.qkv", line)
     assert sorted(tmp_path.iterdir()) == before
 
@@ -345,8 +331,8 @@ BAD = {
 def test_what_cannot_be_merged_is_one_line_and_leaves_nothing(case, tmp_path, capsys):
     """Tensors that do not go together; all else is in mistakes.md."""
     options, pattern = BAD[case]
-    arguments = call(tmp_path, **{"models": [tensors(1)], **options})
+    arguments = arguments_of(tmp_path, **{"models": [tensors(1)], **options})
     before = sorted(tmp_path.iterdir())
-    line = refused(capsys, *arguments)
+    line = refused(capsys, "merge", *arguments)
     assert re.search(pattern, line), line
     assert sorted(tmp_path.iterdir()) == before
