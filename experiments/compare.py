@@ -48,7 +48,8 @@ def main(argv: Sequence[str]) -> None:
         curvatures = values.curvature.split(",")
         base = experiment_flags.config_from_flags(curvature=curvatures[0])
         configs = configurations(base, values.rules, curvatures)
-        experiment_flags.check_run_flags()
+        stop = StopRequests()
+        options = experiment_flags.options_from_flags(stop=stop)
         for config in dict.fromkeys(each.without_merging() for each in configs.values()):
             describe(config, values.seeds[0])
         if values.dry_run:
@@ -59,18 +60,9 @@ def main(argv: Sequence[str]) -> None:
         if not values.workdir:
             raise InvalidInput("workdir=: needs a directory, as --workdir=runs/rules")
         workdir = Path(values.workdir)
-        with StopRequests() as stop:
-            results = run_rules(
-                configs,
-                base,
-                values.seeds,
-                workdir,
-                checkpoint_every=values.checkpoint_every,
-                keep_checkpoints=values.keep_checkpoints,
-                tensorboard=values.tensorboard,
-                stop=stop,
-            )
-        apart = [label for label, config in configs.items() if config.merge_rule().analysis_only]
+        with stop:
+            results = run_rules(configs, base, values.seeds, workdir, options)
+        apart = [label for label, config in configs.items() if config.merge_rule.analysis_only]
         rows = comparison.compare(results, apart)
         print(comparison.as_text(rows))
         files = write_tables(rows, values.seeds, workdir)

@@ -15,10 +15,10 @@ from typing import Any, NoReturn
 from absl import flags, logging
 
 from pm_jax import rules
-from pm_jax.continual import Config, TrainingDiverged
+from pm_jax.continual import Config, RunOptions, TrainingDiverged
 from pm_jax.continual.export import Destinations
 from pm_jax.continual.interruption import Interrupted
-from pm_jax.continual.storage.checkpoints import KEPT, check_keep
+from pm_jax.continual.settings.run_options import KEPT
 from pm_jax.rules.registry import number
 from pm_jax.types import InvalidInput, cause
 
@@ -123,13 +123,13 @@ def define_run_flags() -> None:
     )
 
 
-def check_run_flags() -> None:
-    """Raise `InvalidInput` for run flags that cannot be."""
+def options_from_flags(**more: Any) -> RunOptions:
+    """The options of the parsed run flags, and some more; raises `InvalidInput`, for seeds too."""
     values = flags.FLAGS
     check_seeds("seeds", values.seeds)
-    if values.checkpoint_every < 0:
-        raise InvalidInput(f"checkpoint_every={values.checkpoint_every}: must not be negative")
-    check_keep(values.keep_checkpoints)
+    return RunOptions(
+        values.checkpoint_every, values.keep_checkpoints, tensorboard=values.tensorboard, **more
+    )
 
 
 def check_seeds(name: str, seeds: Sequence[int]) -> None:

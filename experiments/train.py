@@ -38,7 +38,10 @@ def main(argv: Sequence[str]) -> None:
     with experiment_flags.exits(), processes.joined("experiments.train"):
         config = experiment_flags.config_from_flags()
         baseline = experiment_flags.baseline_from_flags(config)
-        experiment_flags.check_run_flags()
+        stop = StopRequests()
+        options = experiment_flags.options_from_flags(
+            stop=stop, keep_task_models=values.keep_task_models
+        )
         workdir = Path(values.workdir) if values.workdir else None
         destinations = experiment_flags.export_from_flags()
         export.check(destinations, config, values.seeds, workdir)
@@ -48,18 +51,8 @@ def main(argv: Sequence[str]) -> None:
             return
         if not workdir:
             raise InvalidInput("workdir=: needs a directory, as --workdir=runs/digits")
-        with StopRequests() as stop:
-            summaries = run_with_baseline(
-                config,
-                baseline,
-                values.seeds,
-                workdir,
-                checkpoint_every=values.checkpoint_every,
-                keep_checkpoints=values.keep_checkpoints,
-                tensorboard=values.tensorboard,
-                keep_task_models=values.keep_task_models,
-                stop=stop,
-            )
+        with stop:
+            summaries = run_with_baseline(config, baseline, values.seeds, workdir, options)
         if not is_first():
             return
         if values.report:

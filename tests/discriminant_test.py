@@ -12,7 +12,7 @@ from pm_jax.continual.merging.statistics import features_of
 from pm_jax.continual.training import task_program
 from pm_jax.discriminant import ClassStatistics
 from pm_jax.types import InvalidInput
-from tests.small_runs import BY_CLASS
+from tests.small_runs import BY_CLASS, QUIET
 
 plus, classifier = jax.jit(ClassStatistics.plus), jax.jit(ClassStatistics.classifier)
 
@@ -84,8 +84,10 @@ def test_equal_features_leave_only_the_shares():
 
 
 def test_run_predicts_with_the_classes_of_all_tasks_and_trains_as_before():
-    plain = Learner(BY_CLASS, seed=0, quiet=True)
-    learner = Learner(dataclasses.replace(BY_CLASS, classifier="discriminant"), seed=0, quiet=True)
+    plain = Learner(BY_CLASS, seed=0, options=QUIET)
+    learner = Learner(
+        dataclasses.replace(BY_CLASS, classifier="discriminant"), seed=0, options=QUIET
+    )
     wanted, found = plain.run(), learner.run()
     np.testing.assert_equal(found["merges"], wanted["merges"])
     assert found["final_average_accuracy"] != wanted["final_average_accuracy"]

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from pm_jax.continual import Config, Learner
+from pm_jax.continual import Config, Learner, RunOptions
 from pm_jax.continual import learner as learner_module
 from pm_jax.continual.merging.programs import programs, shared_programs
 from pm_jax.continual.training.task_program import Segment
@@ -23,6 +23,8 @@ VIT = dataclasses.replace(
     lora_rank=2, weight_decay=0.1, num_tasks=2,
 )  # fmt: skip
 
+
+QUIET = RunOptions(quiet=True)
 
 ALL_FUSIONS = "fusion_emitters" not in os.environ.get("XLA_FLAGS", "")
 
@@ -54,7 +56,8 @@ def straight_and_killed(config, directory, monkeypatch, every, dies):
 
     `dies(learner, step, tree)` says at which checkpoint, which is written before.
     """
-    straight = Learner(config, 0, directory / "straight", checkpoint_every=every, quiet=True)
+    options = RunOptions(checkpoint_every=every, quiet=True)
+    straight = Learner(config, 0, directory / "straight", options)
     wanted = straight.run()
     saves, killed = learner_module.Checkpoints.save, []
 
@@ -66,8 +69,8 @@ def straight_and_killed(config, directory, monkeypatch, every, dies):
 
     monkeypatch.setattr(learner_module.Checkpoints, "save", dying_save)
     with pytest.raises(Killed):
-        Learner(config, 0, directory / "killed", checkpoint_every=every, quiet=True).run()
-    again = Learner(config, 0, directory / "killed", checkpoint_every=every, quiet=True)
+        Learner(config, 0, directory / "killed", options).run()
+    again = Learner(config, 0, directory / "killed", options)
     return straight, wanted, again, again.run()
 
 

@@ -27,7 +27,7 @@ from absl import app, flags
 
 from experiments.benchmarks import peer
 from experiments.benchmarks.workloads import Workload, interleaved
-from pm_jax.continual import Config
+from pm_jax.continual import Config, RunOptions
 from pm_jax.continual.learner import Learner
 from pm_jax.continual.merging.programs import programs
 from pm_jax.data.stream import LabelledArrays, TaskStream, class_incremental
@@ -248,7 +248,7 @@ def run_seconds(sizes: Sizes) -> tuple[float, ...]:
         np.savez(weights, **tensors)
         clock = time.perf_counter()
         config = RandomImages(**{**settings, "pretrained": str(weights)})
-        results = Learner(config, seed=0, quiet=True).run()
+        results = Learner(config, seed=0, options=RunOptions(quiet=True)).run()
         seconds = time.perf_counter() - clock
     phases = ("train", "curvature", "merge", "evaluate")
     return seconds, *(results["seconds"][phase] for phase in phases)

@@ -16,6 +16,7 @@ from absl import app, flags
 
 from experiments.benchmarks.workloads import interleaved, random_data
 from pm_jax.continual import Config
+from pm_jax.continual.placement.devices import devices_of
 from pm_jax.continual.placement.feed import HostData, stretches
 from pm_jax.continual.training.partition import partition
 from pm_jax.continual.training.task_program import DeviceData, Segment, task_program
@@ -40,7 +41,7 @@ def epoch(
     parts = partition(
         params,
         class_incremental=True,
-        lora_pattern=config.kernel_pattern(),
+        lora_pattern=config.kernel_pattern,
         rank=config.lora_rank,
     )
     program = task_program(config, model, parts, examples)
@@ -51,7 +52,7 @@ def epoch(
     if streamed:
         images = np.asarray(data.inputs)
         window_bytes = images[: config.batch_size].nbytes
-        source = HostData(images, data._replace(inputs=None), window_bytes, config.placement())
+        source = HostData(images, data._replace(inputs=None), window_bytes, devices_of(config))
 
     def run() -> object:
         pieces = stretches(

@@ -34,7 +34,7 @@ def table(config: Config, steps: int, repeats: int, directory: Path) -> dict[str
     work = Workload(config, (8, 8, 1), steps * config.batch_size)
     program, segment = work.run.later, Segment.of(1, 0, 0, steps, 1)
     state = list(program.begin(work.key, work.params, work.task))
-    rule = config.merge_rule().init(trees.select(work.params, work.run.merging))
+    rule = config.merge_rule.init(trees.select(work.params, work.run.merging))
     number, blocked = 0, []
 
     def train():

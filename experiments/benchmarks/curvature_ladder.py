@@ -53,7 +53,7 @@ def ladder(
         work = Workload(settings, shape, examples)
         calls[kind] = work.fisher
         leaves = trees.select(work.params, work.run.merging)
-        memory = jax.eval_shape(work.config.merge_rule().init, leaves).memory
+        memory = jax.eval_shape(work.config.merge_rule.init, leaves).memory
         kept[kind] = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(memory)) / 1e6
     seconds = interleaved(calls, repeats)
     forward = seconds.pop("evaluation of two tasks") / 2

@@ -23,7 +23,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments import flags as experiment_flags
-from pm_jax.continual import Config, Learner
+from pm_jax.continual import Config, Learner, RunOptions
 from pm_jax.continual.merging.records import PHASES
 from pm_jax.types import InvalidInput
 
@@ -153,7 +153,7 @@ def trends(rows: Sequence[dict[str, float]]) -> dict[str, Trend]:
 
 def measured(config: Config, directory: Path) -> list[dict[str, float]]:
     """The figures of each task of a run."""
-    learner = WatchedLearner(config, 0, directory, quiet=True)
+    learner = WatchedLearner(config, 0, directory, RunOptions(quiet=True))
     learner.run()
     return learner.rows
 

@@ -49,7 +49,7 @@ def adapter_forms(config: Config, shape: tuple[int, ...], repeats: int) -> dict[
     data, key = random_data(shape, config.batch_size), jax.random.key(0)
     model = config.network(10)
     params = model.init(key, jnp.zeros((1, *shape)))["params"]
-    adapters = lora.init(key, params, config.kernel_pattern(), config.lora_rank)
+    adapters = lora.init(key, params, config.kernel_pattern, config.lora_rank)
     mask = jnp.ones(10, bool)
 
     def loss(params, data):

@@ -90,7 +90,7 @@ class Workload:
         evidence = self.fisher()
         leaves = trees.select(self.params, self.run.merging)
         # Copies: the merge donates its state.
-        state = self.config.merge_rule().init(jax.tree.map(jnp.copy, leaves))
+        state = self.config.merge_rule.init(jax.tree.map(jnp.copy, leaves))
 
         def call():
             nonlocal state

@@ -24,7 +24,7 @@ from absl import app, flags
 
 from experiments import flags as experiment_flags
 from pm_jax import rules
-from pm_jax.continual import Config
+from pm_jax.continual import Config, RunOptions
 from pm_jax.continual.report.results import table
 from pm_jax.continual.run import run_seeds
 from pm_jax.types import InvalidInput
@@ -103,12 +103,12 @@ def _study(arms: dict[str, list[Config]], workdir: Path) -> None:
         for cell in grid:
             rate, epochs = cell.learning_rate, cell.epochs
             directory = folder / f"rate_{rate:g}_epochs_{epochs}"
-            found[cell] = run_seeds(cell, grid_seeds, directory, quiet=True)
+            found[cell] = run_seeds(cell, grid_seeds, directory, RunOptions(quiet=True))
             validated[f"{arm}, rate {rate:g}, {epochs} epochs"] = found[cell]
         best = max(found, key=lambda cell: found[cell]["final_average_accuracy"]["mean"])
         chosen = dataclasses.replace(best, evaluate_on="test")
         label = f"{arm} (learning_rate={best.learning_rate:g}, epochs={best.epochs})"
-        tested[label] = run_seeds(chosen, values.seeds, folder / "test", quiet=True)
+        tested[label] = run_seeds(chosen, values.seeds, folder / "test", RunOptions(quiet=True))
         coefficients.append(f"{arm}: {alphas(folder / 'test')}")
     print("Validation\n" + table(validated))
     print("\nTest, at each arm's best validation setting\n" + table(tested))

@@ -16,6 +16,7 @@ from typing import Any
 from absl import app, flags
 
 from experiments import flags as experiment_flags
+from pm_jax.continual import RunOptions
 from pm_jax.continual.run import run_seeds
 from pm_jax.types import InvalidInput
 
@@ -61,9 +62,8 @@ def main(argv: Sequence[str]) -> None:
             found = {}
             for rule in (REFERENCE, *rest):
                 config = dataclasses.replace(cell, **RULES[rule])
-                summary = run_seeds(
-                    config, values.seeds, where / rule.replace(" ", "_"), quiet=True
-                )
+                directory = where / rule.replace(" ", "_")
+                summary = run_seeds(config, values.seeds, directory, RunOptions(quiet=True))
                 found[rule] = 100 * summary["final_average_accuracy"]["mean"]
             gains = " | ".join(f"{found[rule] - found[REFERENCE]:+.1f}" for rule in rest)
             head = f"| {round(epochs * steps)} | {rate:g} | {temperature:g} "

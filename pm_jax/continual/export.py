@@ -9,6 +9,7 @@ from pm_jax import files, models
 from pm_jax.continual.learner import Learner
 from pm_jax.continual.merging.programs import partitions
 from pm_jax.continual.settings.config import Config
+from pm_jax.continual.settings.run_options import RunOptions
 from pm_jax.continual.storage import manifest
 from pm_jax.continual.storage.provenance import environment
 from pm_jax.types import InvalidInput
@@ -135,7 +136,7 @@ def write(destinations: Destinations, config: Config, seed: int, workdir: Path) 
     """
     if not (destinations.model or destinations.adapter):
         return
-    learner = Learner(config, seed, workdir / f"seed_{seed}", quiet=True)
+    learner = Learner(config, seed, workdir / f"seed_{seed}", RunOptions(quiet=True))
     start = learner.params
     merged = learner.finished_params()
     if path := destinations.model:

@@ -15,9 +15,11 @@ from pm_jax.continual.merging.merging import Merging, RunState, TrainedTask
 from pm_jax.continual.merging.programs import programs, starting_params
 from pm_jax.continual.merging.records import Records
 from pm_jax.continual.placement import feed, processes
+from pm_jax.continual.placement.devices import devices_of
 from pm_jax.continual.settings.config import Config
+from pm_jax.continual.settings.run_options import RunOptions
 from pm_jax.continual.storage import branching, task_models
-from pm_jax.continual.storage.checkpoints import KEPT, Checkpoints
+from pm_jax.continual.storage.checkpoints import Checkpoints
 from pm_jax.continual.storage.logs import RunLog
 from pm_jax.continual.storage.shared_training import SharedTraining
 from pm_jax.continual.training import hooks, task_program
@@ -33,13 +35,7 @@ class Learner:
         config: settings.
         seed: of everything random.
         directory: of checkpoints and logs; `None` to keep nothing.
-        checkpoint_every: steps between checkpoints within a task; 0 for task boundaries only.
-        keep_checkpoints: how many of the newest stay, at least 1.
-        quiet: print nothing.
-        tensorboard: write TensorBoard events into the directory.
-        keep_task_models: write what is merged into the directory too, for `experiments.merge`.
-        shared: task training in common with runs of the same training settings and seed.
-        stop: requests to end early, which `run` obeys with `Interrupted`.
+        options: what to save, show and share; `run` obeys `options.stop` with `Interrupted`.
 
     Attributes:
         stream: the tasks.
@@ -49,7 +45,7 @@ class Learner:
 
     Example:
         >>> config = Config(num_tasks=2, epochs=1, first_task_epochs=1, hidden_sizes=(8,))
-        >>> results = Learner(config, seed=0, quiet=True).run()
+        >>> results = Learner(config, seed=0, options=RunOptions(quiet=True)).run()
         >>> len(results["accuracy_matrix"]), results["merges"][0]["alpha"]
         (2, 1.0)
     """
@@ -59,24 +55,17 @@ class Learner:
         config: Config,
         seed: int,
         directory: Path | None = None,
-        *,
-        checkpoint_every: int = 0,
-        keep_checkpoints: int = KEPT,
-        quiet: bool = False,
-        tensorboard: bool = False,
-        keep_task_models: bool = False,
-        shared: SharedTraining | None = None,
-        stop: StopRequests | None = None,
+        options: RunOptions = RunOptions(),
     ):
-        self._stop = stop or StopRequests()
+        self._options = options
+        self._stop = options.stop or StopRequests()
         self.config, self.seed, self.directory = config, seed, directory
-        self._checkpoint_every, self._keep, self._quiet = checkpoint_every, keep_checkpoints, quiet
-        self._tensorboard, self._keep_task_models = tensorboard, keep_task_models
         self.stream = config.task_stream(seed)
         self._by_domain = self.stream.scenario == "domain_incremental"
-        self._rule = config.merge_rule()
+        self._rule = config.merge_rule
         alone = self._rule.takes_part_in_training or processes.several()
-        self._shared = None if alone else shared
+        shared = None if alone else options.shared
+        self._shared = SharedTraining(shared / f"seed_{seed}") if shared else None
         lessons = self.stream.together() if self._rule.tasks_at_once else self.stream
         self._programs = programs(
             config,
@@ -85,7 +74,7 @@ class Learner:
             lessons.train.positions.shape[1],
             int(lessons.class_masks.sum(axis=1).max()),
         )
-        self._devices = config.placement()
+        self._devices = devices_of(config)
         self._key = self._devices.place(jax.random.key(seed))
         self._train = feed.placed(config, lessons, lessons.train)
         self._held_out, validation = (
@@ -141,7 +130,7 @@ class Learner:
             return self._run(None)
         self.directory.mkdir(parents=True, exist_ok=True)
         folder = self.directory / "checkpoints"
-        with Checkpoints(folder, self._keep, asynchronous=True) as checkpoints:
+        with Checkpoints(folder, self._options.keep_checkpoints, asynchronous=True) as checkpoints:
             return self._run(checkpoints)
 
     def write_landscape(self, directory: Path) -> None:
@@ -183,8 +172,8 @@ class Learner:
             f"{self.config.rule}, seed {self.seed}",
             self.total_steps,
             resume_step=step,
-            quiet=self._quiet or not first,
-            tensorboard=self._tensorboard,
+            quiet=self._options.quiet or not first,
+            tensorboard=self._options.tensorboard,
         )
         try:
             for warning in warnings:
@@ -263,14 +252,14 @@ class Learner:
             blank = snapshots.blank(start)
             self._trajectory = snapshots.taken(blank, cuts, 0, start, state[0])
         pieces = task_program.segments(
-            step - begin, epochs * per_epoch, per_epoch, self._checkpoint_every, cuts
+            step - begin, epochs * per_epoch, per_epoch, self._options.checkpoint_every, cuts
         )
         for epoch, first, stop in pieces:
             state, within = self._train_piece(task, epoch, first, stop, start, state, log)
             if hooks.refreshes(self._rule.hook, within, per_epoch, epochs):
                 state = program.refresh(self._key, *state, task_array, within, *hooked)
             self._trajectory = snapshots.taken(self._trajectory, cuts, within, start, state[0])
-            due = self._checkpoint_every and within % self._checkpoint_every == 0
+            due = self._options.checkpoint_every and within % self._options.checkpoint_every == 0
             if within == epochs * per_epoch:
                 continue
             asked = self._stop.received()
@@ -332,7 +321,7 @@ class Learner:
         # The last update can be what diverges.
         last = self._bounds[task + 1] - self._bounds[task] - 1
         check_finite([loss], task, last, self.config, self.directory)
-        if self._keep_task_models and self.directory:
+        if self._options.keep_task_models and self.directory:
             pretrained = None if self.config.from_scratch else start
             whole = self._devices.whole((trained, pretrained))
             if processes.is_first():

@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pm_jax.continual.interruption import StopRequests
 from pm_jax.continual.report import comparison
 from pm_jax.continual.report.results import read_results
 from pm_jax.continual.run import run_seeds
 from pm_jax.continual.settings.config import Config
+from pm_jax.continual.settings.run_options import RunOptions
 from pm_jax.continual.storage import branching, manifest
-from pm_jax.continual.storage.checkpoints import KEPT
 from pm_jax.continual.storage.logs import check_tensorboard
 from pm_jax.continual.storage.shared_training import folder_name
 from pm_jax.continual.storage.workdir import (
@@ -33,12 +32,7 @@ def run_rules(
     base: Config,
     seeds: Sequence[int],
     workdir: Path,
-    *,
-    checkpoint_every: int = 0,
-    keep_checkpoints: int = KEPT,
-    quiet: bool = False,
-    tensorboard: bool = False,
-    stop: StopRequests | None = None,
+    options: RunOptions = RunOptions(),
 ) -> dict[str, list[dict[str, Any]]]:
     """Run each configuration for each seed; what is finished in the work directory is kept.
 
@@ -50,11 +44,7 @@ def run_rules(
         base: settings that the comparison is of; its merge rule does not matter.
         seeds: one run each.
         workdir: absent, empty, or of a comparison with the same base.
-        checkpoint_every: as for `run_seeds`.
-        keep_checkpoints: as for `run_seeds`.
-        quiet: as for `run_seeds`.
-        tensorboard: as for `run_seeds`.
-        stop: as for `run_seeds`.
+        options: as for `run_seeds`.
 
     Returns:
         For each label the contents of `results.json`, in the order of the seeds.
@@ -68,7 +58,8 @@ def run_rules(
         >>> import tempfile
         >>> base = Config(num_tasks=2, epochs=1, first_task_epochs=1, hidden_sizes=(8,))
         >>> configs = {"sequential": dataclasses.replace(base, rule="sequential")}
-        >>> results = run_rules(configs, base, [0], Path(tempfile.mkdtemp()), quiet=True)
+        >>> workdir = Path(tempfile.mkdtemp())
+        >>> results = run_rules(configs, base, [0], workdir, RunOptions(quiet=True))
         >>> results["sequential"][0]["config"]["rule"]
         'sequential'
     """
@@ -79,22 +70,14 @@ def run_rules(
     for label, config in configs.items():
         check_claim(directories[label], config)
         branching.check(config, seeds)
-    if tensorboard:
+    if options.tensorboard:
         check_tensorboard()
     claim(workdir, owner, COMPARISON_FILE)
     for label, config in configs.items():
         try:
-            run_seeds(
-                config,
-                seeds,
-                directories[label],
-                checkpoint_every=checkpoint_every,
-                keep_checkpoints=keep_checkpoints,
-                quiet=quiet,
-                tensorboard=tensorboard,
-                shared=workdir / SHARED_FOLDER / folder_name(config),
-                stop=stop,
-            )
+            shared = workdir / SHARED_FOLDER / folder_name(config)
+            own_options = dataclasses.replace(options, shared=shared)
+            run_seeds(config, seeds, directories[label], own_options)
         except TrainingDiverged as error:
             raise TrainingDiverged(f"{label}: {error}") from error
     return {

@@ -7,19 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from pm_jax import lora, trees
-from pm_jax.continual.interruption import StopRequests
 from pm_jax.continual.learner import Learner
 from pm_jax.continual.merging import landscape
 from pm_jax.continual.merging.programs import parameter_shapes, partitions
 from pm_jax.continual.merging.records import seconds_since
 from pm_jax.continual.placement import processes
+from pm_jax.continual.placement.devices import devices_of
 from pm_jax.continual.report.results import summarize_seeds
 from pm_jax.continual.settings.config import Config
+from pm_jax.continual.settings.run_options import RunOptions
 from pm_jax.continual.storage import branching, manifest
-from pm_jax.continual.storage.checkpoints import KEPT
 from pm_jax.continual.storage.logs import check_tensorboard
 from pm_jax.continual.storage.provenance import environment, provenance
-from pm_jax.continual.storage.shared_training import SharedTraining
 from pm_jax.continual.storage.workdir import (
     RESULTS_FILE,
     SUMMARY_FILE,
@@ -37,14 +36,7 @@ def run_seeds(
     config: Config,
     seeds: Sequence[int],
     workdir: Path,
-    *,
-    checkpoint_every: int = 0,
-    keep_checkpoints: int = KEPT,
-    quiet: bool = False,
-    tensorboard: bool = False,
-    keep_task_models: bool = False,
-    shared: Path | None = None,
-    stop: StopRequests | None = None,
+    options: RunOptions = RunOptions(),
 ) -> dict[str, Any]:
     """Run a configuration for some seeds, going on where an earlier call was interrupted.
 
@@ -55,13 +47,7 @@ def run_seeds(
         config: settings.
         seeds: one run each.
         workdir: absent, empty, or of the same configuration.
-        checkpoint_every: steps between checkpoints within a task; 0 for task boundaries only.
-        keep_checkpoints: how many of a seed's newest checkpoints stay, at least 1.
-        quiet: print nothing.
-        tensorboard: write TensorBoard events beside the other logs.
-        keep_task_models: write the models that are merged, in `seed_<n>/task_models`.
-        shared: folder of the task training in common with other merge rules; `None` for none.
-        stop: requests to end early.
+        options: what to save, show and share.
 
     Returns:
         The summary: `{"seeds": [...], metric: {"mean", "standard_deviation", "n"}, ...}`.
@@ -74,7 +60,7 @@ def run_seeds(
     Example:
         >>> import tempfile
         >>> config = Config(num_tasks=2, epochs=1, first_task_epochs=1, hidden_sizes=(8,))
-        >>> summary = run_seeds(config, [0], Path(tempfile.mkdtemp()), quiet=True)
+        >>> summary = run_seeds(config, [0], Path(tempfile.mkdtemp()), RunOptions(quiet=True))
         >>> summary["final_average_accuracy"]["n"]
         1
     """
@@ -86,24 +72,12 @@ def run_seeds(
             directory = workdir / f"seed_{seed}"
             if (directory / RESULTS_FILE).exists():
                 manifest.cover(directory, *FINISHED_FILES)  # killed right after they were written
-                if not quiet and processes.is_first():
+                if not options.quiet and processes.is_first():
                     print(f"seed {seed}: already finished, see {directory / RESULTS_FILE}",
                           flush=True)  # fmt: skip
                 continue
             clock = time.perf_counter()
-            learner = Learner(
-                config,
-                seed,
-                directory,
-                checkpoint_every=checkpoint_every,
-                keep_checkpoints=keep_checkpoints,
-                quiet=quiet,
-                tensorboard=tensorboard,
-                keep_task_models=keep_task_models,
-                shared=SharedTraining(shared / f"seed_{seed}") if shared else None,
-                stop=stop,
-            )
-            _run_seed(learner, directory, clock)
+            _run_seed(Learner(config, seed, directory, options), directory, clock)
         processes.wait_for_all("finished")
         summary = summarize_seeds(workdir)
         with manifest.covering(workdir, SUMMARY_FILE):
@@ -143,13 +117,7 @@ def run_with_baseline(
     baseline: Config | None,
     seeds: Sequence[int],
     workdir: Path,
-    *,
-    checkpoint_every: int = 0,
-    keep_checkpoints: int = KEPT,
-    quiet: bool = False,
-    tensorboard: bool = False,
-    keep_task_models: bool = False,
-    stop: StopRequests | None = None,
+    options: RunOptions = RunOptions(),
 ) -> dict[str, dict[str, Any]]:
     """A configuration and, in `workdir/baseline`, another one to compare it with.
 
@@ -160,12 +128,7 @@ def run_with_baseline(
         baseline: settings of the second run, or `None`.
         seeds: one run each.
         workdir: as for `run_seeds`.
-        checkpoint_every: as for `run_seeds`.
-        keep_checkpoints: as for `run_seeds`.
-        quiet: as for `run_seeds`.
-        tensorboard: as for `run_seeds`.
-        keep_task_models: as for `run_seeds`.
-        stop: as for `run_seeds`.
+        options: what to save, show and share.
 
     Returns:
         `{label: summary}`, the label being the rule's name and what the baseline has of its own.
@@ -178,7 +141,8 @@ def run_with_baseline(
     Example:
         >>> import tempfile
         >>> config = Config(num_tasks=2, epochs=1, first_task_epochs=1, hidden_sizes=(8,))
-        >>> list(run_with_baseline(config, None, [0], Path(tempfile.mkdtemp()), quiet=True))
+        >>> options = RunOptions(quiet=True)
+        >>> list(run_with_baseline(config, None, [0], Path(tempfile.mkdtemp()), options))
         ['perturb_and_merge']
     """
     runs = {config.rule: (workdir, config)}
@@ -195,20 +159,10 @@ def run_with_baseline(
     for directory, settings in runs.values():
         check_claim(directory, settings)
         branching.check(settings, seeds)
-    if tensorboard:
+    if options.tensorboard:
         check_tensorboard()
     return {
-        label: run_seeds(
-            settings,
-            seeds,
-            directory,
-            checkpoint_every=checkpoint_every,
-            keep_checkpoints=keep_checkpoints,
-            quiet=quiet,
-            tensorboard=tensorboard,
-            keep_task_models=keep_task_models,
-            stop=stop,
-        )
+        label: run_seeds(settings, seeds, directory, options)
         for label, (directory, settings) in runs.items()
     }
 
@@ -230,7 +184,7 @@ def describe(config: Config, seed: int = 0) -> str:
         >>> "merging parameters: 84042 of 84042" not in describe(Config(hidden_sizes=(8,)))
         True
     """
-    config.placement()
+    devices_of(config)
     stream = config.task_stream(seed)
     shapes = parameter_shapes(config, stream.num_classes, stream.inputs.shape[1:])
     first, later = partitions(config, shapes)
@@ -256,5 +210,5 @@ def describe(config: Config, seed: int = 0) -> str:
         f"merging: {size(later.merging)}",
     ]
     if later.adapted:
-        lines += [f"adapted by {config.kernel_pattern()!r}:", *(f"  {p}" for p in later.adapted)]
+        lines += [f"adapted by {config.kernel_pattern!r}:", *(f"  {p}" for p in later.adapted)]
     return "\n".join(lines)

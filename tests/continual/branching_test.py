@@ -5,12 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from pm_jax.continual import Learner
+from pm_jax.continual import Learner, RunOptions
 from pm_jax.continual.report.results import read_results
 from pm_jax.continual.run import run_seeds
 from pm_jax.continual.storage import task_models
 from pm_jax.types import InvalidInput
-from tests.small_runs import BY_CLASS, SMALL, VIT, comparable
+from tests.small_runs import BY_CLASS, QUIET, SMALL, VIT, comparable
 
 KINDS = {"domain": SMALL, "class": BY_CLASS, "lora": VIT}
 
@@ -20,7 +20,7 @@ def source(request, tmp_path_factory):
     """A finished run with the models of its tasks."""
     workdir = tmp_path_factory.mktemp(request.param)
     config = KINDS[request.param]
-    run_seeds(config, [0], workdir, quiet=True, keep_task_models=True)
+    run_seeds(config, [0], workdir, RunOptions(quiet=True, keep_task_models=True))
     return config, workdir
 
 
@@ -38,7 +38,7 @@ def test_a_branch_of_the_same_settings_is_the_same_run(source, tmp_path, monkeyp
             self, task, *x
         )
     )  # fmt: skip
-    run_seeds(branched(config, workdir), [0], tmp_path, quiet=True)
+    run_seeds(branched(config, workdir), [0], tmp_path, QUIET)
     assert trained == [config.num_tasks - 1]
     wanted, found = (read_results(d / "seed_0" / "results.json") for d in (workdir, tmp_path))
     assert found["config"]["branch_from"] == str(workdir) and found["config"]["from_task"] > 0
@@ -50,7 +50,7 @@ def test_a_branch_of_the_same_settings_is_the_same_run(source, tmp_path, monkeyp
 def test_another_rule_merges_the_same_models_anew(source, tmp_path):
     config, workdir = source
     branch = branched(config, workdir, rule="averaging", perturbation="none")
-    learner = Learner(branch, 0, quiet=True)
+    learner = Learner(branch, 0, options=QUIET)
     merges = []
     merge = learner._merging.merge
     learner._merging.merge = lambda task, state, found, records: (
@@ -96,7 +96,7 @@ def test_what_cannot_be_branched_is_refused_before_anything_is_written(source, t
     for message, changes in cases.items():
         with pytest.raises(InvalidInput, match=f"^{message}"):
             given = {"from_task": config.num_tasks - 1, "branch_from": str(workdir), **changes}
-            run_seeds(dataclasses.replace(config, **given), [0], tmp_path / "run", quiet=True)
+            run_seeds(dataclasses.replace(config, **given), [0], tmp_path / "run", QUIET)
     with pytest.raises(InvalidInput, match="seed_1 in .* has no model of task 1"):
-        run_seeds(branched(config, workdir), [1], tmp_path / "run", quiet=True)
+        run_seeds(branched(config, workdir), [1], tmp_path / "run", QUIET)
     assert not (tmp_path / "run").exists()

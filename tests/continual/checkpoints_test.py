@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pm_jax.continual import Learner, interruption
+from pm_jax.continual import Learner, RunOptions, interruption
 from pm_jax.continual.interruption import Interrupted, StopRequests
 from pm_jax.continual.storage import manifest
 from pm_jax.continual.storage.checkpoints import Checkpoints
 from pm_jax.types import InvalidInput
 from tests.continual.stop_requests_test import asked_to_end
-from tests.small_runs import SMALL, comparable, leaves_equal
+from tests.small_runs import QUIET, SMALL, comparable, leaves_equal
 
 TREE = {"w": jnp.arange(3.0)}
 
@@ -86,10 +86,9 @@ def test_as_many_are_kept_as_asked_for(keep, tmp_path):
     assert covered_steps(tmp_path) == steps_in(tmp_path) == list(range(5 - keep, 5))
 
 
-def test_none_kept_is_refused_before_anything_is_made(tmp_path):
+def test_none_kept_is_refused_before_anything_is_made():
     with pytest.raises(InvalidInput, match="keep_checkpoints=0: must be at least 1"):
-        Checkpoints(tmp_path / "checkpoints", keep=0)
-    assert not list(tmp_path.iterdir())
+        RunOptions(keep_checkpoints=0)
 
 
 @contextlib.contextmanager
@@ -132,9 +131,9 @@ def test_a_failure_of_the_last_save_is_raised_at_the_end(asynchronous, tmp_path)
 
 
 def test_a_run_whose_save_fails_ends_and_goes_on_once_there_is_room(tmp_path):
-    straight = Learner(SMALL, 0, quiet=True)
+    straight = Learner(SMALL, 0, options=QUIET)
     wanted = straight.run()
-    learner = Learner(SMALL, 0, tmp_path, checkpoint_every=10, quiet=True)
+    learner = Learner(SMALL, 0, tmp_path, RunOptions(checkpoint_every=10, quiet=True))
     merge, merged = learner._merging.merge, []
 
     def failing_save(*arguments):
@@ -151,7 +150,9 @@ def test_a_run_whose_save_fails_ends_and_goes_on_once_there_is_room(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert caught.value.errno == errno.EFBIG
-    again = Learner(SMALL, 0, tmp_path, checkpoint_every=10, keep_checkpoints=1, quiet=True)
+    again = Learner(
+        SMALL, 0, tmp_path, RunOptions(checkpoint_every=10, keep_checkpoints=1, quiet=True)
+    )
     assert comparable(again.run()) == comparable(wanted)
     assert leaves_equal(again.params, straight.params)
     assert covered_steps(tmp_path / "checkpoints") == [straight.total_steps]
@@ -160,6 +161,6 @@ def test_a_run_whose_save_fails_ends_and_goes_on_once_there_is_room(tmp_path):
 def test_a_request_to_end_waits_for_the_save(tmp_path, monkeypatch):
     monkeypatch.setattr(interruption, "SECONDS", 0.0)  # one step at a time
     with StopRequests() as stop, pytest.raises(Interrupted) as caught:
-        asked_to_end(Learner(SMALL, 0, tmp_path, quiet=True, stop=stop), 3).run()
+        asked_to_end(Learner(SMALL, 0, tmp_path, RunOptions(quiet=True, stop=stop)), 3).run()
     assert caught.value.signal_number == signal.SIGTERM
     assert covered_steps(tmp_path / "checkpoints") == [3]

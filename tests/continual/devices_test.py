@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pm_jax import curvature
-from pm_jax.continual import Learner
+from pm_jax.continual import Learner, RunOptions
 from pm_jax.continual.merging.programs import starting_params
 from pm_jax.continual.placement.devices import Devices
 from pm_jax.continual.placement.feed import HostData
@@ -18,7 +18,7 @@ from pm_jax.continual.storage.checkpoints import Checkpoints
 from pm_jax.continual.training.task_program import Segment
 from pm_jax.curvature import measures
 from pm_jax.types import Batch
-from tests.small_runs import BY_CLASS, SMALL, VIT, Killed
+from tests.small_runs import BY_CLASS, QUIET, SMALL, VIT, Killed
 
 MESHES = {"two": (2, 1), "eight": (8, 1), "divided": (8, 4)}
 """Devices, and how many of them hold one copy of the parameters."""
@@ -37,7 +37,7 @@ def on(config, mesh):
 
 def one_of_each(config):
     """Gradients of a step, curvature, and scores, from the same parameters and data."""
-    learner, task = Learner(config, 0, quiet=True), np.asarray(1, np.int32)
+    learner, task = Learner(config, 0, options=QUIET), np.asarray(1, np.int32)
     run, key, data = learner._programs, learner._key, learner._train
     # Of another seed, so that adapters have a task vector to be perturbed along and merged.
     other = learner._devices.place(starting_params(config, run.init(jax.random.key(1))))
@@ -78,9 +78,9 @@ def examples_right(results, stream):
 
 
 def test_a_whole_stream_ends_alike_and_is_compiled_once():
-    straight = Learner(BY_CLASS, 0, quiet=True)
+    straight = Learner(BY_CLASS, 0, options=QUIET)
     wanted = examples_right(straight.run(), straight.stream)
-    divided = Learner(on(BY_CLASS, "divided"), 0, quiet=True)
+    divided = Learner(on(BY_CLASS, "divided"), 0, options=QUIET)
     found = examples_right(divided.run(), divided.stream)
     seen = np.tril(np.ones_like(wanted)) > 0
     assert np.abs(found - wanted)[seen].max() <= 2
@@ -97,7 +97,7 @@ def test_a_whole_stream_ends_alike_and_is_compiled_once():
 
 
 def test_a_checkpoint_goes_from_eight_devices_to_one_to_two_and_back(tmp_path, monkeypatch):
-    straight = Learner(SMALL, 0, quiet=True)
+    straight = Learner(SMALL, 0, options=QUIET)
     wanted = examples_right(straight.run(), straight.stream)
     save, restore, saved = Checkpoints.save, Checkpoints.restore, {}
     ends_at_a_task = {"divided": False, "one": True, "two": False, "eight": None}
@@ -120,7 +120,7 @@ def test_a_checkpoint_goes_from_eight_devices_to_one_to_two_and_back(tmp_path, m
     monkeypatch.setattr(Checkpoints, "restore", checked_restore)
     for mesh in ("divided", "one", "two", "eight"):
         config = on(SMALL, mesh)
-        learner = Learner(config, 0, tmp_path, checkpoint_every=5, quiet=True)
+        learner = Learner(config, 0, tmp_path, RunOptions(checkpoint_every=5, quiet=True))
         with contextlib.nullcontext() if mesh == "eight" else pytest.raises(Killed):
             results = learner.run()
     seen = np.tril(np.ones_like(wanted)) > 0
@@ -128,12 +128,12 @@ def test_a_checkpoint_goes_from_eight_devices_to_one_to_two_and_back(tmp_path, m
 
 
 def test_streamed_inputs_are_divided_as_resident_ones(monkeypatch):
-    resident = Learner(on(BY_CLASS, "divided"), 0, quiet=True)
+    resident = Learner(on(BY_CLASS, "divided"), 0, options=QUIET)
     wanted = resident.run()
     config = dataclasses.replace(
         on(BY_CLASS, "divided"), resident_mb=0.012
     )  # windows of several steps
-    streamed = Learner(config, 0, quiet=True)
+    streamed = Learner(config, 0, options=QUIET)
     assert isinstance(streamed._train, HostData)
     found = streamed.run()
     for name in ("accuracy_matrix", "merges"):

@@ -9,12 +9,12 @@ import pytest
 from pm_jax import curvature, losses, trees
 from pm_jax.continual import Learner
 from pm_jax.continual.merging.evaluation import mean_loss_fn, scores_fn
-from pm_jax.continual.settings.purpose_keys import CURVATURE, purpose_key
 from pm_jax.continual.training import task_program
+from pm_jax.continual.training.purpose_keys import CURVATURE, purpose_key
 from pm_jax.curvature import kronecker, low_rank, measures
 from pm_jax.curvature.dense_layers import kernel_paths
 from pm_jax.types import Batch
-from tests.small_runs import BY_CLASS, SMALL, VIT
+from tests.small_runs import BY_CLASS, QUIET, SMALL, VIT
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_evidence_is_the_curvature_of_the_tasks_own_loss_over_dense_weights(conf
     if config.curvature != "exact_current":
         config = dataclasses.replace(config, curvature="fisher_empirical")
     config = dataclasses.replace(config, curvature_memory_mb=0.05, curvature_samples=0)
-    learner = Learner(config, seed=0, quiet=True)
+    learner = Learner(config, seed=0, options=QUIET)
     run, stream = learner._programs, learner.stream
     previous = learner.params
     trained = jax.tree.map(lambda x: x + 0.01 * jnp.ones_like(x), previous)
@@ -78,7 +78,7 @@ def test_evidence_of_correlated_curvature_is_that_of_the_tasks_own_loss(config, 
         curvature_rank=3,
         curvature_samples=0,
     )
-    learner = Learner(config, seed=0, quiet=True)
+    learner = Learner(config, seed=0, options=QUIET)
     run, stream, task = learner._programs, learner.stream, 1
     trained = jax.tree.map(lambda x: x + 0.01, learner.params)
     number = np.asarray(task, np.int32)
@@ -115,7 +115,7 @@ def test_curvature_is_measured_on_as_many_examples_as_an_error_asks_for():
     base = dataclasses.replace(SMALL, curvature="fisher_empirical", curvature_memory_mb=0.05)
 
     def measured(error, still=False):
-        learner = Learner(dataclasses.replace(base, curvature_error=error), seed=0, quiet=True)
+        learner = Learner(dataclasses.replace(base, curvature_error=error), seed=0, options=QUIET)
         step = 0.0 if still else 0.01
         trained = jax.tree.map(lambda x: x + step, learner.params)
         task = np.asarray(1, np.int32)
@@ -140,7 +140,7 @@ def test_curvature_is_measured_on_as_many_examples_as_an_error_asks_for():
 
 
 def test_scores_do_not_depend_on_the_batch_size_and_count_every_example():
-    learner = Learner(BY_CLASS, seed=0, quiet=True)
+    learner = Learner(BY_CLASS, seed=0, options=QUIET)
     model, stream = BY_CLASS.network(10), learner.stream
     seen = stream.class_masks[:2].any(axis=0)
 
@@ -167,7 +167,7 @@ def test_scores_do_not_depend_on_the_batch_size_and_count_every_example():
 
 
 def test_mean_loss_does_not_depend_on_the_batch_size():
-    learner = Learner(BY_CLASS, seed=0, quiet=True)
+    learner = Learner(BY_CLASS, seed=0, options=QUIET)
     model = BY_CLASS.network(10)
     found = [
         float(mean_loss_fn(model, size)(learner.params, learner._train, np.asarray(1, np.int32)))

@@ -17,7 +17,7 @@ from pm_jax.types import InvalidInput
 from pm_jax.weights import pretrained
 from tests.binaries import call, refused
 from tests.experiments.train_test import results
-from tests.small_runs import leaves_equal
+from tests.small_runs import QUIET, leaves_equal
 
 DIGITS = [
     *("--rule=averaging", "--scenario=class_incremental", "--num_tasks=2", "--epochs=1"),
@@ -56,7 +56,7 @@ def config_of(folder):
 
 
 def merged_params(folder):
-    return Learner(config_of(folder), 0, folder / "run" / "seed_0", quiet=True).finished_params()
+    return Learner(config_of(folder), 0, folder / "run" / "seed_0", QUIET).finished_params()
 
 
 def test_the_merged_model_comes_back_with_the_accuracy_of_the_run(finished):

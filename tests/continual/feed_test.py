@@ -5,12 +5,13 @@ import jax
 import numpy as np
 import pytest
 
-from pm_jax.continual import Learner
+from pm_jax.continual import Learner, RunOptions
 from pm_jax.continual.placement import feed
 from pm_jax.continual.placement.feed import HostData
 from pm_jax.types import InvalidInput
 from tests.small_runs import (
     BY_CLASS,
+    QUIET,
     VIT,
     comparable,
     different_programs,
@@ -29,11 +30,11 @@ AUGMENTED = dataclasses.replace(
 @different_programs
 @pytest.mark.parametrize("config", [AUGMENTED, VIT], ids=["augmented", "lora"])
 def test_a_streamed_run_has_the_numbers_of_a_resident_one(config):
-    resident = Learner(config, 0, checkpoint_every=5, quiet=True)
+    resident = Learner(config, 0, options=RunOptions(checkpoint_every=5, quiet=True))
     wanted = resident.run()
     forget_programs()
     small = dataclasses.replace(config, resident_mb=BUDGET_MB)
-    streamed = Learner(small, 0, checkpoint_every=5, quiet=True)
+    streamed = Learner(small, 0, options=RunOptions(checkpoint_every=5, quiet=True))
     assert isinstance(streamed._train, HostData)
     assert comparable(streamed.run()) == comparable(wanted)
     assert leaves_equal(streamed.params, resident.params)
@@ -92,4 +93,4 @@ def test_without_the_loader_a_budget_that_is_too_small_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "grain", None)
     config = dataclasses.replace(BY_CLASS, resident_mb=BUDGET_MB)
     with pytest.raises(InvalidInput, match=r"resident_mb=0\.025: .*pip install 'pm_jax\[stream"):
-        Learner(config, 0, quiet=True)
+        Learner(config, 0, options=QUIET)

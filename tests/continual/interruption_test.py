@@ -7,13 +7,13 @@ import shutil
 import jax.numpy as jnp
 import pytest
 
-from pm_jax.continual import Learner, TrainingDiverged
+from pm_jax.continual import Learner, RunOptions, TrainingDiverged
 from pm_jax.continual import learner as learner_module
 from pm_jax.continual.storage import manifest
 from pm_jax.continual.storage.checkpoints import Checkpoints
 from pm_jax.continual.storage.logs import RunLog
 from pm_jax.types import InvalidInput
-from tests.small_runs import SMALL, VIT, Killed, comparable, forget_programs, leaves_equal
+from tests.small_runs import QUIET, SMALL, VIT, Killed, comparable, forget_programs, leaves_equal
 
 AUGMENTED = dataclasses.replace(SMALL, accumulation_steps=3, augmentation="crop_flip")
 
@@ -23,7 +23,7 @@ def test_a_run_killed_within_and_between_tasks_ends_with_the_same_numbers(
     config, tmp_path, monkeypatch
 ):
     forget_programs()
-    straight = Learner(config, 0, tmp_path / "straight", checkpoint_every=7, quiet=True)
+    straight = Learner(config, 0, tmp_path / "straight", RunOptions(checkpoint_every=7, quiet=True))
     wanted = straight.run()
     assert straight._programs.later.train._cache_size() == 1
     saves = learner_module.Checkpoints.save
@@ -37,7 +37,9 @@ def test_a_run_killed_within_and_between_tasks_ends_with_the_same_numbers(
 
     monkeypatch.setattr(learner_module.Checkpoints, "save", dying_save)
     for _ in range(200):
-        learner = Learner(config, 0, tmp_path / "killed", checkpoint_every=7, quiet=True)
+        learner = Learner(
+            config, 0, tmp_path / "killed", RunOptions(checkpoint_every=7, quiet=True)
+        )
         try:
             results = learner.run()
             break
@@ -67,7 +69,7 @@ EVERY = 20
 
 
 def learner_of(directory):
-    return Learner(SMALL, 0, directory, checkpoint_every=EVERY)
+    return Learner(SMALL, 0, directory, RunOptions(checkpoint_every=EVERY))
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +236,7 @@ def test_the_manifest_of_checkpoints_speaks_of_those_that_are_kept(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
     tmp_path, monkeypatch
 ):
-    learner = Learner(SMALL, 0, tmp_path, quiet=True)
+    learner = Learner(SMALL, 0, tmp_path, QUIET)
     train = learner._programs.later.train
 
     def poisoned(key, trainable, optimizer, start, data, piece):
@@ -254,4 +256,4 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 def test_a_real_divergence_is_caught():
     config = dataclasses.replace(SMALL, optimizer="sgd", learning_rate=1e18)
     with pytest.raises(TrainingDiverged, match="task 1, step"):
-        Learner(config, 0, quiet=True).run()
+        Learner(config, 0, options=QUIET).run()

@@ -9,14 +9,14 @@ from pm_jax import trees
 from pm_jax.continual import Learner
 from pm_jax.continual.merging import landscape
 from pm_jax.continual.run import run_seeds
-from tests.small_runs import BY_CLASS, comparable, forget_programs, straight_and_killed
+from tests.small_runs import BY_CLASS, QUIET, comparable, forget_programs, straight_and_killed
 
 PLANE = dataclasses.replace(BY_CLASS, rule="averaging", perturbation="none", plane_points=3)
 CONFIG = dataclasses.replace(BY_CLASS, rule="averaging", perturbation="none", landscape_points=5)
 
 
 def test_points_are_scored_on_validation_data_and_the_regret_is_to_the_best_of_them(tmp_path):
-    learner = Learner(CONFIG, seed=0, quiet=True)
+    learner = Learner(CONFIG, seed=0, options=QUIET)
     merges, merge_task = [], learner._merge
 
     def watched(task, start, trained):
@@ -67,7 +67,7 @@ def test_points_are_scored_on_validation_data_and_the_regret_is_to_the_best_of_t
 
 
 def test_plane_goes_through_the_models_of_the_last_two_merges(tmp_path):
-    learner = Learner(PLANE, seed=0, quiet=True)
+    learner = Learner(PLANE, seed=0, options=QUIET)
     merges, merge_task = [], learner._merge
 
     def watched(task, start, trained):
@@ -113,11 +113,11 @@ def test_coordinates_of_a_model_off_the_plane():
 def test_looking_changes_nothing_and_compiles_once(tmp_path):
     forget_programs()
     plain = dataclasses.replace(CONFIG, landscape_points=0)
-    summary = run_seeds(plain, [0], tmp_path / "plain", quiet=True)
+    summary = run_seeds(plain, [0], tmp_path / "plain", QUIET)
     assert np.isnan(summary["mean_regret_loss"]["mean"])
     assert not (tmp_path / "plain" / "seed_0" / "landscape.npz").exists()
-    before = Learner(plain, seed=0, quiet=True).run()
-    learner = Learner(CONFIG, seed=0, quiet=True)
+    before = Learner(plain, seed=0, options=QUIET).run()
+    learner = Learner(CONFIG, seed=0, options=QUIET)
     looked = learner.run()
     np.testing.assert_array_equal(looked["accuracy_matrix"], before["accuracy_matrix"])
     assert learner._programs.scores.resident._cache_size() == 2  # of two splits

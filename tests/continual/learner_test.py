@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 
 from pm_jax import rules, trees
-from pm_jax.continual import Config, Learner
+from pm_jax.continual import Config, Learner, RunOptions
 from pm_jax.continual.merging import trust
 from pm_jax.continual.run import describe
 from pm_jax.continual.training.partition import partition
 from pm_jax.types import InvalidInput
 from pm_jax.weights import pretrained
-from tests.small_runs import BY_CLASS, SMALL, VIT, comparable, forget_programs, leaves_equal
+from tests.small_runs import BY_CLASS, QUIET, SMALL, VIT, comparable, forget_programs, leaves_equal
 
 
 @pytest.mark.parametrize("config", [SMALL, BY_CLASS, VIT], ids=["domain", "class", "lora"])
 def test_every_function_compiles_once_for_the_whole_stream(config):
     forget_programs()
-    learner = Learner(config, seed=3, quiet=True, checkpoint_every=2)
+    learner = Learner(config, seed=3, options=RunOptions(quiet=True, checkpoint_every=2))
     assert len(set(learner.stream.train.sizes.tolist())) > 1 or config is not BY_CLASS
     learner.run()
     run = learner._programs
@@ -32,7 +32,7 @@ def test_every_function_compiles_once_for_the_whole_stream(config):
 
 def test_seeds_share_the_compiled_functions():
     forget_programs()
-    first, second = (Learner(SMALL, seed, quiet=True) for seed in (0, 1))
+    first, second = (Learner(SMALL, seed, options=QUIET) for seed in (0, 1))
     first.run()
     second.run()
     assert first._programs is second._programs
@@ -41,7 +41,7 @@ def test_seeds_share_the_compiled_functions():
 
 
 def test_head_columns_of_other_tasks_and_frozen_weights_do_not_move():
-    learner = Learner(VIT, seed=0, quiet=True)
+    learner = Learner(VIT, seed=0, options=QUIET)
     initial = jax.tree.map(np.asarray, learner.params)
     first_mask, second_mask = learner.stream.class_masks
     snapshots = []
@@ -72,14 +72,14 @@ def test_head_columns_of_other_tasks_and_frozen_weights_do_not_move():
 
 
 def test_domain_incremental_head_merges_and_class_incremental_head_does_not():
-    params = Learner(SMALL, seed=0, quiet=True).params
+    params = Learner(SMALL, seed=0, options=QUIET).params
     assert "head/kernel" in partition(params, class_incremental=False).merging
     by_class = partition(params, class_incremental=True)
     assert "head/kernel" in by_class.head and "head/kernel" not in by_class.merging
 
 
 def test_first_task_of_a_run_from_scratch_is_the_origin_and_later_merges_are_convex():
-    results = Learner(SMALL, seed=0, quiet=True).run()
+    results = Learner(SMALL, seed=0, options=QUIET).run()
     first, *later = results["merges"]
     assert first["alpha"] == 1.0 and first["predicted_loss_change"] == 0.0
     assert first["actual_loss_change"] == 0.0 and first["standard_error"] == 0.0
@@ -89,13 +89,13 @@ def test_first_task_of_a_run_from_scratch_is_the_origin_and_later_merges_are_con
 
 
 def test_with_the_identity_for_curvature_merging_is_averaging():
-    results = Learner(dataclasses.replace(SMALL, curvature="identity"), seed=0, quiet=True).run()
+    results = Learner(dataclasses.replace(SMALL, curvature="identity"), seed=0, options=QUIET).run()
     alphas = [merge["alpha"] for merge in results["merges"]]
     np.testing.assert_allclose(alphas, [1 / t for t in range(1, len(alphas) + 1)], rtol=1e-5)
 
 
 def test_class_incremental_matrix_has_no_figures_for_classes_not_seen():
-    results = Learner(BY_CLASS, seed=0, quiet=True).run()
+    results = Learner(BY_CLASS, seed=0, options=QUIET).run()
     matrix = np.asarray(results["accuracy_matrix"])
     assert np.isnan(matrix[np.triu_indices(3, 1)]).all()
     assert np.isfinite(matrix[np.tril_indices(3)]).all()
@@ -105,7 +105,7 @@ def test_class_incremental_matrix_has_no_figures_for_classes_not_seen():
 
 
 def test_same_seed_same_numbers_other_seed_other_numbers():
-    one, two, other = (Learner(SMALL, s, quiet=True).run() for s in (0, 0, 1))
+    one, two, other = (Learner(SMALL, s, options=QUIET).run() for s in (0, 0, 1))
     assert comparable(one) == comparable(two) != comparable(other)
 
 
@@ -139,13 +139,13 @@ def test_same_seed_same_numbers_other_seed_other_numbers():
 )
 def test_other_settings_run_and_learn(change):
     config = dataclasses.replace(SMALL, **change, epochs=2, first_task_epochs=4)
-    results = Learner(config, seed=0, quiet=True).run()
+    results = Learner(config, seed=0, options=QUIET).run()
     assert results["accuracy_matrix"][0][0] > 0.5  # chance is 10 to 33 %
     assert all(0 <= merge["alpha"] <= 1 for merge in results["merges"])
 
 
 def test_computation_in_bfloat16_keeps_float32_parameters_and_curvature():
-    learner = Learner(dataclasses.replace(SMALL, compute_dtype="bfloat16"), seed=0, quiet=True)
+    learner = Learner(dataclasses.replace(SMALL, compute_dtype="bfloat16"), seed=0, options=QUIET)
     logits = learner.config.network(10).apply({"params": learner.params}, jnp.ones((1, 8, 8, 1)))
     assert logits.dtype == jnp.bfloat16
     learner.run()
@@ -171,18 +171,18 @@ def test_a_rule_that_merges_for_inference_only_keeps_training_from_the_trained_m
         learner.run()
         return trained[name]
 
-    sequential = Learner(dataclasses.replace(plain, rule="sequential"), 0, quiet=True)
+    sequential = Learner(dataclasses.replace(plain, rule="sequential"), 0, options=QUIET)
     wanted = models_of(sequential, "sequential")
     rule = rules.averaging()._replace(next_task_from="trained")
     monkeypatch.setattr(Config, "merge_rule", lambda self: rule)
     forget_programs()
     config = dataclasses.replace(plain, rule="averaging")
-    learner = Learner(config, 0, tmp_path, quiet=True)
+    learner = Learner(config, 0, tmp_path, QUIET)
     for got, want in zip(models_of(learner, "inference"), wanted, strict=True):
         assert leaves_equal(got, want)
     assert not leaves_equal(learner.params, wanted[-1])
     merged = learner.params
-    again = Learner(config, 0, tmp_path, quiet=True)
+    again = Learner(config, 0, tmp_path, QUIET)
     again.run()  # restored from the last checkpoint
     assert leaves_equal(again.params, merged) and leaves_equal(
         again._state.start, learner._state.start
@@ -200,7 +200,7 @@ def test_a_run_from_pretrained_weights_starts_from_them_and_keeps_the_learned_he
               if line.startswith("training in")]  # fmt: skip
     assert trains == ["298", "298"]  # two adapters of 16 x 2 twice, and a head of 16 x 10 + 10
     forget_programs()
-    learner = Learner(config, seed=0, quiet=True)
+    learner = Learner(config, seed=0, options=QUIET)
     body = tuple(p for p in trees.leaves_by_path(learner.params) if not p.startswith("head/"))
     theta_0 = trees.select(start, body)
     assert leaves_equal(trees.select(learner.params, body), theta_0)

@@ -17,7 +17,7 @@ from pm_jax.continual.merging import trust
 from pm_jax.continual.report import figures, report
 from pm_jax.continual.run import run_seeds, run_with_baseline
 from tests.binaries import call, refused
-from tests.small_runs import SMALL
+from tests.small_runs import QUIET, SMALL
 
 pytest.importorskip("matplotlib")
 ROOT = pathlib.Path(__file__).parents[2]
@@ -30,7 +30,7 @@ def full(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("full")
     config = dataclasses.replace(SMALL, landscape_points=5, plane_points=3)
     baseline = dataclasses.replace(config, rule="averaging", landscape_points=0, plane_points=0)
-    run_with_baseline(config, baseline, [0, 1], workdir, quiet=True)
+    run_with_baseline(config, baseline, [0, 1], workdir, QUIET)
     assert report.write_report(workdir) == workdir / "report.html"
     return workdir
 
@@ -39,7 +39,7 @@ def full(tmp_path_factory):
 def finished(tmp_path_factory):
     """One seed without landscapes."""
     workdir = tmp_path_factory.mktemp("plain")
-    run_seeds(SMALL, [3], workdir, quiet=True)
+    run_seeds(SMALL, [3], workdir, QUIET)
     return workdir
 
 

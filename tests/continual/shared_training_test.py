@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from pm_jax import rules
-from pm_jax.continual import Learner
+from pm_jax.continual import Learner, RunOptions
 from pm_jax.continual import learner as learner_module
 from pm_jax.continual.storage.shared_training import SharedTraining
 from pm_jax.types import InvalidInput
-from tests.small_runs import BY_CLASS, SMALL, comparable, forget_programs, leaves_equal
+from tests.small_runs import BY_CLASS, QUIET, SMALL, comparable, forget_programs, leaves_equal
 
 LORA = dataclasses.replace(BY_CLASS, adapter="lora", lora_rank=2)
 
@@ -48,7 +48,7 @@ def log_of(directory):
 def test_rules_that_share_training_give_the_numbers_of_runs_that_do_not(
     config, inference_only, trained_tasks, tmp_path
 ):
-    shared = SharedTraining(tmp_path / "shared")
+    options = RunOptions(quiet=True, shared=tmp_path / "shared")
     tasks = config.num_tasks
     # From scratch the first merge changes nothing, so every rule starts two tasks alike.
     expected = {
@@ -58,10 +58,10 @@ def test_rules_that_share_training_give_the_numbers_of_runs_that_do_not(
     }
     for rule, trained in expected.items():
         own = dataclasses.replace(config, rule=rule)
-        alone = Learner(own, 0, tmp_path / rule / "alone", quiet=True)
+        alone = Learner(own, 0, tmp_path / rule / "alone", QUIET)
         wanted = alone.run()
         trained_tasks.clear()
-        together = Learner(own, 0, tmp_path / rule / "together", quiet=True, shared=shared)
+        together = Learner(own, 0, tmp_path / rule / "together", options)
         found = together.run()
         assert trained_tasks == trained
         assert comparable(found) == comparable(wanted)
@@ -73,12 +73,12 @@ def test_rules_that_share_training_give_the_numbers_of_runs_that_do_not(
 def test_a_trajectory_begun_by_one_rule_is_continued_by_another(
     inference_only, trained_tasks, tmp_path
 ):
-    shared = SharedTraining(tmp_path)
+    options = RunOptions(quiet=True, shared=tmp_path)
     for rule, trained in (("perturb_and_merge", [0, 1, 2]), ("sequential", [2])):
         trained_tasks.clear()
-        Learner(dataclasses.replace(SMALL, rule=rule), 0, quiet=True, shared=shared).run()
+        Learner(dataclasses.replace(SMALL, rule=rule), 0, options=options).run()
         assert trained_tasks == trained
-    assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == [
+    assert sorted(path.name for path in (tmp_path / "seed_0").glob("*.safetensors")) == [
         f"task_{task}.safetensors" for task in (1, 2, 3)
     ]
 
@@ -88,11 +88,10 @@ def test_a_training_killed_on_its_way_is_shared_whole_when_it_is_finished(
 ):
     saves = learner_module.Checkpoints.save
     sequential = dataclasses.replace(SMALL, rule="sequential")
-    shared = SharedTraining(tmp_path / "shared")
+    options = RunOptions(checkpoint_every=5, quiet=True, shared=tmp_path / "shared")
 
     def learner(config, name):
-        directory = tmp_path / name
-        return Learner(config, 0, directory, checkpoint_every=5, quiet=True, shared=shared)
+        return Learner(config, 0, tmp_path / name, options)
 
     def dying_save(self, step, tree):
         saves(self, step, tree)

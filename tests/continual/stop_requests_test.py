@@ -5,11 +5,11 @@ import signal
 
 import pytest
 
-from pm_jax.continual import Learner, interruption
+from pm_jax.continual import Learner, RunOptions, interruption
 from pm_jax.continual import learner as learner_module
 from pm_jax.continual.interruption import Interrupted, StopRequests
 from tests.experiments.train_test import TINY, run
-from tests.small_runs import SMALL, comparable, leaves_equal
+from tests.small_runs import QUIET, SMALL, comparable, leaves_equal
 
 
 def asked_to_end(learner, call):
@@ -32,10 +32,12 @@ def test_a_request_ends_a_run_within_a_task_and_it_goes_on_to_the_same_numbers(
     tmp_path, call, monkeypatch
 ):
     monkeypatch.setattr(interruption, "SECONDS", 0.0)  # one step at a time
-    straight = Learner(SMALL, 0, tmp_path / "straight", quiet=True)
+    straight = Learner(SMALL, 0, tmp_path / "straight", QUIET)
     wanted = straight.run()
     with StopRequests() as stop, pytest.raises(Interrupted) as caught:
-        asked_to_end(Learner(SMALL, 0, tmp_path / "ended", quiet=True, stop=stop), call).run()
+        asked_to_end(
+            Learner(SMALL, 0, tmp_path / "ended", RunOptions(quiet=True, stop=stop)), call
+        ).run()
     assert caught.value.signal_number == signal.SIGTERM
     saved = max(int(p.name) for p in (tmp_path / "ended" / "checkpoints").iterdir() if p.is_dir())
     assert saved == call and saved not in straight._bounds
@@ -43,7 +45,7 @@ def test_a_request_ends_a_run_within_a_task_and_it_goes_on_to_the_same_numbers(
         f"ended by SIGTERM at step {saved} of {straight.total_steps}; the same command goes on "
         "from there"
     )
-    again = Learner(SMALL, 0, tmp_path / "ended", quiet=True)
+    again = Learner(SMALL, 0, tmp_path / "ended", QUIET)
     assert comparable(again.run()) == comparable(wanted)
     assert leaves_equal(again.params, straight.params)
     lines = [json.loads(x) for x in (tmp_path / "ended" / "metrics.jsonl").read_text().splitlines()]

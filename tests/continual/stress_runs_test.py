@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pm_jax.continual import Config, Learner, TrainingDiverged
+from pm_jax.continual import Config, Learner, RunOptions, TrainingDiverged
 from pm_jax.continual.storage.checkpoints import Checkpoints
 from pm_jax.data import sources
 from pm_jax.data.stream import LabelledArrays
 from pm_jax.types import InvalidInput
 from tests.binaries import refused
+from tests.small_runs import QUIET
 
 # Twice as much of the first task, so that a second one of any classes has no other shapes.
 LABELS = np.asarray([0, 1] * 14 + [2, 3] * 6)
@@ -50,7 +51,7 @@ def all_finite(tree):
 
 def finished(config, directory=None):
     """A learner at the end of its run, whose parameters and rule state are finite, and results."""
-    learner = Learner(config, 0, directory, quiet=True)
+    learner = Learner(config, 0, directory, QUIET)
     results = learner.run()
     assert all_finite(learner._state.rule) and all_finite(learner.params)
     for merge in results["merges"]:
@@ -187,12 +188,12 @@ def poison(stage):
 )
 def test_what_is_not_finite_is_named_and_never_saved(config, tmp_path, stage, pattern):
     settings = config()
-    learner = Learner(settings, 0, tmp_path, checkpoint_every=1, quiet=True)
+    learner = Learner(settings, 0, tmp_path, RunOptions(checkpoint_every=1, quiet=True))
     learner._programs = learner._merging._programs = poison(stage)(learner._programs)
     with pytest.raises(TrainingDiverged, match=pattern + "; lower learning_rate=0.003 .* is kept"):
         learner.run()
     assert not (tmp_path / "results.json").exists()
-    again = Learner(settings, 0, tmp_path, checkpoint_every=1, quiet=True)
+    again = Learner(settings, 0, tmp_path, RunOptions(checkpoint_every=1, quiet=True))
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         step = checkpoints.latest()
         training_state = again._restore(checkpoints, step)
@@ -215,7 +216,7 @@ def test_a_rate_that_overflows_in_bfloat16_ends_with_code_1_and_what_was_saved_l
     ]
     assert re.match(r"error: task 1, step \d: .* lower learning_rate=10000000000.0", lines[0])
     assert lines[0] == lines[1] and str(tmp_path / "seed_0") in lines[0]
-    learner = Learner(settings, 0, tmp_path / "seed_0", quiet=True)
+    learner = Learner(settings, 0, tmp_path / "seed_0", QUIET)
     with Checkpoints(tmp_path / "seed_0" / "checkpoints") as checkpoints:
         assert all_finite(learner._restore(checkpoints, checkpoints.latest()))
     assert not (tmp_path / "seed_0" / "results.json").exists()

@@ -9,21 +9,22 @@ import pytest
 from pm_jax import lora, losses, perturbation, trees
 from pm_jax.continual import Learner
 from pm_jax.continual.merging.programs import programs
+from pm_jax.continual.placement.devices import devices_of
 from pm_jax.continual.training import task_program
 from pm_jax.continual.training.partition import Trainable, partition, trained_params
 from pm_jax.continual.training.task_program import DeviceData, segments
 from pm_jax.data import TaskIndices
 from pm_jax.types import Batch
-from tests.small_runs import BY_CLASS, SMALL, VIT, leaves_equal, segment
+from tests.small_runs import BY_CLASS, QUIET, SMALL, VIT, leaves_equal, segment
 
 # Padding.
 
 
 def trained_task(config, extra_padding, stop=1000):
-    learner = Learner(config, seed=0, quiet=True)
+    learner = Learner(config, seed=0, options=QUIET)
     index = np.pad(learner.stream.train.positions, ((0, 0), (0, extra_padding)))
     data = DeviceData.of(
-        config.placement(), learner.stream, TaskIndices(index, learner.stream.train.sizes)
+        devices_of(config), learner.stream, TaskIndices(index, learner.stream.train.sizes)
     )
     shape = learner.stream.inputs.shape[1:]
     run = programs(config, learner.stream.num_classes, shape, index.shape[1])
@@ -46,7 +47,7 @@ def test_padding_changes_neither_parameters_nor_optimizer_state():
 
 
 def test_a_step_on_padding_alone_is_no_step():
-    learner = Learner(BY_CLASS, seed=0, quiet=True)
+    learner = Learner(BY_CLASS, seed=0, options=QUIET)
     run, task = learner._programs, int(np.argmin(learner.stream.train.sizes))
     steps = -(-int(learner.stream.train.sizes[task]) // BY_CLASS.batch_size)
     assert steps * BY_CLASS.batch_size < learner.stream.train.sizes.max()  # there is one
@@ -60,7 +61,7 @@ def test_a_step_on_padding_alone_is_no_step():
 
 
 def test_an_epoch_sees_every_example_once():
-    learner = Learner(BY_CLASS, seed=0, quiet=True)
+    learner = Learner(BY_CLASS, seed=0, options=QUIET)
     count = learner.stream.train.sizes
     for task in range(3):
         batches = task_program._epoch_batches(
@@ -72,7 +73,7 @@ def test_an_epoch_sees_every_example_once():
 
 
 def test_an_epoch_in_pieces_equals_the_epoch_whole():
-    learner = Learner(SMALL, seed=0, quiet=True)
+    learner = Learner(SMALL, seed=0, options=QUIET)
     run, task = learner._programs, np.asarray(1, np.int32)
     ends = []
     for cuts in ([0, 18], [0, 5, 6, 18]):
@@ -111,7 +112,7 @@ def test_accumulated_steps_are_one_step_on_the_larger_batch(settings):
     parts = dataclasses.replace(whole, batch_size=16, accumulation_steps=5)
     ends = []
     for config in (whole, parts):
-        learner = Learner(config, seed=0, quiet=True)
+        learner = Learner(config, seed=0, options=QUIET)
         run, count = learner._programs, int(learner.stream.train.sizes[1])
         state = run.later.begin(learner._key, learner.params, np.asarray(1, np.int32))
         if config is parts:
@@ -140,7 +141,7 @@ def test_epoch_repeats_are_epochs():
 
 
 def test_training_loss_is_the_perturbed_loss_of_the_library():
-    learner = Learner(SMALL, seed=0, quiet=True)
+    learner = Learner(SMALL, seed=0, options=QUIET)
     model, start = SMALL.network(10), learner.params
     moved = jax.tree.map(lambda x: x + 0.05 * jnp.sin(jnp.arange(x.size)).reshape(x.shape), start)
     rows = jnp.arange(20)
@@ -166,12 +167,12 @@ def test_training_loss_is_the_perturbed_loss_of_the_library():
 
 @pytest.mark.parametrize("per_example", [False, True])
 def test_training_loss_with_adapters_is_the_loss_at_the_displaced_dense_weights(per_example):
-    learner = Learner(VIT, seed=0, quiet=True)
+    learner = Learner(VIT, seed=0, options=QUIET)
     model, start = VIT.network(10), learner.params
-    part = partition(start, class_incremental=True, lora_pattern=VIT.kernel_pattern(), rank=2)
+    part = partition(start, class_incremental=True, lora_pattern=VIT.kernel_pattern, rank=2)
     adapters = {
         path: adapter._replace(b=0.3 * jnp.ones_like(adapter.b))
-        for path, adapter in lora.init(jax.random.key(0), start, VIT.kernel_pattern(), 2).items()
+        for path, adapter in lora.init(jax.random.key(0), start, VIT.kernel_pattern, 2).items()
     }
     trainable = Trainable(adapters, {}, trees.select(start, part.head))
     rows, mask = jnp.arange(6), jnp.ones(10, bool)

@@ -10,13 +10,13 @@ from scipy import ndimage
 
 from pm_jax.continual import Config, Learner
 from pm_jax.continual.merging.programs import parameter_shapes
-from pm_jax.continual.settings.purpose_keys import AUGMENT, SHUFFLE, purpose_key
 from pm_jax.continual.training import task_program
 from pm_jax.continual.training.image_transforms import evaluation_transform, training_transform
+from pm_jax.continual.training.purpose_keys import AUGMENT, SHUFFLE, purpose_key
 from pm_jax.data import augmentation, augmentation_policies
 from pm_jax.data.augmentation_policies import OPERATIONS
 from pm_jax.types import InvalidInput
-from tests.small_runs import BY_CLASS, different_programs
+from tests.small_runs import BY_CLASS, QUIET, different_programs
 
 WITHOUT_STRENGTH = ("auto_contrast", "equalize", "invert")
 
@@ -283,7 +283,7 @@ def test_training_sees_augmented_and_evaluation_central_images():
         BY_CLASS, augmentation="crop_flip", evaluation_resize=1.25, perturbation="none",
         batch_size=1000, optimizer="sgd",
     )  # fmt: skip
-    learner = Learner(config, seed=0, quiet=True)
+    learner = Learner(config, seed=0, options=QUIET)
     run, stream, model = learner._programs, learner.stream, config.network(10)
     rows = stream.train.rows()[1]
     mask = jnp.asarray(stream.class_masks[1])

@@ -11,6 +11,7 @@ from pm_jax.continual.learner import Learner
 from pm_jax.data import class_incremental, texts
 from pm_jax.types import InvalidInput
 from pm_jax.weights import pretrained
+from tests.small_runs import QUIET
 
 tokenizers = pytest.importorskip("tokenizers", reason="needs the extra text")
 SHARED = pathlib.Path(__file__).parents[3] / "shared" / "data" / "tfds"
@@ -77,7 +78,7 @@ def test_a_stream_of_texts_is_learned_with_adapters_on_given_weights(tmp_path, t
         vocabulary=len(WORDS), pretrained=str(tmp_path / "model.safetensors"), adapter="lora",
         lora_rank=2, epochs=10, batch_size=8, learning_rate=1e-2, head_learning_rate=1e-1,
     )  # fmt: skip
-    learner = Learner(config, seed=0, quiet=True)
+    learner = Learner(config, seed=0, options=QUIET)
     results = learner.run()
     # The colour decides the class, and the test texts are the training texts.
     assert results["task_aware"]["accuracy_matrix"][1] == [1.0, 1.0]

@@ -16,7 +16,7 @@ from pm_jax.continual.report import inspection
 from pm_jax.continual.storage.workdir import locked
 from tests import bad_files, faults
 from tests.binaries import call
-from tests.small_runs import comparable
+from tests.small_runs import QUIET, comparable
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -141,7 +141,7 @@ def test_the_finished_run_of_the_tables_is_one_that_can_be_gone_on_with(finished
         name: tuple(value) if isinstance(value, list) else value
         for name, value in json.loads((finished / "config.json").read_text()).items()
     }
-    learner = Learner(Config(**config), 0, finished / "seed_0", quiet=True)
+    learner = Learner(Config(**config), 0, finished / "seed_0", QUIET)
     assert learner.finished_params()["head"]["bias"].shape == (10,)
 
 

@@ -45,7 +45,7 @@ def test_flops_of_a_step_are_those_of_its_program():
     images = jax.ShapeDtypeStruct((2, 24, 24, 3), jnp.uint8)
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 24, 24, 3)))["params"]
     adapters = jax.eval_shape(
-        lambda key, p: lora.init(key, p, config.kernel_pattern(), 5), jax.random.key(0), params
+        lambda key, p: lora.init(key, p, config.kernel_pattern, 5), jax.random.key(0), params
     )
     head = {path: leaf for path, leaf in trees.leaves_by_path(params).items() if "head/" in path}
 

@@ -10,14 +10,14 @@ import hypothesis
 import pytest
 from hypothesis import strategies
 
-from pm_jax.continual import Config
+from pm_jax.continual import Config, RunOptions
 from pm_jax.continual import learner as learner_module
 from pm_jax.continual.report import inspection
 from pm_jax.continual.run import run_seeds
 from pm_jax.continual.storage import manifest, provenance
 from pm_jax.types import InvalidInput
 from tests.binaries import call
-from tests.small_runs import Killed
+from tests.small_runs import QUIET, Killed
 
 TINY = ["--num_tasks=2", "--epochs=1", "--first_task_epochs=1", "--hidden_sizes=4"]
 TINY_CONFIG = Config(
@@ -190,8 +190,8 @@ def test_a_kill_at_no_moment_leaves_what_looks_damaged(tmp_path, monkeypatch):
     monkeypatch.setattr(learner_module.Checkpoints, "save", dying_save)
 
     def run():
-        run_seeds(TINY_CONFIG, [0], tmp_path, checkpoint_every=20, quiet=True,
-                  keep_task_models=True)  # fmt: skip
+        options = RunOptions(checkpoint_every=20, quiet=True, keep_task_models=True)
+        run_seeds(TINY_CONFIG, [0], tmp_path, options)
 
     with pytest.raises(Killed):
         run()
@@ -212,7 +212,7 @@ def test_a_kill_at_no_moment_leaves_what_looks_damaged(tmp_path, monkeypatch):
 def test_a_run_that_is_killed_while_it_claims_its_directory_can_be_begun_again(tmp_path):
     manifest.uncover(tmp_path, "config.json")
     (tmp_path / "config.json.tmp").write_text("{")
-    run_seeds(TINY_CONFIG, [0], tmp_path, quiet=True)
+    run_seeds(TINY_CONFIG, [0], tmp_path, QUIET)
     found = inspection.inspect(tmp_path)
     assert not found.damaged
     # That of the next write was renamed.
@@ -226,7 +226,7 @@ def test_what_was_written_last_before_a_kill_is_covered_by_the_next_call(trained
     manifest.uncover(workdir / "seed_0", "results.json", "landscape.npz")
     assert len(inspection.inspect(workdir).unlisted) == 3
     config = Config(**json.loads((workdir / "config.json").read_text()))
-    run_seeds(config, [0], workdir, quiet=True)
+    run_seeds(config, [0], workdir, QUIET)
     found = inspection.inspect(workdir)
     assert not found.damaged and not found.unlisted
 
@@ -237,7 +237,7 @@ def test_another_call_of_a_finished_run_makes_nothing_damaged_whole(trained, tmp
     for name in ("config.json", "seed_0/results.json"):
         (workdir / name).write_text((workdir / name).read_text() + "\n")  # reads as before
     config = Config(**json.loads((workdir / "config.json").read_text()))
-    run_seeds(config, [0], workdir, quiet=True)
+    run_seeds(config, [0], workdir, QUIET)
     assert named(workdir) == ["config.json", "seed_0/results.json"]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from pm_jax.continual import Learner
 from pm_jax.continual.report import inspection
 from pm_jax.weights.pretrained import read_tensors
-from tests.small_runs import SMALL
+from tests.small_runs import QUIET, SMALL
 
 ROOT = Path(__file__).parents[2]
 # Matrices are divided between the processes, and inputs streamed to each by itself.
@@ -60,7 +60,7 @@ def test_two_processes_train_as_one_does_and_outlive_a_killed_one(tmp_path):
     assert "going on from step" in told and "final accuracy" in table
     assert "final accuracy" not in nothing
     found = json.loads((workdir / "seed_0/results.json").read_text())
-    wanted = Learner(SMALL, 0, quiet=True)
+    wanted = Learner(SMALL, 0, options=QUIET)
     results = wanted.run()
     sizes = wanted.stream.test.sizes[None, :]
     right = [

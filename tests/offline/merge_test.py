@@ -14,13 +14,14 @@ from orbax import checkpoint as orbax
 from safetensors.numpy import load_file, save_file
 
 from pm_jax import rules, trees
-from pm_jax.continual import Learner
+from pm_jax.continual import Learner, RunOptions
 from pm_jax.continual.run import run_seeds
 from pm_jax.curvature.quadratics import DiagonalQuadratic
 from pm_jax.offline import merging, requests, tensor_files
 from pm_jax.rules import Evidence, MergeRule
 from tests import small_runs
 from tests.binaries import call, refused
+from tests.small_runs import QUIET
 
 SHAPES = {"blocks.0.attn.qkv": (40, 75), "blocks.0.mlp": (7, 3, 2), "scale": (), "empty": (0, 4)}
 BLOCK = 1000
@@ -251,11 +252,11 @@ def test_an_existing_output_is_kept_unless_told_and_never_an_input(tmp_path, cap
 
 def test_the_task_models_of_a_run_merge_to_the_model_of_the_run(tmp_path, capsys):
     config = dataclasses.replace(small_runs.BY_CLASS, rule="averaging")
-    run_seeds(config, [0], tmp_path / "run", quiet=True, keep_task_models=True)
+    run_seeds(config, [0], tmp_path / "run", RunOptions(quiet=True, keep_task_models=True))
     seed = tmp_path / "run" / "seed_0"
     call("merge", f"--run={seed}", f"--output={tmp_path / 'out.safetensors'}")
     found = load_file(tmp_path / "out.safetensors")
-    params = trees.leaves_by_path(Learner(config, 0, seed, quiet=True).finished_params())
+    params = trees.leaves_by_path(Learner(config, 0, seed, QUIET).finished_params())
     assert set(params) - set(found) == {"head/kernel", "head/bias"}
     for name in found:
         np.testing.assert_allclose(found[name], params[name], rtol=1e-5, atol=1e-7)

@@ -12,7 +12,7 @@ from pm_jax.continual import Learner
 from pm_jax.continual.training.task_program import normalized
 from pm_jax.rules import Evidence, objectives
 from pm_jax.types import Batch, InvalidInput
-from tests.small_runs import BY_CLASS, SMALL, VIT, comparable
+from tests.small_runs import BY_CLASS, QUIET, SMALL, VIT, comparable
 
 LOGITS = jax.tree_util.Partial(lambda leaves, inputs: inputs @ leaves["kernel"])
 CLASSES = 6
@@ -125,7 +125,7 @@ def test_exact_curvature_is_the_formula_with_dense_gauss_newton_matrices():
 def test_a_run_with_exact_curvature_of_all_tasks_is_that_rule():
     config = dataclasses.replace(BY_CLASS, curvature="exact_all", num_tasks=2)
     by_name = dataclasses.replace(config, curvature="identity", rule="exact_curvature")
-    found, wanted = (Learner(each, 0, quiet=True).run() for each in (config, by_name))
+    found, wanted = (Learner(each, 0, options=QUIET).run() for each in (config, by_name))
     assert comparable(found) == comparable(wanted) and 0 < found["merges"][1]["alpha"] < 1
     with pytest.raises(InvalidInput, match="curvature=exact_all: rule=cofima takes curvature"):
         dataclasses.replace(config, rule="cofima", perturbation="none")
@@ -140,7 +140,7 @@ def test_in_a_run_the_oracle_sees_all_tasks_so_far(streamed):
         BY_CLASS, rule="oracle", num_tasks=2, merge_examples=10_000, first_task_epochs=1,
         resident_mb=0.02 if streamed else BY_CLASS.resident_mb,
     )  # fmt: skip
-    learner = Learner(config, 0, quiet=True)
+    learner = Learner(config, 0, options=QUIET)
     run, seen = learner._programs, []
 
     def merge(state, previous, trained, evidence):
@@ -163,7 +163,7 @@ def test_in_a_run_the_oracle_sees_all_tasks_so_far(streamed):
 
 @pytest.mark.parametrize("config", [SMALL, BY_CLASS, VIT], ids=["domain", "class", "lora"])
 def test_joint_training_is_one_task_evaluated_on_all(config):
-    learner = Learner(dataclasses.replace(config, rule="joint"), 0, quiet=True)
+    learner = Learner(dataclasses.replace(config, rule="joint"), 0, options=QUIET)
     found, stream = learner.run(), learner.stream
     examples = int(stream.train.sizes.sum())
     assert learner.total_steps == -(-examples // config.batch_size) * config.epochs_of(0)
@@ -179,7 +179,7 @@ def test_joint_training_is_one_task_evaluated_on_all(config):
         logits = model.apply({"params": learner.params}, normalized(stream.inputs[row]))
         hits = np.mean(np.asarray(logits.argmax(axis=-1)) == stream.labels[row])
         assert matrix[-1, task] == pytest.approx(hits, abs=1e-6)
-    sequential = Learner(dataclasses.replace(config, rule="sequential"), 0, quiet=True).run()
+    sequential = Learner(dataclasses.replace(config, rule="sequential"), 0, options=QUIET).run()
     if config != VIT:
         assert found["final_average_accuracy"] > sequential["final_average_accuracy"]
 

@@ -19,7 +19,7 @@ from pm_jax.types import Batch, InvalidInput
 from tests import oracles
 from tests.coefficients_test import dense_tasks
 from tests.curvature.quadratics_test import random_tree
-from tests.small_runs import SMALL, VIT, comparable, leaves_equal, straight_and_killed
+from tests.small_runs import QUIET, SMALL, VIT, comparable, leaves_equal, straight_and_killed
 
 
 def inputs(seed, count, width, rank):
@@ -279,7 +279,7 @@ def test_the_memory_grows_by_the_threshold_of_each_task():
 @pytest.mark.parametrize("config", [FULL, LORA], ids=["full", "lora"])
 def test_the_projected_stage_leaves_the_memory_alone_and_the_free_stage_does_not(config):
     """Under AdamW with weight decay, which alone would leave the complement."""
-    learner = Learner(config, 0, quiet=True)
+    learner = Learner(config, 0, options=QUIET)
     run, given, states = learner._programs, [], []
 
     def merge(state, previous, trained, evidence):
@@ -326,7 +326,7 @@ def test_the_projected_stage_leaves_the_memory_alone_and_the_free_stage_does_not
 @pytest.mark.parametrize("kind", ["kronecker", "low_rank"])
 def test_a_run_keeps_and_asks_the_curvature_of_its_settings(kind):
     config = dataclasses.replace(FULL, curvature=kind, curvature_rank=3)
-    learner = Learner(config, 0, quiet=True)
+    learner = Learner(config, 0, options=QUIET)
     run, given = learner._programs, []
 
     def merge(state, previous, trained, evidence):

@@ -19,7 +19,7 @@ from tests import oracles
 from tests.coefficients_test import dense_tasks
 from tests.curvature import kronecker_test
 from tests.curvature.quadratics_test import random_tree
-from tests.small_runs import SMALL
+from tests.small_runs import QUIET, SMALL
 
 
 def measure_of(kind, logits_fn):
@@ -205,9 +205,9 @@ SEVERAL_BATCHES = dataclasses.replace(SMALL, curvature_memory_mb=0.05)
 
 def test_a_run_with_a_jackknife_merges_as_without():
     config = dataclasses.replace(SEVERAL_BATCHES, rule_settings="jackknife=4")
-    learner = Learner(config, 0, quiet=True)
+    learner = Learner(config, 0, options=QUIET)
     found = learner.run()["merges"]
-    plain = Learner(SEVERAL_BATCHES, 0, quiet=True).run()["merges"]
+    plain = Learner(SEVERAL_BATCHES, 0, options=QUIET).run()["merges"]
     assert learner._programs.merge._cache_size() == 1
     assert found[0]["jackknife_error"] == 0 and "jackknife_error" not in plain[0]
     for merge, other in zip(found, plain, strict=True):
@@ -221,7 +221,7 @@ def test_groups_are_even_on_as_many_examples_as_an_error_takes():
     config = dataclasses.replace(
         SEVERAL_BATCHES, rule_settings="jackknife=7", curvature="exact_current", curvature_error=0.2
     )
-    learner = Learner(config, 0, quiet=True)
+    learner = Learner(config, 0, options=QUIET)
     trained = jax.tree.map(lambda x: x + 0.01, learner.params)
     task = np.asarray(1, np.int32)
     found = learner._programs.measure(learner._key, trained, learner.params, learner._train, task)

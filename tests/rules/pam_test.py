@@ -12,7 +12,7 @@ from pm_jax.continual import Learner
 from pm_jax.lora import Adapter
 from pm_jax.rules import Evidence
 from pm_jax.rules.pam import PamState, opposed_entries
-from tests.small_runs import SMALL, VIT, comparable, leaves_equal, straight_and_killed
+from tests.small_runs import QUIET, SMALL, VIT, comparable, leaves_equal, straight_and_killed
 
 
 def test_opposed_entries_of_a_two_by_two_matrix():
@@ -86,7 +86,7 @@ LORA = dataclasses.replace(VIT, rule="pam", perturbation="none", epochs=2, num_t
 
 @pytest.mark.parametrize("config", [FULL, LORA], ids=["full", "lora"])
 def test_every_task_starts_from_the_origin_and_is_kept_in_line(config):
-    learner = Learner(config, 0, quiet=True)
+    learner = Learner(config, 0, options=QUIET)
     run, given, refreshed = learner._programs, [], []
 
     def merge(state, previous, trained, evidence):

@@ -66,15 +66,15 @@ def test_unknown_rules_and_rules_without_settings():
 def test_a_configuration_refuses_settings_that_its_rule_does_not_have():
     with pytest.raises(InvalidInput, match="rule_settings=clip=false: .*averaging takes no"):
         Config(rule="averaging", rule_settings="clip=false")
-    assert Config(rule_settings="clip=false").merge_rule().needs
+    assert Config(rule_settings="clip=false").merge_rule.needs
     exact = functools.partial(Config, curvature="exact_current", perturbation="none")
     for settings in ({"rule": "cofima"}, {"rule_settings": "per=block"}):
         with pytest.raises(InvalidInput, match="curvature=exact_current: rule=.* takes no curvat"):
             exact(**settings)
-    assert exact().merge_rule().needs and not exact(rule="sequential").merge_rule().needs
+    assert exact().merge_rule.needs and not exact(rule="sequential").merge_rule.needs
     for kind in ({"curvature": "kronecker"}, {"stored_curvature": "low_rank"}):
         settings = {"curvature": "exact_current", **kind}
-        assert exact(**settings).merge_rule().needs
+        assert exact(**settings).merge_rule.needs
         with pytest.raises(InvalidInput, match="curvature=.*: rule=cofima takes curvature entry"):
             exact(**settings, rule="cofima")
     for name in ("curvature_rank", "curvature_slots"):
@@ -90,7 +90,7 @@ def test_the_key_of_a_merge_is_given_where_it_is_needed_and_is_the_tasks_own():
     config = Config()
 
     def measure(needs, task, seed=0):
-        rule = config.merge_rule()._replace(needs=frozenset(needs))
+        rule = config.merge_rule._replace(needs=frozenset(needs))
         return evidence_fn(config, None, rule, ())(jax.random.key(seed), {}, {}, None, task)
 
     assert measure(set(), 0).key is None

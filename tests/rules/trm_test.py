@@ -11,7 +11,7 @@ from pm_jax import rules, trees
 from pm_jax.continual import Learner
 from pm_jax.rules import Evidence, objectives
 from pm_jax.types import Batch
-from tests.small_runs import SMALL, VIT, comparable, leaves_equal, straight_and_killed
+from tests.small_runs import QUIET, SMALL, VIT, comparable, leaves_equal, straight_and_killed
 
 CLASSES, OLD = np.asarray([0, 0, 1, 1, 1]), np.asarray([1, 1, 1, 0, 0])
 ONSET = 3.0
@@ -216,9 +216,9 @@ CONFIG = dataclasses.replace(
 )
 
 
-def collected(config, monkeypatch, directory=None, **options):
+def collected(config, monkeypatch, directory=None, options=QUIET):
     """The learner after its run, with what `merge` was given each time."""
-    learner = Learner(config, 0, directory, quiet=True, **options)
+    learner = Learner(config, 0, directory, options)
     merge, given = learner._programs.merge, []
 
     def spy(state, previous, trained, evidence):

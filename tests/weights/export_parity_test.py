@@ -10,6 +10,7 @@ from pm_jax.continual import Learner
 from pm_jax.weights import peft_adapter, pretrained
 from tests.continual.export_test import config_of
 from tests.experiments.train_test import run
+from tests.small_runs import QUIET
 from tests.weights.peft_adapter_test import (
     CLASSES,
     DEPTH,
@@ -134,7 +135,7 @@ def test_timm_and_peft_load_a_merged_vit_tiny(tmp_path):
         f"--pretrained={VIT_TINY}", "--adapter=lora", "--learning_rate=0.01", "--rule=averaging",
         f"--export={tmp_path / 'merged.safetensors'}", f"--export_adapter={tmp_path / 'adapter'}",
     )  # fmt: skip
-    learner = Learner(config_of(tmp_path), 0, tmp_path / "run" / "seed_0", quiet=True)
+    learner = Learner(config_of(tmp_path), 0, tmp_path / "run" / "seed_0", QUIET)
     start, merged = learner.params, learner.finished_params()
     pixels = images / np.float32(127.5) - 1.0
     model = models.VisionTransformer(4, 16, None, 192, 12, 3)

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from pm_jax import curvature, losses, task_vectors, trees
+from pm_jax.continual.placement.devices import devices_of
 from pm_jax.continual.placement.feed import Pass
 from pm_jax.continual.settings.config import Config
-from pm_jax.continual.settings.purpose_keys import CURVATURE, MERGE, purpose_key
 from pm_jax.continual.training.image_transforms import evaluation_transform
+from pm_jax.continual.training.purpose_keys import CURVATURE, MERGE, purpose_key
 from pm_jax.continual.training.task_program import DeviceData, logits_of
 from pm_jax.curvature import kronecker, low_rank
 from pm_jax.curvature.dense_layers import kernel_paths
@@ -61,7 +62,7 @@ def evidence_fn(
 
     if not rule.needs & {"quadratic", "curvature_error"}:
         return lambda key, trained, previous, data, task: Evidence(key=merge_key(key, task))
-    transform, devices = evaluation_transform(config), config.placement()
+    transform, devices = evaluation_transform(config), devices_of(config)
 
     def chunk_of(key: Key, trained: Params, previous: Params, data: DeviceData, task: Array) -> int:
         del key, previous, task

@@ -11,6 +11,7 @@ from pm_jax.continual.merging import landscape, trust
 from pm_jax.continual.merging.programs import Programs
 from pm_jax.continual.merging.records import Records
 from pm_jax.continual.placement import feed
+from pm_jax.continual.placement.devices import devices_of
 from pm_jax.continual.settings.config import Config
 from pm_jax.data.stream import TaskStream
 from pm_jax.discriminant import ClassStatistics
@@ -89,10 +90,10 @@ class Merging:
         train: feed.DeviceData | feed.HostData,
         validation: feed.DeviceData | feed.HostData,
     ):
-        self.rule = config.merge_rule()
+        self.rule = config.merge_rule
         self.wants_onset = config.onset_gradients or "onset_gradient_norm" in self.rule.needs
         self._config, self._key, self._stream = config, key, stream
-        self._devices = config.placement()
+        self._devices = devices_of(config)
         self._programs, self._train, self._validation = programs, train, validation
 
     def fresh(self, params: Params) -> RunState:

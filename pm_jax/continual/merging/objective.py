@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from pm_jax import trees
+from pm_jax.continual.placement.devices import devices_of
 from pm_jax.continual.placement.feed import HostData
 from pm_jax.continual.settings.config import Config
-from pm_jax.continual.settings.purpose_keys import EXAMPLES, purpose_key
 from pm_jax.continual.training.image_transforms import evaluation_transform
+from pm_jax.continual.training.purpose_keys import EXAMPLES, purpose_key
 from pm_jax.continual.training.task_program import DeviceData, logits_of
 from pm_jax.rules.objectives import Objective
 from pm_jax.types import Array, Batch, Key, Params
@@ -38,11 +39,11 @@ def objective_fn(
         >>> stream = Config().task_stream(0)
         >>> model = nn.Dense(10)
         >>> make = objective_fn(Config(merge_examples=40), model, ())
-        >>> data = DeviceData.of(Config().placement(), stream, stream.train)
+        >>> data = DeviceData.of(devices_of(Config()), stream, stream.train)
         >>> make(jax.random.key(0), {}, data, 0).batches.weights.sum(axis=1).tolist()
         [32.0, 8.0]
     """
-    transform, devices = evaluation_transform(config), config.placement()
+    transform, devices = evaluation_transform(config), devices_of(config)
     batch_size = config.batch_size
 
     def logits_fn(params: Params, leaves: Params, inputs: Array) -> Array:

@@ -13,11 +13,12 @@ from pm_jax.continual.merging import evaluation, statistics
 from pm_jax.continual.merging.evidence import evidence_fn
 from pm_jax.continual.merging.objective import objective_fn
 from pm_jax.continual.placement import feed
+from pm_jax.continual.placement.devices import devices_of
 from pm_jax.continual.settings.config import Config
-from pm_jax.continual.settings.purpose_keys import INITIALIZE, purpose_key
 from pm_jax.continual.training import task_program
 from pm_jax.continual.training.image_transforms import check_images, evaluation_transform
 from pm_jax.continual.training.partition import Partition, partition, trained_params
+from pm_jax.continual.training.purpose_keys import INITIALIZE, purpose_key
 from pm_jax.continual.training.snapshots import Snapshots
 from pm_jax.continual.training.task_program import TaskProgram
 from pm_jax.curvature import dense_layers
@@ -101,7 +102,7 @@ def partitions(config: Config, params: Params) -> tuple[Partition, Partition]:
         adapted = partition(
             params,
             class_incremental=by_class,
-            lora_pattern=config.kernel_pattern(),
+            lora_pattern=config.kernel_pattern,
             rank=config.lora_rank,
         )
     except ValueError as error:
@@ -207,7 +208,7 @@ def shared_programs(
     model = config.network(num_classes)
     init = _init_fn(config, num_classes, input_shape)
     first, later = partitions(config, jax.eval_shape(init, jax.random.key(0)))
-    devices = config.placement()
+    devices = devices_of(config)
     program = task_program.task_program(config, model, later, largest_task, hook)
     seen_as: dict[str, Any] = {
         "temperature": config.temperature,
@@ -266,7 +267,7 @@ def programs(
         >>> programs(Config(), 10, (8, 8, 1), 100).merging[:2]
         ('hidden_0/bias', 'hidden_0/kernel')
     """
-    rule, devices = config.merge_rule(), config.placement()
+    rule, devices = config.merge_rule, devices_of(config)
     shape = (num_classes, input_shape, largest_task)
     shared = shared_programs(config.without_merging(), *shape, rule.hook)
     model, later = shared.model, shared.partition

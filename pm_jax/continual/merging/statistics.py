@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
+from pm_jax.continual.placement.devices import devices_of
 from pm_jax.continual.placement.feed import Pass
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.training.image_transforms import evaluation_transform
@@ -53,7 +54,7 @@ def statistics_fn(config: Config, model: nn.Module) -> Pass:
         >>> type(statistics_fn(Config(), nn.Dense(2))).__name__
         'Pass'
     """
-    transform, devices = evaluation_transform(config), config.placement()
+    transform, devices = evaluation_transform(config), devices_of(config)
     batch_size = devices.multiple(BATCH_SIZE)
 
     def begin(statistics: ClassStatistics, params: Params, data: DeviceData, task: Array):

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from pm_jax.continual.placement import processes
+from pm_jax.continual.settings.config import Config
 from pm_jax.types import Array, InvalidInput, PyTree
 
 COPIES, PARTS = "data", "fsdp"
@@ -228,3 +229,19 @@ class Devices:
             return self.keep(function(*arguments, **named))
 
         return jax.jit(kept, **options)
+
+
+@functools.lru_cache(maxsize=8)
+def devices_of(config: Config) -> Devices:
+    """The devices of a run.
+
+    Raises:
+        InvalidInput: there are no such devices, or they do not divide `batch_size`.
+    """
+    devices = Devices.of(config.devices, config.fsdp)
+    if config.batch_size % devices.count:
+        raise InvalidInput(
+            f"batch_size={config.batch_size}: must be a multiple of the {devices.count} devices "
+            "that examples are divided among"
+        )
+    return devices

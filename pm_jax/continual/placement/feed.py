@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from pm_jax.continual.placement.devices import Devices
+from pm_jax.continual.placement.devices import Devices, devices_of
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.training.task_program import DeviceData, Window
 from pm_jax.data.stream import TaskIndices, TaskStream
@@ -55,7 +55,7 @@ def placed(config: Config, stream: TaskStream, split: TaskIndices) -> DeviceData
         >>> type(placed(Config(), stream, stream.train)).__name__
         'DeviceData'
     """
-    budget, devices = resident_bytes(config), config.placement()
+    budget, devices = resident_bytes(config), devices_of(config)
     if stream.inputs.nbytes / devices.count <= budget:
         return DeviceData.of(devices, stream, split)
     try:

@@ -1,6 +1,7 @@
 """What the settings of a run stand for: its model, merge rule, perturbation and task stream."""
 
 import dataclasses
+import functools
 import inspect
 import pathlib
 from collections.abc import Sequence
@@ -10,7 +11,6 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from pm_jax import models, perturbation, rules
-from pm_jax.continual.placement.devices import Devices
 from pm_jax.continual.settings.ranges import TEXT_POSITIONS
 from pm_jax.continual.settings.settings import MERGING, PUBLIC_SIZES, Settings
 from pm_jax.curvature.dense_layers import kernel_paths
@@ -33,17 +33,17 @@ class Config(Settings):
         InvalidInput: a value out of range; the message names the field, the value and the remedy.
 
     Example:
-        >>> Config(rule="averaging", perturbation="none").merge_rule().needs
+        >>> Config(rule="averaging", perturbation="none").merge_rule.needs
         frozenset()
     """
 
     def __post_init__(self):
         super().__post_init__()
         try:
-            self.perturbation_law()
+            _ = self.perturbation_law  # builds it, and so checks its numbers
         except ValueError as error:
             raise InvalidInput(str(error)) from None
-        needs = self.merge_rule().needs
+        needs = self.merge_rule.needs
         if self.trust == "shrink" and "curvature_along" not in needs:
             raise InvalidInput(
                 f"trust=shrink: rule={self.rule} with rule_settings={self.rule_settings} has no "
@@ -69,6 +69,7 @@ class Config(Settings):
                 "fisher_exact, or perturb_and_merge with one coefficient"
             )
 
+    @functools.cached_property
     def perturbation_law(self) -> Perturbation:
         """The perturbation of the training loss."""
         match self.perturbation:
@@ -82,6 +83,7 @@ class Config(Settings):
                 return perturbation.antithetic(self.epsilon)
         return perturbation.none()
 
+    @functools.cached_property
     def merge_rule(self) -> MergeRule:
         """The merge rule with its settings."""
         replays = self.rule == "perturb_and_merge" and self.curvature == "exact_all"
@@ -102,16 +104,6 @@ class Config(Settings):
             case "low_rank":
                 return LowRankQuadratic.zero(params, self.curvature_rank)
         return DiagonalQuadratic.zero(params)
-
-    def placement(self) -> Devices:
-        """Where arrays lie; raises `InvalidInput` where there are no such devices."""
-        devices = Devices.of(self.devices, self.fsdp)
-        if self.batch_size % devices.count:
-            raise InvalidInput(
-                f"batch_size={self.batch_size}: must be a multiple of the {devices.count} devices "
-                "that examples are divided among"
-            )
-        return devices
 
     def without_merging(self) -> "Config":
         """The same settings for training and evaluation, with the defaults of merging."""
@@ -142,6 +134,7 @@ class Config(Settings):
             dtype=dtype,
         )
 
+    @property
     def kernel_pattern(self) -> str:
         """Pattern of the kernels that get adapters."""
         return self.lora_pattern or (MLP_KERNELS if self.model == "mlp" else ATTENTION_KERNELS)

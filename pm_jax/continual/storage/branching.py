@@ -34,7 +34,7 @@ def check(config: Config, seeds: Sequence[int]) -> None:
     """
     if not config.branch_from:
         return
-    rule = config.merge_rule()
+    rule = config.merge_rule
     if rule.takes_part_in_training:
         raise InvalidInput(
             f"branch_from={config.branch_from}: rule={config.rule} has to be there in training; "

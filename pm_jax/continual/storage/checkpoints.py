@@ -14,24 +14,13 @@ import numpy as np
 from orbax import checkpoint as orbax
 
 from pm_jax.continual.placement import processes
+from pm_jax.continual.settings.run_options import KEPT
 from pm_jax.continual.storage import manifest
 from pm_jax.types import InvalidInput, PyTree
 
-KEPT = 2
-"""Default number of checkpoints that stay."""
 DELETED, UNFINISHED = "deleted_", ".orbax-checkpoint-tmp"
 """Marks in the names of folders: we are deleting the one, Orbax is writing the other."""
 T = TypeVar("T")
-
-
-def check_keep(keep: int) -> None:
-    """Check a number of checkpoints to keep.
-
-    Raises:
-        InvalidInput: the number is below 1.
-    """
-    if keep < 1:
-        raise InvalidInput(f"keep_checkpoints={keep}: must be at least 1")
 
 
 class DamagedCheckpoint(InvalidInput):
@@ -58,9 +47,6 @@ class Checkpoints:
         asynchronous: let `save` return once the arrays are copied, and write them meanwhile;
             ignored with several processes.
 
-    Raises:
-        InvalidInput: `keep` is below 1.
-
     Example:
         >>> import tempfile
         >>> with Checkpoints(Path(tempfile.mkdtemp())) as checkpoints:
@@ -70,7 +56,6 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, keep: int = KEPT, *, asynchronous: bool = False):
-        check_keep(keep)
         options = orbax.CheckpointManagerOptions(enable_async_checkpointing=True, create=True)
         self._directory, self._keep = directory.absolute(), keep
         self._asynchronous = asynchronous and not processes.several()

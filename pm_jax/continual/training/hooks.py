@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from pm_jax.continual.placement.devices import Devices
-from pm_jax.continual.settings.purpose_keys import REFRESH, purpose_key
 from pm_jax.continual.training.partition import Trainable
+from pm_jax.continual.training.purpose_keys import REFRESH, purpose_key
 from pm_jax.continual.training.snapshots import snapshot_step
 from pm_jax.rules import TrainingHook
 from pm_jax.types import Array, Key, PyTree

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import optax
 
 from pm_jax import lora, losses, perturbation, task_vectors, trees
-from pm_jax.continual.placement.devices import Devices
+from pm_jax.continual.placement.devices import Devices, devices_of
 from pm_jax.continual.settings.config import Config
-from pm_jax.continual.settings.purpose_keys import ADAPTERS, AUGMENT, SHUFFLE, STEP, purpose_key
 from pm_jax.continual.training import hooks, optimizer
 from pm_jax.continual.training.image_transforms import training_transform
 from pm_jax.continual.training.partition import Partition, Trainable, fresh_trainable
+from pm_jax.continual.training.purpose_keys import ADAPTERS, AUGMENT, SHUFFLE, STEP, purpose_key
 from pm_jax.data.stream import TaskIndices, TaskStream
 from pm_jax.rules import TrainingHook
 from pm_jax.types import Array, Batch, Key, Params, PyTree
@@ -255,7 +255,7 @@ def task_program(
         >>> task_program(Config(), Config().network(10), Partition((), (), ()), 64).train
         <PjitFunction of <function task_program.<locals>.train at ...>>
     """
-    law, devices = config.perturbation_law(), config.placement()
+    law, devices = config.perturbation_law, devices_of(config)
     transform = training_transform(config)
     transformation, rate = optimizer.transformation(config), optimizer.schedule(config)
     batch_size = config.batch_size

@@ -1,0 +1,60 @@
+"""Options of a run: what it saves, shows and shares, none of which changes its numbers."""
+
+import dataclasses
+import signal
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from pm_jax.types import InvalidInput
+
+KEPT = 2
+"""Checkpoints that stay by default: the newest, and the one before in case that one is damaged."""
+Data = TypeVar("Data")
+
+
+class Stop(Protocol):
+    """What a run asks whether it is to end early; `interruption.StopRequests` is one."""
+
+    def received(self) -> signal.Signals | None:
+        """Return the signal that came, if one did."""
+
+    def cut(self, stretches: Iterable[tuple[int, int, Data]]) -> Iterator[tuple[int, int, Data]]:
+        """Cut stretches of steps into pieces short enough to obey a signal soon."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """What a run saves, shows and shares.
+
+    Attributes:
+        checkpoint_every: steps between checkpoints within a task; 0 for task boundaries only.
+        keep_checkpoints: how many of a seed's newest checkpoints stay, at least 1.
+        quiet: print nothing.
+        tensorboard: write TensorBoard events beside the other logs.
+        keep_task_models: write the models that are merged, in `seed_<n>/task_models`.
+        shared: folder of the task training in common with other merge rules; `None` for none.
+        stop: says when to end early; `None` to go on to the end.
+
+    Raises:
+        InvalidInput: a number out of range; the message names it, its value and the remedy.
+
+    Example:
+        >>> RunOptions(keep_checkpoints=0)
+        Traceback (most recent call last):
+        pm_jax.types.InvalidInput: keep_checkpoints=0: must be at least 1
+    """
+
+    checkpoint_every: int = 0
+    keep_checkpoints: int = KEPT
+    quiet: bool = False
+    tensorboard: bool = False
+    keep_task_models: bool = False
+    shared: Path | None = None
+    stop: Stop | None = None
+
+    def __post_init__(self):
+        if self.checkpoint_every < 0:
+            raise InvalidInput(f"checkpoint_every={self.checkpoint_every}: must not be negative")
+        if self.keep_checkpoints < 1:
+            raise InvalidInput(f"keep_checkpoints={self.keep_checkpoints}: must be at least 1")
