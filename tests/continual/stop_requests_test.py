@@ -8,7 +8,8 @@ import pytest
 from pm_jax.continual import Learner, RunOptions, interruption
 from pm_jax.continual import learner as learner_module
 from pm_jax.continual.interruption import Interrupted, StopRequests
-from tests.experiments.train_test import TINY, run
+from tests.binaries import call
+from tests.experiments.train_test import TINY
 from tests.small_runs import QUIET, SMALL, comparable, leaves_equal
 
 
@@ -80,10 +81,10 @@ def test_the_binary_says_so_and_ends_with_the_signals_code(tmp_path, capsys, mon
 
     monkeypatch.setattr(learner_module.Checkpoints, "save", asked)
     with pytest.raises(SystemExit) as caught:
-        run(f"--workdir={tmp_path}", *TINY)
+        call("train", f"--workdir={tmp_path}", *TINY)
     assert caught.value.code == 128 + signal.SIGINT
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: ended by SIGINT at step ")
     assert not (tmp_path / "seed_0" / "results.json").exists()
     monkeypatch.setattr(learner_module.Checkpoints, "save", saves)
-    run(f"--workdir={tmp_path}", *TINY)
+    call("train", f"--workdir={tmp_path}", *TINY)
     assert (tmp_path / "seed_0" / "results.json").exists()

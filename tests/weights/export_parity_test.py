@@ -8,8 +8,8 @@ import pytest
 from pm_jax import models
 from pm_jax.continual import Learner
 from pm_jax.weights import peft_adapter, pretrained
+from tests.binaries import call
 from tests.continual.export_test import config_of
-from tests.experiments.train_test import run
 from tests.small_runs import QUIET
 from tests.weights.peft_adapter_test import (
     CLASSES,
@@ -130,7 +130,7 @@ def test_timm_and_peft_load_a_merged_vit_tiny(tmp_path):
     images = rng.integers(256, size=(16, 32, 32, 3)).astype(np.uint8)
     labels = np.arange(16) % 4
     np.savez(tmp_path / "mine.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
-    run(f"--workdir={tmp_path / 'run'}", f"--dataset={tmp_path / 'mine.npz'}",
+    call("train", f"--workdir={tmp_path / 'run'}", f"--dataset={tmp_path / 'mine.npz'}",
         "--scenario=class_incremental", "--num_tasks=2", "--epochs=2", "--model=vit_tiny_patch16",
         f"--pretrained={VIT_TINY}", "--adapter=lora", "--learning_rate=0.01", "--rule=averaging",
         f"--export={tmp_path / 'merged.safetensors'}", f"--export_adapter={tmp_path / 'adapter'}",
