@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from pm_jax.continual.merging import trust
-from pm_jax.continual.report import figures, report
+from pm_jax.continual.report import figures, finished_run, report
 from pm_jax.continual.run import run_seeds, run_with_baseline
 from tests.binaries import call, refused
 from tests.small_runs import QUIET, SMALL
@@ -167,7 +167,7 @@ def test_warnings_and_figures_of_two_seeds_are_in_the_page(full):
         for seed, run in enumerate(runs)
         for text in trust.warnings_of(run)
     ]  # fmt: skip
-    assert all(html.escape(text) in page.text for text in expected)
+    assert all(text in html.unescape(page.text) for text in expected)
     values = [100 * run["final_average_accuracy"] for run in runs]
     cell = f"{np.mean(values):.1f}\u00a0±\u00a0{np.std(values, ddof=1):.1f}"
     row = page.row("final average accuracy")
@@ -244,7 +244,7 @@ def test_a_run_that_knows_nothing_of_its_merges_still_has_a_report(plain):
 def test_names_are_escaped(plain):
     edited(plain / "config.json", dataset="/data/<b>&.npz", rule='"<i>')
     page = Page(report.write_report(plain))
-    assert "<h1>&quot;&lt;i&gt; on &lt;b&gt;&amp;.npz</h1>" in (plain / "report.html").read_text()
+    assert "<h1>&#34;&lt;i&gt; on &lt;b&gt;&amp;.npz</h1>" in (plain / "report.html").read_text()
     assert page.row("dataset")[1] == "/data/<b>&.npz"
 
 
@@ -254,7 +254,7 @@ def test_losses_of_pieces_of_an_epoch_are_weighted_by_their_steps(plain):
     names = ("event", "task", "epoch", "step", "loss")
     text = "".join(json.dumps(dict(zip(names, line, strict=True))) + "\n" for line in lines)
     (plain / "seed_3/metrics.jsonl").write_text(text)
-    ends, values = report._losses(report._read(plain))
+    ends, values = finished_run.training_losses(finished_run.read_run(plain))
     assert ends.tolist() == [0.5, 1.0, 2.0] and values.tolist() == [[3.0, 1.0, 5.0]]
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pm_jax.continual.report import tables
 from pm_jax.types import InvalidInput
 
 FIGURES = {
@@ -20,26 +21,26 @@ FIGURES = {
     "forgetting": "forgetting",
     "learning_accuracy": "learning accuracy",
 }
-"""Figures of a run that are compared, and their headings; fractions."""
+"""Figures that are compared, by their headings; fractions."""
 MEASURED_ON_DEMAND = {"mean_regret_accuracy": "regret"}
-"""The same of runs that were made with landscapes; compared where one of them was."""
+"""Figures of runs with landscapes; compared if one of the runs has them."""
 LEARNING_PHASES = ("train", "curvature", "merge", "classifier")
+"""Seconds of these phases count; those of evaluation and analysis do not."""
 NAN = float("nan")
 
 
 class Comparison(NamedTuple):
-    """A merge rule beside the others.
+    """The figures of one merge rule, beside those of the others.
 
     Attributes:
-        rule: its label.
-        figures: `{name: values over the seeds}`, fractions, NaN where a figure does not apply.
-        rank: mean over the seeds of its rank by final accuracy, 1 for the best; NaN for what is
-            shown apart.
+        rule: label of the rule.
+        figures: values over the seeds by name; fractions, NaN where a figure does not apply.
+        rank: mean over the seeds of its rank by final accuracy, 1 for the best; NaN for a bound.
         difference: mean over the seeds of its final accuracy less that of the best ranked rule.
         difference_error: standard error of that mean; NaN for one seed.
         seconds: median over the seeds of training, measuring curvature and merging a whole stream,
-            as if the rule were run by itself. The first seed of a rule also compiles.
-        state_bytes: what the rule carries at the end of the stream; NaN if it is not known.
+            as if the rule ran alone. The first seed of a rule also compiles.
+        state_bytes: size of what the rule carries at the end of the stream; NaN if unknown.
     """
 
     rule: str
@@ -52,13 +53,7 @@ class Comparison(NamedTuple):
 
 
 def ranks(accuracies) -> np.ndarray:
-    """Rank of each rule for each seed, 1 for the highest accuracy; ties share their mean rank.
-
-    Args:
-        accuracies: [R, S].
-
-    Returns:
-        float64 [R, S].
+    """Rank the rules for each seed, 1 for the highest accuracy; [R, S], ties share their mean rank.
 
     Example:
         >>> ranks([[0.9, 0.5], [0.8, 0.5], [0.7, 0.6]]).tolist()
@@ -70,15 +65,9 @@ def ranks(accuracies) -> np.ndarray:
 
 
 def paired_differences(accuracies, best: int) -> tuple[np.ndarray, np.ndarray]:
-    """Differences to one of the rules, seed by seed: their mean and its error.
+    """Compare accuracies [R, S] with row `best`, seed by seed: mean difference and its error, [R].
 
-    Args:
-        accuracies: [R, S]; a column holds the same seed of every rule.
-        best: the row to compare with.
-
-    Returns:
-        Mean [R] and its standard error [R], the sample standard deviation of the differences over
-        sqrt(S); NaN for one seed.
+    The error is the sample deviation of the differences over sqrt(S); NaN for one seed.
 
     Example:
         >>> mean, error = paired_differences([[0.5, 0.5], [0.5, 0.25]], 0)
@@ -93,17 +82,12 @@ def paired_differences(accuracies, best: int) -> tuple[np.ndarray, np.ndarray]:
 def compare(
     results: Mapping[str, Sequence[Mapping[str, Any]]], apart: Collection[str] = ()
 ) -> list[Comparison]:
-    """The rules from the highest mean final accuracy to the lowest.
+    """Order rules from the highest mean final accuracy to the lowest, with their comparisons.
 
-    Args:
-        results: for each label the contents of `results.json`, of the same seeds in the same order.
-        apart: labels of bounds that are no methods: last, without a rank, and never the best.
-
-    Returns:
-        One `Comparison` each.
+    Rules `apart` are bounds and no methods: they come last, without a rank, and are never the best.
 
     Raises:
-        InvalidInput: rules whose seeds are not the same.
+        InvalidInput: the rules were not run with the same seeds.
 
     Example:
         >>> run = dict.fromkeys(FIGURES, 0.5) | {"seed": 0, "seconds": {"train": 1.0}}
@@ -112,14 +96,16 @@ def compare(
         ('b', 2.0, -0.25)
     """
     seeds = {label: [run["seed"] for run in runs] for label, runs in results.items()}
-    for label, own in seeds.items():
-        if own != next(iter(seeds.values())):
+    reference, wanted = next(iter(seeds.items()))
+    for label, seeds_of_rule in seeds.items():
+        if seeds_of_rule != wanted:
             raise InvalidInput(
-                f"seeds={_joined(own)}: of {label}, those of {next(iter(seeds))} are "
-                f"{_joined(next(iter(seeds.values())))}; only the same ones can be compared"
+                f"seeds={_joined(seeds_of_rule)}: of {label}, those of {reference} are "
+                f"{_joined(wanted)}; only the same ones can be compared"
             )
     final = [[run["final_average_accuracy"] for run in runs] for runs in results.values()]
     labels = list(results)
+    # Where there are bounds only, they are ranked among themselves.
     ranked = [row for row, label in enumerate(labels) if label not in apart] or range(len(labels))
     values = np.asarray(final, np.float64)
     rank = np.full(len(labels), NAN)
@@ -127,9 +113,11 @@ def compare(
     best = max(ranked, key=lambda row: values[row].mean())
     difference, error = paired_differences(values, best)
     runs_of_all = [run for runs in results.values() for run in runs]
-    names = [*FIGURES, *(name for name in MEASURED_ON_DEMAND
-                         if any(run.get(name) is not None for run in runs_of_all))]  # fmt: skip
-    found = [
+    on_demand = [
+        name for name in MEASURED_ON_DEMAND if any(run.get(name) is not None for run in runs_of_all)
+    ]
+    names = [*FIGURES, *on_demand]
+    comparisons = [
         Comparison(
             rule=label,
             figures={name: [_number(run.get(name)) for run in runs] for name in names},
@@ -141,19 +129,15 @@ def compare(
         )
         for row, (label, runs) in enumerate(results.items())
     ]
+    # Rules without a rank, whose rank is NaN and so differs from itself, come last.
     return sorted(
-        found, key=lambda row: (row.rank != row.rank, -_mean(row.figures["final_average_accuracy"]))
+        comparisons,
+        key=lambda row: (row.rank != row.rank, -_mean(row.figures["final_average_accuracy"])),
     )
 
 
 def as_text(rows: Sequence[Comparison]) -> str:
-    """A table to read; percent, mean +- standard deviation over the seeds.
-
-    Args:
-        rows: of `compare`.
-
-    Returns:
-        Lines of text.
+    """Lay the rules out for a terminal; percent, mean +- standard deviation over the seeds.
 
     Example:
         >>> figures = dict.fromkeys(FIGURES, [0.5, 0.75])
@@ -161,22 +145,11 @@ def as_text(rows: Sequence[Comparison]) -> str:
         rule    final accuracy  AAA          forgetting   ... rank  to the best    seconds  state
         magmax  62.5 +- 17.7    62.5 +- 17.7 62.5 +- 17.7 ... 1.5   -25.0 +- 12.5  3.2      2.5 MB
     """
-    cells = _cells(rows)
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in cells
-    )
+    return tables.as_text(_cells(rows))
 
 
 def as_latex(rows: Sequence[Comparison]) -> str:
-    r"""The same table as a LaTeX `tabular`; it needs no package.
-
-    Args:
-        rows: of `compare`.
-
-    Returns:
-        Lines of LaTeX.
+    r"""Lay the same table out as a LaTeX `tabular`, which needs no package.
 
     Example:
         >>> figures = dict.fromkeys(FIGURES, [0.5])
@@ -184,35 +157,11 @@ def as_latex(rows: Sequence[Comparison]) -> str:
         >>> print(as_latex([row]).splitlines()[4])
         perturb\_and\_merge & 50.0 & 50.0 & 50.0 & 50.0 & 1.0 & 0.0 & 3.0 & 10 B \\
     """
-    special = {"\\": r"\textbackslash{}", **{mark: f"\\{mark}" for mark in "_%&#${}"}}
-
-    def line(cells: Sequence[str]) -> str:
-        escaped = ("".join(special.get(mark, mark) for mark in cell) for cell in cells)
-        return " & ".join(escaped).replace("+-", r"$\pm$") + r" \\"
-
-    head, *body = (line(cells) for cells in _cells(rows))
-    columns = "l" + "r" * head.count(" & ")
-    return "\n".join(
-        [rf"\begin{{tabular}}{{{columns}}}", r"\hline", head, r"\hline", *body, r"\hline"]
-        + [r"\end{tabular}"]
-    )
+    return tables.as_latex(_cells(rows))
 
 
 def as_records(rows: Sequence[Comparison]) -> list[dict[str, Any]]:
-    """The numbers of the table, for JSON; fractions, seconds and bytes.
-
-    Args:
-        rows: of `compare`.
-
-    Returns:
-        One flat dict a rule.
-
-    Example:
-        >>> figures = dict.fromkeys(FIGURES, [0.5, 0.75])
-        >>> record, = as_records([Comparison("magmax", figures, 1.5, -0.25, 0.125, 3.25, 8.0)])
-        >>> record["forgetting_mean"], record["rank"], record["difference_standard_error"]
-        (0.625, 1.5, 0.125)
-    """
+    """Return the numbers of the table, a flat dict a rule; fractions, seconds and bytes."""
     return [
         {
             "rule": row.rule,
@@ -232,13 +181,7 @@ def as_records(rows: Sequence[Comparison]) -> list[dict[str, Any]]:
 
 
 def as_csv(rows: Sequence[Comparison]) -> str:
-    """The numbers of `as_records` with a line of names; empty where a number does not apply.
-
-    Args:
-        rows: of `compare`.
-
-    Returns:
-        Lines of CSV.
+    """Write the numbers of `as_records` as CSV; empty where a number does not apply.
 
     Example:
         >>> figures = dict.fromkeys(FIGURES, [0.5])
@@ -250,6 +193,7 @@ def as_csv(rows: Sequence[Comparison]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(records[0])
     for record in records:
+        # Only NaN differs from itself.
         writer.writerow("" if value != value else value for value in record.values())
     return text.getvalue()
 
@@ -261,20 +205,14 @@ def _cells(rows: Sequence[Comparison]) -> list[list[str]]:
     return [head] + [
         [
             row.rule,
-            *(_percent(_mean(values), _deviation(values)) for values in row.figures.values()),
+            *(tables.percent(_mean(values), _deviation(values)) for values in row.figures.values()),
             f"{row.rank:.1f}" if np.isfinite(row.rank) else "-",
-            _percent(row.difference, row.difference_error),
+            tables.percent(row.difference, row.difference_error),
             f"{row.seconds:.1f}",
             _size(row.state_bytes),
         ]
         for row in rows
     ]
-
-
-def _percent(mean: float, spread: float) -> str:
-    if not np.isfinite(mean):
-        return "-"
-    return f"{100 * mean:.1f}" + (f" +- {100 * spread:.1f}" if np.isfinite(spread) else "")
 
 
 def _size(number: float) -> str:

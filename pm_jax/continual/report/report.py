@@ -1,33 +1,32 @@
 """The report of a finished run: one HTML file that needs nothing beside it."""
 
-import math
 import zipfile
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pm_jax import files
 from pm_jax.continual.merging import landscape
 from pm_jax.continual.merging.trust import warnings_of
-from pm_jax.continual.report import figures
-from pm_jax.continual.report.page import captioned, details, grid, page, paragraph, table
-from pm_jax.continual.report.results import of_merges, read_results
+from pm_jax.continual.report import figures, tables
+from pm_jax.continual.report.finished_run import FinishedRun, read_run, training_losses
+from pm_jax.continual.report.results import of_merges
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.storage import manifest
 from pm_jax.continual.storage.logs import JSONL_FILE
-from pm_jax.continual.storage.workdir import CONFIG_FILE, RESULTS_FILE, saved_form, write_text
+from pm_jax.continual.storage.workdir import RESULTS_FILE, saved_form, write_text
 from pm_jax.types import InvalidInput
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 FILE = "report.html"
+TEMPLATE = "report.html.jinja"
 DAMAGE = (LookupError, TypeError, ValueError, ArithmeticError, EOFError, zipfile.BadZipFile)
-"""What logs and landscapes raise that are not as they were written."""
+"""A landscape that is damaged raises one of these, when it is read or when it is drawn."""
 SHOWN = 10
-"""Warnings before the others are folded away."""
-EPOCH = {"task": int, "epoch": int, "loss": (int, float)}
-"""Form of a line of the log that tells of an epoch."""
+"""The page shows this many warnings, and folds the others away."""
 METRICS = {
     "final_average_accuracy": "final average accuracy, over the tasks after the last one",
     "average_incremental_accuracy": "average incremental accuracy, over the tasks seen, over time",
@@ -39,37 +38,27 @@ METRICS = {
 }
 
 
-class _Run(NamedTuple):
-    """The finished seeds of a work directory, in their order."""
+class Captioned(NamedTuple):
+    """A figure of the page: its image as a data URI, its name, and what it shows."""
 
-    directory: Path
-    label: str
-    config: dict[str, Any]
-    results: list[dict[str, Any]]
+    image: str
+    name: str
+    caption: str
 
 
 def write_report(workdir: Path) -> Path:
     """Write the report of a run, and of the baseline in `workdir/baseline`, if there is one.
 
-    Args:
-        workdir: of a run of `experiments.train` with at least one finished seed.
-
-    Returns:
-        The file, `workdir/report.html`; it is written whole or not at all.
+    The file, `workdir/report.html`, is written whole or not at all.
 
     Raises:
-        InvalidInput: a directory without a finished run, or with a damaged file.
+        InvalidInput: the directory has no finished run, or a damaged file.
         ImportError: matplotlib is not installed.
-
-    Example:
-        >>> write_report(Path("/nonexistent"))
-        Traceback (most recent call last):
-        pm_jax.types.InvalidInput: workdir=/nonexistent: has no config.json; give the work ...
     """
     try:
-        runs = [_read(workdir)]
+        runs = [read_run(workdir)]
         if any((workdir / "baseline").glob(f"seed_*/{RESULTS_FILE}")):
-            runs.append(_read(workdir / "baseline", " (baseline)"))
+            runs.append(read_run(workdir / "baseline", " (baseline)"))
         page = _page(runs)
         with manifest.covering(workdir, FILE):
             write_text(workdir / FILE, page)
@@ -81,53 +70,60 @@ def write_report(workdir: Path) -> Path:
     return workdir / FILE
 
 
-def _read(directory: Path, suffix: str = "") -> _Run:
-    path = directory / CONFIG_FILE
-    if not path.exists():
-        raise InvalidInput(
-            f"workdir={directory}: has no {CONFIG_FILE}; give the work directory of a run of "
-            "experiments.train"
-        )
-    try:
-        config = files.read_json(path, {"rule": str, "dataset": str})
-    except ValueError:
-        raise InvalidInput(
-            f"workdir={directory}: its {CONFIG_FILE} is damaged; take another directory"
-        ) from None
-    results = [read_results(path) for path in directory.glob(f"seed_*/{RESULTS_FILE}")]
-    if not results:
-        raise InvalidInput(
-            f"workdir={directory}: has no finished seed; run the command that made it to its end"
-        )
-    results.sort(key=lambda content: content["seed"])
-    return _Run(directory, config["rule"] + suffix, config, results)
+def _page(runs: Sequence[FinishedRun]) -> str:
+    """Fill the template; its names are the keys of the dicts put together here."""
+    import jinja2
 
-
-def _page(runs: Sequence[_Run]) -> str:
     run = runs[0]
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(
+        loader=loader,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        # A name that the template uses and nobody gives is an error, not an empty text.
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template(TEMPLATE).render(
+        **_heading(run),
+        **_settings(runs),
+        **_accuracy(runs),
+        metrics=_metrics(runs),
+        warnings=_warnings(run),
+        merges=_merges(run),
+        merges_in_numbers=_merges_in_numbers(run),
+        landscape=_landscape(run),
+        costs=_costs(runs),
+        results=run.results,
+        examples=_examples(run),
+        environment=_environment(run),
+        SHOWN=SHOWN,
+        JSONL_FILE=JSONL_FILE,
+    )
+
+
+def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
+    from markupsafe import Markup
+
+    # tabulate has escaped the cells already.
+    return Markup(tables.as_html(heading, rows))
+
+
+def _heading(run: FinishedRun) -> dict[str, str]:
     config, seeds = run.config, [content["seed"] for content in run.results]
     several = len(seeds) > 1
-    title = f"{run.label} on {Path(config['dataset']).name}"
     spread = "mean ± standard deviation over them" if several else "no spread is known"
     introduction = (
         f"{len(run.results[0]['accuracy_matrix'])} tasks, "
         f"{str(config.get('scenario')).replace('_', '-')}; model {config.get('model')}; "
         f"seed{'s' if several else ''} {', '.join(map(str, seeds))}: {spread}."
     )
-    sections = {
-        "Result": _metrics(runs),
-        "Warnings": _warnings(run),
-        "Settings": _settings(runs),
-        "Accuracy and training": _accuracy(runs),
-        "Merges": _merges(run),
-        "Along the merges": _landscape(run),
-        "Time and memory": _costs(runs),
-        "Data and environment": _origin(run),
-    }
-    return page(title, introduction, sections)
+    title = f"{run.label} on {Path(config['dataset']).name}"
+    return {"title": title, "introduction": introduction}
 
 
-def _metrics(runs: Sequence[_Run]) -> str:
+def _metrics(runs: Sequence[FinishedRun]) -> Any:
     rows = [
         [words, *(_spread([result.get(name) for result in run.results], 100) for run in runs)]
         for name, words in METRICS.items()
@@ -138,57 +134,51 @@ def _metrics(runs: Sequence[_Run]) -> str:
         rows.append(["final average accuracy among the classes of the task alone"])
         rows[-1] += [_spread(values, 100) for values in aware]
     split = runs[0].config.get("evaluate_on")
-    known = [row for row in rows if set(row[1:]) != {"-"}]
-    return table([f"percent, {split} split", *(run.label for run in runs)], known)
+    applicable = [row for row in rows if set(row[1:]) != {"-"}]
+    return _table([f"percent, {split} split", *(run.label for run in runs)], applicable)
 
 
-def _warnings(run: _Run) -> str:
+def _warnings(run: FinishedRun) -> list[str]:
     seed = "seed {}, " if len(run.results) > 1 else ""
-    items = [
-        f"<li>{seed.format(content['seed'])}{escape(text)}</li>"
+    return [
+        f"{seed.format(content['seed'])}{text}"
         for content in run.results
         for text in warnings_of(content)
     ]
-    if not items:
-        return paragraph("None: nothing about the merges is conspicuous.")
-    first, rest = "".join(items[:SHOWN]), "".join(items[SHOWN:])
-    more = details(f"{len(items) - SHOWN} more warnings", f"<ul>{rest}</ul>") if rest else ""
-    return f"<ul>{first}</ul>{more}"
 
 
-def _settings(runs: Sequence[_Run]) -> str:
-    default = saved_form(Config())
-    header = ["setting", *(run.label for run in runs), "default"]
-    rows = [
-        [name, *(_shown(config.get(name)) for config in (*(run.config for run in runs), default))]
-        for name in runs[0].config
-    ]
-    own = [row for row in rows if len(set(row[1:])) > 1]
-    return (table(header, own) if own else paragraph("All settings are the defaults.")) + details(
-        f"All {len(rows)} settings", table(header, rows)
-    )
+def _settings(runs: Sequence[FinishedRun]) -> dict[str, Any]:
+    heading = ["setting", *(run.label for run in runs), "default"]
+    columns = [*(run.config for run in runs), saved_form(Config())]
+    rows = [[name, *(_shown(c.get(name)) for c in columns)] for name in runs[0].config]
+    changed = [row for row in rows if len(set(row[1:])) > 1]
+    return {
+        "changed_settings": _table(heading, changed) if changed else None,
+        "all_settings": _table(heading, rows),
+        "number_of_settings": len(rows),
+    }
 
 
-def _accuracy(runs: Sequence[_Run]) -> str:
+def _accuracy(runs: Sequence[FinishedRun]) -> dict[str, Any]:
     several = len(runs[0].results) > 1
-    blocks = [
-        captioned(
+    captioned = [
+        _captioned(
             figures.accuracy_curves({run.label: run.results for run in runs}),
             "Accuracy on the tasks seen",
             "Mean accuracy on the tasks seen so far, after each task."
             + (" Bars: a standard deviation." if several else ""),
         ),
-        captioned(
+        _captioned(
             figures.accuracy_matrix(runs[0].results),
             "Accuracy matrix",
             f"Accuracy of {runs[0].label} on each task (column) after each task (row): down a "
             "column, a task is forgotten" + ("; mean over seeds." if several else "."),
         ),
     ]
-    losses = {run.label: found for run in runs if (found := _losses(run))}
+    losses = {run.label: read for run in runs if (read := training_losses(run))}
     if losses:
-        blocks.append(
-            captioned(
+        captioned.append(
+            _captioned(
                 figures.training_loss(losses),
                 "Training loss",
                 "Training loss of each epoch, with the perturbation where training has one."
@@ -197,63 +187,26 @@ def _accuracy(runs: Sequence[_Run]) -> str:
         )
     matrices = np.asarray([r["accuracy_matrix"] for r in runs[0].results], np.float64)
     tasks = range(1, matrices.shape[1] + 1)
-    rows = [[f"after\u00a0task\u00a0{t}", *(_spread(matrices[:, t - 1, i - 1], 100) for i in tasks)]
-            for t in tasks]  # fmt: skip
-    numbers = table(["percent", *(f"task\u00a0{task}" for task in tasks)], rows)
-    return (
-        grid(blocks)
-        + ("" if losses else paragraph(f"The training loss is not shown: no {JSONL_FILE}."))
-        + details("The accuracy matrix in numbers", numbers)
-    )
+    # Spaces that do not break keep the narrow columns on one line.
+    rows = []
+    for t in tasks:
+        cells = [_spread(matrices[:, t - 1, i - 1], 100) for i in tasks]
+        rows.append([f"after\u00a0task\u00a0{t}", *cells])
+    heading = ["percent", *(f"task\u00a0{task}" for task in tasks)]
+    return {
+        "accuracy": captioned,
+        "has_losses": bool(losses),
+        "accuracy_matrix": _table(heading, rows),
+    }
 
 
-def _losses(run: _Run) -> tuple[np.ndarray, np.ndarray] | None:
-    """When epochs ended, in tasks [E], and their mean losses [S, E]; `None` without logs."""
-    by_seed = []
-    for content in run.results:
-        path = run.directory / f"seed_{content['seed']}" / JSONL_FILE
-        if not path.exists():
-            return None
-        try:
-            by_seed.append(_losses_of_epochs(path))
-        except (ArithmeticError, ValueError):
-            raise InvalidInput(
-                f"workdir={run.directory}: {path.parent.name}/{JSONL_FILE} is damaged; move it "
-                "away for a report without the training loss"
-            ) from None
-    keys = sorted(by_seed[0])
-    epochs = dict(keys)  # the last of each task
-    ends = np.asarray([task - 1 + epoch / epochs[task] for task, epoch in keys])
-    return ends, np.asarray([[found.get(key, math.nan) for key in keys] for found in by_seed])
-
-
-def _losses_of_epochs(path: Path) -> dict[tuple[int, int], float]:
-    """Mean loss by task and epoch."""
-    found: dict[tuple[int, int], tuple[int, float]] = {}
-    before = 0
-    for text in path.read_bytes().splitlines():
-        line = files.parse_json(text, {"event": str, "step": int})
-        # A checkpoint within an epoch splits its line into several.
-        if line["event"] == "epoch":
-            if not files.fits(line, EPOCH):
-                raise ValueError("a figure of an epoch is missing")
-            key, steps = (line["task"], line["epoch"]), line["step"] - before
-            if min(key) < 1:
-                raise ValueError("tasks and epochs are counted from 1")
-            earlier, loss = found.get(key, (0, 0.0))
-            found[key] = earlier + steps, loss + steps * line["loss"]
-        before = line["step"]
-    if not found:
-        raise ValueError("it has no epochs")
-    return {(task, epoch): float(loss / steps) for (task, epoch), (steps, loss) in found.items()}
-
-
-def _merges(run: _Run) -> str:
-    blocks = []
+def _merges(run: FinishedRun) -> list[Captioned]:
+    captioned = []
+    # The first task's merge is left out: it has nothing to be merged with.
     if np.isfinite(of_merges(run.results, "alpha")[:, 1:]).any():
         mean = "Mean over seeds, dots: single seeds. " if len(run.results) > 1 else ""
-        blocks.append(
-            captioned(
+        captioned.append(
+            _captioned(
                 figures.coefficients(run.results),
                 "Merge coefficients",
                 f"How far each merge went towards the trained model. {mean}Bars: standard error "
@@ -263,43 +216,47 @@ def _merges(run: _Run) -> str:
     predicted = of_merges(run.results, "predicted_loss_change")
     actual = of_merges(run.results, "actual_loss_change")
     if np.isfinite(predicted + actual)[:, 1:].any():
-        blocks.append(
-            captioned(
+        captioned.append(
+            _captioned(
                 figures.loss_changes(run.results),
                 "Predicted against actual loss change",
                 "What a merge did to the loss of the task just trained, on held-out data, and "
                 "what the quadratic model said it would; the numbers are tasks.",
             )
         )
-    tables = ""
+    return captioned
+
+
+def _merges_in_numbers(run: FinishedRun) -> dict[int, Any]:
+    by_seed = {}
     for content in run.results:
         names = list(content["merges"][0])
         rows = [
             [str(task), *("-" if merge[name] is None else f"{merge[name]:.4g}" for name in names)]
             for task, merge in enumerate(content["merges"], start=1)
         ]
-        numbers = table(["task", *(name.replace("_", " ") for name in names)], rows)
-        tables += details(f"Every merge in numbers, seed {content['seed']}", numbers)
-    return grid(blocks) + tables
+        heading = ["task", *(name.replace("_", " ") for name in names)]
+        by_seed[content["seed"]] = _table(heading, rows)
+    return by_seed
 
 
-def _landscape(run: _Run) -> str:
+def _landscape(run: FinishedRun) -> list[Captioned] | None:
+    """Draw the first seed's landscapes; `None` if the run measured none.
+
+    Raises:
+        InvalidInput: the file is damaged.
+    """
     first = run.results[0]
     path = run.directory / f"seed_{first['seed']}" / landscape.FILE
     if not path.exists():
-        return paragraph(
-            "Not measured: with --landscape_points=21 and a new work directory, a run also keeps "
-            "the losses and accuracies along every merge and the coefficients that were best; "
-            "with --plane_points=9, those in the plane of the last two task vectors."
-        )
+        return None
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: array.astype(np.float64, casting="same_kind")
-                      for name, array in file.items()}  # fmt: skip
+            arrays = {n: a.astype(np.float64, casting="same_kind") for n, a in file.items()}
         if not np.isfinite(arrays["loss" if "loss" in arrays else "plane_loss"][1:]).any():
-            return paragraph("The first task's merge was the only one.")
+            return []
         along = _along(first, arrays) if "alphas" in arrays else []
-        return grid([*along, *(_plane(first, arrays) if "plane_loss" in arrays else [])])
+        return [*along, *(_plane(first, arrays) if "plane_loss" in arrays else [])]
     except DAMAGE:
         raise InvalidInput(
             f"workdir={run.directory}: {path.parent.name}/{path.name} is damaged; move it away for "
@@ -307,8 +264,8 @@ def _landscape(run: _Run) -> str:
         ) from None
 
 
-def _along(first: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> list[str]:
-    blocks = []
+def _along(first: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> list[Captioned]:
+    captioned = []
     for name, unit, best in (("loss", 1, "oracle_alpha"), ("accuracy", 100, "most_accurate_alpha")):
         figure = figures.landscape(
             arrays["alphas"],
@@ -320,11 +277,11 @@ def _along(first: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> list[s
             f"Mean validation {name}{', in percent,' if unit > 1 else ''} between the model that a "
             f"task started from (0) and the one that it trained (1), seed {first['seed']}."
         )
-        blocks.append(captioned(figure, f"{name.capitalize()} along the merges", caption))
-    return blocks
+        captioned.append(_captioned(figure, f"{name.capitalize()} along the merges", caption))
+    return captioned
 
 
-def _plane(first: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> list[str]:
+def _plane(first: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> list[Captioned]:
     *place, outside = arrays["plane_merged"][-1]
     figure = figures.plane(
         arrays["plane_along"], arrays["plane_across"], arrays["plane_loss"][-1], place
@@ -333,12 +290,13 @@ def _plane(first: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> list[s
         "Validation loss around the last merge, in the plane of the last two task vectors, seed "
         f"{first['seed']}."
     )
+    # Below one percent the merged model lies in the plane for the eye.
     if outside > 0.01:
         caption += f" {100 * outside:.0f} % of the merge's displacement lie outside of it."
-    return [captioned(figure, "Around the last merge", caption)]
+    return [_captioned(figure, "Around the last merge", caption)]
 
 
-def _costs(runs: Sequence[_Run]) -> str:
+def _costs(runs: Sequence[FinishedRun]) -> Any:
     rows = [
         [
             f"{'in all (the last process)' if name == 'this_process' else name}, seconds",
@@ -346,31 +304,33 @@ def _costs(runs: Sequence[_Run]) -> str:
         ]
         for name in runs[0].results[0]["seconds"]
     ]
-    kept = [f"{run.results[0]['rule_state_bytes']:,}" for run in runs]
-    rows.append(["memory of the rule from task to task, bytes", *kept])
-    return table(["per seed", *(run.label for run in runs)], rows)
+    sizes = [f"{run.results[0]['rule_state_bytes']:,}" for run in runs]
+    rows.append(["memory of the rule from task to task, bytes", *sizes])
+    return _table(["per seed", *(run.label for run in runs)], rows)
 
 
-def _origin(run: _Run) -> str:
-    first = run.results[0]
+def _examples(run: FinishedRun) -> Any:
     splits = ("train", "validation", "test")
     rows = [
         [str(number), str(len(task["classes"])), *(str(task[name]["examples"]) for name in splits)]
-        for number, task in enumerate(first["manifest"]["tasks"], start=1)
+        for number, task in enumerate(run.results[0]["manifest"]["tasks"], start=1)
     ]
-    environment = first["environment"]
+    return _table(["task", "classes", "training", "validation", "test"], rows)
+
+
+def _environment(run: FinishedRun) -> str:
+    environment = run.results[0]["environment"]
     versions = {"python": environment["python"], **environment["packages"]}
-    return details(
-        f"Examples of each task, seed {first['seed']}",
-        table(["task", "classes", "training", "validation", "test"], rows),
-    ) + paragraph(
-        f"{environment['devices']} x {environment['device']}; "
-        f"{', '.join(f'{name} {version}' for name, version in versions.items() if version)}."
-    )
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    return f"{environment['devices']} x {environment['device']}; {packages}"
+
+
+def _captioned(figure: "Figure", name: str, caption: str) -> Captioned:
+    return Captioned(figures.data_uri(figure), name, caption)
 
 
 def _spread(values: Any, unit: float = 1) -> str:
-    """Mean and, of several seeds, standard deviation; a dash for what does not apply."""
+    """Write mean and, of several seeds, deviation; a dash stands for what does not apply."""
     values = unit * np.asarray(values, np.float64)
     if not np.isfinite(values).all():
         return "-"

@@ -7,8 +7,12 @@ from typing import Any
 import numpy as np
 
 from pm_jax import files
+from pm_jax.continual.report import tables
 from pm_jax.continual.storage.workdir import RESULTS_FILE
 from pm_jax.types import InvalidInput
+
+Results = Mapping[str, Any]
+"""The content of a results.json."""
 
 METRICS = (
     "final_average_accuracy",
@@ -21,7 +25,7 @@ METRICS = (
     "mean_regret_accuracy",
 )
 NUMBER = (int, float, type(None))
-"""Where a figure does not apply, it is `None`."""
+"""A figure that does not apply is `None`."""
 FORM = {
     "seed": int,
     "accuracy_matrix": [[NUMBER]],
@@ -34,17 +38,19 @@ FORM = {
                             "validation": {"examples": int}, "test": {"examples": int}}]},
     "environment": {"python": str, "device": str, "devices": int, "packages": {str: object}},
 }  # fmt: skip
-"""Form of each field that a run writes, as `files.fits` reads it."""
+"""Fields that every run writes, with their forms as `files.fits` reads them."""
+COLUMNS = {
+    "final accuracy": "final_average_accuracy",
+    "AAA": "average_incremental_accuracy",
+    "forgetting": "forgetting",
+    "backward transfer": "backward_transfer",
+    "learning accuracy": "learning_accuracy",
+}
+"""Columns of the table of summaries, by their headings."""
 
 
 def problem_of(content: Any) -> str | None:
-    """What is wrong with the contents of a `results.json`, in a few words.
-
-    Args:
-        content: as read.
-
-    Returns:
-        To follow the file's name, or `None` for nothing.
+    """Say in a few words what is wrong with the content of a results.json; `None` for nothing.
 
     Example:
         >>> problem_of([]), problem_of({"seed": "0"})
@@ -88,16 +94,26 @@ def read_results(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_seeds(workdir: Path) -> list[dict[str, Any]]:
+    """Read the results of all finished seeds of a work directory, in the order of the seeds.
+
+    Raises:
+        InvalidInput: a results.json is damaged.
+    """
+    results = [read_results(path) for path in sorted(workdir.glob(f"seed_*/{RESULTS_FILE}"))]
+    # The names of folders put seed_10 before seed_2.
+    return sorted(results, key=lambda content: content["seed"])
+
+
 def summarize_seeds(workdir: Path) -> dict[str, Any]:
     """Compute the content of summary.json: mean, sample deviation and seed count of every figure.
 
     Raises:
-        InvalidInput: a results.json cannot be read.
+        InvalidInput: a results.json is damaged.
     """
-    results = [read_results(path) for path in sorted(workdir.glob(f"seed_*/{RESULTS_FILE}"))]
-    results.sort(key=lambda result: result["seed"])
+    results = read_seeds(workdir)
 
-    def figures(of: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def figures(of: Sequence[Results]) -> dict[str, Any]:
         return {name: _spread([result.get(name) for result in of]) for name in METRICS}
 
     return {
@@ -108,11 +124,11 @@ def summarize_seeds(workdir: Path) -> dict[str, Any]:
 
 
 def _spread(values: Sequence[float | None]) -> dict[str, Any]:
-    known = [value for value in values if value is not None]
+    numbers = [value for value in values if value is not None]
     return {
-        "mean": float(np.mean(known)) if known else float("nan"),
-        "standard_deviation": float(np.std(known, ddof=1)) if len(known) > 1 else float("nan"),
-        "n": len(known),
+        "mean": float(np.mean(numbers)) if numbers else float("nan"),
+        "standard_deviation": float(np.std(numbers, ddof=1)) if len(numbers) > 1 else float("nan"),
+        "n": len(numbers),
     }
 
 
@@ -125,33 +141,15 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
         rule       final accuracy  AAA         forgetting  backward transfer  learning accuracy
         averaging  50.0 +- 1.0     50.0 +- 1.0 ...
     """
-    columns = {
-        "final accuracy": "final_average_accuracy",
-        "AAA": "average_incremental_accuracy",
-        "forgetting": "forgetting",
-        "backward transfer": "backward_transfer",
-        "learning accuracy": "learning_accuracy",
-    }
-    cells = [["rule", *columns]]
-    cells += [[label, *(_percent(row[name]) for name in columns.values())]
-              for label, row in rows.items()]  # fmt: skip
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in cells
-    ]
-    return "\n".join(lines)
+    cells = [["rule", *COLUMNS]]
+    for label, row in rows.items():
+        figures = [row[name] for name in COLUMNS.values()]
+        percents = (tables.percent(f["mean"], f["standard_deviation"]) for f in figures)
+        cells.append([label, *percents])
+    return tables.as_text(cells)
 
 
-def _percent(figure: Mapping[str, Any]) -> str:
-    mean, deviation = figure["mean"], figure["standard_deviation"]
-    if mean is None or not np.isfinite(mean):
-        return "-"
-    spread = "" if deviation is None or not np.isfinite(deviation) else f" +- {100 * deviation:.1f}"
-    return f"{100 * mean:.1f}{spread}"
-
-
-def accuracies_after_each_task(runs: Sequence[Mapping[str, Any]]) -> np.ndarray:
+def accuracies_after_each_task(runs: Sequence[Results]) -> np.ndarray:
     """Average the accuracy over the tasks seen so far, after each task; float64 [S, T].
 
     Example:
@@ -164,7 +162,7 @@ def accuracies_after_each_task(runs: Sequence[Mapping[str, Any]]) -> np.ndarray:
     )
 
 
-def of_merges(runs: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+def of_merges(runs: Sequence[Results], name: str) -> np.ndarray:
     """Collect one figure of all merges, float64 [S, T]; NaN where it does not apply.
 
     Example:
