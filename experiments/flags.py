@@ -19,6 +19,7 @@ from pm_jax.continual import Config, RunOptions, TrainingDiverged
 from pm_jax.continual.export import Destinations
 from pm_jax.continual.interruption import Interrupted
 from pm_jax.continual.settings.run_options import KEPT
+from pm_jax.continual.settings.settings import names_of
 from pm_jax.rules.registry import number
 from pm_jax.types import InvalidInput, cause
 
@@ -27,16 +28,12 @@ PRESETS = Path(__file__).parent / "presets"
 SEQUENTIAL_ON_DEFAULT_STREAM: dict[str, Any] = {"learning_rate": 3e-4, "epochs": 1}
 """Chosen by validation accuracy: experiments/studies/ablation.py."""
 
-NOT_OF_SEQUENTIAL = (
-    *("learning_rate", "epochs", "data_dir", "cache_dir", "resident_mb", "evaluate_on"),
-    *("rule", "rule_settings"),
-    *("perturbation", "epsilon", "probabilities", "perturb_per"),
-    *("curvature", "stored_curvature", "curvature_rank", "curvature_slots"),
-    *("curvature_samples", "curvature_examples", "curvature_error", "curvature_memory_mb"),
-    *("merge_examples", "onset_gradients", "landscape_points", "plane_points", "trust"),
-    *("branch_from", "from_task"),
-)
-"""Settings that sequential training does not depend on, and those that it has of its own."""
+SEQUENTIAL_DEPENDS_ON = {
+    *names_of("stream", "model", "training", identity=True),
+    *("devices", "fsdp"),  # The choice was made on one device, and more of them round sums apart.
+    "classifier",  # It is no matter of merging alone, but says what predicts.
+} - SEQUENTIAL_ON_DEFAULT_STREAM.keys()
+"""Settings that must have their defaults for this choice to hold."""
 
 
 class _TupleParser(flags.ArgumentParser):
@@ -204,13 +201,9 @@ def export_from_flags() -> Destinations:
 
 
 def _is_default_stream(config: Config) -> bool:
-    """Whether all that sequential training depends on, but for rate and epochs, is the default."""
+    """Whether the choice for sequential training holds."""
     default = Config()
-    return all(
-        getattr(config, field.name) == getattr(default, field.name)
-        for field in dataclasses.fields(Config)
-        if field.name not in NOT_OF_SEQUENTIAL
-    )
+    return all(getattr(config, name) == getattr(default, name) for name in SEQUENTIAL_DEPENDS_ON)
 
 
 def parse(

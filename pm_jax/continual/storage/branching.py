@@ -1,6 +1,5 @@
 """A run that takes the trained models of another run's first tasks, and goes on by itself."""
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,13 +8,13 @@ import jax.numpy as jnp
 
 from pm_jax import files, trees
 from pm_jax.continual.settings.config import Config
-from pm_jax.continual.settings.settings import MERGING
+from pm_jax.continual.settings.settings import STAGES, names_of
 from pm_jax.continual.storage import logs, task_models
 from pm_jax.continual.storage.workdir import CONFIG_FILE
 from pm_jax.types import InvalidInput, Params
 
-FREE = (*MERGING, "perturbation", "epsilon", "probabilities", "perturb_per")
-"""Settings in which a branch may differ from the run that it comes from."""
+FIXED = names_of(*({*STAGES} - {"perturbation", "merging"}), identity=True)
+"""Settings that a branch has in common with the run that it comes from."""
 
 
 def check(config: Config, seeds: Sequence[int]) -> None:
@@ -48,11 +47,9 @@ def check(config: Config, seeds: Sequence[int]) -> None:
             f"branch_from={config.branch_from}: {CONFIG_FILE} cannot be read; give the work "
             "directory of a run of experiments.train"
         ) from None
-    fixed = [field.name for field in dataclasses.fields(Config)
-             if field.metadata["identity"] and field.name not in FREE]  # fmt: skip
     differing = [
         f"{name}={getattr(saved, name)}, not {getattr(config, name)}"
-        for name in fixed
+        for name in FIXED
         if getattr(saved, name) != getattr(config, name)
     ]
     if differing:
