@@ -18,10 +18,9 @@ from pm_jax.continual.placement import feed, processes
 from pm_jax.continual.placement.devices import devices_of
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.settings.run_options import RunOptions
-from pm_jax.continual.storage import branching, task_models
+from pm_jax.continual.storage import reuse
 from pm_jax.continual.storage.checkpoints import Checkpoints
 from pm_jax.continual.storage.logs import RunLog
-from pm_jax.continual.storage.shared_training import SharedTraining
 from pm_jax.continual.training import hooks, task_program
 from pm_jax.continual.training.divergence import check_finite, check_state
 from pm_jax.continual.training.task_program import Segment, TaskProgram
@@ -65,7 +64,7 @@ class Learner:
         self._rule = config.merge_rule
         alone = self._rule.takes_part_in_training or processes.several()
         shared = None if alone else options.shared
-        self._shared = SharedTraining(shared / f"seed_{seed}") if shared else None
+        self._shared = reuse.SharedTraining(shared / f"seed_{seed}") if shared else None
         lessons = self.stream.together() if self._rule.tasks_at_once else self.stream
         self._programs = programs(
             config,
@@ -231,7 +230,7 @@ class Learner:
         """
         found = self._shared.find(task, start) if self._shared else None
         if task < self.config.from_task:
-            found = branching.trained(self.config, self.seed, task, start)
+            found = reuse.branch_model(self.config, self.seed, task, start)
         if found is None:
             return None
         trained, lines = found
@@ -325,7 +324,7 @@ class Learner:
             pretrained = None if self.config.from_scratch else start
             whole = self._devices.whole((trained, pretrained))
             if processes.is_first():
-                task_models.keep(self.directory, task, self._programs.merging, *whole)
+                reuse.keep_task_model(self.directory, task, self._programs.merging, *whole)
         found = TrainedTask(start, trained, loss, self._adapters, self._trajectory)
         self._trajectory = None
         self._state, info = self._merging.merge(task, self._state, found, self._records)

@@ -11,9 +11,8 @@ from pm_jax.continual.report.results import read_results
 from pm_jax.continual.run import run_seeds
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.settings.run_options import RunOptions
-from pm_jax.continual.storage import branching, manifest
+from pm_jax.continual.storage import manifest, reuse
 from pm_jax.continual.storage.logs import check_tensorboard
-from pm_jax.continual.storage.shared_training import folder_name
 from pm_jax.continual.storage.workdir import (
     COMPARISON_FILE,
     RESULTS_FILE,
@@ -69,13 +68,13 @@ def run_rules(
     check_claim(workdir, owner, COMPARISON_FILE)
     for label, config in configs.items():
         check_claim(directories[label], config)
-        branching.check(config, seeds)
+        reuse.check_branch(config, seeds)
     if options.tensorboard:
         check_tensorboard()
     claim(workdir, owner, COMPARISON_FILE)
     for label, config in configs.items():
         try:
-            shared = workdir / SHARED_FOLDER / folder_name(config)
+            shared = workdir / SHARED_FOLDER / reuse.training_name(config)
             own_options = dataclasses.replace(options, shared=shared)
             run_seeds(config, seeds, directories[label], own_options)
         except TrainingDiverged as error:

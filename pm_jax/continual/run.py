@@ -16,7 +16,7 @@ from pm_jax.continual.placement.devices import devices_of
 from pm_jax.continual.report.results import summarize_seeds
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.settings.run_options import RunOptions
-from pm_jax.continual.storage import branching, manifest
+from pm_jax.continual.storage import manifest, reuse
 from pm_jax.continual.storage.logs import check_tensorboard
 from pm_jax.continual.storage.provenance import environment, provenance
 from pm_jax.continual.storage.workdir import (
@@ -64,7 +64,7 @@ def run_seeds(
         >>> summary["final_average_accuracy"]["n"]
         1
     """
-    branching.check(config, seeds)
+    reuse.check_branch(config, seeds)
     claim(workdir, config)
     processes.wait_for_all("claimed")
     with locked(workdir):
@@ -158,7 +158,7 @@ def run_with_baseline(
         )
     for directory, settings in runs.values():
         check_claim(directory, settings)
-        branching.check(settings, seeds)
+        reuse.check_branch(settings, seeds)
     if options.tensorboard:
         check_tensorboard()
     return {
