@@ -1,18 +1,19 @@
-"""Where each leaf of our models lies in public checkpoints: one list of `Entry` per layout."""
+"""Names of our parameters in public checkpoints: a list of `Entry` for each layout."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
 
 class Entry(NamedTuple):
-    """Where one leaf of ours lies in a checkpoint.
+    """The place of one of our leaves in a checkpoint.
 
     Attributes:
-        path: of our leaf, "blocks_0/attn/key/kernel".
-        name: of their tensor, "blocks.0.attn.qkv.weight".
-        kind: how the arrays differ: "same"; "dense" and "conv", whose output axis comes first in
-            PyTorch; "heads_in", "heads_out" and "heads_bias", with an axis of heads in `.npz`.
-        part: (i, n) where our leaf is the i-th of n equal parts along their first axis.
+        path: path of our leaf, "blocks_0/attn/key/kernel".
+        name: name of their tensor, "blocks.0.attn.qkv.weight".
+        kind: difference between the arrays: "same"; "dense" and "conv", whose output axis comes
+            first in PyTorch; "heads_in", "heads_out" and "heads_bias", with an axis of heads in
+            `.npz`.
+        part: (i, n) if our leaf is the i-th of n equal parts along their first axis.
     """
 
     path: str
@@ -132,10 +133,5 @@ LAYOUTS = {"timm": _timm, "transformers": _transformers, "augreg": _augreg, "ber
 
 
 def depth_of(paths: Iterable[str]) -> int:
-    """Number of blocks of a model from the paths of its leaves.
-
-    Example:
-        >>> depth_of(["blocks_0/attn/key/bias", "blocks_1/attn/key/bias", "head/bias"])
-        2
-    """
+    """Count the blocks of a model from the paths of its leaves."""
     return len({path.split("/")[0] for path in paths if path.startswith("blocks_")})
