@@ -75,9 +75,8 @@ def _encoder(path: str, max_tokens: int):
     tokenizer.enable_padding(length=max_tokens, pad_id=padding)
 
     def encode(texts: np.ndarray) -> np.ndarray:
-        return np.asarray(
-            [encoding.ids for encoding in tokenizer.encode_batch(list(texts))], np.int32
-        )
+        encodings = tokenizer.encode_batch(list(texts))
+        return np.asarray([encoding.ids for encoding in encodings], np.int32)
 
     return encode
 
