@@ -143,7 +143,7 @@ class Devices:
         return jax.make_array_from_callback(shape, NamedSharding(self.mesh, P(EXAMPLES)), part)
 
     def columns(self, number: int) -> slice:
-        """Return the slice of `number` columns, as many for each device, that this process holds."""
+        """Return the slice that this process holds of `number` columns, as many for each device."""
         places = self._by_columns.addressable_devices_indices_map((1, number)).values()
         ranges = [index[1].indices(number) for index in places if index]
         return slice(min(first for first, *_ in ranges), max(stop for _, stop, _ in ranges))
