@@ -145,7 +145,12 @@ def compute_dtype(*leaves: Array) -> np.dtype:
         >>> compute_dtype(jnp.ones(2, jnp.bfloat16)).name
         'float32'
     """
-    return np.dtype(jnp.result_type(jnp.float32, *(jnp.asarray(leaf).dtype for leaf in leaves)))
+    # A shape has a type and no value; asarray turns NumPy's float64 into what JAX is set to.
+    dtypes = (
+        leaf.dtype if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.asarray(leaf).dtype
+        for leaf in leaves
+    )
+    return np.dtype(jnp.result_type(jnp.float32, *dtypes))
 
 
 def inner(left: PyTree, right: PyTree, weight: PyTree | None = None) -> Array:

@@ -82,11 +82,11 @@ def the_disk_fails_when_the_results_are_written(monkeypatch):
 
 def the_device_has_no_memory_left_in_task_2(monkeypatch):
     error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 4000 bytes.")
-    failing(monkeypatch, Learner, "_train_task", error, lambda call, *_: call == 2)
+    failing(monkeypatch, Learner, "train_task", error, lambda call, *_: call == 2)
 
 
 def the_host_has_no_memory_left_after_task_1(monkeypatch):
-    failing(monkeypatch, Learner, "_accuracy", MemoryError(), lambda call, *_: call == 2)
+    failing(monkeypatch, Learner, "accuracy", MemoryError(), lambda call, *_: call == 2)
 
 
 def the_merge_of_task_2_gives_nan(monkeypatch):

@@ -1,5 +1,6 @@
 """Configurations small enough for tests, and how runs are compared."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -10,7 +11,7 @@ import pytest
 
 from pm_jax.continual import Config, Learner, RunOptions
 from pm_jax.continual import learner as learner_module
-from pm_jax.continual.merging.programs import programs, shared_programs
+from pm_jax.continual.merging.programs import programs_of, training_programs
 from pm_jax.continual.training.task_program import Segment
 
 SMALL = Config(
@@ -39,8 +40,28 @@ def different_programs(test):
 
 def forget_programs():
     """Have everything compiled anew."""
-    programs.cache_clear()
-    shared_programs.cache_clear()
+    programs_of.cache_clear()
+    training_programs.cache_clear()
+
+
+def with_functions(learner, *, train=None, refresh=None, **functions):
+    """The same learner with other compiled functions: of all tasks' training, or of `Programs`."""
+    programs = copy.copy(learner.programs)
+    for name, function in functions.items():
+        assert hasattr(programs, name)
+        setattr(programs, name, function)
+    programs.training = training = copy.copy(programs.training)
+    for_training = {"train": train, "refresh": refresh}
+    one_program = training.first is training.later
+    training.later = copy.copy(training.later)
+    for name, function in for_training.items():
+        if function:
+            setattr(training.later, name, function)
+    if one_program:
+        training.first = training.later
+    return Learner(
+        learner.config, learner.seed, learner.directory, learner.options, programs=programs
+    )
 
 
 def comparable(results):

@@ -29,7 +29,7 @@ from experiments.benchmarks import peer
 from experiments.benchmarks.workloads import Workload, interleaved
 from pm_jax.continual import Config, RunOptions
 from pm_jax.continual.learner import Learner
-from pm_jax.continual.merging.programs import programs
+from pm_jax.continual.merging.programs import StreamShape, programs_of
 from pm_jax.data.stream import LabelledArrays, TaskStream, class_incremental
 from pm_jax.weights import pretrained
 
@@ -240,7 +240,9 @@ def run_seconds(sizes: Sizes) -> tuple[float, ...]:
             )
 
     settings = dataclasses.asdict(sizes.config)
-    params = programs(sizes.config, sizes.classes, shape, 1).init(jax.random.key(0))
+    params = programs_of(
+        sizes.config, StreamShape(sizes.classes, shape, 1, sizes.classes)
+    ).training.init(jax.random.key(0))
     heads = sizes.config.network(sizes.classes).num_heads
     with tempfile.TemporaryDirectory() as directory:
         weights = Path(directory) / "random.npz"

@@ -16,10 +16,10 @@ from absl import app, flags
 
 from experiments.benchmarks.workloads import interleaved, random_data
 from pm_jax.continual import Config
+from pm_jax.continual.placement.data import DeviceData, HostData
 from pm_jax.continual.placement.devices import devices_of
-from pm_jax.continual.placement.feed import HostData, stretches
 from pm_jax.continual.training.partition import partition
-from pm_jax.continual.training.task_program import DeviceData, Segment, task_program
+from pm_jax.continual.training.task_program import Segment, TaskProgram
 from pm_jax.data.augmentation import AUGMENTATIONS
 
 flags.DEFINE_integer("image_size", 160, "Side in pixels that the model reads.")
@@ -44,7 +44,7 @@ def epoch(
         lora_pattern=config.kernel_pattern,
         rank=config.lora_rank,
     )
-    program = task_program(config, model, parts, examples)
+    program = TaskProgram(config, model, parts, examples)
     state = list(program.begin(key, params, np.asarray(1, np.int32)))
 
     steps = -(-examples // config.batch_size)
@@ -55,8 +55,8 @@ def epoch(
         source = HostData(images, data._replace(inputs=None), window_bytes, devices_of(config))
 
     def run() -> object:
-        pieces = stretches(
-            source, lambda rest: program.order(key, rest, 1, 0), config.batch_size, 0, steps
+        pieces = program.batches.windows(
+            source, lambda rest: program.order(key, rest, 1, 0).rows, 0, steps
         )
         for first, stop, part in pieces:
             segment = Segment.of(1, 0, first, stop, 1)

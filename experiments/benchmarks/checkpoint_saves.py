@@ -32,7 +32,7 @@ flags.DEFINE_integer("repeats", 5, "Turns of each measurement.")
 def table(config: Config, steps: int, repeats: int, directory: Path) -> dict[str, float]:
     """Seconds of so many steps with and without a checkpoint, and their ratios."""
     work = Workload(config, (8, 8, 1), steps * config.batch_size)
-    program, segment = work.run.later, Segment.of(1, 0, 0, steps, 1)
+    program, segment = work.run.training.later, Segment.of(1, 0, 0, steps, 1)
     state = list(program.begin(work.key, work.params, work.task))
     rule = config.merge_rule.init(trees.select(work.params, work.run.merging))
     number, blocked = 0, []

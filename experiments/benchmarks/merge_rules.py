@@ -17,7 +17,7 @@ from absl import app, flags
 
 from pm_jax import rules
 from pm_jax.continual import Config
-from pm_jax.continual.merging.programs import parameter_shapes
+from pm_jax.continual.training.initial_model import parameter_shapes
 from pm_jax.curvature.quadratics import DiagonalQuadratic
 from pm_jax.rules import Evidence, MergeRule
 from pm_jax.types import Params

@@ -18,7 +18,7 @@ from absl import app, flags
 from experiments.benchmarks.workloads import VIT, Workload, interleaved, random_data
 from pm_jax import lora
 from pm_jax.continual import Config
-from pm_jax.continual.training.task_program import logits_of
+from pm_jax.continual.training.logits import logits_of
 
 flags.DEFINE_enum(
     "model", "vit", ["vit", "vit_tiny_patch16", "vit_base_patch16"], "vit is a ViT-Ti/16."

@@ -11,8 +11,9 @@ import numpy as np
 
 from pm_jax import trees
 from pm_jax.continual import Config
-from pm_jax.continual.merging.programs import programs
-from pm_jax.continual.training.task_program import DeviceData, Segment
+from pm_jax.continual.merging.programs import StreamShape, programs_of
+from pm_jax.continual.placement.data import DeviceData
+from pm_jax.continual.training.task_program import Segment
 
 VIT = Config(
     model="vit",
@@ -61,17 +62,19 @@ class Workload:
 
     def __init__(self, config: Config, shape: tuple[int, ...], examples: int):
         self.config, self.data = config, random_data(shape, examples)
-        self._build = lambda settings: programs(settings, 10, shape, examples)
+        self._build = lambda settings: programs_of(settings, StreamShape(10, shape, examples, 10))
         self.run, self.key = self._build(config), jax.random.key(0)
         self.task = np.asarray(1, np.int32)
-        self.params = self.run.init(self.key)
-        self.trained = self.run.trained(
-            self.params, self.run.later.begin(self.key, self.params, self.task)[0]
+        self.params = self.run.training.init(self.key)
+        self.trained = self.run.training.trained(
+            self.params, self.run.training.later.begin(self.key, self.params, self.task)[0]
         )
 
     def epoch(self, perturbation: str = "symmetric") -> Callable[[], object]:
         """One epoch of training, going on from where the last call ended."""
-        program = self._build(dataclasses.replace(self.config, perturbation=perturbation)).later
+        program = self._build(
+            dataclasses.replace(self.config, perturbation=perturbation)
+        ).training.later
         state = list(program.begin(self.key, self.params, self.task))
         segment = Segment.of(1, 0, 0, 1_000_000, 1)
 
@@ -83,7 +86,7 @@ class Workload:
 
     def fisher(self) -> object:
         """Curvature of all kernels that merge, on all examples."""
-        return self.run.measure(self.key, self.trained, self.params, self.data, self.task)
+        return self.run.evidence(self.data, self.key, self.trained, self.params, self.task)
 
     def merging(self) -> Callable[[], object]:
         """The merge of the task, again and again, with what `fisher` finds."""
@@ -101,4 +104,6 @@ class Workload:
 
     def accuracy(self) -> object:
         """Evaluation of the task's examples, twice: there are two tasks with the same ones."""
-        return self.run.scores(self.params, self.data, jnp.ones(10, bool), np.asarray(2, np.int32))
+        return self.run.training.scores(
+            self.data, self.params, jnp.ones(10, bool), np.asarray(2, np.int32)
+        )

@@ -12,18 +12,22 @@ from pm_jax import trees
 from pm_jax.continual.interruption import StopRequests, end_if
 from pm_jax.continual.merging import landscape, trust
 from pm_jax.continual.merging.merging import Merging, RunState, TrainedTask
-from pm_jax.continual.merging.programs import programs, starting_params
+from pm_jax.continual.merging.programs import Programs, StreamShape, programs_of
 from pm_jax.continual.merging.records import Records
-from pm_jax.continual.placement import feed, processes
+from pm_jax.continual.placement import processes
+from pm_jax.continual.placement.compiled import number
+from pm_jax.continual.placement.data import of_split, placed
 from pm_jax.continual.placement.devices import devices_of
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.settings.run_options import RunOptions
-from pm_jax.continual.storage import reuse
+from pm_jax.continual.storage import branching, task_models
 from pm_jax.continual.storage.checkpoints import Checkpoints
 from pm_jax.continual.storage.logs import RunLog
-from pm_jax.continual.training import hooks, task_program
+from pm_jax.continual.storage.shared_training import SharedTraining
 from pm_jax.continual.training.divergence import check_finite, check_state
-from pm_jax.continual.training.task_program import Segment, TaskProgram
+from pm_jax.continual.training.initial_model import starting_params
+from pm_jax.continual.training.steps import TaskSteps
+from pm_jax.continual.training.trainer import Trainer, TrainingState
 from pm_jax.types import InvalidInput, Params, PyTree
 
 
@@ -31,13 +35,22 @@ class Learner:
     """A continual learner: one seed of one configuration.
 
     Args:
-        config: settings.
-        seed: of everything random.
-        directory: of checkpoints and logs; `None` to keep nothing.
+        config: settings of the run.
+        seed: seed of everything random.
+        directory: where checkpoints and logs go; `None` to keep nothing.
         options: what to save, show and share; `run` obeys `options.stop` with `Interrupted`.
+        programs: compiled functions to use instead of the configuration's own. These, and the
+            methods `train_task`, `merge_task` and `accuracy`, are where a test plants a fault.
 
     Attributes:
-        stream: the tasks.
+        stream: tasks of the run.
+        programs: compiled functions.
+        training_data: training examples of the tasks, where they lie.
+        held_out_data: examples that accuracies are measured on.
+        validation_data: examples that merges are judged by.
+        steps: steps of each task.
+        merging: merges of the run.
+        state: what the run carries from task to task.
 
     Raises:
         InvalidInput: settings that do not fit the data or the model.
@@ -55,63 +68,71 @@ class Learner:
         seed: int,
         directory: Path | None = None,
         options: RunOptions = RunOptions(),
+        *,
+        programs: Programs | None = None,
     ):
-        self._options = options
-        self._stop = options.stop or StopRequests()
         self.config, self.seed, self.directory = config, seed, directory
+        self.options, self._stop = options, options.stop or StopRequests()
         self.stream = config.task_stream(seed)
         self._by_domain = self.stream.scenario == "domain_incremental"
-        self._rule = config.merge_rule
-        alone = self._rule.takes_part_in_training or processes.several()
+        rule = config.merge_rule
+        # A rule that takes part in training cannot use what was trained without it.
+        alone = rule.takes_part_in_training or processes.several()
         shared = None if alone else options.shared
-        self._shared = reuse.SharedTraining(shared / f"seed_{seed}") if shared else None
-        lessons = self.stream.together() if self._rule.tasks_at_once else self.stream
-        self._programs = programs(
-            config,
-            self.stream.num_classes,
-            self.stream.inputs.shape[1:],
-            lessons.train.positions.shape[1],
-            int(lessons.class_masks.sum(axis=1).max()),
-        )
+        self._shared = SharedTraining(shared / f"seed_{seed}") if shared else None
+        lessons = self.stream.together() if rule.tasks_at_once else self.stream
+        self.programs = programs or programs_of(config, StreamShape.of(lessons))
         self._devices = devices_of(config)
-        self._key = self._devices.place(jax.random.key(seed))
-        self._train = feed.placed(config, lessons, lessons.train)
-        self._held_out, validation = (
-            feed.of_split(self._train, split, self.stream.class_masks)
+        self.key = self._devices.place(jax.random.key(seed))
+        self.training_data = placed(config, lessons, lessons.train)
+        self.held_out_data, self.validation_data = (
+            of_split(self.training_data, split, self.stream.class_masks)
             for split in (getattr(self.stream, config.evaluate_on), self.stream.validation)
         )
-        self._merging = Merging(
-            config, self._key, self.stream, self._programs, self._train, validation
+        self.steps = TaskSteps.of(config, lessons.train.sizes)
+        self.merging = Merging(
+            config,
+            self.key,
+            self.stream,
+            self.programs,
+            self.training_data,
+            self.validation_data,
         )
-        per_epoch = -(-lessons.train.sizes // config.batch_size)
-        epochs = np.asarray([config.epochs_of(task) for task in range(lessons.num_tasks)])
-        self._steps_per_epoch = per_epoch.tolist()
-        self._bounds = [0, *np.cumsum(per_epoch * epochs).tolist()]
+        self._trainer = Trainer(
+            config,
+            self.key,
+            self.programs.training.first,
+            self.programs.training.later,
+            self.programs.snapshots,
+            self.training_data,
+            self.steps,
+            options.checkpoint_every,
+            self._stop,
+            directory,
+        )
         self._reset()
 
     def _reset(self) -> None:
-        params = starting_params(self.config, self._programs.init(self._key))
-        theta_0 = self._devices.place(params)
-        self._state = self._merging.fresh(theta_0)
-        self._trajectory: PyTree = None
-        self._adapters = self._merging.blank_adapters(theta_0)
+        """Go back to before the first task."""
+        params = starting_params(self.config, self.programs.training.init(self.key))
+        self.state = self.merging.initial_state(self._devices.place(params))
         self._records = Records(
             self.stream.num_tasks,
-            self._rule,
-            onset=self._merging.wants_onset,
+            self.config.merge_rule,
+            onset=self.merging.wants_onset,
             landscape_points=self.config.landscape_points,
             plane_points=self.config.plane_points,
         )
 
     @property
     def params(self) -> Params:
-        """The merged model so far as it predicts, full parameter tree."""
-        return self._merging.predicting(self._state)
+        """Parameters used for prediction after the latest merge, full parameter tree."""
+        return self.merging.params_for_prediction(self.state)
 
     @property
     def total_steps(self) -> int:
         """Steps of all tasks."""
-        return self._bounds[-1]
+        return self.steps.total
 
     def run(self) -> dict[str, Any]:
         """Learn all tasks, from the newest checkpoint on that is whole, if there is one.
@@ -129,7 +150,7 @@ class Learner:
             return self._run(None)
         self.directory.mkdir(parents=True, exist_ok=True)
         folder = self.directory / "checkpoints"
-        with Checkpoints(folder, self._options.keep_checkpoints, asynchronous=True) as checkpoints:
+        with Checkpoints(folder, self.options.keep_checkpoints, asynchronous=True) as checkpoints:
             return self._run(checkpoints)
 
     def write_landscape(self, directory: Path) -> None:
@@ -140,9 +161,6 @@ class Learner:
 
     def finished_params(self) -> Params:
         """The merged model of a run that is finished, from its last checkpoint.
-
-        Returns:
-            Full parameter tree, as in `params`.
 
         Raises:
             InvalidInput: there is no checkpoint of the end, or it is damaged.
@@ -155,13 +173,13 @@ class Learner:
                     f"workdir={self.directory}: has no checkpoint of the end of its run; move its "
                     "results.json away to have it run again"
                 )
-            self._restore(checkpoints, self.total_steps)
+            self.restore(checkpoints, self.total_steps)
         return self.params
 
     def _run(self, checkpoints: Checkpoints | None) -> dict[str, Any]:
         self._reset()
         step, training_state, warnings = (
-            checkpoints.newest(functools.partial(self._restore, checkpoints))
+            checkpoints.newest(functools.partial(self.restore, checkpoints))
             if checkpoints
             else (0, None, [])
         )
@@ -171,8 +189,8 @@ class Learner:
             f"{self.config.rule}, seed {self.seed}",
             self.total_steps,
             resume_step=step,
-            quiet=self._options.quiet or not first,
-            tensorboard=self._options.tensorboard,
+            quiet=self.options.quiet or not first,
+            tensorboard=self.options.tensorboard,
         )
         try:
             for warning in warnings:
@@ -180,42 +198,44 @@ class Learner:
             if step:
                 log.tell(f"going on from step {step} of {self.total_steps}")
             elif self._by_domain:  # for the forward transfer
-                self._records.arrays["initial"] = self._accuracy(self.stream.num_tasks)
-            first_task = int(np.searchsorted(self._bounds, step, side="right")) - 1
-            for task in range(first_task, len(self._steps_per_epoch)):
+                self._records.arrays["initial"] = self.accuracy(self.stream.num_tasks)
+            for task in range(self.steps.task_at(step), len(self.steps.epochs)):
                 self._learn(task, step, training_state, checkpoints, log)
-                step, training_state = self._bounds[task + 1], None
+                step, training_state = self.steps.bounds[task + 1], None
         finally:
             log.close()
-        return self._results()
+        return {
+            **self._records.results(initial=self._by_domain),
+            "rule_state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(self.state.rule)),
+        }
 
     def _learn(
         self,
         task: int,
         step: int,
-        training_state: tuple[PyTree, PyTree] | None,
+        training_state: TrainingState | None,
         checkpoints: Checkpoints | None,
         log: RunLog,
     ) -> None:
-        """One task from a step on, to its merge, evaluation and checkpoint."""
-        start = trees.replace(self._state.params, self._state.start)
-        trained = self._trained_before(task, start, log) if training_state is None else None
-        if trained is None:
-            trained = self._train_task(task, step, start, training_state, checkpoints, log)
+        """Learn one task from a step on: its training, merge, evaluation and checkpoint."""
+        start = trees.replace(self.state.params, self.state.start)
+        found = self._trained_before(task, start, log) if training_state is None else None
+        if found is None:
+            found = self.train_task(task, step, start, training_state, checkpoints, log)
             if self._shared:
-                self._shared.keep(task, start, trained, log.lines("epoch", task + 1))
-        info = self._merge(task, start, trained)
-        seen = self._merging.tasks_seen(task)
-        accuracies = self._accuracy(self.stream.num_tasks if self._by_domain else seen)
+                self._shared.keep(task, start, found.trained, log.lines("epoch", task + 1))
+        figures = self.merge_task(task, found)
+        seen = self.merging.tasks_seen(task)
+        accuracies = self.accuracy(self.stream.num_tasks if self._by_domain else seen)
         self._records.arrays["accuracy"][:, seen - 1] = accuracies
-        end, mean = self._bounds[task + 1], float(np.mean(accuracies[0, :seen]))
-        log.write("merge", step=end, task=task + 1, **info)
+        end, mean = self.steps.bounds[task + 1], float(np.mean(accuracies[0, :seen]))
+        log.write("merge", step=end, task=task + 1, **figures)
         if task and self.config.trust != "off":
-            for warning in trust.of_merge(info):
+            for warning in trust.of_merge(figures):
                 log.tell(f"task {task + 1}: {warning}")
         log.write("evaluate", step=end, task=task + 1, accuracy=mean)
         log.tell(
-            f"task {task + 1} of {len(self._steps_per_epoch)}: alpha {info['alpha']:.3f}, "
+            f"task {task + 1} of {len(self.steps.epochs)}: alpha {figures['alpha']:.3f}, "
             f"accuracy on the tasks seen {100 * mean:.1f} %"
         )
         if checkpoints:
@@ -223,163 +243,104 @@ class Learner:
         if end < self.total_steps:
             end_if(self._stop.received(), end, self.total_steps)
 
-    def _trained_before(self, task: int, start: Params, log: RunLog) -> Params | None:
+    def _trained_before(self, task: int, start: Params, log: RunLog) -> TrainedTask | None:
         """The trained model if another run has trained the same; its log and time are taken over.
 
         A run's times are then what they would be had it trained by itself.
         """
         found = self._shared.find(task, start) if self._shared else None
         if task < self.config.from_task:
-            found = reuse.branch_model(self.config, self.seed, task, start)
+            found = branching.trained(self.config, self.seed, task, start)
         if found is None:
             return None
         trained, lines = found
         for line in lines:
             log.write(**line)
             self._records.add_time("train", line["seconds"])
-        return self._devices.place(trained)
+        return TrainedTask(start, self._devices.place(trained), self.merging.blank_adapters(start))
 
-    def _train_task(self, task, step, start, training_state, checkpoints, log) -> Params:
-        program, hooked = self._program(task), self._hooked()
-        task_array = np.asarray(task, np.int32)
-        state = training_state or program.begin(self._key, start, task_array, *hooked)
-        begin, per_epoch = self._bounds[task], self._steps_per_epoch[task]
-        epochs = self.config.epochs_of(task)
-        snapshots = self._programs.snapshots
-        cuts = snapshots.steps(epochs * per_epoch)
-        if not training_state:
-            blank = snapshots.blank(start)
-            self._trajectory = snapshots.taken(blank, cuts, 0, start, state[0])
-        pieces = task_program.segments(
-            step - begin, epochs * per_epoch, per_epoch, self._options.checkpoint_every, cuts
-        )
-        for epoch, first, stop in pieces:
-            state, within = self._train_piece(task, epoch, first, stop, start, state, log)
-            if hooks.refreshes(self._rule.hook, within, per_epoch, epochs):
-                state = program.refresh(self._key, *state, task_array, within, *hooked)
-            self._trajectory = snapshots.taken(self._trajectory, cuts, within, start, state[0])
-            due = self._options.checkpoint_every and within % self._options.checkpoint_every == 0
-            if within == epochs * per_epoch:
-                continue
-            asked = self._stop.received()
-            if checkpoints and (due or asked):
-                checkpoints.save(begin + within, self._saved(state))
-            end_if(asked, begin + within, self.total_steps)
-        self._adapters = state[0].adapters or self._merging.blank_adapters(start)
-        return self._programs.trained(start, state[0])
-
-    def _train_piece(
+    def train_task(
         self,
         task: int,
-        epoch: int,
-        first: int,
-        stop: int,
+        step: int,
         start: Params,
-        state: tuple[PyTree, PyTree],
+        state: TrainingState | None,
+        checkpoints: Checkpoints | None,
         log: RunLog,
-    ) -> tuple[tuple[PyTree, PyTree], int]:
-        """Some steps of an epoch, fewer after a request to end; also the step of the task then."""
-        clock, program = time.perf_counter(), self._program(task)
-        epochs, per_epoch = self.config.epochs_of(task), self._steps_per_epoch[task]
-        done = epoch * per_epoch
-
-        def order(data):
-            return program.order(self._key, data, np.asarray(task, np.int32), epoch)
-
-        projected = hooks.projects(self._rule.hook, done + first, epochs * per_epoch)
-        found, reached = [], first
-        stretches = feed.stretches(self._train, order, self.config.batch_size, first, stop)
-        for low, reached, data in self._stop.cut(stretches):
-            segment = Segment.of(task, epoch, low, reached, epochs, projected)
-            trainable, optimizer_state, losses = program.train(
-                self._key, *state, start, data, segment, *self._hooked()
+    ) -> TrainedTask:
+        """Train a task from a step of the run on, saving and looking for requests on the way."""
+        begin, every = self.steps.bounds[task], self.options.checkpoint_every
+        state = state or self._trainer.begin(task, start, self.state.rule)
+        for piece in self._trainer.pieces(task, step - begin, start, self.state.rule, state):
+            state = piece.state
+            seconds = self._records.add_time("train", piece.seconds)
+            log.write(
+                "epoch",
+                step=begin + piece.step,
+                task=task + 1,
+                epoch=piece.epoch + 1,
+                loss=piece.loss,
+                seconds=seconds,
+                images_per_second=round(piece.examples / seconds, 1) if seconds else float("nan"),
             )
-            state = trainable, optimizer_state
-            # Waits, so that no more windows than planned are on the device.
-            found.append(np.asarray(losses)[low:reached])
-        values = np.concatenate(found)
-        seconds = self._records.time("train", clock)
-        check_finite(values, task, done + first, self.config, self.directory)
-        moved = dict(zip(("trained", "optimizer"), state, strict=True))
-        check_state(moved, task, f"step {done + reached}", self.config, self.directory)
-        images = (reached - first) * self.config.batch_size
-        log.write(
-            "epoch",
-            step=self._bounds[task] + done + reached,
-            task=task + 1,
-            epoch=epoch + 1,
-            loss=float(values.mean()),
-            seconds=seconds,
-            images_per_second=round(images / seconds, 1) if seconds else float("nan"),
-        )
-        return state, done + reached
+            if piece.step == self.steps.of_task(task):
+                break  # what follows is the merge, whose checkpoint is the task's
+            asked = self._stop.received()
+            due = every and piece.step % every == 0
+            if checkpoints and (due or asked):
+                checkpoints.save(begin + piece.step, self._saved(state))
+            end_if(asked, begin + piece.step, self.total_steps)
+        trained = self.programs.training.trained(start, state.trainable)
+        adapters = state.trainable.adapters or self.merging.blank_adapters(start)
+        return TrainedTask(start, trained, adapters, state.trajectory)
 
-    def _merge(self, task: int, start: Params, trained: Params) -> dict[str, float]:
-        """Move the run's state on by a trained task; returns what there is to say of the merge."""
-        loss = self._merging.held_out_loss(trained, task)
-        # The last update can be what diverges.
-        last = self._bounds[task + 1] - self._bounds[task] - 1
+    def merge_task(self, task: int, found: TrainedTask) -> dict[str, float]:
+        """Move the run's state on by a trained task; returns the figures of the merge."""
+        loss = self.merging.held_out_loss(found.trained, task)
+        # The last update can be what diverges, and no later loss would show it.
+        last = self.steps.of_task(task) - 1
         check_finite([loss], task, last, self.config, self.directory)
-        if self._options.keep_task_models and self.directory:
-            pretrained = None if self.config.from_scratch else start
-            whole = self._devices.whole((trained, pretrained))
+        if self.options.keep_task_models and self.directory:
+            pretrained = None if self.config.from_scratch else found.start
+            whole = self._devices.whole((found.trained, pretrained))
             if processes.is_first():
-                reuse.keep_task_model(self.directory, task, self._programs.merging, *whole)
-        found = TrainedTask(start, trained, loss, self._adapters, self._trajectory)
-        self._trajectory = None
-        self._state, info = self._merging.merge(task, self._state, found, self._records)
-        check_state(self._state, task, "merge", self.config, self.directory)
-        return info
+                task_models.keep(self.directory, task, self.programs.merging, *whole)
+        self.state, figures = self.merging.merge(task, self.state, found, loss, self._records)
+        check_state(self.state, task, "merge", self.config, self.directory)
+        return figures
 
-    def _accuracy(self, count: int) -> np.ndarray:
+    def accuracy(self, count: int) -> np.ndarray:
         """Accuracies [2, T] of the merged model on the first tasks, NaN for the others."""
         clock = time.perf_counter()
         seen = self.stream.class_masks[:count].any(axis=0)
-        scores = self._programs.scores(
-            self.params, self._held_out, seen, np.asarray(count, np.int32)
-        )
-        found = np.stack([scores.accuracy, scores.task_aware])
+        scores = self.programs.training.scores(self.held_out_data, self.params, seen, number(count))
+        accuracies = np.stack([scores.accuracy, scores.task_aware])
         self._records.time("evaluate", clock)
-        found[:, count:] = np.nan
-        return found
+        accuracies[:, count:] = np.nan
+        return accuracies
 
-    def _hooked(self) -> tuple[PyTree, ...]:
-        """What training is given beyond what every rule's is: the state of a rule with a hook."""
-        return (self._state.rule,) if self._rule.hook else ()
-
-    def _program(self, task: int) -> TaskProgram:
-        return self._programs.first if task == 0 else self._programs.later
-
-    def _saved(self, training_state: tuple[PyTree, PyTree] | None) -> PyTree:
+    def _saved(self, training_state: TrainingState | None) -> PyTree:
         """All that a run needs to go on, for a step within a task or at its end."""
-        state = {**self._state._asdict(), "records": self._records.arrays}
+        tree = {**self.state._asdict(), "records": self._records.arrays}
         if training_state:
-            state["trainable"], state["optimizer"] = training_state
-            if self._trajectory:
-                state["trajectory"] = self._trajectory
-        return state
+            tree["trainable"], tree["optimizer"], trajectory = training_state
+            if trajectory:
+                tree["trajectory"] = trajectory
+        return tree
 
-    def _restore(self, checkpoints: Checkpoints, step: int) -> tuple[PyTree, PyTree] | None:
-        """Go back to a checkpoint; returns the training state if it lies within a task."""
+    def restore(self, checkpoints: Checkpoints, step: int) -> TrainingState | None:
+        """Go back to a checkpoint; returns the training state if it lies within a task.
+
+        Raises:
+            InvalidInput: the checkpoint is damaged, or is of another form.
+        """
         training_state = None
-        if step not in self._bounds:
-            task = int(np.searchsorted(self._bounds, step, side="right")) - 1
-            training_state = jax.eval_shape(
-                self._program(task).begin,
-                self._key,
-                self._state.params,
-                np.asarray(task, np.int32),
-                *self._hooked(),
-            )
-            self._trajectory = self._programs.snapshots.blank(self._state.params)
-        state = checkpoints.restore(step, self._devices.shapes(self._saved(training_state)))
-        self._state = RunState(**{name: state[name] for name in RunState._fields})
-        self._trajectory = state.get("trajectory")
-        self._records.restore(state["records"])
-        return (state["trainable"], state["optimizer"]) if training_state else None
-
-    def _results(self) -> dict[str, Any]:
-        return {
-            **self._records.results(initial=self._by_domain),
-            "rule_state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(self._state.rule)),
-        }
+        if step not in self.steps.bounds:
+            task = self.steps.task_at(step)
+            training_state = self._trainer.shapes(task, self.state.params, self.state.rule)
+        tree = checkpoints.restore(step, self._devices.shapes(self._saved(training_state)))
+        self.state = RunState(**{name: tree[name] for name in RunState._fields})
+        self._records.restore(tree["records"])
+        if training_state is None:
+            return None
+        return TrainingState(tree["trainable"], tree["optimizer"], tree.get("trajectory"))

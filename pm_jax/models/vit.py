@@ -12,7 +12,7 @@ from pm_jax.types import Array
 def attend(query: Array, key: Array, value: Array, mask: Array | None = None) -> Array:
     """Scaled dot-product attention, its softmax in float32.
 
-    `jax.nn.dot_product_attention` gives the same, and takes a third longer on a CPU.
+    As `jax.nn.dot_product_attention`, whose products on a CPU take a third longer.
 
     Args:
         query: [N, T, heads, H].
@@ -32,16 +32,21 @@ def attend(query: Array, key: Array, value: Array, mask: Array | None = None) ->
     logits = jnp.matmul(query, jnp.swapaxes(key, 2, 3), preferred_element_type=jnp.float32)
     logits = logits / math.sqrt(query.shape[-1])
     if mask is not None:
-        # Finite, so that a row of nothing but padding gives numbers and not NaN.
         logits = jnp.where(mask, logits, -1e30)
     weights = jax.nn.softmax(logits).astype(value.dtype)
     return jnp.swapaxes(weights @ value, 1, 2)
 
 
 def gelu(x: Array) -> Array:
-    """Exact GELU, computed in float32 through erf.
+    """Exact GELU, in float32.
 
-    `jax.nn.gelu` uses erfc, which is slower on a CPU and keeps more in memory.
+    Through erf: `jax.nn.gelu` takes erfc, which on a CPU is slower and keeps more in memory.
+
+    Args:
+        x: floating-point array.
+
+    Returns:
+        The same shape and type.
 
     Example:
         >>> round(gelu(jnp.asarray(1.0)).item(), 4)
@@ -52,14 +57,19 @@ def gelu(x: Array) -> Array:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with separate `query`, `key`, `value` and `proj` layers."""
+    """Multi-head self-attention with separate `query`, `key`, `value` and `proj` layers.
+
+    Attributes:
+        num_heads: must divide the width of the inputs.
+        dtype: type of computation.
+    """
 
     num_heads: int
     dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        """Map [N, T, D] to [N, T, D], attending to tokens where `mask`, bool [N, T], is true."""
+        """[N, T, D] to [N, T, D], attending to the tokens where `mask` (bool [N, T]) is true."""
         width = x.shape[-1]
         heads = (*x.shape[:-1], self.num_heads, width // self.num_heads)
         query, key, value = (
@@ -72,14 +82,19 @@ class Attention(nn.Module):
 
 
 class MlpBlock(nn.Module):
-    """Two dense layers, `fc1` (of the hidden size) and `fc2`, with exact GELU between them."""
+    """Two dense layers, `fc1` and `fc2`, with exact GELU between them.
+
+    Attributes:
+        hidden_size: width of `fc1`.
+        dtype: type of computation.
+    """
 
     hidden_size: int
     dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Map [N, T, D] to [N, T, D]."""
+        """[N, T, D] to [N, T, D]."""
         hidden = nn.Dense(self.hidden_size, dtype=self.dtype, name="fc1")(x)
         return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(gelu(hidden))
 
@@ -88,34 +103,27 @@ class Block(nn.Module):
     """Transformer block: `norm1`, `attn`, `norm2`, `mlp`, with residual connections.
 
     Attributes:
-        num_heads: number of heads of the attention.
+        num_heads: of the attention.
         mlp_size: hidden width of the MLP.
-        layer_norm_epsilon: number added to the variance.
+        layer_norm_epsilon: added to the variance.
         dtype: type of computation.
-        post_norm: take the norms after the residual sums, as BERT, instead of before the layers.
     """
 
     num_heads: int
     mlp_size: int
-    layer_norm_epsilon: float
+    layer_norm_epsilon: float = 1e-6
     dtype: jnp.dtype | None = None
-    post_norm: bool = False
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        """Map [N, T, D] to [N, T, D], attending to the tokens where `mask` is true."""
+    def __call__(self, x: Array) -> Array:
+        """[N, T, D] to [N, T, D]."""
 
-        def norm(name: str, inputs: Array) -> Array:
+        def normed(name):
             epsilon = self.layer_norm_epsilon
-            return nn.LayerNorm(epsilon=epsilon, dtype=self.dtype, name=name)(inputs)
+            return nn.LayerNorm(epsilon=epsilon, dtype=self.dtype, name=name)(x)
 
-        attention = Attention(self.num_heads, self.dtype, name="attn")
-        mlp = MlpBlock(self.mlp_size, self.dtype, name="mlp")
-        if self.post_norm:
-            x = norm("norm1", x + attention(x, mask))
-            return norm("norm2", x + mlp(x))
-        x = x + attention(norm("norm1", x), mask)
-        return x + mlp(norm("norm2", x))
+        x = x + Attention(self.num_heads, self.dtype, name="attn")(normed("norm1"))
+        return x + MlpBlock(self.mlp_size, self.dtype, name="mlp")(normed("norm2"))
 
 
 class VisionTransformer(nn.Module):
@@ -124,11 +132,11 @@ class VisionTransformer(nn.Module):
     Attributes:
         num_classes: C, width of the classifier `head`.
         patch_size: side of a square patch in pixels; must divide both sides of the image.
-        image_size: side in pixels that images are resized to, bicubically; `None` to leave them as
+        image_size: side in pixels that images are resized to, bicubically; `None` to take them as
             they are.
-        width: D, the length of a token.
+        width: D, of the tokens.
         depth: number of blocks, named `blocks_0`, `blocks_1`, ...
-        num_heads: number of heads of every attention; must divide the width.
+        num_heads: of every attention; must divide the width.
         mlp_ratio: hidden width of the MLPs over D.
         layer_norm_epsilon: 1e-6 for timm's and AugReg's weights, 1e-12 for transformers'.
         dtype: type of computation; parameters are float32.
@@ -157,7 +165,7 @@ class VisionTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
-        """Return logits [N, C] for images [N, H, W, channels]."""
+        """Logits [N, C] of images [N, H, W, channels]."""
         if self.image_size and images.shape[1:3] != (self.image_size, self.image_size):
             shape = (images.shape[0], self.image_size, self.image_size, images.shape[-1])
             images = jax.image.resize(images, shape, "bicubic")
@@ -172,7 +180,14 @@ class VisionTransformer(nn.Module):
         positions = self.param("pos_embed", nn.initializers.normal(0.02), (1, *x.shape[1:]))
         x = x + positions.astype(x.dtype)
         for layer in range(self.depth):
-            hidden, epsilon = int(self.width * self.mlp_ratio), self.layer_norm_epsilon
-            x = Block(self.num_heads, hidden, epsilon, self.dtype, name=f"blocks_{layer}")(x)
+            hidden = int(self.width * self.mlp_ratio)
+            block = Block(
+                self.num_heads,
+                hidden,
+                self.layer_norm_epsilon,
+                self.dtype,
+                name=f"blocks_{layer}",
+            )
+            x = block(x)
         x = nn.LayerNorm(epsilon=self.layer_norm_epsilon, dtype=self.dtype, name="norm")(x)
         return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x[:, 0])

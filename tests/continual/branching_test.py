@@ -8,7 +8,7 @@ import pytest
 from pm_jax.continual import Learner, RunOptions
 from pm_jax.continual.report.results import read_results
 from pm_jax.continual.run import run_seeds
-from pm_jax.continual.storage import reuse
+from pm_jax.continual.storage import task_models
 from pm_jax.types import InvalidInput
 from tests.small_runs import BY_CLASS, QUIET, SMALL, VIT, comparable
 
@@ -32,9 +32,9 @@ def branched(config, workdir, **changes):
 def test_a_branch_of_the_same_settings_is_the_same_run(source, tmp_path, monkeypatch):
     config, workdir = source
     trained = []
-    train_task = Learner._train_task
+    train_task = Learner.train_task
     monkeypatch.setattr(
-        Learner, "_train_task", lambda self, task, *x: trained.append(task) or train_task(
+        Learner, "train_task", lambda self, task, *x: trained.append(task) or train_task(
             self, task, *x
         )
     )  # fmt: skip
@@ -52,9 +52,9 @@ def test_another_rule_merges_the_same_models_anew(source, tmp_path):
     branch = branched(config, workdir, rule="averaging", perturbation="none")
     learner = Learner(branch, 0, options=QUIET)
     merges = []
-    merge = learner._merging.merge
-    learner._merging.merge = lambda task, state, found, records: (
-        merges.append(found.trained) or merge(task, state, found, records)
+    merge = learner.merging.merge
+    learner.merging.merge = lambda task, state, found, *rest: (
+        merges.append(found.trained) or merge(task, state, found, *rest)
     )
     results = learner.run()
     np.testing.assert_allclose(
@@ -62,8 +62,8 @@ def test_another_rule_merges_the_same_models_anew(source, tmp_path):
         rtol=1e-6,
     )  # fmt: skip
     for task in range(1, config.num_tasks):
-        kept = reuse.read_task_model(workdir / "seed_0", task)
-        assert set(learner._programs.merging) <= set(kept)
+        kept = task_models.whole(workdir / "seed_0", task)
+        assert set(learner.programs.merging) <= set(kept)
         for path, leaf in kept.items():
             node = merges[task - 1]
             for part in path.split("/"):

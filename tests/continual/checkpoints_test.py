@@ -134,7 +134,7 @@ def test_a_run_whose_save_fails_ends_and_goes_on_once_there_is_room(tmp_path):
     straight = Learner(SMALL, 0, options=QUIET)
     wanted = straight.run()
     learner = Learner(SMALL, 0, tmp_path, RunOptions(checkpoint_every=10, quiet=True))
-    merge, merged = learner._merging.merge, []
+    merge, merged = learner.merging.merge, []
 
     def failing_save(*arguments):
         merged.append(1)
@@ -142,7 +142,7 @@ def test_a_run_whose_save_fails_ends_and_goes_on_once_there_is_room(tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
         return merge(*arguments)
 
-    learner._merging.merge = failing_save
+    learner.merging.merge = failing_save
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         with pytest.raises(OSError) as caught:

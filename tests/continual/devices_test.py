@@ -11,10 +11,10 @@ import pytest
 
 from pm_jax import curvature
 from pm_jax.continual import Learner, RunOptions
-from pm_jax.continual.merging.programs import starting_params
-from pm_jax.continual.placement.devices import Devices
-from pm_jax.continual.placement.feed import HostData
+from pm_jax.continual.placement.data import HostData
+from pm_jax.continual.placement.devices import Devices, devices_of
 from pm_jax.continual.storage.checkpoints import Checkpoints
+from pm_jax.continual.training.initial_model import starting_params
 from pm_jax.continual.training.task_program import Segment
 from pm_jax.curvature import measures
 from pm_jax.types import Batch
@@ -38,18 +38,18 @@ def on(config, mesh):
 def one_of_each(config):
     """Gradients of a step, curvature, and scores, from the same parameters and data."""
     learner, task = Learner(config, 0, options=QUIET), np.asarray(1, np.int32)
-    run, key, data = learner._programs, learner._key, learner._train
+    run, key, data = learner.programs, learner.key, learner.training_data
     # Of another seed, so that adapters have a task vector to be perturbed along and merged.
-    other = learner._devices.place(starting_params(config, run.init(jax.random.key(1))))
-    trainable, state = run.later.begin(key, learner.params, task)
-    trained, _, values = run.later.train(
+    other = devices_of(config).place(starting_params(config, run.training.init(jax.random.key(1))))
+    trainable, state = run.training.later.begin(key, learner.params, task)
+    trained, _, values = run.training.later.train(
         key, jax.tree.map(jnp.copy, trainable), state, learner.params, data,
         Segment.of(1, 0, 0, 1, 1),
     )  # fmt: skip
     gradients = jax.tree.map(lambda before, after: after - before, trainable, trained)
-    evidence = run.measure(key, other, learner.params, data, task)
+    evidence = run.evidence(data, key, other, learner.params, task)
     seen = learner.stream.class_masks.any(axis=0)
-    scores = run.scores(other, learner._held_out, seen, np.asarray(2, np.int32))
+    scores = run.training.scores(learner.held_out_data, other, seen, np.asarray(2, np.int32))
     count = config.devices
     kernels = [leaf for leaf in jax.tree.leaves(other) if leaf.ndim == 2]
     assert all(len(leaf.sharding.device_set) == count for leaf in jax.tree.leaves(trained))
@@ -86,14 +86,21 @@ def test_a_whole_stream_ends_alike_and_is_compiled_once():
     assert np.abs(found - wanted)[seen].max() <= 2
     for a, b in zip(*(jax.tree.leaves(each.params) for each in (divided, straight)), strict=True):
         np.testing.assert_allclose(a, b, rtol=5e-5, atol=5e-5)  # after hundreds of Adam's steps
-    run = divided._programs
+    run = divided.programs
     for function in (
-        run.init, run.first.begin, run.first.train, run.later.train, run.trained, run.merge,
-        run.measure.resident, run.scores.resident, run.mean_loss.resident,
-    ):  # fmt: skip
+        run.training.init,
+        run.training.first.begin,
+        run.training.first.train,
+        run.training.later.train,
+        run.training.trained,
+        run.merge,
+        run.evidence_pass.resident,
+        run.training.scores.resident,
+        run.training.mean_loss.resident,
+    ):
         assert function._cache_size() == 1
-    for leaf in jax.tree.leaves((divided._state.params, divided._state.rule)):
-        assert leaf.sharding == divided._devices.sharding(leaf.shape)
+    for leaf in jax.tree.leaves((divided.state.params, divided.state.rule)):
+        assert leaf.sharding == devices_of(divided.config).sharding(leaf.shape)
 
 
 def test_a_checkpoint_goes_from_eight_devices_to_one_to_two_and_back(tmp_path, monkeypatch):
@@ -105,7 +112,7 @@ def test_a_checkpoint_goes_from_eight_devices_to_one_to_two_and_back(tmp_path, m
     def dying_save(self, step, tree):
         save(self, step, tree)
         saved[step] = jax.tree.map(np.array, tree)
-        if (step in straight._bounds) is ends_at_a_task[mesh]:
+        if (step in straight.steps.bounds) is ends_at_a_task[mesh]:
             raise Killed
 
     def checked_restore(self, step, like):
@@ -134,7 +141,7 @@ def test_streamed_inputs_are_divided_as_resident_ones(monkeypatch):
         on(BY_CLASS, "divided"), resident_mb=0.012
     )  # windows of several steps
     streamed = Learner(config, 0, options=QUIET)
-    assert isinstance(streamed._train, HostData)
+    assert isinstance(streamed.training_data, HostData)
     found = streamed.run()
     for name in ("accuracy_matrix", "merges"):
         for a, b in zip(*(jax.tree.leaves(x[name]) for x in (found, wanted)), strict=True):

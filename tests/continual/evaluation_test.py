@@ -8,8 +8,8 @@ import pytest
 
 from pm_jax import curvature, losses, trees
 from pm_jax.continual import Learner
-from pm_jax.continual.merging.evaluation import mean_loss_fn, scores_fn
-from pm_jax.continual.training import task_program
+from pm_jax.continual.merging.evaluation import MeanLossPass, ScoresPass
+from pm_jax.continual.training.logits import logits_of
 from pm_jax.continual.training.purpose_keys import CURVATURE, purpose_key
 from pm_jax.curvature import kronecker, low_rank, measures
 from pm_jax.curvature.dense_layers import kernel_paths
@@ -33,17 +33,19 @@ def test_evidence_is_the_curvature_of_the_tasks_own_loss_over_dense_weights(conf
         config = dataclasses.replace(config, curvature="fisher_empirical")
     config = dataclasses.replace(config, curvature_memory_mb=0.05, curvature_samples=0)
     learner = Learner(config, seed=0, options=QUIET)
-    run, stream = learner._programs, learner.stream
+    run, stream = learner.programs, learner.stream
     previous = learner.params
     trained = jax.tree.map(lambda x: x + 0.01 * jnp.ones_like(x), previous)
     task = 1
-    got = run.measure(learner._key, trained, previous, learner._train, np.asarray(task, np.int32))
+    got = run.evidence(
+        learner.training_data, learner.key, trained, previous, np.asarray(task, np.int32)
+    )
     rows = stream.train.rows()[task]
     leaves = trees.select(trained, run.merging)
     model, mask = config.network(10), jnp.asarray(stream.class_masks[task])
 
     def logits_fn(leaves, inputs):
-        logits = task_program.logits_of(model, trees.replace(trained, leaves), inputs, mask)
+        logits = logits_of(model, trees.replace(trained, leaves), inputs, mask)
         return jnp.where(mask[None, :], logits / config.temperature, -1e30)
 
     measure = functools.partial(
@@ -79,17 +81,17 @@ def test_evidence_of_correlated_curvature_is_that_of_the_tasks_own_loss(config, 
         curvature_samples=0,
     )
     learner = Learner(config, seed=0, options=QUIET)
-    run, stream, task = learner._programs, learner.stream, 1
+    run, stream, task = learner.programs, learner.stream, 1
     trained = jax.tree.map(lambda x: x + 0.01, learner.params)
     number = np.asarray(task, np.int32)
-    got = run.measure(learner._key, trained, learner.params, learner._train, number)
+    got = run.evidence(learner.training_data, learner.key, trained, learner.params, number)
     rows = stream.train.rows()[task]
     leaves = trees.select(trained, run.merging)
     model, mask = config.network(10), jnp.asarray(stream.class_masks[task])
 
     def logits_fn(leaves, inputs):
         params = trees.replace(trained, leaves)
-        return task_program.logits_of(model, params, inputs, mask, config.temperature)
+        return logits_of(model, params, inputs, mask, config.temperature)
 
     if kind == "kronecker":
         measure = kronecker.fisher_kronecker(logits_fn, kernel_paths(leaves))
@@ -98,7 +100,7 @@ def test_evidence_of_correlated_curvature_is_that_of_the_tasks_own_loss(config, 
     direction = jax.tree.map(lambda x: 0.01 * jnp.ones_like(x), leaves)
     direct = measures.measure_all(
         measure, leaves, Batch(jnp.asarray(stream.inputs[rows]), jnp.asarray(stream.labels[rows])),
-        50, direction, purpose_key(learner._key, CURVATURE, task),
+        50, direction, purpose_key(learner.key, CURVATURE, task),
     )  # fmt: skip
     other = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape), leaves)
     directions = [direction, other]
@@ -119,8 +121,8 @@ def test_curvature_is_measured_on_as_many_examples_as_an_error_asks_for():
         step = 0.0 if still else 0.01
         trained = jax.tree.map(lambda x: x + step, learner.params)
         task = np.asarray(1, np.int32)
-        found = learner._programs.measure(
-            learner._key, trained, learner.params, learner._train, task
+        found = learner.programs.evidence(
+            learner.training_data, learner.key, trained, learner.params, task
         )
         return found
 
@@ -145,7 +147,9 @@ def test_scores_do_not_depend_on_the_batch_size_and_count_every_example():
     seen = stream.class_masks[:2].any(axis=0)
 
     def scores(size):
-        found = scores_fn(model, size, temperature=2.0)(learner.params, learner._held_out, seen, 2)
+        found = ScoresPass(model, size, temperature=2.0)(
+            learner.held_out_data, learner.params, seen, 2
+        )
         return np.stack([found.accuracy, found.task_aware]), np.asarray(found.loss)
 
     accuracies, losses_found = zip(*map(scores, (1, 7, 256)), strict=True)
@@ -153,7 +157,7 @@ def test_scores_do_not_depend_on_the_batch_size_and_count_every_example():
     assert np.array_equal(accuracies[1], accuracies[2])
     assert (accuracies[0][:, 2:] == 0).all() and (losses_found[0][2:] == 0).all()
     for task, rows in enumerate(stream.test.rows()[:2]):
-        logits = np.array(task_program.logits_of(
+        logits = np.array(logits_of(
             model, learner.params, jnp.asarray(stream.inputs[rows]), jnp.ones(10)))  # fmt: skip
         for row, mask in enumerate((seen, stream.class_masks[task])):
             guess = np.where(mask, logits, -np.inf).argmax(axis=1)
@@ -170,7 +174,11 @@ def test_mean_loss_does_not_depend_on_the_batch_size():
     learner = Learner(BY_CLASS, seed=0, options=QUIET)
     model = BY_CLASS.network(10)
     found = [
-        float(mean_loss_fn(model, size)(learner.params, learner._train, np.asarray(1, np.int32)))
+        float(
+            MeanLossPass(model, size)(
+                learner.training_data, learner.params, np.asarray(1, np.int32)
+            )
+        )
         for size in (1, 50, 1000)
     ]
     np.testing.assert_allclose(found, found[0], rtol=1e-5)

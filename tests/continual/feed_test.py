@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from pm_jax.continual import Learner, RunOptions
-from pm_jax.continual.placement import feed
-from pm_jax.continual.placement.feed import HostData
+from pm_jax.continual.placement.data import HostData, placed
+from pm_jax.continual.placement.data_pass import Batches
 from pm_jax.types import InvalidInput
 from tests.small_runs import (
     BY_CLASS,
@@ -35,25 +35,29 @@ def test_a_streamed_run_has_the_numbers_of_a_resident_one(config):
     forget_programs()
     small = dataclasses.replace(config, resident_mb=BUDGET_MB)
     streamed = Learner(small, 0, options=RunOptions(checkpoint_every=5, quiet=True))
-    assert isinstance(streamed._train, HostData)
+    assert isinstance(streamed.training_data, HostData)
     assert comparable(streamed.run()) == comparable(wanted)
     assert leaves_equal(streamed.params, resident.params)
-    assert leaves_equal(streamed._state.rule, resident._state.rule)
-    run = streamed._programs
+    assert leaves_equal(streamed.state.rule, resident.state.rule)
+    run = streamed.programs
     for function in (
-        run.first.train, run.first.order, run.later.train, run.measure._stretch,
-        run.mean_loss._stretch, run.scores._stretch,
-    ):  # fmt: skip
+        run.training.first.train,
+        run.training.first.order,
+        run.training.later.train,
+        run.evidence_pass.window,
+        run.training.mean_loss.window,
+        run.training.scores.window,
+    ):
         assert function._cache_size() == 1
-    assert not run.measure.resident._cache_size()
+    assert not run.evidence_pass.resident._cache_size()
 
 
 def test_stretches_bring_the_examples_of_a_pass_in_its_order():
     config = dataclasses.replace(BY_CLASS, resident_mb=BUDGET_MB)
     stream = config.task_stream(0)
-    data = feed.placed(config, stream, stream.test)
+    data = placed(config, stream, stream.test)
     rows = np.random.default_rng(0).permutation(len(stream.labels))[:1000].astype(np.int32)
-    pieces = list(feed.stretches(data, lambda _: rows, 64, 3, 16))
+    pieces = list(Batches(data.devices, 64).windows(data, lambda _: rows, 3, 16))
     assert [piece[:2] for piece in pieces] == [(n, min(n + 2, 16)) for n in range(3, 16, 2)]
     for first, stop, part in pieces:
         assert part.inputs.values.nbytes <= data.window_bytes
@@ -62,7 +66,7 @@ def test_stretches_bring_the_examples_of_a_pass_in_its_order():
             wanted = stream.inputs[rows[np.minimum(places, 999)]]
             assert np.array_equal(part.take(data.devices, None, places), wanted)
     # No larger than the pass.
-    (piece,) = feed.stretches(data, lambda _: rows[:10], 8, 0, 2)
+    (piece,) = Batches(data.devices, 8).windows(data, lambda _: rows[:10], 0, 2)
     assert piece[2].inputs.values.shape[:2] == (2, 8)
 
 
@@ -71,7 +75,7 @@ def test_the_budget_decides_and_by_default_the_devices_memory(monkeypatch):
 
     def kind(budget):
         config = dataclasses.replace(BY_CLASS, resident_mb=budget)
-        return type(feed.placed(config, stream, stream.train)).__name__
+        return type(placed(config, stream, stream.train)).__name__
 
     size = stream.inputs.nbytes / 1e6
     assert kind(0.0) == "DeviceData"  # a CPU does not say

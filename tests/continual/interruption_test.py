@@ -13,7 +13,16 @@ from pm_jax.continual.storage import manifest
 from pm_jax.continual.storage.checkpoints import Checkpoints
 from pm_jax.continual.storage.logs import RunLog
 from pm_jax.types import InvalidInput
-from tests.small_runs import QUIET, SMALL, VIT, Killed, comparable, forget_programs, leaves_equal
+from tests.small_runs import (
+    QUIET,
+    SMALL,
+    VIT,
+    Killed,
+    comparable,
+    forget_programs,
+    leaves_equal,
+    with_functions,
+)
 
 AUGMENTED = dataclasses.replace(SMALL, accumulation_steps=3, augmentation="crop_flip")
 
@@ -25,7 +34,7 @@ def test_a_run_killed_within_and_between_tasks_ends_with_the_same_numbers(
     forget_programs()
     straight = Learner(config, 0, tmp_path / "straight", RunOptions(checkpoint_every=7, quiet=True))
     wanted = straight.run()
-    assert straight._programs.later.train._cache_size() == 1
+    assert straight.programs.training.later.train._cache_size() == 1
     saves = learner_module.Checkpoints.save
     survived = []
 
@@ -45,7 +54,7 @@ def test_a_run_killed_within_and_between_tasks_ends_with_the_same_numbers(
             break
         except Killed:
             continue
-    bounds = set(straight._bounds)
+    bounds = set(straight.steps.bounds)
     assert any(step in bounds for step in survived)
     assert any(step not in bounds for step in survived)
     assert comparable(results) == comparable(wanted)
@@ -237,20 +246,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     tmp_path, monkeypatch
 ):
     learner = Learner(SMALL, 0, tmp_path, QUIET)
-    train = learner._programs.later.train
+    train = learner.programs.training.later.train
 
     def poisoned(key, trainable, optimizer, start, data, piece):
         trainable, optimizer, values = train(key, trainable, optimizer, start, data, piece)
         return trainable, optimizer, values.at[2].set(jnp.nan) if piece.task == 1 else values
 
-    program = learner._programs.later._replace(train=poisoned)
-    learner._programs = learner._merging._programs = learner._programs._replace(
-        first=program, later=program
-    )
+    learner = with_functions(learner, train=poisoned)
     with pytest.raises(TrainingDiverged, match="task 2, step 3: the loss is nan"):
         learner.run()
     kept = [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
-    assert kept == [learner._bounds[1]]
+    assert kept == [learner.steps.bounds[1]]
 
 
 def test_a_real_divergence_is_caught():

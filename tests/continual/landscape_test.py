@@ -17,21 +17,21 @@ CONFIG = dataclasses.replace(BY_CLASS, rule="averaging", perturbation="none", la
 
 def test_points_are_scored_on_validation_data_and_the_regret_is_to_the_best_of_them(tmp_path):
     learner = Learner(CONFIG, seed=0, options=QUIET)
-    merges, merge_task = [], learner._merge
+    merges, merge_task = [], learner.merge_task
 
-    def watched(task, start, trained):
-        found = merge_task(task, start, trained)
-        merges.append((start, trained, learner.params))
-        return found
+    def watched(task, found):
+        figures = merge_task(task, found)
+        merges.append((found.start, found.trained, learner.params))
+        return figures
 
-    learner._merge = watched
+    learner.merge_task = watched
     results = learner.run()
     learner.write_landscape(tmp_path)
     found = np.load(tmp_path / "landscape.npz")
     alphas = found["alphas"]
     np.testing.assert_allclose(alphas, np.arange(-1, 6) / 4)
     assert found["loss"].shape == (3, 7, 3) and found["merged_loss"].shape == (3, 3)
-    stream, run = learner.stream, learner._programs
+    stream, run = learner.stream, learner.programs
     for task, (start, trained, merged) in enumerate(merges):
         seen = task + 1
         classes = stream.class_masks[:seen].any(axis=0)
@@ -43,8 +43,8 @@ def test_points_are_scored_on_validation_data_and_the_regret_is_to_the_best_of_t
         points = {1: ends[0], 5: ends[1], 6: beyond}  # alphas 0, 1 and 5/4
         models = {place: trees.replace(trained, x) for place, x in points.items()}
         for place, params in {**models, None: merged}.items():
-            wanted = run.scores(
-                params, learner._merging._validation, classes, np.asarray(seen, np.int32)
+            wanted = run.training.scores(
+                learner.validation_data, params, classes, np.asarray(seen, np.int32)
             )
             for name, values in zip(landscape.SCORES, wanted, strict=True):
                 at_merged = found[f"merged_{name}"][task]
@@ -68,20 +68,21 @@ def test_points_are_scored_on_validation_data_and_the_regret_is_to_the_best_of_t
 
 def test_plane_goes_through_the_models_of_the_last_two_merges(tmp_path):
     learner = Learner(PLANE, seed=0, options=QUIET)
-    merges, merge_task = [], learner._merge
+    merges, merge_task = [], learner.merge_task
 
-    def watched(task, start, trained):
-        merge_task(task, start, trained)
-        merges.append((start, trained, learner.params))
+    def watched(task, found):
+        merge_task(task, found)
+        merges.append((found.start, found.trained, learner.params))
+        return {"alpha": 0.0}
 
-    learner._merge = lambda *given: watched(*given) or {"alpha": 0.0}
+    learner.merge_task = watched
     learner.run()
     learner.write_landscape(tmp_path)
     found = np.load(tmp_path / "landscape.npz")
     assert "loss" not in found.files and np.isnan(found["plane_loss"][0]).all()
     np.testing.assert_allclose(found["plane_along"], [-0.5, 0.5, 1.5])
     np.testing.assert_allclose(found["plane_across"], [-1.0, 0.0, 1.0])
-    run, stream = learner._programs, learner.stream
+    run, stream = learner.programs, learner.stream
     merging = lambda params: trees.select(params, run.merging)  # noqa: E731
     previous, trained, _ = merges[2]
     earlier = jax.tree.map(lambda a, b: a - b, *(merging(x) for x in merges[1][1::-1]))
@@ -93,7 +94,7 @@ def test_plane_goes_through_the_models_of_the_last_two_merges(tmp_path):
             merging(previous), merging(trained), earlier,
         )  # fmt: skip
         model = trees.replace(trained, leaves)
-        wanted = run.scores(model, learner._merging._validation, classes, count)
+        wanted = run.training.scores(learner.validation_data, model, classes, count)
         for name, values in zip(landscape.SCORES, wanted, strict=True):
             # Sums in another order.
             np.testing.assert_allclose(found[f"plane_{name}"][2, row, column], values, atol=1e-4)
@@ -120,8 +121,8 @@ def test_looking_changes_nothing_and_compiles_once(tmp_path):
     learner = Learner(CONFIG, seed=0, options=QUIET)
     looked = learner.run()
     np.testing.assert_array_equal(looked["accuracy_matrix"], before["accuracy_matrix"])
-    assert learner._programs.scores.resident._cache_size() == 2  # of two splits
-    assert learner._programs.between._cache_size() == 1
+    assert learner.programs.training.scores.resident._cache_size() == 2  # of two splits
+    assert learner.programs.between._cache_size() == 1
 
 
 def test_a_killed_run_has_the_same_landscape(tmp_path, monkeypatch):
@@ -130,7 +131,7 @@ def test_a_killed_run_has_the_same_landscape(tmp_path, monkeypatch):
 
     def dies(learner, step, tree):
         boundary.append(step)
-        return step == learner._bounds[1]
+        return step == learner.steps.bounds[1]
 
     straight, wanted, again, found = straight_and_killed(config, tmp_path, monkeypatch, 0, dies)
     assert boundary and comparable(found) == comparable(wanted)

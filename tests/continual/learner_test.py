@@ -21,13 +21,19 @@ def test_every_function_compiles_once_for_the_whole_stream(config):
     learner = Learner(config, seed=3, options=RunOptions(quiet=True, checkpoint_every=2))
     assert len(set(learner.stream.train.sizes.tolist())) > 1 or config is not BY_CLASS
     learner.run()
-    run = learner._programs
+    run = learner.programs
     for function in (
-        run.first.begin, run.first.train, run.later.begin, run.later.train, run.measure.resident,
-        run.merge, run.scores.resident, run.mean_loss.resident,
-    ):  # fmt: skip
+        run.training.first.begin,
+        run.training.first.train,
+        run.training.later.begin,
+        run.training.later.train,
+        run.evidence_pass.resident,
+        run.merge,
+        run.training.scores.resident,
+        run.training.mean_loss.resident,
+    ):
         assert function._cache_size() == 1
-    assert (run.first is run.later) == (config.adapter == "full")
+    assert (run.training.first is run.training.later) == (config.adapter == "full")
 
 
 def test_seeds_share_the_compiled_functions():
@@ -35,8 +41,8 @@ def test_seeds_share_the_compiled_functions():
     first, second = (Learner(SMALL, seed, options=QUIET) for seed in (0, 1))
     first.run()
     second.run()
-    assert first._programs is second._programs
-    assert first._programs.first.train._cache_size() == 1
+    assert first.programs is second.programs
+    assert first.programs.training.first.train._cache_size() == 1
     assert not leaves_equal(first.params, second.params)
 
 
@@ -45,14 +51,14 @@ def test_head_columns_of_other_tasks_and_frozen_weights_do_not_move():
     initial = jax.tree.map(np.asarray, learner.params)
     first_mask, second_mask = learner.stream.class_masks
     snapshots = []
-    original = learner._merge
+    original = learner.merge_task
 
-    def spy(task, start, trained):
-        info = original(task, start, trained)
+    def spy(task, found):
+        info = original(task, found)
         snapshots.append(jax.tree.map(np.asarray, learner.params))
         return info
 
-    learner._merge = spy
+    learner.merge_task = spy
     learner.run()
     one, two = snapshots
     kernel = lambda params: params["head"]["kernel"]  # noqa: E731
@@ -149,7 +155,7 @@ def test_computation_in_bfloat16_keeps_float32_parameters_and_curvature():
     logits = learner.config.network(10).apply({"params": learner.params}, jnp.ones((1, 8, 8, 1)))
     assert logits.dtype == jnp.bfloat16
     learner.run()
-    for leaf in jax.tree.leaves((learner.params, learner._state.rule.memory)):
+    for leaf in jax.tree.leaves((learner.params, learner.state.rule.memory)):
         assert leaf.dtype == jnp.float32
 
 
@@ -161,13 +167,13 @@ def test_a_rule_that_merges_for_inference_only_keeps_training_from_the_trained_m
     trained = {}
 
     def models_of(learner, name):
-        original = learner._merge
+        original = learner.merge_task
 
-        def spy(task, start, params):
-            trained.setdefault(name, []).append(jax.tree.map(np.asarray, params))
-            return original(task, start, params)
+        def spy(task, found):
+            trained.setdefault(name, []).append(jax.tree.map(np.asarray, found.trained))
+            return original(task, found)
 
-        learner._merge = spy
+        learner.merge_task = spy
         learner.run()
         return trained[name]
 
@@ -185,7 +191,7 @@ def test_a_rule_that_merges_for_inference_only_keeps_training_from_the_trained_m
     again = Learner(config, 0, tmp_path, QUIET)
     again.run()  # restored from the last checkpoint
     assert leaves_equal(again.params, merged) and leaves_equal(
-        again._state.start, learner._state.start
+        again.state.start, learner.state.start
     )
     forget_programs()
 
@@ -206,13 +212,13 @@ def test_a_run_from_pretrained_weights_starts_from_them_and_keeps_the_learned_he
     assert leaves_equal(trees.select(learner.params, body), theta_0)
     assert not leaves_equal(learner.params["head"], start["head"])
     results = learner.run()
-    run = learner._programs
-    assert run.first is run.later and run.later.train._cache_size() == 1
+    run = learner.programs
+    assert run.training.first is run.training.later and run.training.later.train._cache_size() == 1
     # The longer first task is for runs from scratch.
-    assert learner._bounds[1] == -(-int(learner.stream.train.sizes[0]) // config.batch_size)
+    assert learner.steps.bounds[1] == -(-int(learner.stream.train.sizes[0]) // config.batch_size)
     first = results["merges"][0]
     assert first["alpha"] == 1.0 and first["denominator"] > 0
-    center = learner._state.rule.memory.center
+    center = learner.state.rule.memory.center
     assert leaves_equal(center, {path: theta_0[path] for path in center})
     frozen = tuple(path for path in body if path not in center)
     assert leaves_equal(trees.select(learner.params, frozen), trees.select(theta_0, frozen))

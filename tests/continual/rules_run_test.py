@@ -70,9 +70,13 @@ def test_vectors_of_all_tasks_are_in_the_hosts_memory_and_outlive_a_kill(
 ):
     config = dataclasses.replace(SMALL, rule=name, num_tasks=2, first_task_epochs=1)
     straight, wanted, again, found = straight_and_killed(
-        config, tmp_path, monkeypatch, 0, lambda learner, step, tree: step == learner._bounds[1]
+        config,
+        tmp_path,
+        monkeypatch,
+        0,
+        lambda learner, step, tree: step == learner.steps.bounds[1],
     )
     assert comparable(found) == comparable(wanted)
     assert leaves_equal(again.params, straight.params)
     for learner in (straight, again):
-        assert all(type(x) is np.ndarray for x in jax.tree.leaves(learner._state.rule))
+        assert all(type(x) is np.ndarray for x in jax.tree.leaves(learner.state.rule))

@@ -7,7 +7,7 @@ import pytest
 from pm_jax import rules
 from pm_jax.continual import Learner, RunOptions
 from pm_jax.continual import learner as learner_module
-from pm_jax.continual.storage.reuse import SharedTraining
+from pm_jax.continual.storage.shared_training import SharedTraining
 from pm_jax.types import InvalidInput
 from tests.small_runs import BY_CLASS, QUIET, SMALL, comparable, forget_programs, leaves_equal
 
@@ -28,13 +28,13 @@ def inference_only(monkeypatch):
 def trained_tasks(monkeypatch):
     """The tasks that learners train, in order."""
     tasks = []
-    original = learner_module.Learner._train_task
+    original = learner_module.Learner.train_task
 
     def counted(self, task, *arguments):
         tasks.append(task)
         return original(self, task, *arguments)
 
-    monkeypatch.setattr(learner_module.Learner, "_train_task", counted)
+    monkeypatch.setattr(learner_module.Learner, "train_task", counted)
     return tasks
 
 

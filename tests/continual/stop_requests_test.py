@@ -10,12 +10,12 @@ from pm_jax.continual import learner as learner_module
 from pm_jax.continual.interruption import Interrupted, StopRequests
 from tests.binaries import call
 from tests.experiments.train_test import TINY
-from tests.small_runs import QUIET, SMALL, comparable, leaves_equal
+from tests.small_runs import QUIET, SMALL, comparable, leaves_equal, with_functions
 
 
 def asked_to_end(learner, call):
     """The learner, whose program is sent SIGTERM at a call of its training."""
-    train, calls = learner._programs.later.train, []
+    train, calls = learner.programs.training.later.train, []
 
     def watched(*arguments):
         calls.append(1)
@@ -23,9 +23,7 @@ def asked_to_end(learner, call):
             signal.raise_signal(signal.SIGTERM)
         return train(*arguments)
 
-    program = learner._programs.later._replace(train=watched)
-    learner._programs = learner._programs._replace(first=program, later=program)
-    return learner
+    return with_functions(learner, train=watched)
 
 
 @pytest.mark.parametrize("call", [3, 12])
@@ -41,7 +39,7 @@ def test_a_request_ends_a_run_within_a_task_and_it_goes_on_to_the_same_numbers(
         ).run()
     assert caught.value.signal_number == signal.SIGTERM
     saved = max(int(p.name) for p in (tmp_path / "ended" / "checkpoints").iterdir() if p.is_dir())
-    assert saved == call and saved not in straight._bounds
+    assert saved == call and saved not in straight.steps.bounds
     assert str(caught.value) == (
         f"ended by SIGTERM at step {saved} of {straight.total_steps}; the same command goes on "
         "from there"

@@ -15,7 +15,7 @@ from pm_jax.data import sources
 from pm_jax.data.stream import LabelledArrays
 from pm_jax.types import InvalidInput
 from tests.binaries import refused
-from tests.small_runs import QUIET
+from tests.small_runs import QUIET, with_functions
 
 # Twice as much of the first task, so that a second one of any classes has no other shapes.
 LABELS = np.asarray([0, 1] * 14 + [2, 3] * 6)
@@ -53,7 +53,7 @@ def finished(config, directory=None):
     """A learner at the end of its run, whose parameters and rule state are finite, and results."""
     learner = Learner(config, 0, directory, QUIET)
     results = learner.run()
-    assert all_finite(learner._state.rule) and all_finite(learner.params)
+    assert all_finite(learner.state.rule) and all_finite(learner.params)
     for merge in results["merges"]:
         assert 0 <= merge["alpha"] <= 1 and np.isfinite(merge["actual_loss_change"])
     return learner, results
@@ -146,11 +146,13 @@ def poisoned(tree):
 
 
 def poison(stage):
-    """Programs of a run that go wrong at a stage of the second task, with a finite loss."""
+    """A learner that goes wrong at a stage of the second task, with a finite loss."""
 
-    def change(run):
+    def change(learner):
+        run = learner.programs
+
         def train(key, trainable, optimizer, start, data, segment):
-            trainable, optimizer, values = run.later.train(
+            trainable, optimizer, values = run.training.later.train(
                 key, trainable, optimizer, start, data, segment
             )
             if segment.task == 1 and stage == "parameters":
@@ -159,20 +161,19 @@ def poison(stage):
                 optimizer = jax.tree.map(lambda x: x + jnp.inf if x.ndim else x, optimizer)
             return trainable, optimizer, values
 
-        def measure(key, trained, start, data, task):
-            found = run.measure(key, trained, start, data, task)
+        def evidence(data, key, trained, start, task):
+            found = run.evidence(data, key, trained, start, task)
             if task == 1 and stage == "curvature":
                 diagonal = poisoned(found.quadratic.diagonal)
                 found = found._replace(quadratic=found.quadratic.replace(diagonal=diagonal))
             return found
 
-        def merge(state, start, trained, evidence):
-            state, leaves, info = run.merge(state, start, trained, evidence)
+        def merge(state, *arguments):
+            state, leaves, info = run.merge(state, *arguments)
             merges_second = stage == "merge" and state.tasks == 2
             return state, poisoned(leaves) if merges_second else leaves, info
 
-        program = run.later._replace(train=train)
-        return run._replace(first=program, later=program, measure=measure, merge=merge)
+        return with_functions(learner, train=train, evidence=evidence, merge=merge)
 
     return change
 
@@ -189,15 +190,15 @@ def poison(stage):
 def test_what_is_not_finite_is_named_and_never_saved(config, tmp_path, stage, pattern):
     settings = config()
     learner = Learner(settings, 0, tmp_path, RunOptions(checkpoint_every=1, quiet=True))
-    learner._programs = learner._merging._programs = poison(stage)(learner._programs)
+    learner = poison(stage)(learner)
     with pytest.raises(TrainingDiverged, match=pattern + "; lower learning_rate=0.003 .* is kept"):
         learner.run()
     assert not (tmp_path / "results.json").exists()
     again = Learner(settings, 0, tmp_path, RunOptions(checkpoint_every=1, quiet=True))
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         step = checkpoints.latest()
-        training_state = again._restore(checkpoints, step)
-    assert step >= again._bounds[1] and all_finite((again._state, training_state))
+        training_state = again.restore(checkpoints, step)
+    assert step >= again.steps.bounds[1] and all_finite((again.state, training_state))
     results = again.run()  # goes on from it, without the fault
     assert all_finite(again.params) and 0 <= results["merges"][1]["alpha"] <= 1
 
@@ -218,5 +219,5 @@ def test_a_rate_that_overflows_in_bfloat16_ends_with_code_1_and_what_was_saved_l
     assert lines[0] == lines[1] and str(tmp_path / "seed_0") in lines[0]
     learner = Learner(settings, 0, tmp_path / "seed_0", QUIET)
     with Checkpoints(tmp_path / "seed_0" / "checkpoints") as checkpoints:
-        assert all_finite(learner._restore(checkpoints, checkpoints.latest()))
+        assert all_finite(learner.restore(checkpoints, checkpoints.latest()))
     assert not (tmp_path / "seed_0" / "results.json").exists()

@@ -8,11 +8,13 @@ import pytest
 
 from pm_jax import lora, losses, perturbation, trees
 from pm_jax.continual import Learner
-from pm_jax.continual.merging.programs import programs
+from pm_jax.continual.merging.programs import StreamShape, programs_of
+from pm_jax.continual.placement.data import DeviceData
 from pm_jax.continual.placement.devices import devices_of
 from pm_jax.continual.training import task_program
+from pm_jax.continual.training.logits import logits_of
 from pm_jax.continual.training.partition import Trainable, partition, trained_params
-from pm_jax.continual.training.task_program import DeviceData, segments
+from pm_jax.continual.training.steps import segments
 from pm_jax.data import TaskIndices
 from pm_jax.types import Batch
 from tests.small_runs import BY_CLASS, QUIET, SMALL, VIT, leaves_equal, segment
@@ -27,12 +29,14 @@ def trained_task(config, extra_padding, stop=1000):
         devices_of(config), learner.stream, TaskIndices(index, learner.stream.train.sizes)
     )
     shape = learner.stream.inputs.shape[1:]
-    run = programs(config, learner.stream.num_classes, shape, index.shape[1])
+    run = programs_of(config, StreamShape(10, shape, index.shape[1], 10))
     task = int(np.argmin(learner.stream.train.sizes))
-    trainable, optimizer = run.first.begin(learner._key, learner.params, np.asarray(task, np.int32))
+    trainable, optimizer = run.training.first.begin(
+        learner.key, learner.params, np.asarray(task, np.int32)
+    )
     before = jax.tree.map(np.asarray, (trainable, optimizer))
-    trainable, optimizer, values = run.first.train(
-        learner._key, trainable, optimizer, learner.params, data, segment(task, 0, 0, stop, 1)
+    trainable, optimizer, values = run.training.first.train(
+        learner.key, trainable, optimizer, learner.params, data, segment(task, 0, 0, stop, 1)
     )
     steps = -(-int(learner.stream.train.sizes[task]) // config.batch_size)
     return before, jax.tree.map(np.asarray, (trainable, optimizer)), np.asarray(values), steps
@@ -48,13 +52,15 @@ def test_padding_changes_neither_parameters_nor_optimizer_state():
 
 def test_a_step_on_padding_alone_is_no_step():
     learner = Learner(BY_CLASS, seed=0, options=QUIET)
-    run, task = learner._programs, int(np.argmin(learner.stream.train.sizes))
+    run, task = learner.programs, int(np.argmin(learner.stream.train.sizes))
     steps = -(-int(learner.stream.train.sizes[task]) // BY_CLASS.batch_size)
     assert steps * BY_CLASS.batch_size < learner.stream.train.sizes.max()  # there is one
-    trainable, optimizer = run.first.begin(learner._key, learner.params, np.asarray(task, np.int32))
+    trainable, optimizer = run.training.first.begin(
+        learner.key, learner.params, np.asarray(task, np.int32)
+    )
     before = jax.tree.map(np.array, (trainable, optimizer))
-    trainable, optimizer, values = run.first.train(
-        learner._key, trainable, optimizer, learner.params, learner._train,
+    trainable, optimizer, values = run.training.first.train(
+        learner.key, trainable, optimizer, learner.params, learner.training_data,
         segment(task, 0, steps, steps + 1, 1),
     )  # fmt: skip
     assert leaves_equal(before, (trainable, optimizer)) and not np.asarray(values).any()
@@ -64,23 +70,26 @@ def test_an_epoch_sees_every_example_once():
     learner = Learner(BY_CLASS, seed=0, options=QUIET)
     count = learner.stream.train.sizes
     for task in range(3):
-        batches = task_program._epoch_batches(
-            jax.random.key(task), learner._train, jnp.asarray(task), 40, BY_CLASS.batch_size
-        )
-        seen = np.asarray(batches).ravel()[: count[task]]
+        order = learner.training_data.shuffled(jax.random.key(task), jnp.asarray(task))
+        assert int(order.weights.sum()) == order.weights[: count[task]].sum() == count[task]
+        seen = np.asarray(order.rows)[: count[task]]
         assert sorted(seen) == sorted(learner.stream.train.rows()[task])
         assert seen.tolist() != learner.stream.train.rows()[task].tolist()
 
 
 def test_an_epoch_in_pieces_equals_the_epoch_whole():
     learner = Learner(SMALL, seed=0, options=QUIET)
-    run, task = learner._programs, np.asarray(1, np.int32)
+    run, task = learner.programs, np.asarray(1, np.int32)
     ends = []
     for cuts in ([0, 18], [0, 5, 6, 18]):
-        state = run.later.begin(learner._key, learner.params, task)
+        state = run.training.later.begin(learner.key, learner.params, task)
         for low, high in zip(cuts[:-1], cuts[1:], strict=True):
-            *state, _ = run.later.train(
-                learner._key, *state, learner.params, learner._train, segment(1, 0, low, high, 1)
+            *state, _ = run.training.later.train(
+                learner.key,
+                *state,
+                learner.params,
+                learner.training_data,
+                segment(1, 0, low, high, 1),
             )
         ends.append(state)
     assert leaves_equal(*ends)
@@ -113,14 +122,18 @@ def test_accumulated_steps_are_one_step_on_the_larger_batch(settings):
     ends = []
     for config in (whole, parts):
         learner = Learner(config, seed=0, options=QUIET)
-        run, count = learner._programs, int(learner.stream.train.sizes[1])
-        state = run.later.begin(learner._key, learner.params, np.asarray(1, np.int32))
+        run, count = learner.programs, int(learner.stream.train.sizes[1])
+        state = run.training.later.begin(learner.key, learner.params, np.asarray(1, np.int32))
         if config is parts:
             steps = -(-count // 16)
             assert steps % 5 and count % 16  # both are incomplete at the end
         for epoch in range(2):
-            *state, _ = run.later.train(
-                learner._key, *state, learner.params, learner._train, segment(1, epoch, 0, 99, 2)
+            *state, _ = run.training.later.train(
+                learner.key,
+                *state,
+                learner.params,
+                learner.training_data,
+                segment(1, epoch, 0, 99, 2),
             )
         ends.append(state)
     for wanted, got in zip(*(jax.tree.leaves(end[0]) for end in ends), strict=True):
@@ -145,11 +158,11 @@ def test_training_loss_is_the_perturbed_loss_of_the_library():
     model, start = SMALL.network(10), learner.params
     moved = jax.tree.map(lambda x: x + 0.05 * jnp.sin(jnp.arange(x.size)).reshape(x.shape), start)
     rows = jnp.arange(20)
-    batch = Batch(learner._train.inputs[rows], learner._train.labels[rows])
+    batch = Batch(learner.training_data.inputs[rows], learner.training_data.labels[rows])
     mask = jnp.ones(10, bool)
 
     def plain(leaves, batch):
-        logits = task_program.logits_of(model, trees.replace(start, leaves), batch.inputs, mask)
+        logits = logits_of(model, trees.replace(start, leaves), batch.inputs, mask)
         return losses.mean(lambda _, b: optax.softmax_cross_entropy_with_integer_labels(
             logits, b.labels))(None, batch)  # fmt: skip
 
@@ -158,7 +171,7 @@ def test_training_loss_is_the_perturbed_loss_of_the_library():
         for seed in range(3):
             key = jax.random.key(seed)
             trainable = Trainable({}, trees.leaves_by_path(moved), {})
-            got = task_program.training_loss(model, law, trainable, start, batch, mask, key)
+            got = task_program.training_loss(model, law)(key, trainable, start, batch, mask)
             wanted = perturbation.perturbed(plain, law)(
                 key, trees.leaves_by_path(moved), trees.leaves_by_path(start), batch
             )
@@ -176,20 +189,19 @@ def test_training_loss_with_adapters_is_the_loss_at_the_displaced_dense_weights(
     }
     trainable = Trainable(adapters, {}, trees.select(start, part.head))
     rows, mask = jnp.arange(6), jnp.ones(10, bool)
-    batch = Batch(learner._train.inputs[rows], learner._train.labels[rows])
+    batch = Batch(learner.training_data.inputs[rows], learner.training_data.labels[rows])
     law, key = perturbation.symmetric(0.5), jax.random.key(4)
-    got = task_program.training_loss(
-        model, law, trainable, start, batch, mask, key, per_example=per_example
-    )
+    loss = task_program.training_loss(model, law, examples=6 if per_example else None)
+    got = loss(key, trainable, start, batch, mask)
     steps = law.draws(jax.random.split(key)[0], (6,) if per_example else ())[0][0]
     steps = np.broadcast_to(np.asarray(steps), 6)
     assert len(set(steps.tolist())) > 1 or not per_example
     values = []
     for row, step in zip(rows, steps, strict=True):
         params = lora.fold(start, adapters, 1 + float(step))
-        logits = task_program.logits_of(model, params, learner._train.inputs[row][None], mask)
+        logits = logits_of(model, params, learner.training_data.inputs[row][None], mask)
         values.append(optax.softmax_cross_entropy_with_integer_labels(
-            logits, learner._train.labels[row][None])[0])  # fmt: skip
+            logits, learner.training_data.labels[row][None])[0])  # fmt: skip
     np.testing.assert_allclose(got, np.mean(values), rtol=1e-5)
 
 

@@ -9,9 +9,10 @@ from PIL import Image, ImageEnhance, ImageOps
 from scipy import ndimage
 
 from pm_jax.continual import Config, Learner
-from pm_jax.continual.merging.programs import parameter_shapes
 from pm_jax.continual.training import task_program
 from pm_jax.continual.training.image_transforms import evaluation_transform, training_transform
+from pm_jax.continual.training.initial_model import parameter_shapes
+from pm_jax.continual.training.logits import logits_of
 from pm_jax.continual.training.purpose_keys import AUGMENT, SHUFFLE, purpose_key
 from pm_jax.data import augmentation, augmentation_policies
 from pm_jax.data.augmentation_policies import OPERATIONS
@@ -284,45 +285,46 @@ def test_training_sees_augmented_and_evaluation_central_images():
         batch_size=1000, optimizer="sgd",
     )  # fmt: skip
     learner = Learner(config, seed=0, options=QUIET)
-    run, stream, model = learner._programs, learner.stream, config.network(10)
+    run, stream, model = learner.programs, learner.stream, config.network(10)
     rows = stream.train.rows()[1]
     mask = jnp.asarray(stream.class_masks[1])
 
     def loss(images, labels):
-        logits = task_program.logits_of(model, learner.params, images, mask)
+        logits = logits_of(model, learner.params, images, mask)
         return -jax.nn.log_softmax(logits)[jnp.arange(len(labels)), labels].mean()
 
     labels = jnp.asarray(stream.labels[rows])
     view = augmentation.central_view(jnp.asarray(stream.inputs[rows]), (8, 8), 1.25)
     task = np.asarray(1, np.int32)
     np.testing.assert_allclose(
-        run.mean_loss(learner.params, learner._train, task), loss(view, labels), rtol=1e-5
+        run.training.mean_loss(learner.training_data, learner.params, task),
+        loss(view, labels),
+        rtol=1e-5,
     )
     held_out = stream.test.rows()[1]
     test_view = augmentation.central_view(jnp.asarray(stream.inputs[held_out]), (8, 8), 1.25)
-    guess = task_program.logits_of(model, learner.params, test_view, mask).argmax(axis=1)
+    guess = logits_of(model, learner.params, test_view, mask).argmax(axis=1)
     right = np.mean(np.asarray(guess) == stream.labels[held_out])
     seen = np.ones(10, bool)
-    found = run.scores(learner.params, learner._held_out, seen, stream.num_tasks)
+    found = run.training.scores(learner.held_out_data, learner.params, seen, stream.num_tasks)
     np.testing.assert_allclose(found.task_aware[1], right, rtol=1e-6)
     # One step on the whole task: its loss is that of the images augmented with the step's key.
-    state = run.first.begin(learner._key, learner.params, task)
-    *_, values = run.first.train(
-        learner._key, *state, learner.params, learner._train, task_program.Segment.of(1, 0, 0, 9, 1)
+    state = run.training.first.begin(learner.key, learner.params, task)
+    *_, values = run.training.first.train(
+        learner.key,
+        *state,
+        learner.params,
+        learner.training_data,
+        task_program.Segment.of(1, 0, 0, 9, 1),
     )
-    order = task_program._epoch_batches(
-        purpose_key(learner._key, SHUFFLE, 1, 0),
-        learner._train,
-        task,
-        1,
-        1000,
-    )[0]
+    order = learner.training_data.shuffled(purpose_key(learner.key, SHUFFLE, 1, 0), task).rows
+    order = jnp.pad(order, (0, 1000 - len(order)))
     augment = augmentation.augmentation("crop_flip", (8, 8))
     crops = augment(
-        purpose_key(learner._key, AUGMENT, 1, 0),
-        learner._train.inputs[order],
+        purpose_key(learner.key, AUGMENT, 1, 0),
+        learner.training_data.inputs[order],
     )[: len(rows)]
-    wanted = loss(crops, learner._train.labels[order][: len(rows)])
+    wanted = loss(crops, learner.training_data.labels[order][: len(rows)])
     np.testing.assert_allclose(values[0], wanted, rtol=1e-5)
     assert abs(values[0] - loss(view, labels)) > 1e-4
 

@@ -82,7 +82,7 @@ def test_a_stream_of_texts_is_learned_with_adapters_on_given_weights(tmp_path, t
     results = learner.run()
     # The colour decides the class, and the test texts are the training texts.
     assert results["task_aware"]["accuracy_matrix"][1] == [1.0, 1.0]
-    assert learner._programs.later.train._cache_size() == 1
+    assert learner.programs.training.later.train._cache_size() == 1
     frozen = learner.params["word_embed"]["embedding"]
     assert jnp.array_equal(frozen, params["word_embed"]["embedding"])
 

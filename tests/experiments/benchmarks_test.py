@@ -17,7 +17,7 @@ import pytest
 from experiments.benchmarks import accelerator, many_tasks, peer
 from pm_jax import lora, trees
 from pm_jax.continual import Config
-from pm_jax.continual.training.task_program import logits_of
+from pm_jax.continual.training.logits import logits_of
 from tests.small_runs import forget_programs
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -9,10 +9,10 @@ import pytest
 
 from pm_jax import rules
 from pm_jax.continual import Learner
-from pm_jax.continual.training.task_program import normalized
+from pm_jax.continual.training.logits import normalized
 from pm_jax.rules import Evidence, objectives
 from pm_jax.types import Batch, InvalidInput
-from tests.small_runs import BY_CLASS, QUIET, SMALL, VIT, comparable
+from tests.small_runs import BY_CLASS, QUIET, SMALL, VIT, comparable, with_functions
 
 LOGITS = jax.tree_util.Partial(lambda leaves, inputs: inputs @ leaves["kernel"])
 CLASSES = 6
@@ -141,14 +141,14 @@ def test_in_a_run_the_oracle_sees_all_tasks_so_far(streamed):
         resident_mb=0.02 if streamed else BY_CLASS.resident_mb,
     )  # fmt: skip
     learner = Learner(config, 0, options=QUIET)
-    run, seen = learner._programs, []
+    run, seen = learner.programs, []
 
     def merge(state, previous, trained, evidence):
         weights = evidence.all_objectives.batches.weights
         seen.append((weights.sum(axis=(1, 2)) > 0).tolist())
         return run.merge(state, previous, trained, evidence)
 
-    learner._programs = learner._merging._programs = run._replace(merge=merge)
+    learner = with_functions(learner, merge=merge)
     merges = learner.run()["merges"]
     assert seen == [[True, False], [True, True]]
     stream, total = learner.stream, 0.0

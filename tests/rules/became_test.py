@@ -10,7 +10,7 @@ import pytest
 
 from pm_jax import rules, trees
 from pm_jax.continual import Config, Learner
-from pm_jax.continual.merging.programs import programs
+from pm_jax.continual.merging.programs import programs_of
 from pm_jax.curvature import dense_layers
 from pm_jax.curvature.quadratics import DiagonalQuadratic
 from pm_jax.lora import Adapter
@@ -19,7 +19,15 @@ from pm_jax.types import Batch, InvalidInput
 from tests import oracles
 from tests.coefficients_test import dense_tasks
 from tests.curvature.quadratics_test import random_tree
-from tests.small_runs import QUIET, SMALL, VIT, comparable, leaves_equal, straight_and_killed
+from tests.small_runs import (
+    QUIET,
+    SMALL,
+    VIT,
+    comparable,
+    leaves_equal,
+    straight_and_killed,
+    with_functions,
+)
 
 
 def inputs(seed, count, width, rank):
@@ -280,16 +288,16 @@ def test_the_memory_grows_by_the_threshold_of_each_task():
 def test_the_projected_stage_leaves_the_memory_alone_and_the_free_stage_does_not(config):
     """Under AdamW with weight decay, which alone would leave the complement."""
     learner = Learner(config, 0, options=QUIET)
-    run, given, states = learner._programs, [], []
+    run, given, states = learner.programs, [], []
 
     def merge(state, previous, trained, evidence):
         states.append(jax.tree.map(np.asarray, state))
         given.append((previous, trained, evidence.trajectory))
         return run.merge(state, previous, trained, evidence)
 
-    learner._programs = learner._merging._programs = run._replace(merge=merge)
+    learner = with_functions(learner, merge=merge)
     results = learner.run()
-    assert run.later.train._cache_size() == run.merge._cache_size() == 1
+    assert run.training.later.train._cache_size() == run.merge._cache_size() == 1
     previous, trained, trajectory = given[1]
     start, end = (trees.select(tree, run.merging) for tree in (previous, trained))
     for path, stack in trajectory.items():
@@ -309,10 +317,10 @@ def test_the_projected_stage_leaves_the_memory_alone_and_the_free_stage_does_not
     # What it absorbs of a task is the Fisher at the merged model, where it will be asked.
     last = np.asarray(config.num_tasks - 1, np.int32)
     at_merged, at_trained = (
-        run.measure(learner._key, where, previous, learner._train, last).quadratic.diagonal
+        run.evidence(learner.training_data, learner.key, where, previous, last).quadratic.diagonal
         for where in (learner.params, given[-1][1])
     )
-    after, before = (s.precision.diagonal for s in (learner._state.rule, states[-1]))
+    after, before = (s.precision.diagonal for s in (learner.state.rule, states[-1]))
     gained = jax.tree.map(lambda new, old: new - old, after, before)
     size = max(np.abs(before[path]).max() for path in gained)
     for path, own in gained.items():
@@ -320,32 +328,32 @@ def test_the_projected_stage_leaves_the_memory_alone_and_the_free_stage_does_not
         np.testing.assert_allclose(own, at_merged[path], rtol=1e-5, atol=1e-6 * size)
     off = max(np.abs(at_trained[path] - own).max() for path, own in gained.items())
     assert off > 1e-4 * size
-    programs.cache_clear()
+    programs_of.cache_clear()
 
 
 @pytest.mark.parametrize("kind", ["kronecker", "low_rank"])
 def test_a_run_keeps_and_asks_the_curvature_of_its_settings(kind):
     config = dataclasses.replace(FULL, curvature=kind, curvature_rank=3)
     learner = Learner(config, 0, options=QUIET)
-    run, given = learner._programs, []
+    run, given = learner.programs, []
 
     def merge(state, previous, trained, evidence):
         given.append((jax.tree.map(jnp.copy, state), previous, trained, evidence))
         return run.merge(state, previous, trained, evidence)
 
-    learner._programs = learner._merging._programs = run._replace(merge=merge)
+    learner = with_functions(learner, merge=merge)
     alpha = learner.run()["merges"][1]["alpha"]
     assert run.merge._cache_size() == run.absorb._cache_size() == 1
     state, first, trained, evidence = given[1]
     end = trees.select(trained, run.merging)
     d = jax.tree.map(lambda x, stack: x - stack[0], end, evidence.trajectory)
     # The first merge keeps the trained model, where the run measures again.
-    old = run.measure(learner._key, first, first, learner._train, np.asarray(0, np.int32))
+    old = run.evidence(learner.training_data, learner.key, first, first, np.asarray(0, np.int32))
     own, earlier = (q.curvature_along(d) for q in (evidence.quadratic, old.quadratic))
     np.testing.assert_allclose(state.precision.curvature_along(d), earlier, rtol=1e-5)
     np.testing.assert_allclose(alpha, own / (own + earlier), rtol=1e-5)
     assert 0 < alpha < 1
-    programs.cache_clear()
+    programs_of.cache_clear()
 
 
 def test_curvature_of_all_tasks_at_once_is_refused():
@@ -355,8 +363,8 @@ def test_curvature_of_all_tasks_at_once_is_refused():
 
 def test_a_run_killed_in_the_projected_stage_ends_with_the_same_numbers(tmp_path, monkeypatch):
     straight, wanted, again, found = straight_and_killed(
-        LORA, tmp_path, monkeypatch, 3, lambda learner, step, tree: step > learner._bounds[1]
+        LORA, tmp_path, monkeypatch, 3, lambda learner, step, tree: step > learner.steps.bounds[1]
     )
     assert comparable(found) == comparable(wanted)
     assert leaves_equal(again.params, straight.params)
-    assert leaves_equal(again._state.rule, straight._state.rule)
+    assert leaves_equal(again.state.rule, straight.state.rule)

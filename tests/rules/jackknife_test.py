@@ -10,7 +10,7 @@ import pytest
 from pm_jax import curvature, rules, task_vectors, trees
 from pm_jax.coefficients import jackknife_error
 from pm_jax.continual import Config, Learner
-from pm_jax.continual.merging.programs import programs
+from pm_jax.continual.merging.programs import programs_of
 from pm_jax.curvature import kronecker, low_rank, measures
 from pm_jax.curvature.measures import Measurement
 from pm_jax.curvature.quadratics import DiagonalQuadratic
@@ -208,13 +208,13 @@ def test_a_run_with_a_jackknife_merges_as_without():
     learner = Learner(config, 0, options=QUIET)
     found = learner.run()["merges"]
     plain = Learner(SEVERAL_BATCHES, 0, options=QUIET).run()["merges"]
-    assert learner._programs.merge._cache_size() == 1
+    assert learner.programs.merge._cache_size() == 1
     assert found[0]["jackknife_error"] == 0 and "jackknife_error" not in plain[0]
     for merge, other in zip(found, plain, strict=True):
         np.testing.assert_allclose(merge["alpha_raw"], other["alpha_raw"], rtol=1e-5)
         np.testing.assert_allclose(merge["standard_error"], other["standard_error"], rtol=1e-4)
         assert merge is found[0] or 0 < merge["jackknife_error"] < 1
-    programs.cache_clear()
+    programs_of.cache_clear()
 
 
 def test_groups_are_even_on_as_many_examples_as_an_error_takes():
@@ -224,7 +224,9 @@ def test_groups_are_even_on_as_many_examples_as_an_error_takes():
     learner = Learner(config, 0, options=QUIET)
     trained = jax.tree.map(lambda x: x + 0.01, learner.params)
     task = np.asarray(1, np.int32)
-    found = learner._programs.measure(learner._key, trained, learner.params, learner._train, task)
+    found = learner.programs.evidence(
+        learner.training_data, learner.key, trained, learner.params, task
+    )
     others = np.asarray(found.left_out.examples)
     count = others.sum() / 6
     assert 32 <= count < learner.stream.train.sizes[1]
@@ -240,7 +242,7 @@ def test_groups_are_even_on_as_many_examples_as_an_error_takes():
     for a, b in zip(whole, each, strict=True):
         mean = np.tensordot(others / others.sum(), b, 1)
         np.testing.assert_allclose(a, mean, rtol=1e-4, atol=1e-6 * float(a.max()))
-    programs.cache_clear()
+    programs_of.cache_clear()
 
 
 def test_what_a_jackknife_cannot_do_is_refused():

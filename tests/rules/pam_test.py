@@ -12,7 +12,15 @@ from pm_jax.continual import Learner
 from pm_jax.lora import Adapter
 from pm_jax.rules import Evidence
 from pm_jax.rules.pam import PamState, opposed_entries
-from tests.small_runs import QUIET, SMALL, VIT, comparable, leaves_equal, straight_and_killed
+from tests.small_runs import (
+    QUIET,
+    SMALL,
+    VIT,
+    comparable,
+    leaves_equal,
+    straight_and_killed,
+    with_functions,
+)
 
 
 def test_opposed_entries_of_a_two_by_two_matrix():
@@ -87,7 +95,7 @@ LORA = dataclasses.replace(VIT, rule="pam", perturbation="none", epochs=2, num_t
 @pytest.mark.parametrize("config", [FULL, LORA], ids=["full", "lora"])
 def test_every_task_starts_from_the_origin_and_is_kept_in_line(config):
     learner = Learner(config, 0, options=QUIET)
-    run, given, refreshed = learner._programs, [], []
+    run, given, refreshed = learner.programs, [], []
 
     def merge(state, previous, trained, evidence):
         given.append(trees.select(jax.tree.map(np.asarray, previous), run.merging))
@@ -95,24 +103,20 @@ def test_every_task_starts_from_the_origin_and_is_kept_in_line(config):
 
     def refresh(key, trainable, optimizer_state, task, step, state):
         before = jax.tree.map(np.asarray, (trainable.moving, state.shared, optimizer_state))
-        found = run.later.refresh(key, trainable, optimizer_state, task, step, state)
+        found = run.training.later.refresh(key, trainable, optimizer_state, task, step, state)
         after = jax.tree.map(np.asarray, (found[0].moving, found[1]))
         refreshed.append((int(task), before, after))
         return found
 
-    later = run.later._replace(refresh=refresh)
-    first = later if run.first is run.later else run.first
-    learner._programs = learner._merging._programs = run._replace(
-        merge=merge, first=first, later=later
-    )
+    learner = with_functions(learner, merge=merge, refresh=refresh)
     learner.run()
-    assert run.later.train._cache_size() == run.merge._cache_size() == 1
+    assert run.training.later.train._cache_size() == run.merge._cache_size() == 1
     assert leaves_equal(given[1], given[0]) and leaves_equal(given[2], given[0])
-    assert run.later.refresh._cache_size() == 1
+    assert run.training.later.refresh._cache_size() == 1
     task, (old, shared, moments), (new, cleared) = refreshed[-1]
     assert task == 2
     opposed = 0
-    origin = learner._state.rule.origin
+    origin = learner.state.rule.origin
     for path in run.merging:
         if path in run.adapted:
             triples = zip(shared[path], old[path], new[path], strict=True)
@@ -130,7 +134,7 @@ def test_every_task_starts_from_the_origin_and_is_kept_in_line(config):
 
 def test_a_run_killed_after_a_refresh_ends_with_the_same_numbers(tmp_path, monkeypatch):
     def dies(learner, step, tree):
-        return step - learner._bounds[2] > learner._steps_per_epoch[2]
+        return step - learner.steps.bounds[2] > learner.steps.per_epoch[2]
 
     straight, wanted, again, found = straight_and_killed(LORA, tmp_path, monkeypatch, 5, dies)
     assert comparable(found) == comparable(wanted)

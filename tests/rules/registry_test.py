@@ -6,7 +6,7 @@ import pytest
 
 from pm_jax import rules
 from pm_jax.continual import Config
-from pm_jax.continual.merging.evidence import evidence_fn
+from pm_jax.continual.merging.programs import StreamShape, programs_of
 from pm_jax.rules import MergeRule, registry
 from pm_jax.types import InvalidInput
 
@@ -87,16 +87,14 @@ def test_a_configuration_refuses_settings_that_its_rule_does_not_have():
 
 
 def test_the_key_of_a_merge_is_given_where_it_is_needed_and_is_the_tasks_own():
-    config = Config()
+    def measure(rule, task, seed=0):
+        run = programs_of(Config(rule=rule, perturbation="none"), StreamShape(10, (8, 8, 1), 9, 10))
+        return run.evidence(None, jax.random.key(seed), {}, {}, task)
 
-    def measure(needs, task, seed=0):
-        rule = config.merge_rule._replace(needs=frozenset(needs))
-        return evidence_fn(config, None, rule, ())(jax.random.key(seed), {}, {}, None, task)
-
-    assert measure(set(), 0).key is None
-    keys = [measure({"key"}, 0), measure({"key"}, 1), measure({"key"}, 0, seed=1)]
+    assert measure("averaging", 0).key is None
+    keys = [measure("random_mix", *which) for which in ((0,), (1,), (0, 1))]
     assert all(evidence.quadratic is None for evidence in keys)
     data = [tuple(jax.random.key_data(evidence.key).tolist()) for evidence in keys]
     assert len(set(data)) == 3
-    again = jax.random.key_data(measure({"key"}, 0).key)
+    again = jax.random.key_data(measure("random_mix", 0).key)
     assert tuple(again.tolist()) == data[0]

@@ -11,7 +11,15 @@ from pm_jax import rules, trees
 from pm_jax.continual import Learner
 from pm_jax.rules import Evidence, objectives
 from pm_jax.types import Batch
-from tests.small_runs import QUIET, SMALL, VIT, comparable, leaves_equal, straight_and_killed
+from tests.small_runs import (
+    QUIET,
+    SMALL,
+    VIT,
+    comparable,
+    leaves_equal,
+    straight_and_killed,
+    with_functions,
+)
 
 CLASSES, OLD = np.asarray([0, 0, 1, 1, 1]), np.asarray([1, 1, 1, 0, 0])
 ONSET = 3.0
@@ -219,15 +227,15 @@ CONFIG = dataclasses.replace(
 def collected(config, monkeypatch, directory=None, options=QUIET):
     """The learner after its run, with what `merge` was given each time."""
     learner = Learner(config, 0, directory, options)
-    merge, given = learner._programs.merge, []
+    merge, given = learner.programs.merge, []
 
     def spy(state, previous, trained, evidence):
         given.append((previous, trained, evidence))
         return merge(state, previous, trained, evidence)
 
-    learner._programs = learner._merging._programs = learner._programs._replace(merge=spy)
+    learner = with_functions(learner, merge=spy)
     results = learner.run()
-    assert learner._programs.later.train._cache_size() == merge._cache_size() == 1
+    assert learner.programs.training.later.train._cache_size() == merge._cache_size() == 1
     return learner, results, given
 
 
@@ -235,7 +243,7 @@ def collected(config, monkeypatch, directory=None, options=QUIET):
                          ids=["full", "lora"])  # fmt: skip
 def test_trajectory_and_onset_are_those_of_the_training(config, monkeypatch):
     learner, results, given = collected(config, monkeypatch)
-    merging = learner._programs.merging
+    merging = learner.programs.merging
     previous, trained, evidence = given[1]
     for path, stack in evidence.trajectory.items():
         assert stack.shape[0] == 5
@@ -245,7 +253,7 @@ def test_trajectory_and_onset_are_those_of_the_training(config, monkeypatch):
         assert steps[0] > steps[3] > 0
     assert evidence.objective.temperature == config.temperature
     # The examples are the current task's, and their gradient at the onset is what is compared to.
-    task = learner._programs.objective(learner._key, previous, learner._train, np.int32(1))
+    task = learner.programs.objective(learner.training_data, learner.key, previous, np.int32(1))
     assert int(task.batches.weights.sum()) == min(
         config.merge_examples, learner.stream.train.sizes[1]
     )
@@ -278,7 +286,7 @@ def test_trajectory_and_onset_are_those_of_the_training(config, monkeypatch):
 
 def test_a_run_killed_between_two_snapshots_ends_with_the_same_numbers(tmp_path, monkeypatch):
     def dies(learner, step, tree):
-        return "trajectory" in tree and step > learner._bounds[1]
+        return "trajectory" in tree and step > learner.steps.bounds[1]
 
     straight, wanted, again, found = straight_and_killed(CONFIG, tmp_path, monkeypatch, 11, dies)
     assert comparable(found) == comparable(wanted)
@@ -297,7 +305,7 @@ def test_data_and_snapshots_that_do_not_fit_give_the_same_numbers(tmp_path, monk
     assert comparable(found) == comparable(wanted) and leaves_equal(other.params, learner.params)
 
     def dies(learner, step, tree):
-        return "trajectory" in tree and step > learner._bounds[1]
+        return "trajectory" in tree and step > learner.steps.bounds[1]
 
     _, _, again, after = straight_and_killed(small, tmp_path, monkeypatch, 11, dies)
     assert comparable(after) == comparable(wanted) and leaves_equal(again.params, learner.params)

@@ -1,6 +1,5 @@
 """What a finished task offers to the merge rule: its curvature at the trained model."""
 
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -8,193 +7,193 @@ import jax
 import jax.numpy as jnp
 
 from pm_jax import curvature, losses, task_vectors, trees
+from pm_jax.continual.placement.data import DeviceData, Order
+from pm_jax.continual.placement.data_pass import DataPass
 from pm_jax.continual.placement.devices import devices_of
-from pm_jax.continual.placement.feed import Pass
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.training.image_transforms import evaluation_transform
-from pm_jax.continual.training.purpose_keys import CURVATURE, MERGE, purpose_key
-from pm_jax.continual.training.task_program import DeviceData, logits_of
+from pm_jax.continual.training.logits import logits_of
+from pm_jax.continual.training.purpose_keys import CURVATURE, purpose_key
 from pm_jax.curvature import kronecker, low_rank
 from pm_jax.curvature.dense_layers import kernel_paths
-from pm_jax.curvature.measures import Measure, Measurement, in_groups
+from pm_jax.curvature.measures import Measure, Measurement, MeasureState, in_groups
 from pm_jax.rules import Evidence, MergeRule
 from pm_jax.types import Array, Batch, Key, LogitsFn, Params
 
 FEWEST_EXAMPLES = 32
-"""To know a standard error from."""
+"""Examples from which a standard error is believed."""
 
 
-def evidence_fn(
-    config: Config,
-    model: nn.Module,
-    rule: MergeRule,
-    merging: tuple[str, ...],
-    dense_layers: tuple[str, ...] = (),
-    task_classes: int | None = None,
-) -> Callable[..., Evidence]:
-    """How the evidence that a rule needs is measured, in the coordinates that merge.
+class EvidencePass(DataPass):
+    """Measures what a rule needs: `evidence(data, key, trained, previous, task)`.
 
     Curvature is that of the mean loss over the task's own classes, without perturbation, on the
-    task's training examples (or `config.curvature_examples` of them), at the trained model.
+    task's training examples (or `config.curvature_examples` of them), at the trained model and in
+    the coordinates that merge.
 
     Args:
-        config: settings.
+        config: settings of the run.
         model: linen module.
-        rule: says what it needs; nothing else is computed.
-        merging: paths of the leaves that merge.
-        dense_layers: those of the model, for speed (see `dense_layers.layers_called_once`).
-        task_classes: most classes that a task has, for speed: sums over all labels are over so
-            many; `None` for all classes of the stream.
-
-    Returns:
-        A pass `measure(key, trained, previous, data, task) -> Evidence`: full parameter trees, the
-        stream, and the task's number as an int32 scalar.
-
-    Example:
-        >>> from pm_jax import rules
-        >>> measure = evidence_fn(Config(), nn.Dense(2), rules.averaging(), ())
-        >>> measure(None, {}, {}, None, 0).quadratic is None
-        True
+        rule: merge rule.
+        leaves: leaves that merge, `{path: array or shape}`.
+        largest_task: examples of the largest task.
+        dense_layers: paths of Dense layers that the model calls once, whose Fisher is faster.
+        task_classes: most classes that a task has; sums over all labels are over so many. `None`
+            for all classes of the stream.
     """
 
-    def merge_key(key: Key, task: Array) -> Key | None:
-        return purpose_key(key, MERGE, task) if "key" in rule.needs else None
-
-    if not rule.needs & {"quadratic", "curvature_error"}:
-        return lambda key, trained, previous, data, task: Evidence(key=merge_key(key, task))
-    transform, devices = evaluation_transform(config), devices_of(config)
-
-    def chunk_of(key: Key, trained: Params, previous: Params, data: DeviceData, task: Array) -> int:
-        del key, previous, task
-        leaves = trees.select(trained, merging)
+    def __init__(
+        self,
+        config: Config,
+        model: nn.Module,
+        rule: MergeRule,
+        leaves: Params,
+        largest_task: int,
+        dense_layers: tuple[str, ...] = (),
+        task_classes: int | None = None,
+    ):
+        devices = devices_of(config)
         chunk = curvature.chunk_for_memory(leaves, _memory_bytes(config)) * devices.count
-        # Each group of the examples is measured by itself.
+        # Each group of examples is measured by itself, and each device has as many of a group.
         step = devices.count * max(1, rule.example_groups)
-        return -(-min(chunk, data.positions.shape[1]) // step) * step
+        chunk = -(-min(chunk, largest_task) // step) * step
+        super().__init__(devices, chunk, evaluation_transform(config))
+        self._config, self._model, self._groups = config, model, rule.example_groups
+        self._merging, self._dense_layers = tuple(leaves), dense_layers
+        self._task_classes = task_classes
 
-    def estimators(
-        trained: Params, data: DeviceData, task: Array, chunk: int
-    ) -> tuple[Measure, ...]:
-        def logits_fn(leaves: Params, inputs: Array) -> Array:
-            params = trees.replace(trained, leaves)
-            return logits_of(model, params, inputs, data.class_masks[task], config.temperature)
-
-        def own_logits_fn(leaves: Params, inputs: Array) -> Array:
-            return _of_classes(logits_fn(leaves, inputs), data.class_masks[task], task_classes)
-
-        leaves = trees.select(trained, merging)
-        # Drawn labels are the same ones whatever the classes of other tasks.
-        each_label_fn = logits_fn if config.curvature_samples else own_logits_fn
-        found = _measures(config, logits_fn, each_label_fn, leaves, chunk, dense_layers)
-        if rule.example_groups:
-            found = tuple(in_groups(measure, rule.example_groups) for measure in found)
-        return found
-
-    def begin(key: Key, trained: Params, previous: Params, data: DeviceData, task: Array):
-        chunk = chunk_of(key, trained, previous, data, task)
+    def begin(
+        self, data: DeviceData, key: Key, trained: Params, previous: Params, task: Array
+    ) -> tuple[tuple[MeasureState, ...], Order]:
+        """Nothing measured yet; the examples to measure on."""
         key = purpose_key(key, CURVATURE, task)
-        leaves = trees.select(trained, merging)
-        delta = task_vectors.difference(leaves, trees.select(previous, merging))
-        order, count = _examples(config, key, data, task)
-        measures = estimators(trained, data, task, chunk)
-        states = tuple(measure.init(leaves, delta, key) for measure in measures)
-        return (states, count), order, -(-count // chunk)
+        leaves = trees.select(trained, self._merging)
+        delta = task_vectors.difference(leaves, trees.select(previous, self._merging))
+        measures = self._measures(data, trained, task)
+        return tuple(each.init(leaves, delta, key) for each in measures), self._order(
+            data, key, task
+        )
 
-    def step(number, carry, order, *arguments):
-        (states, count), chunk = carry, chunk_of(*arguments)
-        _, trained, _, data, task = arguments
-        places = number * chunk + jnp.arange(chunk)
-        rows = order[jnp.minimum(places, order.shape[0] - 1)]
-        weights = (places < count).astype(jnp.float32)
-        inputs = transform(data.take(devices, rows, places))
-        batch = devices.spread(Batch(inputs, data.labels[rows], weights))
-        measures = estimators(trained, data, task, chunk)
+    def update(
+        self,
+        states: tuple[MeasureState, ...],
+        batch: Batch,
+        data: DeviceData,
+        key: Key,
+        trained: Params,
+        previous: Params,
+        task: Array,
+    ) -> tuple[MeasureState, ...]:
+        """Measure a batch, unless the curvature along the task vector is precise already."""
+        del key, previous
+        measures = self._measures(data, trained, task)
 
-        def update(states):
+        def measured(states: tuple[MeasureState, ...]) -> tuple[MeasureState, ...]:
             pairs = zip(measures, states, strict=True)
             return tuple(measure.update(state, batch) for measure, state in pairs)
 
-        if not config.curvature_error:
-            return update(states), count
-        known = _known_enough(config, measures[-1].finalize(states[-1]))
-        return jax.lax.cond(known, lambda x: x, update, states), count
+        if not self._config.curvature_error:
+            return measured(states)
+        precise = self._is_precise(measures[-1].finalize(states[-1]))
+        return jax.lax.cond(precise, lambda same: same, measured, states)
 
-    def finish(carry, *arguments) -> Evidence:
-        key, trained, _, data, task = arguments
-        measures = estimators(trained, data, task, chunk_of(*arguments))
-        pairs = zip(measures, carry[0], strict=True)
-        found = [measure.finalize(state) for measure, state in pairs]
-        stored, known = found[0], found[-1]
+    def finish(
+        self,
+        states: tuple[MeasureState, ...],
+        data: DeviceData,
+        key: Key,
+        trained: Params,
+        previous: Params,
+        task: Array,
+    ) -> Evidence:
+        """The quadratic that is stored, and the exact curvature where it was measured too."""
+        del key, previous
+        measures = self._measures(data, trained, task)
+        pairs = zip(measures, states, strict=True)
+        results = [measure.finalize(state) for measure, state in pairs]
+        stored, along = results[0], results[-1]
         left_out = stored.left_out
-        if left_out and known.left_out:
-            left_out = left_out._replace(along=known.left_out.along)
+        if left_out and along.left_out:
+            left_out = left_out._replace(along=along.left_out.along)
         return Evidence(
             stored.quadratic,
-            known.standard_error,
-            merge_key(key, task),
-            curvature_along=known.along if known is not stored else None,
+            along.standard_error,
+            curvature_along=along.along if along is not stored else None,
             left_out=left_out,
         )
 
-    return Pass(begin=begin, step=step, finish=finish, batch_size=chunk_of, devices=devices)
+    def _measures(self, data: DeviceData, trained: Params, task: Array) -> tuple[Measure, ...]:
+        """Measures of the stored curvature and, if asked for, of the exact one along Delta."""
+        mask, config = data.class_masks[task], self._config
+
+        def logits_fn(leaves: Params, inputs: Array) -> Array:
+            params = trees.replace(trained, leaves)
+            return logits_of(self._model, params, inputs, mask, config.temperature)
+
+        def own_logits_fn(leaves: Params, inputs: Array) -> Array:
+            return _of_classes(logits_fn(leaves, inputs), mask, self._task_classes)
+
+        # Labels are drawn over all columns, so that the draws do not depend on how classes are
+        # split into tasks; a pass for every label is made for the task's own ones only.
+        label_logits_fn = logits_fn if config.curvature_samples else own_logits_fn
+        leaves = trees.select(trained, self._merging)
+        measures = [self._stored_measure(logits_fn, label_logits_fn, leaves)]
+        if config.curvature == "exact_current":
+            measures.append(curvature.gauss_newton(logits_fn))
+        if self._groups:
+            measures = [in_groups(measure, self._groups) for measure in measures]
+        return tuple(measures)
+
+    def _stored_measure(
+        self, logits_fn: LogitsFn, label_logits_fn: LogitsFn, leaves: Params
+    ) -> Measure:
+        """The measure of the curvature that the settings name.
+
+        Kinds that make a backward pass for each label take `label_logits_fn`.
+        """
+        config, samples = self._config, self._config.curvature_samples or None
+        options: dict[str, Any] = {
+            "chunk_size": self.batches.size,
+            "dense_layers": self._dense_layers,
+        }
+        match config.kept_curvature:
+            case "identity":
+                return curvature.identity()
+            case "fisher_empirical":
+                return curvature.fisher_empirical(losses.cross_entropy(logits_fn), **options)
+            case "kronecker":
+                kernels = kernel_paths(leaves)
+                return kronecker.fisher_kronecker(
+                    label_logits_fn, kernels, num_samples=samples, **options
+                )
+            case "low_rank":
+                return low_rank.gauss_newton_low_rank(logits_fn, rank=config.curvature_rank)
+        # For a softmax, the exact Fisher is the diagonal of the Gauss-Newton matrix.
+        return curvature.fisher_exact(label_logits_fn, num_samples=samples, **options)
+
+    def _order(self, data: DeviceData, key: Key, task: Array) -> Order:
+        """The task's examples; shuffled where not all of them may be measured."""
+        config = self._config
+        if not (config.curvature_examples or config.curvature_error):
+            return data.order(task)
+        order = data.shuffled(key, task)
+        wanted = config.curvature_examples or order.length
+        return Order.of(order.rows, jnp.minimum(order.length, wanted))
+
+    def _is_precise(self, measurement: Measurement) -> Array:
+        """Whether the curvature along Delta has the relative error that is asked for."""
+        error = self._config.curvature_error * measurement.along
+        # Few examples do not know their own spread; without a displacement there is no value.
+        enough = measurement.examples >= FEWEST_EXAMPLES
+        return (measurement.standard_error <= error) & (measurement.along > 0) & enough
 
 
 def _of_classes(logits: Array, mask: Array, most: int | None) -> Array:
-    """The columns of some classes, and masked ones up to the most that a task has."""
+    """The columns of some classes, padded with masked ones up to the most that a task has."""
     if most in (None, mask.shape[0]):
         return logits
-    (own,) = jnp.nonzero(mask, size=most, fill_value=mask.shape[0])
-    return jnp.take(logits, own, axis=1, fill_value=losses.MASKED_LOGIT)
-
-
-def _measures(
-    config: Config,
-    logits_fn: LogitsFn,
-    each_label_fn: LogitsFn,
-    leaves: Params,
-    chunk: int,
-    dense_layers: tuple[str, ...],
-) -> tuple[Measure, ...]:
-    """What the settings name: the curvature that is stored, and the exact one along Delta.
-
-    `each_label_fn` are the logits for kinds that make a pass for each label.
-    """
-    options: dict[str, Any] = {"chunk_size": chunk, "dense_layers": dense_layers}
-    samples = config.curvature_samples or None
-    match config.kept_curvature:
-        case "identity":
-            stored = curvature.identity()
-        case "fisher_empirical":
-            stored = curvature.fisher_empirical(losses.cross_entropy(logits_fn), **options)
-        case "kronecker":
-            kernels = kernel_paths(leaves)
-            stored = kronecker.fisher_kronecker(
-                each_label_fn, kernels, num_samples=samples, **options
-            )
-        case "low_rank":
-            stored = low_rank.gauss_newton_low_rank(logits_fn, rank=config.curvature_rank)
-        case _:  # For a softmax, fisher_exact is the diagonal of the Gauss-Newton matrix.
-            stored = curvature.fisher_exact(each_label_fn, num_samples=samples, **options)
-    if config.curvature == "exact_current":
-        return stored, curvature.gauss_newton(logits_fn)
-    return (stored,)
-
-
-def _examples(config: Config, key: Key, data: DeviceData, task: Array) -> tuple[Array, Array]:
-    """Positions of the examples to measure on, and how many of them count."""
-    row, count = data.positions[task], data.sizes[task]
-    if not (config.curvature_examples or config.curvature_error):
-        return row, count
-    draws = jax.random.uniform(key, row.shape)
-    order = jnp.argsort(jnp.where(jnp.arange(row.shape[0]) < count, draws, 2.0))
-    return row[order], jnp.minimum(count, config.curvature_examples or count)
-
-
-def _known_enough(config: Config, found: Measurement) -> Array:
-    """Whether the curvature along Delta is known to the error that is asked for."""
-    precise = found.standard_error <= config.curvature_error * found.along
-    # Few examples do not know their own spread; without a displacement there is no value.
-    return precise & (found.along > 0) & (found.examples >= FEWEST_EXAMPLES)
+    (columns,) = jnp.nonzero(mask, size=most, fill_value=mask.shape[0])
+    return jnp.take(logits, columns, axis=1, fill_value=losses.MASKED_LOGIT)
 
 
 def _memory_bytes(config: Config) -> float:

@@ -1,91 +1,107 @@
 """What rules that optimise while they merge see of a task: its loss on some of its examples."""
 
-from collections.abc import Callable
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.typing import ArrayLike
 
 from pm_jax import trees
+from pm_jax.continual.placement.compiled import compiled
+from pm_jax.continual.placement.data import DeviceData, HostData, Order
+from pm_jax.continual.placement.data_pass import DataPass
 from pm_jax.continual.placement.devices import devices_of
-from pm_jax.continual.placement.feed import HostData
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.training.image_transforms import evaluation_transform
+from pm_jax.continual.training.logits import logits_of
 from pm_jax.continual.training.purpose_keys import EXAMPLES, purpose_key
-from pm_jax.continual.training.task_program import DeviceData, logits_of
 from pm_jax.rules.objectives import Objective
-from pm_jax.types import Array, Batch, Key, Params
+from pm_jax.types import Array, Batch, Key, Params, PyTree
 
 
-def objective_fn(
-    config: Config, model: nn.Module, merging: tuple[str, ...]
-) -> Callable[..., Objective]:
-    """How the objective of a task is made, in the coordinates that merge.
+class ExamplesPass(DataPass):
+    """Some examples of a task in batches: `examples(data, key, task)`, leaves [B, N, ...].
 
-    Its examples are `config.merge_examples` of the task's, drawn by the key, in batches as in
-    training and as evaluation sees them; the same examples whatever the parameters.
+    There are `config.merge_examples` of them, drawn by the key, as evaluation sees them and in
+    batches as in training.
+    """
+
+    def __init__(self, config: Config, input_shape: tuple[int, ...], largest_task: int):
+        super().__init__(devices_of(config), config.batch_size, evaluation_transform(config))
+        self._count = config.merge_examples
+        number = -(-min(self._count, largest_task) // self.batches.size)
+        stored = jnp.int32 if config.reads_text else jnp.uint8
+
+        def blank() -> Batch:
+            inputs = self._transform(jnp.zeros((self.batches.size, *input_shape), stored))
+            labels = jnp.zeros(self.batches.size, jnp.int32)
+            return Batch(inputs, labels, jnp.zeros(self.batches.size, jnp.float32))
+
+        self._blank: PyTree = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((number, *leaf.shape), leaf.dtype),
+            jax.eval_shape(blank),
+        )
+
+    def begin(self, data: DeviceData, key: Key, task: Array) -> tuple[PyTree, Order]:
+        """Blank batches; the first examples of the task in random order."""
+        order = data.shuffled(purpose_key(key, EXAMPLES, task), task)
+        order = Order.of(order.rows, jnp.minimum(order.length, self._count))
+        blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._blank)
+        return (jnp.zeros((), jnp.int32), blank), order
+
+    def update(self, carry: PyTree, batch: Batch, data: DeviceData, *given) -> PyTree:
+        """Keep a batch."""
+        del data, given
+        number, batches = carry
+        kept = jax.tree.map(lambda leaves, leaf: leaves.at[number].set(leaf), batches, batch)
+        return number + 1, kept
+
+    def finish(self, carry: PyTree, data: DeviceData, *given) -> Batch:
+        """The batches, each divided among the devices."""
+        del data, given
+        return self.batches.devices.spread(carry[1], axis=1)
+
+
+class Objectives:
+    """Makes the objective of a task, a function of the leaves that merge.
 
     Args:
-        config: settings.
+        config: settings of the run.
         model: linen module.
-        merging: paths of the leaves that merge; the others are those of the parameters given.
-
-    Returns:
-        `objective(key, params, data, task) -> Objective`, with full parameters, the stream on the
-        device or the host, and the task's number as an int32 scalar.
-
-    Example:
-        >>> stream = Config().task_stream(0)
-        >>> model = nn.Dense(10)
-        >>> make = objective_fn(Config(merge_examples=40), model, ())
-        >>> data = DeviceData.of(devices_of(Config()), stream, stream.train)
-        >>> make(jax.random.key(0), {}, data, 0).batches.weights.sum(axis=1).tolist()
-        [32.0, 8.0]
+        input_shape: shape of one example.
+        largest_task: examples of the largest task.
     """
-    transform, devices = evaluation_transform(config), devices_of(config)
-    batch_size = config.batch_size
 
-    def logits_fn(params: Params, leaves: Params, inputs: Array) -> Array:
-        everything = jnp.ones(1, bool)
-        return logits_of(model, trees.replace(params, leaves), inputs, everything)
+    def __init__(
+        self,
+        config: Config,
+        model: nn.Module,
+        input_shape: tuple[int, ...],
+        largest_task: int,
+    ):
+        self.devices, self._model = devices_of(config), model
+        self._temperature = config.temperature
+        self._examples = ExamplesPass(config, input_shape, largest_task)
 
-    @devices.jit
-    def choose(key: Key, data: DeviceData, task: Array) -> tuple[Array, Array]:
-        row, count = data.positions[task], data.sizes[task]
-        number = -(-min(config.merge_examples, row.shape[0]) // batch_size)
-        draws = jax.random.uniform(purpose_key(key, EXAMPLES, task), row.shape)
-        order = jnp.argsort(jnp.where(jnp.arange(row.shape[0]) < count, draws, 2.0))
-        places = jnp.arange(number * batch_size)
-        rows = row[order[jnp.minimum(places, row.shape[0] - 1)]]
-        weights = (places < jnp.minimum(count, config.merge_examples)).astype(jnp.float32)
-        return rows, weights
-
-    @devices.jit
-    def masks(data: DeviceData, task: Array) -> tuple[Array, Array]:
-        before = jnp.arange(data.class_masks.shape[0])[:, None] < task
-        return data.class_masks[task], jnp.any(data.class_masks & before, axis=0)
-
-    @jax.jit
-    def batches_of(inputs: Array, labels: Array, weights: Array) -> Batch:
-        batch = Batch(transform(inputs), labels, weights)
-        in_batches = jax.tree.map(lambda x: x.reshape(-1, batch_size, *x.shape[1:]), batch)
-        return devices.spread(in_batches, axis=1)
-
-    @jax.jit
-    def examples(data: DeviceData, rows: Array) -> Array:
-        return data.take(devices, rows, rows)
-
-    def objective(key: Key, params: Params, data: DeviceData | HostData, task: Array) -> Objective:
+    def of_task(
+        self, data: DeviceData | HostData, key: Key, params: Params, task: ArrayLike
+    ) -> Objective:
+        """The objective of a task; its examples are the same whatever the parameters."""
         rest = data.rest if isinstance(data, HostData) else data
-        rows, weights = choose(key, rest, task)
-        if isinstance(data, HostData):
-            inputs = data.inputs[np.asarray(rows)]
-        else:
-            inputs = examples(data, rows)
-        batches = batches_of(inputs, rest.labels[rows], weights)
-        logits = jax.tree_util.Partial(logits_fn, params)
-        classes, old_classes = masks(rest, task)
-        return Objective(logits, batches, classes, old_classes, config.temperature)
+        classes, old_classes = self._masks(rest.class_masks, task)
+        return Objective(
+            jax.tree_util.Partial(self._logits, params),
+            self._examples(data, key, task),
+            classes,
+            old_classes,
+            self._temperature,
+        )
 
-    return objective
+    def _logits(self, params: Params, leaves: Params, inputs: Array) -> Array:
+        every_class = jnp.ones(1, bool)
+        return logits_of(self._model, trees.replace(params, leaves), inputs, every_class)
+
+    @compiled()
+    def _masks(self, class_masks: Array, task: Array) -> tuple[Array, Array]:
+        """Classes of a task, and of the tasks before it."""
+        before = jnp.arange(class_masks.shape[0])[:, None] < task
+        return class_masks[task], jnp.any(class_masks & before, axis=0)

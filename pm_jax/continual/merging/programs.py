@@ -1,328 +1,231 @@
 """The compiled functions of a run, made once per configuration and shape of stream."""
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from pm_jax import rules, task_vectors, trees
-from pm_jax.continual.merging import evaluation, statistics
-from pm_jax.continual.merging.evidence import evidence_fn
-from pm_jax.continual.merging.objective import objective_fn
-from pm_jax.continual.placement import feed
+from pm_jax.continual.merging.evaluation import MeanLossPass, ScoresPass
+from pm_jax.continual.merging.evidence import EvidencePass
+from pm_jax.continual.merging.objective import Objectives
+from pm_jax.continual.merging.statistics import StatisticsPass
+from pm_jax.continual.placement.compiled import compiled
+from pm_jax.continual.placement.data import DeviceData, HostData, resident_bytes
 from pm_jax.continual.placement.devices import devices_of
 from pm_jax.continual.settings.config import Config
-from pm_jax.continual.training import task_program
-from pm_jax.continual.training.image_transforms import check_images, evaluation_transform
-from pm_jax.continual.training.partition import Partition, partition, trained_params
-from pm_jax.continual.training.purpose_keys import INITIALIZE, purpose_key
+from pm_jax.continual.training.image_transforms import evaluation_transform
+from pm_jax.continual.training.initial_model import blank_example, init_fn, partitions
+from pm_jax.continual.training.partition import Trainable, trained_params
+from pm_jax.continual.training.purpose_keys import MERGE, purpose_key
 from pm_jax.continual.training.snapshots import Snapshots
 from pm_jax.continual.training.task_program import TaskProgram
-from pm_jax.curvature import dense_layers
-from pm_jax.discriminant import ClassStatistics
-from pm_jax.rules import MergeInfo, TrainingHook, gradient_projection
+from pm_jax.curvature.dense_layers import kernel_paths, layer_of, layers_called_once
+from pm_jax.data.stream import TaskStream
+from pm_jax.rules import Evidence, MergeInfo, TrainingHook, gradient_projection
 from pm_jax.rules.objectives import Objective
 from pm_jax.types import Array, InvalidInput, Key, Params, PyTree
-from pm_jax.weights import pretrained
 
 
-class Programs(NamedTuple):
+class StreamShape(NamedTuple):
+    """What compiled functions depend on of a stream.
+
+    Attributes:
+        num_classes: C, classes of all tasks.
+        input_shape: shape of one example.
+        largest_task: training examples of the largest task.
+        task_classes: most classes that a task has.
+    """
+
+    num_classes: int
+    input_shape: tuple[int, ...]
+    largest_task: int
+    task_classes: int
+
+    @classmethod
+    def of(cls, stream: TaskStream) -> "StreamShape":
+        """The shape of a stream."""
+        return cls(
+            stream.num_classes,
+            stream.inputs.shape[1:],
+            stream.train.positions.shape[1],
+            int(stream.class_masks.sum(axis=1).max()),
+        )
+
+
+class TrainingPrograms:
+    """The compiled functions that know nothing of the merge rule but its hook.
+
+    Attributes:
+        model: linen module.
+        partition: which leaves train and merge, from the second task on at the latest.
+        first: trains the first task.
+        later: trains the other tasks; the same object as `first` where the same leaves train.
+        scores: scores of a model on the tasks.
+        mean_loss: mean loss of a model on one task.
+    """
+
+    def __init__(self, config: Config, shape: StreamShape, hook: TrainingHook | None):
+        self.devices, self.model = devices_of(config), config.network(shape.num_classes)
+        self._init = init_fn(config, shape.num_classes, shape.input_shape)
+        first, later = partitions(config, jax.eval_shape(self._init, jax.random.key(0)))
+        self.partition = later
+        self.later = TaskProgram(config, self.model, later, shape.largest_task, hook)
+        self.first = (
+            self.later
+            if first == later
+            else TaskProgram(config, self.model, first, shape.largest_task, hook)
+        )
+        transform, temperature = evaluation_transform(config), config.temperature
+        self.scores, self.mean_loss = (
+            kind(self.model, temperature=temperature, transform=transform, devices=self.devices)
+            for kind in (ScoresPass, MeanLossPass)
+        )
+
+    @compiled()
+    def init(self, key: Key) -> Params:
+        """Freshly initialised parameters."""
+        return self._init(key)
+
+    @compiled()
+    def trained(self, start: Params, trainable: Trainable) -> Params:
+        """The trained model as a full parameter tree, adapters folded in."""
+        return trained_params(start, trainable)
+
+
+class Programs:
     """The compiled functions of a run, shared by seeds whose shapes agree.
 
     Attributes:
-        init: `init(key) -> params`.
-        first: trains the first task of a run from scratch (all parameters).
-        later: trains the other tasks; the same object as `first` without adapters.
+        training: what does not depend on merging.
         merging: paths of the leaves that merge.
-        adapted: those of them that have adapters, from the second task on at the latest.
-        measure: see `evidence_fn`.
-        between: `between(previous, trained, alpha) -> params`, a point of the merge segment.
-        in_plane: `in_plane(previous, trained, across, coordinates) -> params`, a point of the plane
-            through the model before along the task vector and the leaves `across`.
-        merge: `merge(rule_state, previous, trained, evidence) -> (rule_state, leaves, info)`, from
-            full parameter trees to the merged leaves.
-        trained: `trained(start, trainable) -> params`.
-        scores: see `evaluation.scores_fn`.
-        mean_loss: see `evaluation.mean_loss_fn`.
-        objective: see `task_objective.objective_fn`.
-        gradient_norm: `gradient_norm(objective, params)`, `Objective.gradient_norm` at full
-            parameters.
-        snapshots: see `snapshots.Snapshots`.
-        add_statistics: see `statistics.statistics_fn`.
-        absorb: `absorb(rule_state, merged, objective, evidence) -> rule_state` at full parameters,
-            for rules that absorb.
+        adapted: paths of those that have adapters, from the second task on at the latest.
+        evidence_pass: measures the curvature that the rule needs.
+        snapshots: takes snapshots along the training of a task.
+        statistics: adds the class statistics of a task.
     """
 
-    init: Callable[[Key], Params]
-    first: TaskProgram
-    later: TaskProgram
-    merging: tuple[str, ...]
-    adapted: tuple[str, ...]
-    measure: Callable[..., Any]
-    between: Callable[..., Params]
-    in_plane: Callable[..., Params]
-    merge: Callable[..., tuple[PyTree, Params, MergeInfo]]
-    trained: Callable[..., Params]
-    scores: Callable[..., evaluation.Scores]
-    mean_loss: Callable[..., Array]
-    objective: Callable[..., Objective]
-    gradient_norm: Callable[[Objective, Params], Array]
-    snapshots: Snapshots
-    add_statistics: Callable[..., ClassStatistics]
-    absorb: Callable[..., PyTree]
-
-
-def partitions(config: Config, params: Params) -> tuple[Partition, Partition]:
-    """What trains in the first task, and in the others.
-
-    Args:
-        config: settings.
-        params: of the model, arrays or shapes.
-
-    Returns:
-        Two `Partition`s; they differ for adapters from scratch, where the first task trains all.
-
-    Raises:
-        InvalidInput: the adapter's pattern or rank does not fit the model.
-
-    Example:
-        >>> params = {"fc": {"kernel": jnp.ones((4, 4))}, "head": {"bias": jnp.ones(2)}}
-        >>> config = Config(adapter="lora", lora_pattern="fc/.*", lora_rank=2)
-        >>> [p.adapted for p in partitions(config, params)]
-        [(), ('fc/kernel',)]
-    """
-    by_class = config.scenario == "class_incremental"
-    everything = partition(params, class_incremental=by_class)
-    if config.adapter == "full":
-        return everything, everything
-    try:
-        adapted = partition(
-            params,
-            class_incremental=by_class,
-            lora_pattern=config.kernel_pattern,
-            rank=config.lora_rank,
+    def __init__(self, config: Config, shape: StreamShape):
+        self.devices, self._rule = devices_of(config), config.merge_rule
+        # Sharing must not depend on settings of merging, nor on the classes of a single task.
+        self.training = training_programs(
+            config.without_merging(), shape._replace(task_classes=0), self._rule.hook
         )
-    except ValueError as error:
-        raise InvalidInput(f"lora_{error}") from None
-    return (everything if config.from_scratch else adapted), adapted
-
-
-def parameter_shapes(config: Config, num_classes: int, input_shape: tuple[int, ...]) -> Params:
-    """Shapes of the model's parameters, without making them.
-
-    Args:
-        config: settings.
-        num_classes: C.
-        input_shape: of one example.
-
-    Returns:
-        Pytree of `jax.ShapeDtypeStruct`.
-
-    Raises:
-        InvalidInput: the patch size does not divide the image, or the pre-trained weights do not
-            fit.
-
-    Example:
-        >>> parameter_shapes(Config(hidden_sizes=(5,)), 10, (8, 8, 1))["head"]["kernel"].shape
-        (5, 10)
-    """
-    shapes = jax.eval_shape(_init_fn(config, num_classes, input_shape), jax.random.key(0))
-    starting_params(config, shapes)
-    return shapes
-
-
-def starting_params(config: Config, params: Params) -> Params:
-    """The model before the first task: as initialised, or with pre-trained weights.
-
-    Args:
-        config: settings.
-        params: freshly initialised, or their shapes to check that the weights fit.
-
-    Returns:
-        `theta_0`; the classifier is always the fresh one.
-
-    Raises:
-        InvalidInput: the weights cannot be read or do not fit the model.
-
-    Example:
-        >>> starting_params(Config(), {"w": 1.0})
-        {'w': 1.0}
-    """
-    if config.from_scratch:
-        return params
-    tensors = pretrained.read_tensors(config.pretrained)
-    try:
-        return pretrained.load_params(tensors, params)
-    except InvalidInput as error:
-        what = str(error).partition(": ")[2]
-        raise InvalidInput(f"pretrained={config.pretrained}: {what}") from None
-
-
-def _init_fn(config: Config, num_classes: int, input_shape: tuple[int, ...]):
-    check_images(config, input_shape)
-    model, blank = config.network(num_classes), _blank(config, input_shape)
-    sides = (config.image_size,) * 2 if config.image_size else input_shape[:2]
-    if (patch := getattr(model, "patch_size", 1)) and any(side % patch for side in sides):
-        raise InvalidInput(
-            f"image_size={config.image_size}: patch_size={patch} must divide the image of "
-            f"{sides[0]} x {sides[1]} pixels"
+        model = self.training.model
+        self.merging, self.adapted = (
+            self.training.partition.merging,
+            self.training.partition.adapted,
+        )
+        shapes = jax.eval_shape(self.training.init, jax.random.key(0))
+        leaves = trees.select(shapes, self.merging)
+        called_once = layers_called_once(model, blank_example(config, shape.input_shape))
+        if config.kept_curvature == "kronecker":
+            _check_dense(leaves, called_once)
+        self.evidence_pass = EvidencePass(
+            config, model, self._rule, leaves, shape.largest_task, called_once, shape.task_classes
+        )
+        self._objectives = Objectives(config, model, shape.input_shape, shape.largest_task)
+        self.statistics = StatisticsPass(config, model)
+        self.snapshots = Snapshots(
+            self._rule.snapshots, self.merging, resident_bytes(config), self.devices
         )
 
-    def init(key: Key) -> Params:
-        return model.init(purpose_key(key, INITIALIZE), blank)["params"]
+    def evidence(
+        self,
+        data: DeviceData | HostData,
+        key: Key,
+        trained: Params,
+        previous: Params,
+        task: ArrayLike,
+    ) -> Evidence:
+        """The curvature that the rule needs of a task, and the key of its merge."""
+        needs = self._rule.needs
+        evidence = Evidence()
+        if needs & {"quadratic", "curvature_error"}:
+            evidence = self.evidence_pass(data, key, trained, previous, task)
+        return evidence._replace(key=purpose_key(key, MERGE, task) if "key" in needs else None)
 
-    return init
+    def objective(
+        self, data: DeviceData | HostData, key: Key, params: Params, task: ArrayLike
+    ) -> Objective:
+        """The loss of a task on some of its examples, as a function of the leaves that merge."""
+        return self._objectives.of_task(data, key, params, task)
 
+    @functools.cached_property
+    def merge(self) -> jax.stages.Wrapped:
+        """The compiled `merge_leaves`; the buffers of the rule's state are donated."""
+        return rules.jit_merge(self.merge_leaves)
 
-def _blank(config: Config, input_shape: tuple[int, ...]) -> Array:
-    """One example as the model reads it."""
-    dtype = jnp.int32 if config.reads_text else jnp.uint8
-    return task_program.normalized(jnp.zeros((1, *input_shape), dtype))
+    def merge_leaves(
+        self, rule_state: PyTree, previous: Params, trained: Params, evidence: Evidence
+    ) -> tuple[PyTree, Params, MergeInfo]:
+        """The rule's next state, the merged leaves and the info, from full parameter trees."""
+        leaves, rule_state, info = self._rule.update(
+            rule_state,
+            previous=trees.select(previous, self.merging),
+            trained=trees.select(trained, self.merging),
+            evidence=evidence,
+        )
+        # The state comes first: donated buffers go to the first results of their shape.
+        return self.devices.keep((rule_state, leaves, info))
 
+    @compiled(donate_argnums=0)
+    def absorb(
+        self, rule_state: PyTree, merged: Params, objective: Objective, evidence: Evidence
+    ) -> PyTree:
+        """The state of a rule that takes something in at the merged model."""
+        assert self._rule.absorb
+        leaves = trees.select(merged, self.merging)
+        kernels = kernel_paths(leaves)
+        moments = gradient_projection.input_moments(objective, leaves, kernels)
+        return self._rule.absorb(rule_state, evidence._replace(input_moments=moments))
 
-class SharedPrograms(NamedTuple):
-    """Those of `Programs` that know of the merge rule its hook only, and what the others need."""
+    @compiled()
+    def between(self, previous: Params, trained: Params, alpha: Array) -> Params:
+        """The point of the merge segment with a coefficient."""
+        ends = trees.select(previous, self.merging), trees.select(trained, self.merging)
+        return trees.replace(trained, trees.lerp(*ends, alpha))
 
-    model: nn.Module
-    partition: Partition
-    init: Callable[[Key], Params]
-    first: TaskProgram
-    later: TaskProgram
-    trained: Callable[..., Params]
-    scores: Callable[..., evaluation.Scores]
-    mean_loss: Callable[..., Array]
+    @compiled()
+    def in_plane(
+        self, previous: Params, trained: Params, across: Params, coordinates: tuple[Array, Array]
+    ) -> Params:
+        """The point of the plane through `previous` along the task vector and leaves `across`."""
+        start = trees.select(previous, self.merging)
+        along = task_vectors.difference(trees.select(trained, self.merging), start)
+        step = task_vectors.combine([along, across], list(coordinates))
+        return trees.replace(trained, task_vectors.apply(start, step))
+
+    @compiled()
+    def gradient_norm(self, objective: Objective, params: Params) -> Array:
+        """Norm of the gradient of a task's loss by the leaves that merge."""
+        return objective.gradient_norm(trees.select(params, self.merging))
 
 
 @functools.lru_cache(maxsize=8)
-def shared_programs(
-    config: Config,
-    num_classes: int,
-    input_shape: tuple[int, ...],
-    largest_task: int,
-    hook: TrainingHook | None,
-) -> SharedPrograms:
-    """The compiled functions that runs have in common if only what merging depends on differs."""
-    model = config.network(num_classes)
-    init = _init_fn(config, num_classes, input_shape)
-    first, later = partitions(config, jax.eval_shape(init, jax.random.key(0)))
-    devices = devices_of(config)
-    program = task_program.task_program(config, model, later, largest_task, hook)
-    seen_as: dict[str, Any] = {
-        "temperature": config.temperature,
-        "transform": evaluation_transform(config),
-        "devices": devices,
-    }
-    return SharedPrograms(
-        model=model,
-        partition=later,
-        init=devices.jit(init),
-        first=program
-        if first == later
-        else task_program.task_program(config, model, first, largest_task, hook),
-        later=program,
-        trained=devices.jit(trained_params),
-        scores=evaluation.scores_fn(model, **seen_as),
-        mean_loss=evaluation.mean_loss_fn(model, **seen_as),
-    )
+def training_programs(
+    config: Config, shape: StreamShape, hook: TrainingHook | None
+) -> TrainingPrograms:
+    """The same functions for the same arguments: runs share them if only their merging differs."""
+    return TrainingPrograms(config, shape, hook)
 
 
-def _check_dense(shared: SharedPrograms, once: tuple[str, ...]) -> None:
+@functools.lru_cache(maxsize=8)
+def programs_of(config: Config, shape: StreamShape) -> Programs:
+    """The same functions for the same arguments.
+
+    Raises:
+        InvalidInput: settings that do not fit the model.
+    """
+    return Programs(config, shape)
+
+
+def _check_dense(leaves: Params, called_once: tuple[str, ...]) -> None:
     """Raise `InvalidInput` where a kernel that merges cannot have Kronecker factors."""
-    shapes = trees.select(jax.eval_shape(shared.init, jax.random.key(0)), shared.partition.merging)
-    for path in dense_layers.kernel_paths(shapes):
-        if dense_layers.layer_of(path) not in once:
+    for path in kernel_paths(leaves):
+        if layer_of(path) not in called_once:
             raise InvalidInput(
                 f"curvature=kronecker: {path} is not the kernel of a dense layer that is called "
                 "once; use fisher_exact, or lora_pattern to choose other kernels"
             )
-
-
-@functools.lru_cache(maxsize=8)
-def programs(
-    config: Config,
-    num_classes: int,
-    input_shape: tuple[int, ...],
-    largest_task: int,
-    task_classes: int | None = None,
-) -> Programs:
-    """The compiled functions of a configuration on a stream of some shape.
-
-    Args:
-        config: settings.
-        num_classes: C.
-        input_shape: of one example.
-        largest_task: training examples of the largest task.
-        task_classes: classes of the task that has most; `None` for all.
-
-    Returns:
-        `Programs`; the same ones for the same arguments.
-
-    Raises:
-        InvalidInput: settings that do not fit the model.
-
-    Example:
-        >>> programs(Config(), 10, (8, 8, 1), 100).merging[:2]
-        ('hidden_0/bias', 'hidden_0/kernel')
-    """
-    rule, devices = config.merge_rule, devices_of(config)
-    shape = (num_classes, input_shape, largest_task)
-    shared = shared_programs(config.without_merging(), *shape, rule.hook)
-    model, later = shared.model, shared.partition
-    once = dense_layers.layers_called_once(model, _blank(config, input_shape))
-    if config.kept_curvature == "kronecker":
-        _check_dense(shared, once)
-
-    @rules.jit_merge
-    def merge(rule_state, previous, trained, evidence):
-        leaves, rule_state, info = rule.update(
-            rule_state,
-            previous=trees.select(previous, later.merging),
-            trained=trees.select(trained, later.merging),
-            evidence=evidence,
-        )
-        return devices.keep((rule_state, leaves, info))
-
-    @devices.jit
-    def between(previous, trained, alpha):
-        ends = trees.select(previous, later.merging), trees.select(trained, later.merging)
-        return trees.replace(trained, trees.lerp(*ends, alpha))
-
-    @devices.jit
-    def in_plane(previous, trained, across, coordinates):
-        start = trees.select(previous, later.merging)
-        along = task_vectors.difference(trees.select(trained, later.merging), start)
-        step = task_vectors.combine([along, across], list(coordinates))
-        return trees.replace(trained, task_vectors.apply(start, step))
-
-    @functools.partial(devices.jit, donate_argnums=0)
-    def absorb(rule_state, merged, objective, evidence):
-        assert rule.absorb
-        leaves = trees.select(merged, later.merging)
-        kernels = dense_layers.kernel_paths(leaves)
-        moments = gradient_projection.input_moments(objective, leaves, kernels)
-        return rule.absorb(rule_state, evidence._replace(input_moments=moments))
-
-    return Programs(
-        init=shared.init,
-        first=shared.first,
-        later=shared.later,
-        merging=later.merging,
-        adapted=later.adapted,
-        measure=evidence_fn(config, model, rule, later.merging, once, task_classes),
-        between=between,
-        in_plane=in_plane,
-        merge=merge,
-        trained=shared.trained,
-        scores=shared.scores,
-        mean_loss=shared.mean_loss,
-        objective=objective_fn(config, model, later.merging),
-        gradient_norm=jax.jit(
-            lambda objective, params: objective.gradient_norm(trees.select(params, later.merging))
-        ),
-        snapshots=Snapshots(rule.snapshots, later.merging, feed.resident_bytes(config), devices),
-        add_statistics=statistics.statistics_fn(config, model),
-        absorb=absorb,
-    )

@@ -1,77 +1,57 @@
 """Class statistics of a task's features, for the classifier of `pm_jax.discriminant`."""
 
 import flax.linen as nn
-import jax.numpy as jnp
 
+from pm_jax import losses
+from pm_jax.continual.placement.data import DeviceData, Order
+from pm_jax.continual.placement.data_pass import DataPass
 from pm_jax.continual.placement.devices import devices_of
-from pm_jax.continual.placement.feed import Pass
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.training.image_transforms import evaluation_transform
-from pm_jax.continual.training.task_program import DeviceData, normalized
+from pm_jax.continual.training.logits import normalized
 from pm_jax.curvature import dense_layers
 from pm_jax.discriminant import ClassStatistics
-from pm_jax.types import Array, Params
+from pm_jax.types import Array, Batch, Params
 
 BATCH_SIZE = 256
 
 
 def features_of(model: nn.Module, params: Params, inputs: Array) -> Array:
-    """What a model's classifier reads, of examples as they are stored.
-
-    Args:
-        model: linen module whose classifier is the Dense layer `head`.
-        params: its parameters.
-        inputs: uint8 images or int32 token ids [N, ...].
-
-    Returns:
-        float32 [N, D].
-
-    Example:
-        >>> from pm_jax.models import MLP
-        >>> model, inputs = MLP(3, (5,)), jnp.zeros((2, 4), jnp.uint8)
-        >>> import jax
-        >>> params = model.init(jax.random.key(0), normalized(inputs))["params"]
-        >>> features_of(model, params, inputs).shape
-        (2, 5)
-    """
+    """What the classifier `head` of a model reads of examples as they are stored, [N, D]."""
     return dense_layers.inputs_of(
         lambda: model.apply({"params": params}, normalized(inputs)), "head"
     )
 
 
-def statistics_fn(config: Config, model: nn.Module) -> Pass:
-    """How the statistics of a task's training examples are added to those before.
+class StatisticsPass(DataPass):
+    """Statistics with a task's training examples added: `add(data, statistics, params, task)`."""
 
-    Args:
-        config: settings.
-        model: linen module.
+    def __init__(self, config: Config, model: nn.Module):
+        super().__init__(devices_of(config), BATCH_SIZE, evaluation_transform(config))
+        self._model = model
 
-    Returns:
-        A pass `add(statistics, params, data, task) -> ClassStatistics`, with `task` an int32
-        scalar.
-
-    Example:
-        >>> type(statistics_fn(Config(), nn.Dense(2))).__name__
-        'Pass'
-    """
-    transform, devices = evaluation_transform(config), devices_of(config)
-    batch_size = devices.multiple(BATCH_SIZE)
-
-    def begin(statistics: ClassStatistics, params: Params, data: DeviceData, task: Array):
+    def begin(
+        self, data: DeviceData, statistics: ClassStatistics, params: Params, task: Array
+    ) -> tuple[ClassStatistics, Order]:
+        """The statistics so far; the examples of the task."""
         del params
-        return statistics, data.positions[task], -(-data.sizes[task] // batch_size)
+        return statistics, data.order(task)
 
-    def step(number, statistics, rows, _, params: Params, data: DeviceData, task: Array):
-        places = number * batch_size + jnp.arange(batch_size)
-        rows = rows[jnp.minimum(places, rows.shape[0] - 1)]
-        features = features_of(model, params, transform(data.take(devices, rows, places)))
-        weights = (places < data.sizes[task]).astype(jnp.float32)
-        return statistics.plus(features, data.labels[rows], weights)
+    def update(
+        self,
+        carry: ClassStatistics,
+        batch: Batch,
+        data: DeviceData,
+        statistics: ClassStatistics,
+        params: Params,
+        task: Array,
+    ) -> ClassStatistics:
+        """Add the features of a batch."""
+        del data, statistics, task
+        features = features_of(self._model, params, batch.inputs)
+        return carry.plus(features, batch.labels, losses.weights_of(batch))
 
-    return Pass(
-        begin=begin,
-        step=step,
-        finish=lambda statistics, *_: statistics,
-        batch_size=lambda *_: batch_size,
-        devices=devices,
-    )
+    def finish(self, carry: ClassStatistics, data: DeviceData, *given) -> ClassStatistics:
+        """The statistics of all examples."""
+        del data, given
+        return carry

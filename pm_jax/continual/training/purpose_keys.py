@@ -1,14 +1,15 @@
 """Keys of random numbers: one for each purpose and place in the stream."""
 
 import jax
+from jax.typing import ArrayLike
 
-from pm_jax.types import Array, Key
+from pm_jax.types import Key
 
 # Each is folded into the run's key first.
 INITIALIZE, ADAPTERS, SHUFFLE, STEP, CURVATURE, AUGMENT, MERGE, EXAMPLES, REFRESH = range(9)
 
 
-def purpose_key(key: Key, purpose: int, *counters: Array | int) -> Key:
+def purpose_key(key: Key, purpose: int, *counters: ArrayLike) -> Key:
     """The key of one purpose and place in the stream, by `fold_in`.
 
     Args:
