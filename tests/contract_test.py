@@ -12,6 +12,7 @@ from pm_jax import rules, trees
 from pm_jax.continual.storage.checkpoints import Checkpoints
 from pm_jax.curvature.quadratics import DiagonalQuadratic
 from pm_jax.rules import Evidence, MergeInfo
+from tests.small_runs import slow
 from tests.training_evidence import as_in_training
 
 VARIANTS = [
@@ -36,7 +37,14 @@ SELECTS = {"magmax", "random_mix", "tunable_magmax"}
 SEARCHES = {"trm"}
 """Rules whose many steps carry rounding errors along."""
 
-every_rule = pytest.mark.parametrize("name", [*sorted(rules.REGISTRY), *VARIANTS])
+every_rule = pytest.mark.parametrize("name", [*sorted(rules.REGISTRY), *map(slow, VARIANTS)])
+SHARES_ITS_CODE = {"coma": "averaging", "joint": "sequential", "random_mix": "magmax"}
+"""Rules that are built as another one is, which in the fast lane stands for both."""
+every_rule_of_its_own_code = pytest.mark.parametrize(
+    "name",
+    [slow(name) if name in SHARES_ITS_CODE else name for name in sorted(rules.REGISTRY)]
+    + [*map(slow, VARIANTS)],
+)
 
 
 def as_written(name):
@@ -261,7 +269,7 @@ def test_state_survives_a_checkpoint(name, tmp_path):
                  rule.update(state, **arguments)[0])  # fmt: skip
 
 
-@every_rule
+@every_rule_of_its_own_code
 def test_shardings_are_kept_on_eight_devices(name):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 

@@ -38,6 +38,11 @@ def different_programs(test):
     return pytest.mark.different_programs(elsewhere(test))
 
 
+def slow(*values):
+    """The parameters of a test, left to the slow lane."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def forget_programs():
     """Have everything compiled anew."""
     programs_of.cache_clear()

@@ -9,6 +9,8 @@ import pytest
 
 from tests.small_runs import ALL_FUSIONS
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 FILES = ("tests/continual/feed_test.py", "tests/data/augmentation_test.py")
 

@@ -12,6 +12,8 @@ from pm_jax.continual.storage import task_models
 from pm_jax.types import InvalidInput
 from tests.small_runs import BY_CLASS, QUIET, SMALL, VIT, comparable
 
+pytestmark = pytest.mark.slow
+
 KINDS = {"domain": SMALL, "class": BY_CLASS, "lora": VIT}
 
 

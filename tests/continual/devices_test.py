@@ -18,7 +18,7 @@ from pm_jax.continual.training.initial_model import starting_params
 from pm_jax.continual.training.task_program import Segment
 from pm_jax.curvature import measures
 from pm_jax.types import Batch
-from tests.small_runs import BY_CLASS, QUIET, SMALL, VIT, Killed
+from tests.small_runs import BY_CLASS, QUIET, SMALL, VIT, Killed, slow
 
 MESHES = {"two": (2, 1), "eight": (8, 1), "divided": (8, 4)}
 """Devices, and how many of them hold one copy of the parameters."""
@@ -62,7 +62,8 @@ on_one_device = functools.cache(lambda kind: one_of_each(KINDS[kind]))
 
 
 @pytest.mark.parametrize(
-    ("kind", "mesh"), [("mlp", "two"), ("mlp", "eight"), ("mlp", "divided"), ("vit", "divided")]
+    ("kind", "mesh"),
+    [slow("mlp", "two"), slow("mlp", "eight"), ("mlp", "divided"), slow("vit", "divided")],
 )
 def test_gradients_curvature_and_scores_are_those_of_one_device(kind, mesh):
     wanted, found = on_one_device(kind), one_of_each(on(KINDS[kind], mesh))
@@ -103,6 +104,7 @@ def test_a_whole_stream_ends_alike_and_is_compiled_once():
         assert leaf.sharding == devices_of(divided.config).sharding(leaf.shape)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_from_eight_devices_to_one_to_two_and_back(tmp_path, monkeypatch):
     straight = Learner(SMALL, 0, options=QUIET)
     wanted = examples_right(straight.run(), straight.stream)
@@ -134,6 +136,7 @@ def test_a_checkpoint_goes_from_eight_devices_to_one_to_two_and_back(tmp_path, m
     assert np.abs(examples_right(results, straight.stream) - wanted)[seen].max() <= 2
 
 
+@pytest.mark.slow
 def test_streamed_inputs_are_divided_as_resident_ones(monkeypatch):
     resident = Learner(on(BY_CLASS, "divided"), 0, options=QUIET)
     wanted = resident.run()

@@ -14,15 +14,15 @@ from pm_jax.continual.training.purpose_keys import CURVATURE, purpose_key
 from pm_jax.curvature import kronecker, low_rank, measures
 from pm_jax.curvature.dense_layers import kernel_paths
 from pm_jax.types import Batch
-from tests.small_runs import BY_CLASS, QUIET, SMALL, VIT
+from tests.small_runs import BY_CLASS, QUIET, SMALL, VIT, slow
 
 
 @pytest.mark.parametrize(
     "config",
     [
         SMALL,
-        BY_CLASS,
-        VIT,
+        slow(BY_CLASS),
+        slow(VIT),
         dataclasses.replace(SMALL, temperature=3.0),
         dataclasses.replace(BY_CLASS, curvature="exact_current", temperature=3.0),
     ],
@@ -70,7 +70,7 @@ def test_evidence_is_the_curvature_of_the_tasks_own_loss_over_dense_weights(conf
 
 
 @pytest.mark.parametrize("kind", ["kronecker", "low_rank"])
-@pytest.mark.parametrize("config", [SMALL, VIT], ids=["mlp", "lora"])
+@pytest.mark.parametrize("config", [SMALL, slow(VIT)], ids=["mlp", "lora"])
 def test_evidence_of_correlated_curvature_is_that_of_the_tasks_own_loss(config, kind):
     config = dataclasses.replace(
         config,

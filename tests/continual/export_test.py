@@ -19,6 +19,8 @@ from tests.binaries import call, refused
 from tests.experiments.train_test import results
 from tests.small_runs import QUIET, leaves_equal
 
+pytestmark = pytest.mark.slow
+
 DIGITS = [
     *("--rule=averaging", "--scenario=class_incremental", "--num_tasks=2", "--epochs=1"),
     *("--model=vit", "--patch_size=4", "--width=16", "--depth=1", "--num_heads=2"),

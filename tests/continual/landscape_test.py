@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import numpy as np
+import pytest
 
 from pm_jax import trees
 from pm_jax.continual import Learner
@@ -125,6 +126,7 @@ def test_looking_changes_nothing_and_compiles_once(tmp_path):
     assert learner.programs.between._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_a_killed_run_has_the_same_landscape(tmp_path, monkeypatch):
     config = dataclasses.replace(CONFIG, landscape_points=2, plane_points=2)
     boundary = []

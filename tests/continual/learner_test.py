@@ -115,6 +115,7 @@ def test_same_seed_same_numbers_other_seed_other_numbers():
     assert comparable(one) == comparable(two) != comparable(other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -196,6 +197,7 @@ def test_a_rule_that_merges_for_inference_only_keeps_training_from_the_trained_m
     forget_programs()
 
 
+@pytest.mark.slow
 def test_a_run_from_pretrained_weights_starts_from_them_and_keeps_the_learned_head_apart(tmp_path):
     # Weights of photographs take three channels, which the digits are brought to.
     start = VIT.network(10).init(jax.random.key(5), jnp.ones((1, 8, 8, 3)))["params"]

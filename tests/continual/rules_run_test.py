@@ -13,7 +13,7 @@ import pytest
 
 from pm_jax import rules
 from tests.binaries import call
-from tests.small_runs import SMALL, comparable, leaves_equal, straight_and_killed
+from tests.small_runs import SMALL, comparable, leaves_equal, slow, straight_and_killed
 
 TINY = ["--num_tasks=3", "--epochs=1", "--first_task_epochs=1", "--hidden_sizes=8",
         "--batch_size=128", "--perturbation=none"]  # fmt: skip
@@ -32,9 +32,10 @@ def results(rule):
 
 
 ONE_BY_ONE = [name for name in rules.REGISTRY if not rules.make(name).tasks_at_once]
+FAST = ("perturb_and_merge", "sequential", "averaging")
 
 
-@pytest.mark.parametrize("name", ONE_BY_ONE)
+@pytest.mark.parametrize("name", [x if x in FAST else slow(x) for x in ONE_BY_ONE])
 def test_a_run_trains_as_the_rule_says_and_is_measured_on_the_merged_model(name):
     found, losses = results(name)
     sequential, its_losses = results("sequential")
@@ -64,6 +65,7 @@ def test_a_rule_whose_state_grows_with_the_tasks_says_so():
     assert growing == {name for name in rules.REGISTRY if rules.make(name).keeps_tasks}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tunable_magmax", "exact_curvature"])
 def test_vectors_of_all_tasks_are_in_the_hosts_memory_and_outlive_a_kill(
     name, tmp_path, monkeypatch

@@ -11,6 +11,8 @@ from pm_jax.continual.storage.shared_training import SharedTraining
 from pm_jax.types import InvalidInput
 from tests.small_runs import BY_CLASS, QUIET, SMALL, comparable, forget_programs, leaves_equal
 
+pytestmark = pytest.mark.slow
+
 LORA = dataclasses.replace(BY_CLASS, adapter="lora", lora_rank=2)
 
 

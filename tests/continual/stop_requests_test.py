@@ -26,6 +26,7 @@ def asked_to_end(learner, call):
     return with_functions(learner, train=watched)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [3, 12])
 def test_a_request_ends_a_run_within_a_task_and_it_goes_on_to_the_same_numbers(
     tmp_path, call, monkeypatch
@@ -70,6 +71,7 @@ def test_steps_are_cut_into_pieces_only_while_requests_are_noted(monkeypatch):
     assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
+@pytest.mark.slow
 def test_the_binary_says_so_and_ends_with_the_signals_code(tmp_path, capsys, monkeypatch):
     saves = learner_module.Checkpoints.save
 

@@ -17,6 +17,8 @@ from pm_jax.types import InvalidInput
 from tests.binaries import refused
 from tests.small_runs import QUIET, with_functions
 
+pytestmark = pytest.mark.slow
+
 # Twice as much of the first task, so that a second one of any classes has no other shapes.
 LABELS = np.asarray([0, 1] * 14 + [2, 3] * 6)
 NOISE = np.random.default_rng(0).integers(256, size=(40, 4, 4)).astype(np.uint8)

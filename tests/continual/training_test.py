@@ -17,7 +17,7 @@ from pm_jax.continual.training.partition import Trainable, partition, trained_pa
 from pm_jax.continual.training.steps import segments
 from pm_jax.data import TaskIndices
 from pm_jax.types import Batch
-from tests.small_runs import BY_CLASS, QUIET, SMALL, VIT, leaves_equal, segment
+from tests.small_runs import BY_CLASS, QUIET, SMALL, VIT, leaves_equal, segment, slow
 
 # Padding.
 
@@ -109,9 +109,9 @@ def test_segments_lead_through_the_task_from_any_step():
 @pytest.mark.parametrize(
     "settings",
     [
-        {"optimizer": "sgd", "learning_rate": 0.05, "perturbation": "none"},
+        slow({"optimizer": "sgd", "learning_rate": 0.05, "perturbation": "none"}),
         {"optimizer": "adamw", "weight_decay": 0.1, "schedule": "cosine", "clip_norm": 0.5},
-        {"optimizer": "sgd", "perturbation": "gaussian", "schedule": "milestones"},
+        slow({"optimizer": "sgd", "perturbation": "gaussian", "schedule": "milestones"}),
     ],
     ids=["sgd", "adamw", "gaussian"],
 )

@@ -39,6 +39,7 @@ def test_the_first_examples_of_each_class_are_kept(tmp_path):
     assert found.test_labels.tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the shared CIFAR-100")
 def test_cifar100_is_read_whole_without_tensorflow():
     found = sources.load("cifar100", str(SHARED))

@@ -51,6 +51,7 @@ def test_texts_become_the_tokenizers_ids_cut_and_padded(tmp_path, tokenizer):
     assert kept.train_labels.tolist() == [0, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the prepared CLINC150")
 def test_clinc150_by_domains(tokenizer):
     arrays = texts.load("clinc_oos", str(SHARED), tokenizer, 8)
@@ -67,6 +68,7 @@ def test_clinc150_by_domains(tokenizer):
         class_incremental(arrays, 5, seed=0, class_order="groups")
 
 
+@pytest.mark.slow
 def test_a_stream_of_texts_is_learned_with_adapters_on_given_weights(tmp_path, tokenizer):
     model = models.TextEncoder(4, len(WORDS), width=16, depth=1, num_heads=2)
     params = model.init(jax.random.key(3), jnp.ones((1, 6), jnp.int32))["params"]

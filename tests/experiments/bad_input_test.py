@@ -145,6 +145,7 @@ def test_the_finished_run_of_the_tables_is_one_that_can_be_gone_on_with(finished
     assert learner.finished_params()["head"]["bias"].shape == (10,)
 
 
+@pytest.mark.slow
 @each_row_of(REFUSED_BY_A_PROCESS)
 def test_a_process_ends_so_too(row, tmp_path):
     arguments, answer = told(row._replace(binary=""), tmp_path, None)
@@ -182,6 +183,7 @@ def test_a_run_survives_what_a_machine_does(row, finished, tmp_path, capsys, mon
     assert not inspection.inspect(tmp_path / "new").damaged
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_really_full(finished, tmp_path):
     """One of 200 kB in memory, which takes a namespace of its own and the right to mount."""
     answer = (

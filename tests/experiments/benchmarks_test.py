@@ -83,6 +83,7 @@ def test_a_peer_that_hangs_costs_its_time_limit_only(monkeypatch, tmp_path):
     assert found == "not measured: no result after 1 s"
 
 
+@pytest.mark.slow
 def test_accelerator_runs_small(tmp_path):
     path = tmp_path / "table.json"
     command = [
@@ -104,6 +105,7 @@ def test_accelerator_runs_small(tmp_path):
     assert 0 < sum(phases) < rows["whole run, s"]
 
 
+@pytest.mark.slow
 def test_nothing_but_records_grows_with_the_tasks(tmp_path):
     forget_programs()
     gc.collect()  # what other tests have left on the device

@@ -17,7 +17,7 @@ from pm_jax.continual.run import run_seeds
 from pm_jax.continual.storage import manifest, provenance
 from pm_jax.types import InvalidInput
 from tests.binaries import call
-from tests.small_runs import QUIET, Killed
+from tests.small_runs import QUIET, Killed, slow
 
 TINY = ["--num_tasks=2", "--epochs=1", "--first_task_epochs=1", "--hidden_sizes=4"]
 TINY_CONFIG = Config(
@@ -92,7 +92,12 @@ def cut_short(path):
 
 @pytest.mark.parametrize(
     "which,damage",
-    [("trained", flipped), ("compared", flipped), ("trained", cut_short), ("trained", os.remove)],
+    [
+        ("trained", flipped),
+        slow("compared", flipped),
+        slow("trained", cut_short),
+        slow("trained", os.remove),
+    ],
 )
 def test_damage_of_any_file_is_found_and_no_other_file_is_named(which, damage, request):
     workdir = request.getfixturevalue(which)

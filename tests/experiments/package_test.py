@@ -33,6 +33,7 @@ def test_import_alone_loads_nothing_heavy():
         assert name not in loaded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_run(path):
     ended = subprocess.run([sys.executable, path], capture_output=True, text=True, cwd=ROOT)
@@ -41,6 +42,7 @@ def test_notebooks_run(path):
     assert "# %%" in path.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module,arguments,expected",
     [
@@ -105,6 +107,7 @@ def test_a_benchmark_without_the_peer_is_one_line():
     assert ended.stderr == line
 
 
+@pytest.mark.slow
 def test_the_grid_study_runs_small(tmp_path):
     command = [
         *(sys.executable, "-m", "experiments.studies.ablation", f"--workdir={tmp_path}"),
@@ -116,6 +119,7 @@ def test_the_grid_study_runs_small(tmp_path):
     assert "sequential (learning_rate=0.001, epochs=1)" in ended.stdout
 
 
+@pytest.mark.slow
 def test_the_map_of_where_merging_pays_runs_small(tmp_path):
     command = [
         *(sys.executable, "-m", "experiments.studies.merging_map", f"--workdir={tmp_path}"),

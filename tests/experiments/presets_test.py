@@ -66,6 +66,7 @@ def test_presets_that_need_no_data_pass_a_dry_run(capsys, preset):
     dry_run(capsys, preset, *(own if preset == "paper_recipe" else []))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", IMAGES)
 def test_presets_of_images_pass_a_dry_run(capsys, data_dir, tmp_path, preset):
     model = models.VisionTransformer(1, 16, None, 16, 1, 2)
@@ -80,6 +81,7 @@ def test_presets_of_images_pass_a_dry_run(capsys, data_dir, tmp_path, preset):
     assert "adapted by '.*/attn/(key|value)/kernel':\n  blocks_0/attn/key/kernel" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", TEXTS)
 def test_presets_of_texts_pass_a_dry_run(capsys, data_dir, tmp_path, preset):
     tokenizers = pytest.importorskip("tokenizers", reason="needs the extra text")

@@ -9,11 +9,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from pm_jax.continual import Learner
 from pm_jax.continual.report import inspection
 from pm_jax.weights.pretrained import read_tensors
 from tests.small_runs import QUIET, SMALL
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 # Matrices are divided between the processes, and inputs streamed to each by itself.

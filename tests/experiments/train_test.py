@@ -220,6 +220,7 @@ def command(*arguments):
     return [sys.executable, "-m", "experiments.train", *map(str, arguments)]
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_a_progress_bar(tmp_path):
     pty = pytest.importorskip("pty", reason="needs pseudo-terminals")
     ours, theirs = pty.openpty()
@@ -242,6 +243,7 @@ def _read_until_closed(descriptor):
         return b""
 
 
+@pytest.mark.slow
 def test_a_killed_process_resumes_to_the_same_results(tmp_path):
     arguments = ["--rule=perturb_and_merge", *TINY, "--num_tasks=3", "--checkpoint_every=5"]
     call("train", f"--workdir={tmp_path / 'straight'}", *arguments)

@@ -122,6 +122,7 @@ def test_exact_curvature_is_the_formula_with_dense_gauss_newton_matrices():
         rule.update(state, previous={}, trained={}, evidence=Evidence())
 
 
+@pytest.mark.slow
 def test_a_run_with_exact_curvature_of_all_tasks_is_that_rule():
     config = dataclasses.replace(BY_CLASS, curvature="exact_all", num_tasks=2)
     by_name = dataclasses.replace(config, curvature="identity", rule="exact_curvature")
@@ -131,6 +132,7 @@ def test_a_run_with_exact_curvature_of_all_tasks_is_that_rule():
         dataclasses.replace(config, rule="cofima", perturbation="none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streamed", [False, True])
 def test_in_a_run_the_oracle_sees_all_tasks_so_far(streamed):
     """Whatever the merged model of two tasks is, both tasks' losses on the examples are summed."""
@@ -161,6 +163,7 @@ def test_in_a_run_the_oracle_sees_all_tasks_so_far(streamed):
     np.testing.assert_allclose(merges[1]["total_loss"], total, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [SMALL, BY_CLASS, VIT], ids=["domain", "class", "lora"])
 def test_joint_training_is_one_task_evaluated_on_all(config):
     learner = Learner(dataclasses.replace(config, rule="joint"), 0, options=QUIET)

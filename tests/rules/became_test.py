@@ -25,6 +25,7 @@ from tests.small_runs import (
     VIT,
     comparable,
     leaves_equal,
+    slow,
     straight_and_killed,
     with_functions,
 )
@@ -284,7 +285,7 @@ def test_the_memory_grows_by_the_threshold_of_each_task():
         np.testing.assert_allclose(held, np.arange(3) < directions, atol=1e-6)
 
 
-@pytest.mark.parametrize("config", [FULL, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("config", [FULL, slow(LORA)], ids=["full", "lora"])
 def test_the_projected_stage_leaves_the_memory_alone_and_the_free_stage_does_not(config):
     """Under AdamW with weight decay, which alone would leave the complement."""
     learner = Learner(config, 0, options=QUIET)
@@ -331,6 +332,7 @@ def test_the_projected_stage_leaves_the_memory_alone_and_the_free_stage_does_not
     programs_of.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["kronecker", "low_rank"])
 def test_a_run_keeps_and_asks_the_curvature_of_its_settings(kind):
     config = dataclasses.replace(FULL, curvature=kind, curvature_rank=3)
@@ -361,6 +363,7 @@ def test_curvature_of_all_tasks_at_once_is_refused():
         Config(rule="became", curvature="exact_all", perturbation="none")
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_the_projected_stage_ends_with_the_same_numbers(tmp_path, monkeypatch):
     straight, wanted, again, found = straight_and_killed(
         LORA, tmp_path, monkeypatch, 3, lambda learner, step, tree: step > learner.steps.bounds[1]

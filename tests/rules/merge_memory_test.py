@@ -4,6 +4,8 @@ import pytest
 from experiments.benchmarks.merge_rules import measure, without_training
 from pm_jax import rules
 
+pytestmark = pytest.mark.slow
+
 LEAVES, ENTRIES = 16, 1 << 16
 MEASURED = [name for name in rules.REGISTRY if without_training(rules.make(name, max_tasks=3))]
 

@@ -18,6 +18,7 @@ from tests.small_runs import (
     VIT,
     comparable,
     leaves_equal,
+    slow,
     straight_and_killed,
     with_functions,
 )
@@ -92,7 +93,7 @@ FULL = dataclasses.replace(SMALL, rule="pam", perturbation="none", epochs=2)
 LORA = dataclasses.replace(VIT, rule="pam", perturbation="none", epochs=2, num_tasks=3)
 
 
-@pytest.mark.parametrize("config", [FULL, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("config", [FULL, slow(LORA)], ids=["full", "lora"])
 def test_every_task_starts_from_the_origin_and_is_kept_in_line(config):
     learner = Learner(config, 0, options=QUIET)
     run, given, refreshed = learner.programs, [], []
@@ -132,6 +133,7 @@ def test_every_task_starts_from_the_origin_and_is_kept_in_line(config):
     assert count[1] >= count[0] + opposed  # of both moments
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_a_refresh_ends_with_the_same_numbers(tmp_path, monkeypatch):
     def dies(learner, step, tree):
         return step - learner.steps.bounds[2] > learner.steps.per_epoch[2]

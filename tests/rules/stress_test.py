@@ -21,6 +21,8 @@ from pm_jax.perturbation import symmetric
 from pm_jax.rules import Evidence, objectives, perturb_and_merge
 from pm_jax.types import Batch
 
+pytestmark = pytest.mark.slow
+
 N, WIDTH, CLASSES = 6, 4, 3
 
 

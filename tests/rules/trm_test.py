@@ -17,6 +17,7 @@ from tests.small_runs import (
     VIT,
     comparable,
     leaves_equal,
+    slow,
     straight_and_killed,
     with_functions,
 )
@@ -239,7 +240,7 @@ def collected(config, monkeypatch, directory=None, options=QUIET):
     return learner, results, given
 
 
-@pytest.mark.parametrize("config", [CONFIG, dataclasses.replace(VIT, rule="trm")],
+@pytest.mark.parametrize("config", [CONFIG, slow(dataclasses.replace(VIT, rule="trm"))],
                          ids=["full", "lora"])  # fmt: skip
 def test_trajectory_and_onset_are_those_of_the_training(config, monkeypatch):
     learner, results, given = collected(config, monkeypatch)
@@ -284,6 +285,7 @@ def test_trajectory_and_onset_are_those_of_the_training(config, monkeypatch):
     assert merge["alignment_before"] > 0 and results["merges"][0]["consistency_after"] == 0
 
 
+@pytest.mark.slow
 def test_a_run_killed_between_two_snapshots_ends_with_the_same_numbers(tmp_path, monkeypatch):
     def dies(learner, step, tree):
         return "trajectory" in tree and step > learner.steps.bounds[1]
@@ -293,6 +295,7 @@ def test_a_run_killed_between_two_snapshots_ends_with_the_same_numbers(tmp_path,
     assert leaves_equal(again.params, straight.params)
 
 
+@pytest.mark.slow
 def test_data_and_snapshots_that_do_not_fit_give_the_same_numbers(tmp_path, monkeypatch):
     """Streamed inputs, snapshots that the host keeps, and a run that is killed between two."""
     pytest.importorskip("grain")

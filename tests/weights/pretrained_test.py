@@ -227,6 +227,7 @@ def test_real_weights_load_whole_and_go_back_bit_for_bit():
     assert all(np.array_equal(again[name], tensors[name]) for name in tensors)
 
 
+@pytest.mark.slow
 @needs_shared
 def test_real_weights_see_real_images():
     """Nearest class mean on ten classes of CIFAR-100 at 96 pixels; chance is 10 %."""
