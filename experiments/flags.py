@@ -19,24 +19,21 @@ from pm_jax.continual import Config, RunOptions, TrainingDiverged
 from pm_jax.continual.export import Destinations
 from pm_jax.continual.interruption import Interrupted
 from pm_jax.continual.settings.run_options import KEPT
+from pm_jax.continual.settings.settings import names_of
 from pm_jax.rules.registry import number
 from pm_jax.types import InvalidInput, cause
 
 PRESETS = Path(__file__).parent / "presets"
 
 SEQUENTIAL_ON_DEFAULT_STREAM: dict[str, Any] = {"learning_rate": 3e-4, "epochs": 1}
-"""Chosen by validation accuracy: experiments/studies/ablation.py."""
+"""experiments/studies/ablation.py chose these by validation accuracy."""
 
-NOT_OF_SEQUENTIAL = (
-    *("learning_rate", "epochs", "data_dir", "cache_dir", "resident_mb", "evaluate_on"),
-    *("rule", "rule_settings"),
-    *("perturbation", "epsilon", "probabilities", "perturb_per"),
-    *("curvature", "stored_curvature", "curvature_rank", "curvature_slots"),
-    *("curvature_samples", "curvature_examples", "curvature_error", "curvature_memory_mb"),
-    *("merge_examples", "onset_gradients", "landscape_points", "plane_points", "trust"),
-    *("branch_from", "from_task"),
-)
-"""Settings that sequential training does not depend on, and those that it has of its own."""
+SEQUENTIAL_DEPENDS_ON = {
+    *names_of("stream", "model", "training", identity=True),
+    *("devices", "fsdp"),  # The choice was made on one device, and more of them round sums apart.
+    "classifier",  # It is no matter of merging alone, but says what predicts.
+} - SEQUENTIAL_ON_DEFAULT_STREAM.keys()
+"""Settings that must have their defaults for this choice to hold."""
 
 
 class _TupleParser(flags.ArgumentParser):
@@ -69,7 +66,7 @@ def define_tuple(name: str, default: tuple, description: str, number: type | Non
     flags.DEFINE(parser, name, default, description, serializer=_TupleSerializer())
 
 
-@functools.cache  # two binaries may be imported by one process
+@functools.cache  # one process may import two binaries
 def define_config_flags() -> None:
     """Define one flag per field of `Config`."""
     for field in dataclasses.fields(Config):
@@ -92,13 +89,18 @@ def define_config_flags() -> None:
 
 
 def config_from_flags(**instead: Any) -> Config:
-    """The configuration of the parsed flags, some replaced; raises `InvalidInput`."""
+    """Make the configuration of the parsed flags, some replaced; raises `InvalidInput`."""
     values = flags.FLAGS
     settings = {field.name: values[field.name].value for field in dataclasses.fields(Config)}
     return Config(**{**settings, **instead})
 
 
-@functools.cache  # two binaries may be imported by one process
+def parse_setting(name: str, text: str) -> Any:
+    """Read the value of a setting as its flag would; raises `ValueError`."""
+    return flags.FLAGS[name].parser.parse(text)
+
+
+@functools.cache  # one process may import two binaries
 def define_run_flags() -> None:
     """Define which seeds run, and where to."""
     define_tuple("seeds", (0,), "One run per seed.")
@@ -124,7 +126,7 @@ def define_run_flags() -> None:
 
 
 def options_from_flags(**more: Any) -> RunOptions:
-    """The options of the parsed run flags, and some more; raises `InvalidInput`, for seeds too."""
+    """Make the options of the parsed run flags, and check the seeds; raises `InvalidInput`."""
     values = flags.FLAGS
     check_seeds("seeds", values.seeds)
     return RunOptions(
@@ -133,7 +135,7 @@ def options_from_flags(**more: Any) -> RunOptions:
 
 
 def check_seeds(name: str, seeds: Sequence[int]) -> None:
-    """Raise `InvalidInput` for a flag whose numbers are no seeds, or none."""
+    """Raise `InvalidInput` unless a flag has one seed or more."""
     if not seeds or min(seeds) < 0 or max(seeds) >= 2**32:
         given = ",".join(map(str, seeds))
         raise InvalidInput(f"{name}={given}: needs one or more whole numbers from 0 to {2**32 - 1}")
@@ -156,7 +158,7 @@ def define_baseline_flags() -> None:
 
 
 def baseline_from_flags(config: Config) -> Config | None:
-    """The same settings under the baseline's rule, unperturbed; `None` for no baseline."""
+    """Make the baseline's configuration, unperturbed; `None` for no baseline."""
     values = flags.FLAGS
     rule = values.baseline
     if rule is None:
@@ -165,15 +167,15 @@ def baseline_from_flags(config: Config) -> Config | None:
         return None
     if rule not in rules.REGISTRY:
         raise InvalidInput(f"baseline={rule}: must be one of {', '.join(rules.REGISTRY)}")
-    own = {"learning_rate": config.learning_rate, "epochs": config.epochs}
+    chosen = {"learning_rate": config.learning_rate, "epochs": config.epochs}
     if rule == "sequential" and _is_default_stream(config):
-        own = dict(SEQUENTIAL_ON_DEFAULT_STREAM)
-    for name in own:
+        chosen = dict(SEQUENTIAL_ON_DEFAULT_STREAM)
+    for name in chosen:
         given = values[f"baseline_{name}"].value
         if given is not None and not 0 < given < math.inf:
             raise InvalidInput(f"baseline_{name}={given}: must be above 0 and finite")
-        own[name] = given or own[name]
-    settings: dict[str, Any] = {"perturbation": "none", "perturb_per": "batch", **own}
+        chosen[name] = given or chosen[name]
+    settings: dict[str, Any] = {"perturbation": "none", "perturb_per": "batch", **chosen}
     return dataclasses.replace(config, rule=rule, rule_settings="", **settings)
 
 
@@ -196,27 +198,23 @@ def define_export_flags() -> None:
 
 
 def export_from_flags() -> Destinations:
-    """Where the parsed flags want the merged model."""
+    """Make the destinations that the parsed flags name for the merged model."""
     values = flags.FLAGS
-    model, adapter = (Path(path) if path else None
-                      for path in (values.export, values.export_adapter))  # fmt: skip
+    paths = (values.export, values.export_adapter)
+    model, adapter = (Path(path) if path else None for path in paths)
     return Destinations(model, adapter, values.overwrite)
 
 
 def _is_default_stream(config: Config) -> bool:
-    """Whether all that sequential training depends on, but for rate and epochs, is the default."""
+    """Whether the choice for sequential training holds."""
     default = Config()
-    return all(
-        getattr(config, field.name) == getattr(default, field.name)
-        for field in dataclasses.fields(Config)
-        if field.name not in NOT_OF_SEQUENTIAL
-    )
+    return all(getattr(config, name) == getattr(default, name) for name in SEQUENTIAL_DEPENDS_ON)
 
 
 def parse(
     argv: Sequence[str], values: flags.FlagValues = flags.FLAGS, *, positional: int = 0
 ) -> list[str]:
-    """Parser for `app.run`: reads presets, and ends with one line and code 2 on a mistake."""
+    """Parse for `app.run`: read presets, and end with one line and code 2 on a mistake."""
     try:
         arguments = _with_preset(argv)
     except InvalidInput as error:
@@ -230,26 +228,26 @@ def parse(
         )
     except flags.Error as error:
         fail(f"{error}; --help lists the flags and what they take", values)
-    except ValueError as error:  # of bytes in a flagfile that are no text, or in its name
+    except ValueError as error:  # A flagfile, or its name, has bytes that are not text.
         given = ",".join(_given(arguments, "flagfile"))
         fail(f"flagfile={given}: cannot be read ({cause(error)}); give text in UTF-8", values)
     if not flags.FLAGS["verbosity"].present:
         _quieten_orbax()
     if "deterministic" in values and values["deterministic"].value:
-        # Read when the first device is looked for, which nothing has done yet.
+        # XLA reads this when JAX first looks for devices, which nothing has done yet.
         given_flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{given_flags} --xla_gpu_deterministic_ops=true".lstrip()
     if len(rest) > 1 + positional:
         fail(f"{rest[1 + positional]!r}: not a flag; settings are given as --name=value", values)
     if "preset" in values and values["preset"].present and not _given(argv, "preset"):
-        fail(f"preset={values['preset'].value}: does not count in a flagfile; give it as a flag",
-             values)  # fmt: skip
+        preset = values["preset"].value
+        fail(f"preset={preset}: does not count in a flagfile; give it as a flag", values)
     return rest
 
 
-@functools.cache  # the hooks would pile up
+@functools.cache  # Every further call would wrap the hook once more.
 def _quieten_orbax() -> None:
-    """Leave what it logs and what threads of failed saves print to the one error that it raises."""
+    """Silence Orbax's logs, and what threads of failed saves print: it raises an error anyway."""
     logging.set_verbosity(logging.FATAL)
     for name in ("asyncio", "concurrent.futures"):
         standard_logging.getLogger(name).setLevel(standard_logging.CRITICAL)
@@ -263,7 +261,7 @@ def _quieten_orbax() -> None:
 
 
 def _with_preset(argv: Sequence[str]) -> list[str]:
-    """`--preset=NAME` becomes a flagfile before all other flags, so that they override it."""
+    """Put the flagfile of `--preset=NAME` before all other flags, so that they override it."""
     result = [argv[0]]
     for name in _given(argv, "preset"):
         known = sorted(path.stem for path in PRESETS.glob("*.flags"))
@@ -274,7 +272,7 @@ def _with_preset(argv: Sequence[str]) -> list[str]:
 
 
 def _given(argv: Sequence[str], name: str) -> list[str]:
-    """What stands in `--name=value` or `--name value`."""
+    """Find the values in `--name=value` and `--name value`."""
     found = []
     for argument, following in zip(argv[1:], [*argv[2:], ""], strict=False):
         flag, equals, value = argument.lstrip("-").partition("=")
@@ -284,12 +282,9 @@ def _given(argv: Sequence[str], name: str) -> list[str]:
 
 
 def fail(message: str, values: flags.FlagValues = flags.FLAGS, *, code: int = 2) -> NoReturn:
-    """End with one line on standard error.
+    """End with one line on standard error, which may begin with the name of a flag.
 
-    Args:
-        message: the line.
-        values: flags, one of which may be what it begins with.
-        code: of the exit; 2 for a mistake of the user's, 1 for what went wrong during a run.
+    The exit code is 2 for a mistake of the user, and 1 for what went wrong during a run.
     """
     line = " ".join(message.split())
     name = line.split("=", 1)[0]
@@ -301,13 +296,10 @@ def fail(message: str, values: flags.FlagValues = flags.FLAGS, *, code: int = 2)
 
 @contextlib.contextmanager
 def exits(values: flags.FlagValues = flags.FLAGS) -> Iterator[None]:
-    """End as `fail` does on what a user can do something about; any other error passes.
+    """End as `fail` does on errors that a user can do something about; others pass.
 
-    The code is 2 for what was given, 1 for what happened during a run, and 128 and the signal's
-    number where that asked for the end.
-
-    Args:
-        values: flags that errors may begin with, and that remedies may name.
+    The exit code is 2 for a mistake of the user, 1 for what happened during a run, and 128 plus the
+    signal's number after a request to end. Errors begin with the name of one of `values`.
     """
     try:
         yield
@@ -326,7 +318,7 @@ def exits(values: flags.FlagValues = flags.FLAGS) -> Iterator[None]:
 
 
 def _of_the_machine(error: Exception, values: flags.FlagValues) -> str | None:
-    """The line for an error that is the fault of disk or memory, not of the program."""
+    """Say in a line what is wrong with disk or memory; `None` if the program is at fault."""
     workdir = values["workdir"].value if "workdir" in values else None
     again = "; the same command goes on from what was saved" if workdir else ""
     if isinstance(error, OSError) or _without_room(error):
@@ -347,10 +339,11 @@ def _of_the_machine(error: Exception, values: flags.FlagValues) -> str | None:
 
 
 def _without_room(error: BaseException | None) -> bool:
-    """Whether a full disk is behind an error; TensorStore and safetensors say so in words only."""
+    """Whether a full disk is behind an error."""
     while error:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             return True
+        # TensorStore and safetensors say so in words only.
         if any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
             return True
         error = error.__cause__ or error.__context__

@@ -11,7 +11,7 @@ from pathlib import Path
 from absl import app, flags
 
 from experiments import flags as experiment_flags
-from pm_jax.continual.storage import task_models
+from pm_jax.continual.storage import reuse
 from pm_jax.offline.merging import merge_files
 from pm_jax.offline.requests import Merge
 from pm_jax.types import InvalidInput
@@ -53,7 +53,7 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
                 raise InvalidInput(f"{name}=: needs a .safetensors file")
         experiment_flags.check_seeds("seed", (values.seed,))
         if values.run:
-            base, models = task_models.files(Path(values.run))
+            base, models = reuse.task_model_files(Path(values.run))
         else:
             base, models = Path(values.base), tuple(map(Path, values.models))
         merge = Merge(

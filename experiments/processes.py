@@ -1,7 +1,8 @@
 """One run in several processes, on one host or on many.
 
-Every process is started by the same command, but for its number. The command itself only watches
-over the process that trains: where another one of the run is gone, JAX ends it without a word.
+Every process is started by the same command, but for its number. The command starts a second
+process, which trains, and watches over it: JAX ends that one without a word when another process of
+the run is gone.
 """
 
 import contextlib
@@ -22,13 +23,13 @@ from pm_jax.continual.placement.processes import several
 from pm_jax.types import InvalidInput, cause
 
 SECONDS = 30
-"""Without a sign of life, after which a process counts as gone."""
+"""A process counts as gone after so long without a sign of life."""
 GONE = "another process of the run is gone"
 LOST = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "Barrier")
-"""Words of errors that say so, of types that do not."""
+"""Words in the errors that JAX raises then; their types say nothing."""
 AGAIN = "start all of them again, they go on from the newest checkpoint"
 WATCHED = "PM_JAX_WATCHED"
-"""In the environment of the process that trains."""
+"""Variable in the environment of the process that trains."""
 
 
 @functools.cache
@@ -46,10 +47,9 @@ def define_process_flags() -> None:
 
 @contextlib.contextmanager
 def joined(module: str) -> Iterator[None]:
-    """Be one of several processes, if flags say so; only the one that trains enters.
+    """Be one of several processes, if flags say so; only the process that trains enters.
 
-    Args:
-        module: that is run, for `python -m`.
+    `module` is the binary, for `python -m`.
 
     Raises:
         InvalidInput: flags that do not go together.
@@ -61,14 +61,15 @@ def joined(module: str) -> Iterator[None]:
         if not several() or not any(word in str(error) for word in LOST):
             raise
         print(f"error: {GONE} ({cause(error)}); {AGAIN}", file=sys.stderr, flush=True)
-        os._exit(1)  # at once: the usual way waits for the other processes
+        # The usual exit would wait for the other processes.
+        os._exit(1)
 
 
 def _join_or_watch(module: str) -> None:
+    """Join the other processes, or start the process that does and end as it ends."""
     values = flags.FLAGS
-    address, count, index = (
-        values.coordinator_address, values.process_count, values.process_index,
-    )  # fmt: skip
+    address = values.coordinator_address
+    count, index = values.process_count, values.process_index
     numbers = {"process_count": count, "process_index": index}
     if address in (None, "auto"):
         for name, number in numbers.items():
@@ -101,12 +102,12 @@ def _join_or_watch(module: str) -> None:
 
 
 def _watch(module: str) -> NoReturn:
-    """Run the command in a process of its own and end as it does, with a line where it has none."""
+    """Run the command in a second process and end as it does, with a line if it was killed."""
     process = subprocess.Popen(
         [sys.executable, "-m", module, *sys.argv[1:]],
         env={**os.environ, WATCHED: "1"},
         stdin=subprocess.PIPE,
-        start_new_session=True,  # signals come by way of this process only
+        start_new_session=True,  # Signals of the terminal come by way of this process only.
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: process.send_signal(number))
@@ -118,6 +119,6 @@ def _watch(module: str) -> NoReturn:
 
 
 def _end_with_watcher() -> None:
-    """End this process when the one that watches over it is gone, and the pipe from it closes."""
+    """End this process when the one that watches over it is gone, which closes the pipe."""
     os.read(sys.stdin.fileno(), 1)
     os._exit(1)

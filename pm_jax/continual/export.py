@@ -21,8 +21,8 @@ class Destinations:
     """Where a merged model goes.
 
     Attributes:
-        model: of the whole model, ending in .safetensors; `None` not to write it.
-        adapter: directory of the LoRA adapter; `None` not to write it.
+        model: file of the whole model, ending in .safetensors; `None` not to write it.
+        adapter: folder of the LoRA adapter; `None` not to write it.
         overwrite: replace what is there.
     """
 
@@ -34,17 +34,11 @@ class Destinations:
 def check(
     destinations: Destinations, config: Config, seeds: Sequence[int], workdir: Path | None
 ) -> None:
-    """Raise for what cannot be exported, before anything is trained.
-
-    Args:
-        destinations: where to.
-        config: settings of the run.
-        seeds: of the call; one, where something is exported.
-        workdir: of the call; it may be made by the run and then hold the files.
+    """Check before a run that its model can be exported; the run may make the work directory.
 
     Raises:
         InvalidInput: a path that exists, has the wrong ending or lies nowhere; several seeds; a
-            model that no layout is known for; an adapter of a run that trains no adapter.
+            model without a public layout; an adapter of a run that trains no adapter.
 
     Example:
         >>> check(Destinations(Path("merged.bin")), Config(model="vit"), [0], None)
@@ -87,14 +81,7 @@ def _check_path(flag: str, path: Path, *, is_file: bool, overwrite: bool) -> Non
 
 
 def layout_for(config: Config) -> str:
-    """The layout that the weights of a run go out in.
-
-    Args:
-        config: settings.
-
-    Returns:
-        A key of `LAYOUTS`: that of the pre-trained weights; timm's for AugReg's, which have none
-        in safetensors, and for a ViT from scratch.
+    """Return the layout, a key of `LAYOUTS`, in which the weights of a run are exported.
 
     Raises:
         InvalidInput: there is none for the model.
@@ -105,6 +92,7 @@ def layout_for(config: Config) -> str:
     """
     if config.pretrained:
         layout = pretrained.layout_of(pretrained.read_tensors(config.pretrained))
+        # AugReg's layout is for .npz only, and timm's is for the same models.
         return "timm" if layout == "augreg" else layout
     network = config.network(num_classes=1)
     if isinstance(network, models.VisionTransformer):
@@ -118,25 +106,17 @@ def write(destinations: Destinations, config: Config, seed: int, workdir: Path) 
     """Write the merged model of a finished run, from its last checkpoint.
 
     The whole model has the classifier over all classes, column c for label c of the data, and
-    position embeddings at the run's resolution. Its metadata says how it was made and what a reader
+    position embeddings at the run's resolution; its metadata says how it was made and what a reader
     needs to build it. The adapter is theta_hat_T - theta_0 of the adapted kernels.
 
-    Args:
-        destinations: where to, checked by `check`.
-        config: settings of the run.
-        seed: which of its runs.
-        workdir: of the run.
-
     Raises:
-        InvalidInput: no finished run, a path that cannot be written, or a displacement that the
-            rule gave no low rank.
-
-    Example:
-        >>> write(Destinations(), Config(), 0, Path("runs/digits"))
+        InvalidInput: no finished run, a path that cannot be written, or a displacement whose rank
+            the rule made too high.
     """
     if not (destinations.model or destinations.adapter):
         return
     learner = Learner(config, seed, workdir / f"seed_{seed}", RunOptions(quiet=True))
+    # A learner begins with theta_0; `finished_params` then restores the end of the run.
     start = learner.params
     merged = learner.finished_params()
     if path := destinations.model:
@@ -164,7 +144,7 @@ def write(destinations: Destinations, config: Config, seed: int, workdir: Path) 
 
 
 def _covering(workdir: Path, path: Path) -> contextlib.AbstractContextManager:
-    """The manifest of a work directory covers what is exported into it."""
+    """Have the manifest of the work directory cover a file that is exported into it."""
     if not path.resolve().is_relative_to(workdir.resolve()):
         return contextlib.nullcontext()
     return manifest.covering(workdir, path.resolve().relative_to(workdir.resolve()).as_posix())

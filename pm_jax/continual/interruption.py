@@ -1,4 +1,4 @@
-"""Ending a run early because the operating system asks for it, with everything saved."""
+"""Ending a run early, with everything saved, because the operating system asks for it."""
 
 import signal
 import time
@@ -8,7 +8,7 @@ from typing import TypeVar
 from pm_jax.continual.placement import processes
 
 SECONDS = 1.0
-"""What steps are made at a time, about, so that a request is seen soon."""
+"""Steps are made for about so long at a time, so that a request is seen soon."""
 
 Data = TypeVar("Data")
 
@@ -27,15 +27,10 @@ class Interrupted(RuntimeError):
 
 
 def end_if(number: signal.Signals | None, step: int, total: int) -> None:
-    """End a run where a signal asked for it.
-
-    Args:
-        number: the signal, or `None`.
-        step: that has been saved.
-        total: steps of the run.
+    """End a run whose last saved step is `step`, if a signal asked for it.
 
     Raises:
-        Interrupted: it did.
+        Interrupted: a signal did.
 
     Example:
         >>> end_if(signal.SIGTERM, 40, 72)
@@ -51,7 +46,7 @@ def end_if(number: signal.Signals | None, step: int, total: int) -> None:
 
 
 class StopRequests:
-    """Notes SIGTERM and SIGINT while it is entered; a second one acts as it would without.
+    """Notes SIGTERM and SIGINT inside a `with` block; a second one acts as it would without.
 
     Example:
         >>> with StopRequests() as requests:
@@ -85,21 +80,19 @@ class StopRequests:
         self._restore_handlers()
 
     def received(self) -> signal.Signals | None:
-        """The signal that came, to any of the run's processes; they have to ask at once."""
+        """Return the signal that came to any of the run's processes, all of which must ask."""
         number = processes.largest(self._number)
         return signal.Signals(number) if number else None
 
     def cut(self, stretches: Iterable[tuple[int, int, Data]]) -> Iterator[tuple[int, int, Data]]:
-        """Cut stretches of steps into pieces that take about a second, until a request comes.
+        """Cut stretches (first step, one past the last, data) into pieces of about a second.
 
-        Args:
-            stretches: first step, one past the last, and what they are made with.
-
-        Yields:
-            The same of each piece, one at least; the stretches as they are where nothing is noted.
+        There is one piece at least, and no further one once a request has come. Outside the `with`
+        block nothing is cut.
         """
         for first, stop, data in stretches:
             while first < stop:
+                # Clocks differ: the first process decides where all cut.
                 end = processes.agreed(min(first + self._steps, stop)) if self._noting else stop
                 clock = time.perf_counter()
                 yield first, end, data

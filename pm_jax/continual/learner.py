@@ -20,10 +20,9 @@ from pm_jax.continual.placement.data import of_split, placed
 from pm_jax.continual.placement.devices import devices_of
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.settings.run_options import RunOptions
-from pm_jax.continual.storage import branching, task_models
+from pm_jax.continual.storage import reuse
 from pm_jax.continual.storage.checkpoints import Checkpoints
 from pm_jax.continual.storage.logs import RunLog
-from pm_jax.continual.storage.shared_training import SharedTraining
 from pm_jax.continual.training.divergence import check_finite, check_state
 from pm_jax.continual.training.initial_model import starting_params
 from pm_jax.continual.training.steps import TaskSteps
@@ -79,7 +78,7 @@ class Learner:
         # A rule that takes part in training cannot use what was trained without it.
         alone = rule.takes_part_in_training or processes.several()
         shared = None if alone else options.shared
-        self._shared = SharedTraining(shared / f"seed_{seed}") if shared else None
+        self._shared = reuse.SharedTraining(shared / f"seed_{seed}") if shared else None
         lessons = self.stream.together() if rule.tasks_at_once else self.stream
         self.programs = programs or programs_of(config, StreamShape.of(lessons))
         self._devices = devices_of(config)
@@ -250,7 +249,7 @@ class Learner:
         """
         found = self._shared.find(task, start) if self._shared else None
         if task < self.config.from_task:
-            found = branching.trained(self.config, self.seed, task, start)
+            found = reuse.branch_model(self.config, self.seed, task, start)
         if found is None:
             return None
         trained, lines = found
@@ -304,7 +303,7 @@ class Learner:
             pretrained = None if self.config.from_scratch else found.start
             whole = self._devices.whole((found.trained, pretrained))
             if processes.is_first():
-                task_models.keep(self.directory, task, self.programs.merging, *whole)
+                reuse.keep_task_model(self.directory, task, self.programs.merging, *whole)
         self.state, figures = self.merging.merge(task, self.state, found, loss, self._records)
         check_state(self.state, task, "merge", self.config, self.directory)
         return figures

@@ -1,19 +1,19 @@
 """Runs of several merge rules on the same stream and seeds, in one work directory."""
 
 import dataclasses
+import inspect
 import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pm_jax import rules
 from pm_jax.continual.report import comparison
 from pm_jax.continual.report.results import read_results
-from pm_jax.continual.run import run_seeds
+from pm_jax.continual.run import check_runs, run_seeds
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.settings.run_options import RunOptions
-from pm_jax.continual.storage import branching, manifest
-from pm_jax.continual.storage.logs import check_tensorboard
-from pm_jax.continual.storage.shared_training import folder_name
+from pm_jax.continual.storage import manifest, reuse
 from pm_jax.continual.storage.workdir import (
     COMPARISON_FILE,
     RESULTS_FILE,
@@ -23,8 +23,78 @@ from pm_jax.continual.storage.workdir import (
     write_text,
 )
 from pm_jax.continual.training.divergence import TrainingDiverged
+from pm_jax.types import InvalidInput
 
 SHARED_FOLDER = "shared_training"
+
+
+def configurations(
+    base: Config,
+    labels: Sequence[str],
+    curvatures: Sequence[str],
+    parse: Callable[[str, str], Any],
+) -> dict[str, Config]:
+    """Make the settings of each rule that a comparison names, as `ties+keep=0.1+epochs=9`.
+
+    Training is perturbed for perturb_and_merge alone, unless a label says otherwise. With several
+    curvatures, rules that take curvature run with each. `parse(name, text)` reads the value of a
+    setting.
+
+    Raises:
+        InvalidInput: a label with an unknown rule, or with settings that the rule cannot have.
+    """
+    labels = [part for label in labels for part in (rules.REGISTRY if label == "all" else [label])]
+    if not labels:
+        raise InvalidInput("rules=: needs one or more, or all")
+    if len(curvatures) > 1:
+        labels = [part for label in labels for part in _with_curvatures(label, curvatures)]
+    configs = {}
+    for label in labels:
+        name, *pairs = label.split("+")
+        try:
+            settings = _settings_of(name, pairs, parse)
+            if name != "perturb_and_merge":
+                settings.setdefault("perturbation", "none")
+            configs[label] = dataclasses.replace(base, rule=name, **settings)
+        except InvalidInput as error:
+            raise InvalidInput(f"rules={label}: {error}") from None
+    return configs
+
+
+def _with_curvatures(label: str, curvatures: Sequence[str]) -> list[str]:
+    """Return a rule once for each curvature, if it takes any and its label names none."""
+    name, *pairs = label.split("+")
+    takes = name in rules.REGISTRY and "quadratic" in rules.make(name).needs
+    if not takes or any(pair.startswith("curvature=") for pair in pairs):
+        return [label]
+    return [f"{label}+curvature={curvature}" for curvature in curvatures]
+
+
+def _settings_of(
+    rule: str, pairs: Sequence[str], parse: Callable[[str, str], Any]
+) -> dict[str, Any]:
+    """Read `setting=value` after a rule's name; a setting of the rule hides one of the run."""
+    of_rule = inspect.signature(rules.REGISTRY[rule]).parameters if rule in rules.REGISTRY else {}
+    fields = {field.name for field in dataclasses.fields(Config)} - {"rule", "rule_settings"}
+    settings: dict[str, Any] = {}
+    rule_settings = []
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        if name in of_rule or name not in fields:
+            rule_settings.append(pair)  # The rule says what is wrong with it.
+            continue
+        try:
+            # A comma would end the label, so the numbers of a tuple have colons between them.
+            settings[name] = parse(name, value.replace(":", ","))
+        except ValueError as error:
+            raise InvalidInput(f"{name}={value}: {error}") from None
+    return {**settings, "rule_settings": ",".join(rule_settings)}
+
+
+def changes(base: Config, config: Config) -> str:
+    """Name the settings of a rule's run that are not those of the comparison."""
+    before, after = dataclasses.asdict(base), dataclasses.asdict(config)
+    return ", ".join(f"{name}={after[name]}" for name in before if after[name] != before[name])
 
 
 def run_rules(
@@ -36,22 +106,13 @@ def run_rules(
 ) -> dict[str, list[dict[str, Any]]]:
     """Run each configuration for each seed; what is finished in the work directory is kept.
 
-    Every rule has its own directory, as `run_seeds` leaves it. Training that rules have in common
-    is done once and kept in `shared_training`, which may be deleted.
-
-    Args:
-        configs: settings by label; a label names the directory below `workdir`.
-        base: settings that the comparison is of; its merge rule does not matter.
-        seeds: one run each.
-        workdir: absent, empty, or of a comparison with the same base.
-        options: as for `run_seeds`.
-
-    Returns:
-        For each label the contents of `results.json`, in the order of the seeds.
+    Every label has its own directory, as `run_seeds` leaves it. Training that rules have in common
+    is done once and kept in `shared_training`, which may be deleted. The result has, for each
+    label, the contents of `results.json` in the order of the seeds.
 
     Raises:
         InvalidInput: as `run_seeds`; nothing has been run then.
-        TrainingDiverged: the loss is no longer finite; the message names the rule.
+        TrainingDiverged: the loss is no longer finite; the message names the label.
         Interrupted: as `run_seeds`.
 
     Example:
@@ -63,21 +124,18 @@ def run_rules(
         >>> results["sequential"][0]["config"]["rule"]
         'sequential'
     """
-    anything = {name: getattr(Config(), name) for name in ("rule", "rule_settings")}
-    owner = dataclasses.replace(base, **anything)
+    # The rules differ, so the comparison's directory belongs to the settings without one.
+    without_rule = {name: getattr(Config(), name) for name in ("rule", "rule_settings")}
+    owner = dataclasses.replace(base, **without_rule)
     directories = {label: workdir / urllib.parse.quote(label, safe="+=:") for label in configs}
     check_claim(workdir, owner, COMPARISON_FILE)
-    for label, config in configs.items():
-        check_claim(directories[label], config)
-        branching.check(config, seeds)
-    if options.tensorboard:
-        check_tensorboard()
+    check_runs({directories[label]: configs[label] for label in configs}, seeds, options)
     claim(workdir, owner, COMPARISON_FILE)
     for label, config in configs.items():
         try:
-            shared = workdir / SHARED_FOLDER / folder_name(config)
-            own_options = dataclasses.replace(options, shared=shared)
-            run_seeds(config, seeds, directories[label], own_options)
+            shared = workdir / SHARED_FOLDER / reuse.training_name(config)
+            options = dataclasses.replace(options, shared=shared)
+            run_seeds(config, seeds, directories[label], options)
         except TrainingDiverged as error:
             raise TrainingDiverged(f"{label}: {error}") from error
     return {
@@ -89,15 +147,7 @@ def run_rules(
 def write_tables(
     rows: Sequence[comparison.Comparison], seeds: Sequence[int], workdir: Path
 ) -> list[Path]:
-    """Write the table as CSV, JSON and LaTeX into the work directory.
-
-    Args:
-        rows: of `comparison.compare`.
-        seeds: in the order of the rows' figures.
-        workdir: where to; earlier tables are replaced.
-
-    Returns:
-        The files.
+    """Write the table as CSV, JSON and LaTeX into a directory, and return the files.
 
     Example:
         >>> import tempfile

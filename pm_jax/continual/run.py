@@ -1,8 +1,8 @@
-"""A configuration over several seeds: results per seed, their summary, and a table."""
+"""Runs of a configuration for several seeds, beside a baseline, and what a run would do."""
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from pm_jax.continual.placement.devices import devices_of
 from pm_jax.continual.report.results import summarize_seeds
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.settings.run_options import RunOptions
-from pm_jax.continual.storage import branching, manifest
+from pm_jax.continual.storage import manifest, reuse
 from pm_jax.continual.storage.logs import check_tensorboard
 from pm_jax.continual.storage.provenance import environment, provenance
 from pm_jax.continual.storage.workdir import (
@@ -33,24 +33,13 @@ FINISHED_FILES = (RESULTS_FILE, landscape.FILE)
 
 
 def run_seeds(
-    config: Config,
-    seeds: Sequence[int],
-    workdir: Path,
-    options: RunOptions = RunOptions(),
+    config: Config, seeds: Sequence[int], workdir: Path, options: RunOptions = RunOptions()
 ) -> dict[str, Any]:
     """Run a configuration for some seeds, going on where an earlier call was interrupted.
 
-    Writes `seed_<n>/results.json` with its checkpoints and logs, and `summary.json` over all seeds
-    that are finished in the directory.
-
-    Args:
-        config: settings.
-        seeds: one run each.
-        workdir: absent, empty, or of the same configuration.
-        options: what to save, show and share.
-
-    Returns:
-        The summary: `{"seeds": [...], metric: {"mean", "standard_deviation", "n"}, ...}`.
+    This writes `seed_<n>/results.json` with checkpoints and logs beside it, and `summary.json` over
+    all seeds that are finished in the directory. The summary is also returned:
+    `{"seeds": [...], metric: {"mean", "standard_deviation", "n"}, ...}`.
 
     Raises:
         InvalidInput: settings that do not fit, or a work directory of something else.
@@ -64,17 +53,19 @@ def run_seeds(
         >>> summary["final_average_accuracy"]["n"]
         1
     """
-    branching.check(config, seeds)
+    reuse.check_branch(config, seeds)
     claim(workdir, config)
+    # The first process makes the directory, which the others then read.
     processes.wait_for_all("claimed")
     with locked(workdir):
         for seed in seeds:
             directory = workdir / f"seed_{seed}"
             if (directory / RESULTS_FILE).exists():
-                manifest.cover(directory, *FINISHED_FILES)  # killed right after they were written
+                # An earlier process may have been killed before it listed what it had written.
+                manifest.cover(directory, *FINISHED_FILES)
                 if not options.quiet and processes.is_first():
-                    print(f"seed {seed}: already finished, see {directory / RESULTS_FILE}",
-                          flush=True)  # fmt: skip
+                    place = directory / RESULTS_FILE
+                    print(f"seed {seed}: already finished, see {place}", flush=True)
                 continue
             clock = time.perf_counter()
             _run_seed(Learner(config, seed, directory, options), directory, clock)
@@ -104,12 +95,25 @@ def _run_seed(learner: Learner, directory: Path, clock: float) -> None:
 
 
 def _note_start(directory: Path, learner: Learner) -> None:
-    """Keep how long the run is and what it is made with, after what it was made with before."""
+    """Note the length of the run and its origin, after the origins of its earlier processes."""
     earlier = manifest.read_or_empty(directory).about.get("made_with", [])
     now = provenance(learner.config)
     made_with = earlier if earlier[-1:] == [now] else [*earlier, now]
     manifest.note(directory, total_steps=learner.total_steps, made_with=made_with)
     manifest.uncover(directory, *FINISHED_FILES)
+
+
+def check_runs(runs: Mapping[Path, Config], seeds: Sequence[int], options: RunOptions) -> None:
+    """Check runs by their work directories, before any of them starts.
+
+    Raises:
+        InvalidInput: as `run_seeds`.
+    """
+    for directory, config in runs.items():
+        check_claim(directory, config)
+        reuse.check_branch(config, seeds)
+    if options.tensorboard:
+        check_tensorboard()
 
 
 def run_with_baseline(
@@ -119,48 +123,26 @@ def run_with_baseline(
     workdir: Path,
     options: RunOptions = RunOptions(),
 ) -> dict[str, dict[str, Any]]:
-    """A configuration and, in `workdir/baseline`, another one to compare it with.
+    """Run a configuration and, in `workdir/baseline`, another one to compare it with.
 
-    Both directories are checked before either run starts.
-
-    Args:
-        config: settings.
-        baseline: settings of the second run, or `None`.
-        seeds: one run each.
-        workdir: as for `run_seeds`.
-        options: what to save, show and share.
-
-    Returns:
-        `{label: summary}`, the label being the rule's name and what the baseline has of its own.
+    The result is `{label: summary}`; a label is the rule's name, with the settings that the
+    baseline has of its own.
 
     Raises:
-        InvalidInput: as `run_seeds`.
-        TrainingDiverged: the loss is no longer finite.
+        InvalidInput: as `run_seeds`; no run has started then.
+        TrainingDiverged: as `run_seeds`.
         Interrupted: as `run_seeds`.
-
-    Example:
-        >>> import tempfile
-        >>> config = Config(num_tasks=2, epochs=1, first_task_epochs=1, hidden_sizes=(8,))
-        >>> options = RunOptions(quiet=True)
-        >>> list(run_with_baseline(config, None, [0], Path(tempfile.mkdtemp()), options))
-        ['perturb_and_merge']
     """
     runs = {config.rule: (workdir, config)}
     if baseline:
-        own = [
+        differing = [
             f"{name}={getattr(baseline, name)}"
             for name in ("learning_rate", "epochs")
             if getattr(baseline, name) != getattr(config, name)
         ]
-        runs[f"{baseline.rule} ({', '.join(['baseline', *own])})"] = (
-            workdir / "baseline",
-            baseline,
-        )
-    for directory, settings in runs.values():
-        check_claim(directory, settings)
-        branching.check(settings, seeds)
-    if options.tensorboard:
-        check_tensorboard()
+        label = f"{baseline.rule} ({', '.join(['baseline', *differing])})"
+        runs[label] = workdir / "baseline", baseline
+    check_runs(dict(runs.values()), seeds, options)
     return {
         label: run_seeds(settings, seeds, directory, options)
         for label, (directory, settings) in runs.items()
@@ -168,23 +150,12 @@ def run_with_baseline(
 
 
 def describe(config: Config, seed: int = 0) -> str:
-    """What a run would do: resolved settings, tasks, and the parameters that train and merge.
-
-    Args:
-        config: settings.
-        seed: of the stream described.
-
-    Returns:
-        Lines of text.
+    """Describe in lines what a run would do: settings, tasks, and what trains and merges.
 
     Raises:
         InvalidInput: settings that do not fit the data or the model.
-
-    Example:
-        >>> "merging parameters: 84042 of 84042" not in describe(Config(hidden_sizes=(8,)))
-        True
     """
-    devices_of(config)
+    devices_of(config)  # for its errors
     stream = config.task_stream(seed)
     shapes = parameter_shapes(config, stream.num_classes, stream.inputs.shape[1:])
     first, later = partitions(config, shapes)
@@ -197,8 +168,7 @@ def describe(config: Config, seed: int = 0) -> str:
     adapters = sum(config.lora_rank * sum(kernel.shape) for kernel in kernels.values())
 
     def trained(partition: Partition) -> int:
-        own = adapters if partition.adapted else 0
-        return own + size(partition.direct + partition.head)
+        return (adapters if partition.adapted else 0) + size(partition.direct + partition.head)
 
     lines = [f"{name}={value}" for name, value in dataclasses.asdict(config).items()]
     lines += [

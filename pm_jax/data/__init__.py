@@ -1,4 +1,4 @@
-"""Task streams and where they come from."""
+"""Task streams, and the data sets that they are made of."""
 
 from pm_jax.data.digits import load_digits, rotated
 from pm_jax.data.sources import load, load_domains

@@ -1,6 +1,7 @@
 """Random crops and flips of uint8 images on the device, and the views that evaluation takes.
 
-Everything is a pure function of fixed shapes that runs inside a jitted step.
+Images are uint8 [N, H, W, channels]. Every function is pure, has fixed shapes, and runs inside a
+jitted step.
 """
 
 import math
@@ -15,17 +16,11 @@ from pm_jax.types import Array, Key
 AUGMENTATIONS = ("none", "flip", "crop_flip", "randaugment", "autoaugment")
 CROP_ATTEMPTS = 10
 CROP_RATIO = (3 / 4, 4 / 3)
+"""Attempts to fit a box, and bounds on its width over height, both torchvision's."""
 
 
 def random_flip(key: Key, images: Array) -> Array:
-    """Each image as it is or mirrored from left to right, with equal probability.
-
-    Args:
-        key: PRNG key.
-        images: [N, H, W, channels].
-
-    Returns:
-        Images of the same shape and type.
+    """Mirror each image from left to right with probability one half.
 
     Example:
         >>> images = jnp.arange(8).reshape(4, 1, 2, 1)
@@ -42,25 +37,12 @@ def random_resized_crop(
     shape: tuple[int, int],
     scale: tuple[float, float] = (0.08, 1.0),
 ) -> Array:
-    """A random box of each image, resized bicubically with antialiasing.
+    """Cut a random box out of each image and resize it to `shape`, bicubically with antialiasing.
 
-    Args:
-        key: PRNG key.
-        images: uint8 [N, H, W, channels].
-        shape: height and width of the results.
-        scale: least and greatest area of a box over that of the image.
-
-    Returns:
-        uint8 [N, *shape, channels].
+    `scale` bounds the area of a box over that of the image.
 
     References:
         Szegedy et al., `Going Deeper with Convolutions <https://arxiv.org/abs/1409.4842>`_, 2015
-
-    Example:
-        >>> images = jnp.full((2, 8, 8, 3), 7, jnp.uint8)
-        >>> crops = random_resized_crop(jax.random.key(0), images, (4, 4))
-        >>> crops.shape, bool((crops == 7).all())
-        ((2, 4, 4, 3), True)
     """
     count, height, width, channels = images.shape
     draws = jax.random.uniform(key, (count, CROP_ATTEMPTS, 4))
@@ -82,15 +64,16 @@ def crop_boxes(
     scale: tuple[float, float],
     ratio: tuple[float, float] = CROP_RATIO,
 ) -> Array:
-    """Boxes by torchvision's law: uniform area, log-uniform aspect ratio, uniform place.
+    """Turn uniform draws into boxes by torchvision's law.
 
-    The first attempt that fits the image is taken; if none does, the largest central box whose
-    aspect ratio is allowed.
+    The area is uniform between the bounds in `scale`, the aspect ratio log-uniform between those in
+    `ratio`, and the place uniform. The first attempt that fits the image counts; if none does, the
+    box is the largest central one whose aspect ratio is allowed.
 
     Args:
-        draws: uniform in [0, 1), float32 [N, attempts, 4]: for area, aspect ratio, top and left.
-        height: of the image, in pixels.
-        width: of the image, in pixels.
+        draws: in [0, 1), float32 [N, attempts, 4]: for area, aspect ratio, top and left.
+        height: height of the image, in pixels.
+        width: width of the image, in pixels.
         scale: least and greatest area over that of the image.
         ratio: least and greatest width over height.
 
@@ -98,8 +81,8 @@ def crop_boxes(
         Top, left, height and width in whole pixels, float32 [N, 4].
 
     References:
-        `torchvision.transforms.RandomResizedCrop
-        <https://docs.pytorch.org/vision/stable/generated/torchvision.transforms.RandomResizedCrop.html>`_
+        `torchvision.transforms.RandomResizedCrop <https://docs.pytorch.org/vision/stable/generated/
+        torchvision.transforms.RandomResizedCrop.html>`_
 
     Example:
         >>> crop_boxes(jnp.full((1, 1, 4), 0.5), 8, 8, (0.25, 0.25)).tolist()
@@ -108,11 +91,13 @@ def crop_boxes(
     area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[..., 0])
     low, high = math.log(ratio[0]), math.log(ratio[1])
     aspect = jnp.exp(low + (high - low) * draws[..., 1])
+    # Height and width of the box from its area and its width over height.
     sides = jnp.round(jnp.sqrt(jnp.stack([area / aspect, area * aspect], axis=-1)))
     room = jnp.asarray([[[height, width]]], jnp.float32) - sides
     corners = jnp.floor(draws[..., 2:] * (room + 1))
     fits = ((sides > 0) & (room >= 0)).all(axis=-1)
     boxes = jnp.concatenate([corners, sides], axis=-1)
+    # argmax finds the first attempt that fits, and 0 where none does.
     first = jnp.argmax(fits, axis=1)[:, None, None]
     chosen = jnp.take_along_axis(boxes, first, axis=1)[:, 0]
     central = (min(height, round(width / ratio[0])), min(width, round(height * ratio[1])))
@@ -122,15 +107,9 @@ def crop_boxes(
 
 
 def central_view(images: Array, shape: tuple[int, int], resize: float) -> Array:
-    """Images resized to cover `resize` times a shape, then its middle, as backbones evaluate.
+    """Resize images to cover `resize` times a shape and cut out the middle, as backbones evaluate.
 
-    Args:
-        images: uint8 [N, H, W, channels].
-        shape: height and width of the results.
-        resize: at least 1; 256 / 224 is the common choice.
-
-    Returns:
-        uint8 [N, *shape, channels].
+    A `resize` of 256 / 224 is the common choice.
 
     Example:
         >>> images = jnp.arange(16, dtype=jnp.uint8).reshape(1, 4, 4, 1)
@@ -138,6 +117,7 @@ def central_view(images: Array, shape: tuple[int, int], resize: float) -> Array:
         [[5, 6], [9, 10]]
     """
     count, height, width, channels = images.shape
+    # The larger of the two factors: the view must cover the shape on both sides.
     zoom = resize * max(shape[0] / height, shape[1] / width)
     translation = [
         (out - zoom * side) / 2 for out, side in zip(shape, (height, width), strict=True)
@@ -154,18 +134,7 @@ def central_view(images: Array, shape: tuple[int, int], resize: float) -> Array:
 
 
 def as_pixels(values: Array) -> Array:
-    """The nearest uint8.
-
-    Args:
-        values: float array.
-
-    Returns:
-        uint8 array of the same shape.
-
-    Example:
-        >>> as_pixels(jnp.asarray([-3.0, 1.6, 300.0])).tolist()
-        [0, 2, 255]
-    """
+    """Round floating-point values to the nearest uint8."""
     return jnp.clip(jnp.round(values), 0, 255).astype(jnp.uint8)
 
 
@@ -177,31 +146,16 @@ def augmentation(
     layers: int = 2,
     magnitude: float = 9.0,
 ) -> Callable[[Key, Array], Array]:
-    """A named augmentation of a batch, each image on its own.
+    """Make a function `augment(key, images)` from one of the names in `AUGMENTATIONS`.
 
-    A policy acts on the images as they are stored, before crop and flip: the smaller side of the
-    work where images are enlarged.
-
-    Args:
-        name: one of `AUGMENTATIONS`; "none" and "flip" do not resize.
-        shape: height and width of what crops are resized to.
-        crop_scale: see `random_resized_crop`.
-        layers: of RandAugment.
-        magnitude: of RandAugment.
-
-    Returns:
-        `augment(key, images) -> images`, uint8 [N, H, W, channels] both.
-
-    Example:
-        >>> augment = augmentation("crop_flip", (4, 4))
-        >>> augment(jax.random.key(0), jnp.zeros((2, 8, 8, 3), jnp.uint8)).shape
-        (2, 4, 4, 3)
+    "none" and "flip" do not resize; crops become `shape`. Layers and magnitude are RandAugment's.
     """
 
     def augment(key: Key, images: Array) -> Array:
         if name == "none":
             return images
         policy_key, crop_key, flip_key = jax.random.split(key, 3)
+        # A policy comes before the crop: stored images are the smaller ones where crops enlarge.
         if name == "randaugment":
             images = augmentation_policies.rand_augment(policy_key, images, layers, magnitude)
         if name == "autoaugment":

@@ -1,8 +1,8 @@
-"""RandAugment and AutoAugment of uint8 images, each image with operations of its own.
+"""RandAugment and AutoAugment of uint8 images, with operations drawn for each image.
 
 An operation is one of three kinds: a table from old to new grey level, a blend with another image,
-or a bilinear warp. Per image one of each is made, all but the chosen one being the identity, rather
-than every operation for every image, which is what a switch comes to under vmap.
+or a bilinear warp. Each image goes through one of each kind, of which all but the chosen one are
+the identity. A switch under vmap would compute every operation for every image instead.
 """
 
 import jax
@@ -16,13 +16,13 @@ OPERATIONS = (
     *("color", "contrast", "sharpness", "posterize", "solarize", "auto_contrast", "equalize"),
     "invert",
 )
-"""Names; operations are passed by their place here. RandAugment draws from all but the last."""
+"""Operations, which are numbered by their place here. RandAugment draws all but the last."""
 
 SHEAR, TRANSLATE, DEGREES, BLEND, BITS = 0.3, 150 / 331, 30.0, 0.9, 4.0
-"""Strength 1 of shears, translations (share of the side), rotations, blends, and posterize."""
+"""Full strength of shears, translations (share of the side), rotations, blends, posterize."""
 
 FILL = 128.0
-"""Grey level that comes in from outside the image."""
+"""Grey level outside the image."""
 
 IMAGENET_POLICY = (
     (("posterize", 0.4, 8), ("rotate", 0.6, 9)),
@@ -55,24 +55,10 @@ IMAGENET_POLICY = (
 
 
 def rand_augment(key: Key, images: Array, layers: int = 2, magnitude: float = 9.0) -> Array:
-    """Operations drawn uniformly, one after another, all of one magnitude.
-
-    Args:
-        key: PRNG key.
-        images: uint8 [N, H, W, channels].
-        layers: operations for each image, the paper's N.
-        magnitude: in [0, 10], of which 10 is the strongest, the paper's M.
-
-    Returns:
-        Images of the same shape.
+    """Apply `layers` operations drawn uniformly, all of one magnitude in [0, 10].
 
     References:
         Cubuk et al., `RandAugment <https://arxiv.org/abs/1909.13719>`_, 2020
-
-    Example:
-        >>> images = jnp.zeros((2, 8, 8, 3), jnp.uint8)
-        >>> rand_augment(jax.random.key(0), images).shape
-        (2, 8, 8, 3)
     """
     count = images.shape[0]
     for layer in range(layers):
@@ -84,21 +70,10 @@ def rand_augment(key: Key, images: Array, layers: int = 2, magnitude: float = 9.
 
 
 def auto_augment(key: Key, images: Array) -> Array:
-    """A sub-policy of `IMAGENET_POLICY` for each image; the sign of an operation is random.
-
-    Args:
-        key: PRNG key.
-        images: uint8 [N, H, W, channels].
-
-    Returns:
-        Images of the same shape.
+    """Apply a sub-policy of `IMAGENET_POLICY` drawn for each image, with random signs.
 
     References:
         Cubuk et al., `AutoAugment <https://arxiv.org/abs/1805.09501>`_, 2019, appendix
-
-    Example:
-        >>> auto_augment(jax.random.key(0), jnp.zeros((2, 8, 8, 3), jnp.uint8)).shape
-        (2, 8, 8, 3)
     """
     count = images.shape[0]
     policy_key, apply_key, sign_key = jax.random.split(key, 3)
@@ -109,6 +84,7 @@ def auto_augment(key: Key, images: Array) -> Array:
         steps = [policy[place] for policy in IMAGENET_POLICY]
         operations = np.asarray([OPERATIONS.index(name) for name, _, _ in steps])
         probabilities = np.asarray([probability for _, probability, _ in steps], np.float32)
+        # Levels reach from 0 to 9, the greatest one that the policy has.
         levels = np.asarray([level for _, _, level in steps], np.float32)
         takes_place = applied[place] < jnp.asarray(probabilities)[chosen]
         operation = jnp.where(takes_place, jnp.asarray(operations)[chosen], 0)
@@ -117,18 +93,16 @@ def auto_augment(key: Key, images: Array) -> Array:
 
 
 def operate(images: Array, operation: Array, strength: Array) -> Array:
-    """One operation for each image.
+    """Apply one operation to each image.
+
+    Blends and tables agree with Pillow to one grey level; warps turn about the middle of the image.
 
     Args:
         images: uint8 [N, H, W, channels].
         operation: int32 [N], places in `OPERATIONS`.
-        strength: float32 [N] in [-1, 1]; the sign is the direction of warps and blends, and nothing
-            to others. At 0 an operation is the identity, but for `auto_contrast`, `equalize` and
-            `invert`, which have no strength.
-
-    Returns:
-        Images of the same shape. Blends and tables are those of Pillow to one grey level; warps are
-        about the middle of the image.
+        strength: float32 [N] in [-1, 1]; the sign is the direction of warps and blends, and is
+            ignored by others. At 0 an operation is the identity, except `auto_contrast`, `equalize`
+            and `invert`, which have no strength.
 
     Example:
         >>> images = jnp.asarray([[[[0], [200]]]], jnp.uint8)
@@ -150,16 +124,18 @@ def _rounded(values: Array) -> Array:
 
 
 def _grey(pixels: Array) -> Array:
-    """Luminance, float32 [N, H, W, 1]; images that are not RGB are their own, per channel."""
+    """Compute the luminance, float32 [N, H, W, 1]; images that are not RGB stay as they are."""
     if pixels.shape[-1] != 3:
         return pixels.astype(jnp.float32)
-    weights = jnp.asarray([19595, 38470, 7471])  # Pillow's, of 65536
+    # Pillow's weights in whole numbers, of 65536 in all.
+    weights = jnp.asarray([19595, 38470, 7471])
     return ((pixels.astype(jnp.int32) @ weights + 32768) >> 16)[..., None].astype(jnp.float32)
 
 
 def _tables(images: Array, operation: Array, amount) -> Array:
-    """New grey level of every old one, uint8 [N, 256, channels]."""
+    """Make tables with the new grey level of every old one, uint8 [N, 256, channels]."""
     level = jnp.arange(256.0)[None, :, None]
+    # Posterizing drops the lowest bits: grey levels become multiples of a power of two.
     unit = jnp.exp2(jnp.round(BITS * jnp.abs(amount("posterize"))))
     kept = jnp.floor(level / unit) * unit
     threshold = 256 * (1 - jnp.abs(amount("solarize")))
@@ -187,7 +163,7 @@ def _tables(images: Array, operation: Array, amount) -> Array:
 
 
 def _equalizing(images: Array) -> Array:
-    """Tables that flatten the histogram of each channel as Pillow does, float32 [N, 256, C]."""
+    """Make tables that flatten each channel's histogram as Pillow does, float32 [N, 256, C]."""
 
     def one(values: Array) -> Array:
         counts = jnp.bincount(values, length=256)
@@ -208,11 +184,12 @@ def _by_table(images: Array, tables: Array) -> Array:
 
 
 def _blended(pixels: Array, operation: Array, amount) -> Array:
-    """Towards or away from grey (color) or smoothed images (sharpness)."""
+    """Blend with grey (color) or smoothed images (sharpness), towards or away from them."""
     height, width = pixels.shape[1:3]
     total = sum(
         pixels[:, y : height - 2 + y, x : width - 2 + x] for y in range(3) for x in range(3)
     )
+    # Pillow's SMOOTH kernel: 5 in the middle, 1 around it; the border stays as it is.
     inner = pixels[:, 1:-1, 1:-1]
     smooth = pixels.at[:, 1:-1, 1:-1].set(jnp.round((total + 4 * inner) / 13))
     sharpen = (operation == OPERATIONS.index("sharpness"))[:, None, None, None]
@@ -222,11 +199,12 @@ def _blended(pixels: Array, operation: Array, amount) -> Array:
 
 
 def _warped(pixels: Array, amount) -> Array:
-    """Sheared, shifted or turned about the middle, bilinearly."""
+    """Shear, shift or turn about the middle, bilinearly."""
     height, width = pixels.shape[1:3]
     middle_y, middle_x = (height - 1) / 2, (width - 1) / 2
     y, x = jnp.arange(height)[None, :, None] - middle_y, jnp.arange(width)[None, None, :] - middle_x
     angle = jnp.deg2rad(DEGREES) * amount("rotate")
+    # For each new pixel, the place in the old image that it comes from.
     cosine, sine = jnp.cos(angle), jnp.sin(angle)
     from_y = cosine * y + (sine + SHEAR * amount("shear_y")) * x
     from_x = cosine * x + (SHEAR * amount("shear_x") - sine) * y

@@ -8,22 +8,16 @@ TEST_FRACTION = 0.25
 
 
 def load_digits() -> LabelledArrays:
-    """The UCI digits with a fixed stratified test split of a quarter, whatever the seed.
-
-    Returns:
-        uint8 images [N, 8, 8, 1] in 0..255 and labels 0..9: 1,347 for training, 450 for testing.
+    """Load the UCI digits, uint8 [N, 8, 8, 1], a fixed quarter of every class for testing.
 
     References:
         Alpaydin and Kaynak, `Optical Recognition of Handwritten Digits
         <https://archive.ics.uci.edu/dataset/80>`_, 1998
-
-    Example:
-        >>> load_digits().train_inputs.shape
-        (1347, 8, 8, 1)
     """
     from sklearn import datasets, model_selection
 
     bunch = datasets.load_digits()
+    # scikit-learn's grey levels reach from 0 to 16.
     images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
     train, test = model_selection.train_test_split(
         np.arange(len(images)), test_size=TEST_FRACTION, random_state=0, stratify=bunch.target
@@ -34,14 +28,9 @@ def load_digits() -> LabelledArrays:
 
 
 def rotated(arrays: LabelledArrays, degrees: float) -> LabelledArrays:
-    """A domain: every image turned counter-clockwise about its middle, bilinearly.
+    """Make a domain: turn every image counter-clockwise about its middle, bilinearly.
 
-    Args:
-        arrays: images [N, H, W, channels].
-        degrees: angle.
-
-    Returns:
-        Images of the same shape, black where nothing is known.
+    Corners that come from outside an image are black.
 
     Example:
         >>> arrays = load_digits()

@@ -1,4 +1,4 @@
-"""Labelled arrays by name: digits, a NumPy archive, or data sets of tensorflow-datasets."""
+"""Labelled images by name: digits, a NumPy archive, or data sets of tensorflow-datasets."""
 
 import functools
 from pathlib import Path
@@ -14,7 +14,8 @@ from pm_jax.types import InvalidInput, cause
 ARCHIVE_FIELDS = ("x_train", "y_train", "x_test", "y_test")
 
 
-@functools.lru_cache(maxsize=1)  # seeds and baselines share one decoding
+# Seeds and baselines share one decoding.
+@functools.lru_cache(maxsize=1)
 def load(
     dataset: str,
     data_dir: str = "",
@@ -25,30 +26,23 @@ def load(
     cache_dir: str = "",
     rgb: bool = False,
 ) -> LabelledArrays:
-    """A data set in memory.
+    """Load a data set, uint8 images [N, H, W, channels] with labels, into memory.
 
     Args:
         dataset: "digits", the path of an `.npz` with x_train, y_train, x_test and y_test, or the
-            name of an image classification data set of tensorflow-datasets; "domainnet" for its
-            six domains in one.
-        data_dir: where tensorflow-datasets has prepared it; empty for its own default.
-        train_per_class: training examples of each class to keep, the first in the data's order
-            (of every domain); 0 for all.
+            name of an image data set of tensorflow-datasets; "domainnet" pools its six domains.
+        data_dir: folder where tensorflow-datasets has prepared it; empty for its default.
+        train_per_class: training examples of each class (of every domain) to keep, the first in the
+            data's order; 0 for all.
         test_per_class: the same for test examples.
-        stored_size: tensorflow-datasets: side in pixels of the square that images are resized to
+        stored_size: side in pixels of the square that images of tensorflow-datasets are resized to
             and kept as; 0 to leave them.
-        cache_dir: where they are kept; empty for beside the prepared data.
-        rgb: whether to convert images of another number of channels to three.
-
-    Returns:
-        uint8 images [N, H, W, channels] and labels.
+        cache_dir: folder for resized images; empty for beside the prepared data.
+        rgb: convert images of another number of channels to three.
 
     Raises:
-        InvalidInput: the data set is unknown, not prepared, damaged, or not of images of one size.
-
-    Example:
-        >>> load("digits", train_per_class=5).train_inputs.shape
-        (50, 8, 8, 1)
+        InvalidInput: the data set is unknown, not prepared, damaged, or has images of several
+            sizes.
     """
     if dataset == "digits" or dataset.endswith(".npz"):
         arrays = load_digits() if dataset == "digits" else load_archive(Path(dataset))
@@ -78,24 +72,12 @@ def load_domains(
     cache_dir: str = "",
     rgb: bool = False,
 ) -> tuple[LabelledArrays, ...]:
-    """The domains of a data set in memory: the same classes, different images.
+    """Load the first `num_domains` domains of "domainnet": the same classes, different images.
 
-    Args:
-        dataset: "domainnet".
-        num_domains: how many, the first in alphabetical order: clipart, infograph, painting,
-            quickdraw, real, sketch.
-        data_dir: as in `load`.
-        train_per_class: training examples of each class of each domain; 0 for all.
-        test_per_class: the same for test examples.
-        stored_size: as in `load`.
-        cache_dir: as in `load`.
-        rgb: as in `load`.
-
-    Returns:
-        A data set for each domain.
+    The domains come in alphabetical order; the other arguments are those of `load`, per domain.
 
     Raises:
-        InvalidInput: more domains than there are, and as in `load`.
+        InvalidInput: there are fewer domains, or as `load`.
 
     Example:
         >>> load_domains("domainnet", 7)
@@ -120,15 +102,7 @@ def load_domains(
 
 
 def keep_first(arrays: LabelledArrays, train_per_class: int, test_per_class: int) -> LabelledArrays:
-    """The first examples of each class, in the data's order.
-
-    Args:
-        arrays: a data set.
-        train_per_class: training examples of each class to keep; 0 for all.
-        test_per_class: the same for test examples.
-
-    Returns:
-        A smaller data set.
+    """Keep the first examples of each class, in the data's order; 0 keeps all.
 
     Example:
         >>> x, y = np.zeros((4, 2), np.uint8), np.asarray([0, 1, 0, 1])
@@ -159,25 +133,10 @@ def _as_rgb(arrays: LabelledArrays) -> LabelledArrays:
 
 
 def load_archive(path: Path) -> LabelledArrays:
-    """The user's own arrays.
-
-    Args:
-        path: of an `.npz` with uint8 images x_train, x_test [N, H, W] or [N, H, W, channels], and
-            labels y_train, y_test, whole numbers from 0 on. Nothing in it is unpickled.
-
-    Returns:
-        `LabelledArrays`.
+    """Load the user's own `.npz`: uint8 images [N, H, W] or [N, H, W, channels], labels from 0 on.
 
     Raises:
-        InvalidInput: the file is missing or damaged, or lacks a field or has it in another form.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "mine.npz"
-        >>> x, y = np.zeros((4, 8, 8), np.uint8), np.asarray([0, 1, 0, 1])
-        >>> np.savez(path, x_train=x, y_train=y, x_test=x, y_test=y)
-        >>> load_archive(path).train_inputs.shape
-        (4, 8, 8, 1)
+        InvalidInput: the file is missing or damaged, or a field is missing or has another form.
     """
     fields = read_archive(path)
     for part in ("train", "test"):
@@ -197,26 +156,15 @@ def load_archive(path: Path) -> LabelledArrays:
 
 
 def read_archive(path: Path) -> dict[str, np.ndarray]:
-    """The fields of an `.npz`, whatever they hold.
-
-    Args:
-        path: of the file. Nothing in it is unpickled.
-
-    Returns:
-        `{name: array}` with `ARCHIVE_FIELDS`.
+    """Read `ARCHIVE_FIELDS` of an `.npz`, whatever they hold; nothing is unpickled.
 
     Raises:
         InvalidInput: the file is missing or damaged, or lacks a field.
-
-    Example:
-        >>> read_archive(Path("none.npz"))
-        Traceback (most recent call last):
-        pm_jax.types.InvalidInput: dataset=none.npz: there is no such file
     """
     if not path.is_file():
         raise InvalidInput(f"dataset={path}: there is no such file")
     try:
-        # NumPy leaves a file open that it cannot read.
+        # Opened here, because NumPy leaves a file open that it cannot read.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             fields = {name: archive[name] for name in ARCHIVE_FIELDS if name in archive}
     except Exception as error:  # zip and NumPy raise many types for damaged files.
@@ -232,19 +180,10 @@ def read_archive(path: Path) -> dict[str, np.ndarray]:
 
 
 def check_labels(path: Path, part: str, labels: np.ndarray, examples: int) -> None:
-    """Raise unless an archive's labels are whole numbers from 0 on, one per example.
-
-    Args:
-        path: of the archive.
-        part: "train" or "test".
-        labels: its y.
-        examples: how many it has in x.
+    """Check that an archive's labels are whole numbers from 0 on, one per example.
 
     Raises:
         InvalidInput: they are not.
-
-    Example:
-        >>> check_labels(Path("mine.npz"), "train", np.asarray([0, 1]), 2)
     """
     if labels.shape != (examples,) or labels.dtype.kind not in "iu" or min(labels, default=0) < 0:
         raise InvalidInput(

@@ -1,4 +1,4 @@
-"""Encoded images as uint8 arrays of one size, and a cache of those that had to be resized."""
+"""Decoding images into uint8 arrays, and a cache of images that had to be resized."""
 
 import concurrent.futures
 import contextlib
@@ -16,7 +16,7 @@ from pm_jax import files
 from pm_jax.types import InvalidInput
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-"""Pillow's name for a number of channels."""
+"""Pillow's mode for each number of channels."""
 
 CHUNK = 256
 """Encoded images in memory at a time."""
@@ -25,21 +25,13 @@ CHUNK = 256
 def decoded(
     encoded: Iterable[bytes], name: str, channels: int = 3, side: int = 0
 ) -> Iterator[np.ndarray]:
-    """Decode images with Pillow, in threads, in the order given.
+    """Decode image files with Pillow, in threads, and yield uint8 [H, W, channels] in their order.
 
-    Args:
-        encoded: PNG, JPEG, ... files.
-        name: of the data set, for the error message.
-        channels: 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha); images are converted.
-        side: of the square that each becomes, in pixels: its largest central square, resized
-            bicubically with antialiasing, as by resizing the shorter side and cropping; 0 to leave
-            images as they are.
-
-    Returns:
-        uint8 images [H, W, channels], one by one.
+    Images are converted to `channels`: 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha). With a
+    `side`, the largest central square of each is resized to it, bicubically with antialiasing.
 
     Raises:
-        InvalidInput: an image that cannot be decoded.
+        InvalidInput: an image cannot be decoded.
 
     Example:
         >>> from PIL import Image
@@ -54,7 +46,8 @@ def decoded(
         try:
             with Image.open(io.BytesIO(data)) as image:
                 converted = image.convert(MODES[channels])
-        except Exception as error:  # Pillow raises many types for damaged files.
+        except Exception as error:
+            # Pillow raises many types for damaged files.
             raise InvalidInput(
                 f"dataset={name}: holds an image that cannot be decoded "
                 f"({type(error).__name__}: {error}); prepare it again"
@@ -65,27 +58,16 @@ def decoded(
 
     remaining = iter(encoded)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        # In chunks, as `map` would draw all encoded images at once.
         while chunk := list(itertools.islice(remaining, CHUNK)):
             yield from pool.map(decode, chunk)
 
 
 def gathered(images: Iterable[np.ndarray], name: str, count: int) -> np.ndarray:
-    """Images of one size in one array.
-
-    Args:
-        images: uint8 [H, W, channels], one by one.
-        name: of the data set, for the error message.
-        count: N, at least 1.
-
-    Returns:
-        uint8 [N, H, W, channels].
+    """Gather `count` images of one size, at least one, into one array.
 
     Raises:
-        InvalidInput: images that differ in size.
-
-    Example:
-        >>> gathered([np.zeros((4, 4, 3), np.uint8)] * 5, "mine", 5).shape
-        (5, 4, 4, 3)
+        InvalidInput: the images differ in size.
     """
     remaining = iter(images)
     first = next(remaining)
@@ -102,18 +84,10 @@ def gathered(images: Iterable[np.ndarray], name: str, count: int) -> np.ndarray:
 
 
 def as_rgb(images: np.ndarray, name: str) -> np.ndarray:
-    """Images with the three channels that models pre-trained on photographs take.
-
-    Args:
-        images: uint8 [N, H, W, channels] with 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha)
-            channels; alpha is dropped.
-        name: of the data set, for the error message.
-
-    Returns:
-        uint8 [N, H, W, 3].
+    """Convert images of 1, 2 or 4 channels to the three of photographs; alpha is dropped.
 
     Raises:
-        InvalidInput: another number of channels.
+        InvalidInput: the images have another number of channels.
 
     Example:
         >>> as_rgb(np.full((1, 1, 1, 2), [7, 255], np.uint8), "mine").tolist()
@@ -133,24 +107,16 @@ def as_rgb(images: np.ndarray, name: str) -> np.ndarray:
 def cached(
     folders: Sequence[Path], stem: str, shape: tuple[int, int, int]
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """What `keep` has stored, if it is whole.
+    """Look for images of a shape that `keep` has stored, and their labels; `None` without any.
 
-    Args:
-        folders: to look in, in this order.
-        stem: first part of the file names.
-        shape: of an image, [H, W, channels].
-
-    Returns:
-        Images, read from the disk when they are used, and labels; `None` where there are none.
-
-    Example:
-        >>> cached([Path("/nonexistent")], "train", (8, 8, 3))
+    Images are read from the disk when they are used.
     """
     for folder in folders:
         try:
             images = np.load(folder / f"{stem}.images.npy", mmap_mode="r")
             labels = np.load(folder / f"{stem}.labels.npy")
-        except Exception:  # NumPy raises many types for damaged files, which are made anew.
+        except Exception:
+            # NumPy raises many types for damaged files, which are made anew.
             continue
         if images.dtype == np.uint8 and images.shape == (len(labels), *shape):
             return np.asarray(images), labels
@@ -165,33 +131,25 @@ def keep(
     count: int,
     shape: tuple[int, int, int],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Store images one by one, so that they never are in memory together.
+    """Store images one by one, never all in memory, and return them as `cached` does.
 
-    Args:
-        folders: the first that can be written is used.
-        stem: first part of the file names.
-        images: uint8 [H, W, channels].
-        labels: of the images; may grow while those are drawn.
-        count: N.
-        shape: of an image.
-
-    Returns:
-        As `cached`.
+    The first folder that can be written is used. `labels` may grow while the images are drawn.
 
     Raises:
-        InvalidInput: nowhere to write, or no room.
+        InvalidInput: no folder can be written, or the disk is full.
 
     Example:
         >>> import tempfile
         >>> folder = Path(tempfile.mkdtemp())
-        >>> found, labels = keep([folder], "x", [np.ones((2, 2, 1), np.uint8)], [3], 1, (2, 2, 1))
-        >>> found.sum(), labels.tolist(), cached([folder], "x", (2, 2, 1)) is not None
+        >>> images, labels = keep([folder], "x", [np.ones((2, 2, 1), np.uint8)], [3], 1, (2, 2, 1))
+        >>> images.sum(), labels.tolist(), cached([folder], "x", (2, 2, 1)) is not None
         (np.uint64(4), [3], True)
     """
     folder = _writable(folders)
     header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
     try:
         with _writing(folder / f"{stem}.images.npy") as file:
+            # The header of an .npy file; the images follow one by one.
             np.lib.format.write_array_header_1_0(file, header)
             for image in images:
                 file.write(image.tobytes())
@@ -201,12 +159,12 @@ def keep(
         raise InvalidInput(
             f"cache_dir={folder}: resized images cannot be stored ({error}); name another place"
         ) from error
-    found = cached([folder], stem, shape)
-    if found is None:
+    stored = cached([folder], stem, shape)
+    if stored is None:
         raise InvalidInput(
             f"cache_dir={folder}: what was stored cannot be read; name another place"
         )
-    return found
+    return stored
 
 
 def _writable(folders: Sequence[Path]) -> Path:

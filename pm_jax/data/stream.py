@@ -1,7 +1,7 @@
-"""A stream of tasks over arrays: who learns what when, and what is held out.
+"""A stream of tasks over arrays: the examples of each task, for training, validation and testing.
 
-All examples of all tasks lie in one array that can stay on the device; a task is a row of indices
-into it, padded to the largest task so that shapes never change along the stream.
+All examples of all tasks lie in one array that can stay on the device. A task is a row of indices
+into it, padded to the largest task, so that shapes never change along the stream.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from pm_jax.types import InvalidInput
 SCENARIOS = ("domain_incremental", "class_incremental")
 CLASS_ORDERS = ("random", "given", "groups")
 SHOWN = 6
-"""Classes of a task named in a message before the others are counted."""
+"""A message names this many classes of a task, and counts the others."""
 
 
 class LabelledArrays(NamedTuple):
@@ -25,11 +25,11 @@ class LabelledArrays(NamedTuple):
 
     Attributes:
         train_inputs: uint8 images [N, H, W, channels] or int32 token ids [N, tokens].
-        train_labels: int [N], classes 0..C-1.
+        train_labels: classes 0..C-1, int [N].
         test_inputs: the same [M, ...].
         test_labels: int [M].
         name: prefix of the example ids, "name/train/17".
-        class_groups: int [C], the group of each class (a domain of intents); `None` without groups.
+        class_groups: the group of each class (a domain of intents), int [C]; `None` without groups.
     """
 
     train_inputs: np.ndarray
@@ -44,15 +44,15 @@ class TaskIndices(NamedTuple):
     """The examples of each task in one split.
 
     Attributes:
-        positions: int32 [T, M], places in the stream's arrays; rows padded with 0.
-        sizes: int32 [T], how many entries of each row are examples.
+        positions: places in the stream's arrays, int32 [T, M]; rows are padded with 0.
+        sizes: number of examples in each row, int32 [T].
     """
 
     positions: np.ndarray
     sizes: np.ndarray
 
     def rows(self) -> list[np.ndarray]:
-        """The unpadded rows."""
+        """Return the rows without their padding."""
         return [row[:size] for row, size in zip(self.positions, self.sizes, strict=True)]
 
 
@@ -61,13 +61,13 @@ class TaskStream:
     """Tasks to be learned one after another.
 
     Attributes:
-        inputs: uint8 or int32 [N, ...], all examples of all tasks and splits.
+        inputs: all examples of all tasks and splits, uint8 or int32 [N, ...].
         labels: int32 [N].
         example_ids: N strings that name the examples independently of seed and order.
-        train: what is trained on.
-        validation: held out of the training data; for choosing hyper-parameters.
-        test: for reporting, never for choosing.
-        class_masks: bool [T, C], the classes of each task.
+        train: examples to train on.
+        validation: examples held out of the training data; for choosing hyper-parameters.
+        test: examples for reporting, never for choosing.
+        class_masks: the classes of each task, bool [T, C].
         scenario: "class_incremental" (tasks bring new classes) or "domain_incremental" (every task
             has every class, its inputs differ).
         class_order: the classes in the order in which they arrive.
@@ -94,7 +94,7 @@ class TaskStream:
         return self.class_masks.shape[1]
 
     def together(self) -> "TaskStream":
-        """The same examples as one task."""
+        """Return the same examples as one task."""
         splits = (self.train, self.validation, self.test)
         train, validation, test = (_padded([np.concatenate(split.rows())]) for split in splits)
         masks = np.any(self.class_masks, axis=0, keepdims=True)
@@ -103,7 +103,7 @@ class TaskStream:
         )
 
     def manifest(self) -> dict:
-        """What was split how: class order, and per task its classes, sizes and hashes of ids."""
+        """Return, as JSON, the class order, and per task its classes, sizes and hashes of ids."""
         splits = {"train": self.train, "validation": self.validation, "test": self.test}
         tasks = []
         for task, mask in enumerate(self.class_masks):
@@ -125,34 +125,31 @@ def class_incremental(
     base_classes: int = 0,
     validation_fraction: float = 0.15,
 ) -> TaskStream:
-    """Tasks that each bring new classes.
+    """Make tasks that each bring new classes.
 
-    Where the classes do not divide evenly, the earlier tasks have one class more.
+    If the classes do not divide evenly, the earlier tasks have one class more.
 
     Args:
         arrays: the data set.
         num_tasks: T.
-        seed: of the class order and of the validation split.
+        seed: seed of the class order and of the validation split.
         class_order: "random", drawn from the seed; "given", by their numbers; "groups", one group
             of `arrays.class_groups` a task, the groups in an order drawn from the seed.
         base_classes: number of classes of the first task; 0 for an even share.
         validation_fraction: share of the training data of each class to hold out, in (0, 1).
 
-    Returns:
-        A `TaskStream`.
-
     Raises:
-        InvalidInput: a task without classes, a class without training examples, a split that
-            leaves one without, or groups that are not there or not as many as tasks.
+        InvalidInput: a task has no classes, a class has no training examples or loses them all to
+            validation, or there are not as many groups as tasks.
 
     Example:
-        >>> import numpy as np
         >>> images, labels = np.zeros((20, 2), np.uint8), np.arange(20) % 4
         >>> arrays = LabelledArrays(images, labels, images, labels)
         >>> class_incremental(arrays, 2, seed=0).class_masks.sum(axis=1).tolist()
         [2, 2]
     """
     num_classes = _count_classes([arrays])
+    # Class order and validation split draw from streams of their own, [seed, 0] and [seed, 1].
     generator = np.random.default_rng([seed, 0])
     if class_order == "groups":
         groups = _given_groups(generator, arrays.class_groups, num_tasks, base_classes)
@@ -161,6 +158,7 @@ def class_incremental(
         order = generator.permutation(order) if class_order == "random" else order
         groups = _class_groups(order, num_tasks, base_classes)
     train, validation = _hold_out(arrays.train_labels, seed, validation_fraction)
+    # Test examples lie behind the training examples.
     offset = len(arrays.train_labels)
     rows = {
         "train": [train[np.isin(arrays.train_labels[train], g)] for g in groups],
@@ -182,25 +180,15 @@ def class_incremental(
 def domain_incremental(
     domains: Sequence[LabelledArrays], seed: int, *, validation_fraction: float = 0.15
 ) -> TaskStream:
-    """Tasks with the same classes and different inputs, one per domain, in the order given.
+    """Make tasks with the same classes and different inputs, one per domain, in the order given.
 
-    Where domains are versions of the same examples (equal labels), the same ones are held out of
-    all of them.
-
-    Args:
-        domains: one data set per task.
-        seed: of the validation split.
-        validation_fraction: share of the training data of each class to hold out, in (0, 1).
-
-    Returns:
-        A `TaskStream`.
+    If domains are versions of the same examples (equal labels), the same ones are held out of all.
 
     Raises:
-        InvalidInput: no domain, a class without training examples in any of them, or a split that
-            leaves one without.
+        InvalidInput: there is no domain, or a class has no training examples in any of them or
+            loses them all to validation.
 
     Example:
-        >>> import numpy as np
         >>> images, labels = np.zeros((20, 2), np.uint8), np.arange(20) % 4
         >>> arrays = LabelledArrays(images, labels, images, labels)
         >>> domain_incremental([arrays, arrays], seed=0).train.sizes.tolist()
@@ -233,17 +221,9 @@ def domain_incremental(
 
 
 def first_of_each_class(labels: np.ndarray, count: int) -> np.ndarray:
-    """Places of the first examples of each class.
-
-    Args:
-        labels: int [N].
-        count: examples of each class, as far as there are so many; 0 for all.
-
-    Returns:
-        int [M], rising.
+    """Find the first `count` examples of each class, in rising order; 0 finds all.
 
     Example:
-        >>> import numpy as np
         >>> first_of_each_class(np.asarray([1, 0, 1, 1, 0]), 2).tolist()
         [0, 1, 2, 4]
     """
@@ -254,17 +234,22 @@ def first_of_each_class(labels: np.ndarray, count: int) -> np.ndarray:
 
 
 def _count_classes(domains: Sequence[LabelledArrays]) -> int:
-    """C, where every class 0..C-1 has a training example and no test example is of another."""
+    """Count the classes, and check that each has a training example in some domain.
+
+    Raises:
+        InvalidInput: a class has none, or only test examples.
+    """
     trained = np.unique(np.concatenate([domain.train_labels for domain in domains])).tolist()
     tested = np.unique(np.concatenate([domain.test_labels for domain in domains])).tolist()
-    known = max([*trained, *tested], default=-1) + 1
-    if len(trained) < known or not known:  # labels may be too many to list
+    count = max([*trained, *tested], default=-1) + 1
+    if len(trained) < count or not count:
+        # A gap is looked for one by one: a label of two billion would make a list of as many.
         missing = next(c for c in itertools.count() if c >= len(trained) or trained[c] != c)
         raise InvalidInput(
-            f"dataset={domains[0].name}: class {missing} of {known} has no training example; "
+            f"dataset={domains[0].name}: class {missing} of {count} has no training example; "
             "number the classes from 0 on without gaps"
         )
-    return known
+    return count
 
 
 def _class_groups(order: np.ndarray, num_tasks: int, base_classes: int) -> list[np.ndarray]:
@@ -297,14 +282,18 @@ def _given_groups(
 
 
 def _hold_out(labels: np.ndarray, seed: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Positions to train on and to validate on, shuffled, the same share of every class."""
+    """Split positions into training ones, shuffled, and validation ones, the same share of a class.
+
+    Raises:
+        InvalidInput: the fraction is not in (0, 1), or leaves a class nothing to train on.
+    """
     if not 0 < fraction < 1:
         raise InvalidInput(f"validation_fraction={fraction}: must lie strictly between 0 and 1")
     generator = np.random.default_rng([seed, 1])
     train, validation = [], []
     for label in np.unique(labels):
         members = generator.permutation(np.flatnonzero(labels == label))
-        # The only example of a class, as in some domains, is for training.
+        # A class with one example, as in some domains, keeps it for training.
         held_out = max(1, round(fraction * len(members))) if len(members) > 1 else 0
         if held_out >= len(members):
             raise InvalidInput(
@@ -323,7 +312,11 @@ def _task_of_classes(classes: np.ndarray) -> str:
 
 
 def _check_examples(rows: dict[str, list[np.ndarray]], tasks: Sequence[str]) -> None:
-    """Raise for a task without examples in one of its splits."""
+    """Check that every task has examples in all of its splits.
+
+    Raises:
+        InvalidInput: a task has none in a split.
+    """
     lacks = {
         "train": "no training example",
         "validation": "no class of two training examples, of which one is held out for validation",

@@ -10,12 +10,13 @@ from pm_jax.data.stream import LabelledArrays
 from pm_jax.types import InvalidInput
 
 LABELS = ("label", "intent")
-"""Names of the feature that holds the class; the first that the data set has is taken."""
+"""The class is in the first of these features that a data set has."""
 GROUPS = "domain"
-"""Name of the feature that groups classes, where there is one."""
+"""The feature that groups classes, if a data set has it."""
 
 
-@functools.lru_cache(maxsize=1)  # seeds and baselines share one decoding
+# Seeds and baselines share one tokenization.
+@functools.lru_cache(maxsize=1)
 def load(
     dataset: str,
     data_dir: str,
@@ -25,29 +26,20 @@ def load(
     train_per_class: int = 0,
     test_per_class: int = 0,
 ) -> LabelledArrays:
-    """Texts in memory, as token ids.
+    """Load texts into memory, as int32 token ids [N, max_tokens], with labels.
 
     Args:
         dataset: the path of an `.npz` with strings x_train, x_test and labels y_train, y_test, or
             the name of a text classification data set of tensorflow-datasets, "clinc_oos".
-        data_dir: where tensorflow-datasets has prepared it; empty for its own default.
+        data_dir: folder where tensorflow-datasets has prepared it; empty for its default.
         tokenizer: path of a `tokenizer.json` of the library `tokenizers`.
         max_tokens: length that texts are cut or padded to, special tokens included.
         train_per_class: training examples of each class to keep, the first in the data's order;
             0 for all.
         test_per_class: the same for test examples.
 
-    Returns:
-        int32 token ids [N, max_tokens] and labels; `class_groups` where every class belongs to one
-        domain.
-
     Raises:
         InvalidInput: data or tokenizer are missing, damaged or of another kind.
-
-    Example:
-        >>> load("clinc_oos", "", "none.json", 32)
-        Traceback (most recent call last):
-        pm_jax.types.InvalidInput: tokenizer=none.json: there is no such file; ...
     """
     encode = _encoder(tokenizer, max_tokens)
     if dataset.endswith(".npz"):
@@ -73,7 +65,8 @@ def _encoder(path: str, max_tokens: int):
         ) from None
     try:
         tokenizer = tokenizers.Tokenizer.from_file(path)
-    except Exception as error:  # a Rust error without a type of its own
+    except Exception as error:
+        # The Rust library raises plain exceptions.
         raise InvalidInput(
             f"tokenizer={path}: cannot be read ({error}); give the tokenizer.json of the model"
         ) from error
@@ -82,7 +75,8 @@ def _encoder(path: str, max_tokens: int):
     tokenizer.enable_padding(length=max_tokens, pad_id=padding)
 
     def encode(texts: np.ndarray) -> np.ndarray:
-        return np.asarray([found.ids for found in tokenizer.encode_batch(list(texts))], np.int32)
+        encodings = tokenizer.encode_batch(list(texts))
+        return np.asarray([encoding.ids for encoding in encodings], np.int32)
 
     return encode
 
@@ -119,6 +113,7 @@ def _prepared(name: str, data_dir: str) -> LabelledArrays:
             texts.append(example["text"].decode())
             labels.append(int(example[label]))
             if GROUPS in features:
+                # All examples of a class are of one domain: the first one says which.
                 groups.setdefault(labels[-1], int(example[GROUPS]))
         parts.append((np.asarray(texts), np.asarray(labels, np.int64)))
     of_class = np.asarray([groups[c] for c in range(len(groups))]) if groups else None

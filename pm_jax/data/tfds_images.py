@@ -15,13 +15,13 @@ from pm_jax.data.stream import LabelledArrays, first_of_each_class
 from pm_jax.types import InvalidInput, cause
 
 DOMAINS = {"domainnet": ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")}
-"""Data sets whose configurations are domains with the same classes, in the order of the tasks."""
+"""Data sets with a configuration for each domain, in the order of the tasks."""
 
 TEST_FRACTION = 0.2
 
 
 class _Part(NamedTuple):
-    """Examples to read: of a prepared split, or of one side of its division, of each class."""
+    """Examples to read: a split, the side of its division (if any), and how many of each class."""
 
     split: str
     side: str
@@ -37,62 +37,58 @@ def load_images(
     stored_size: int = 0,
     cache_dir: str = "",
 ) -> list[LabelledArrays]:
-    """Image classification data sets that tensorflow-datasets has prepared.
+    """Load image data sets that tensorflow-datasets has prepared; several share their classes.
 
-    Those in array_record are read without TensorFlow, those in tfrecord with it. Examples keep the
-    order of the files. Test examples are those of the split "test", or else "validation". A data
-    set of only one split, "train" or "test" (`imagenet_r`, `imagenet_a`), is divided: 20 % of it
-    for testing, the same share of every class, drawn with a fixed seed, as in scikit-learn's
+    Data in array_record are read without TensorFlow, in tfrecord with it. Examples keep the order
+    of the files. Test examples are those of the split "test", or else "validation". A data set of
+    only one split, "train" or "test" (`imagenet_r`, `imagenet_a`), is divided: 20 % of it for
+    testing, the same share of every class, drawn with a fixed seed, as in scikit-learn's
     `train_test_split(..., test_size=0.2, random_state=0, stratify=labels)`. Classes without any
     example (800 of the 1,000 that `imagenet_r` declares) are dropped, the others keep their order.
 
     Args:
-        names: in the catalogue, "cifar100" or "domainnet/real"; several share their classes.
-        data_dir: where they are prepared; empty for the default of tensorflow-datasets.
+        names: names in the catalogue, "cifar100" or "domainnet/real".
+        data_dir: folder where they are prepared; empty for the default of tensorflow-datasets.
         train_per_class: training examples of each class to keep, the first in the data's order;
             0 for all. Others are not decoded.
         test_per_class: the same for test examples.
         stored_size: side in pixels of the square that images are resized to, once; 0 to leave them.
-        cache_dir: where resized images are kept; empty for a folder `pm_jax_images` beside the
-            prepared data or, where that cannot be written, in the user's cache directory.
-
-    Returns:
-        `LabelledArrays` for each name.
+        cache_dir: folder for resized images; empty for a folder `pm_jax_images` beside the prepared
+            data or, if that cannot be written, in the user's cache directory.
 
     Raises:
-        InvalidInput: unknown, not prepared or damaged; not of labelled uint8 images; of several
-            sizes without stored_size; a class without training examples; or nowhere to keep what
-            was resized.
+        InvalidInput: a data set is unknown, not prepared, damaged, or has no labelled uint8 images;
+            has several sizes without stored_size; has a class without training examples; or there
+            is no place for resized images.
 
     References:
         Wang et al., `Learning to Prompt for Continual Learning
         <https://arxiv.org/abs/2112.08654>`_, 2022: the 24,000 and 6,000 images of ImageNet-R
-
-    Example:
-        >>> load_images(["no_such_data_set"])
-        Traceback (most recent call last):
-        pm_jax.types.InvalidInput: dataset=no_such_data_set: is not in the catalogue of ...
     """
     builders = [_builder(name, data_dir) for name in names]
-    found = []
+    data_sets = []
     for name, builder in zip(names, builders, strict=True):
         train, test = _parts(name, builder, train_per_class, test_per_class)
         arrays = (
             *_read(name, builder, train, stored_size, cache_dir),
             *_read(name, builder, test, stored_size, cache_dir),
         )
-        found.append(LabelledArrays(*arrays, name=name))
-    shapes = {images.shape[1:] for arrays in found for images in (arrays[0], arrays[2])}
+        data_sets.append(LabelledArrays(*arrays, name=name))
+    shapes = {images.shape[1:] for arrays in data_sets for images in (arrays[0], arrays[2])}
     if len(shapes) > 1:
         raise InvalidInput(
             f"dataset={names[0]}: its parts have images of the shapes "
             f"{' and '.join(map(str, sorted(shapes)))}; set stored_size to bring them to one size"
         )
-    return _renumbered(found, builders[0].info.features["label"])
+    return _renumbered(data_sets, builders[0].info.features["label"])
 
 
 def _builder(name: str, data_dir: str) -> Any:
-    """The reader of a data set that is prepared and has labelled uint8 images."""
+    """Find a prepared data set that has labelled uint8 images.
+
+    Raises:
+        InvalidInput: it has none.
+    """
     import tensorflow_datasets as tfds
 
     builder = prepared.find(name, data_dir)
@@ -113,7 +109,7 @@ def _builder(name: str, data_dir: str) -> Any:
 
 
 def _parts(name: str, builder: Any, train_per_class: int, test_per_class: int) -> list[_Part]:
-    """What to train on and what to test on."""
+    """Choose the examples to train on and to test on."""
     splits = builder.info.splits
     held_out = next((split for split in ("test", "validation") if split in splits), None)
     if "train" in splits and held_out:
@@ -131,7 +127,7 @@ def _parts(name: str, builder: Any, train_per_class: int, test_per_class: int) -
 def _read(
     name: str, builder: Any, part: _Part, stored_size: int, cache_dir: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels of a part."""
+    """Read images and labels of a part, from the cache if they were resized before."""
     channels = builder.info.features["image"].shape[-1] or 3
     shape = (stored_size, stored_size, channels)
     stem, folders = _stem(builder, part), _folders(builder, stored_size, cache_dir)
@@ -142,6 +138,7 @@ def _read(
     count = builder.info.splits[part.split].num_examples if positions is None else len(positions)
     labels: list[int] = []
 
+    # Labels are collected as the images are drawn, so that the files are read once.
     def encoded() -> Iterator[bytes]:
         for example in prepared.examples(builder, part.split, ("image", "label"), positions):
             labels.append(int(example["label"]))
@@ -155,11 +152,11 @@ def _read(
 
 
 def _positions(name: str, builder: Any, part: _Part) -> np.ndarray | None:
-    """Places in the split, rising; `None` for all."""
+    """Find the places of a part's examples in its split, rising; `None` for all."""
     if not part.side and not part.per_class:
         return None
-    found = prepared.examples(builder, part.split, ("label",))
-    labels = np.fromiter((example["label"] for example in found), np.int64)
+    examples = prepared.examples(builder, part.split, ("label",))
+    labels = np.fromiter((example["label"] for example in examples), np.int64)
     positions = np.arange(len(labels))
     if part.side:
         positions = _divided(name, labels)[part.side]
@@ -186,8 +183,9 @@ def _divided(name: str, labels: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _stem(builder: Any, part: _Part) -> str:
-    """Names a part, and changes where another data set is prepared under the same version."""
+    """Name a part; the name changes if another data set is prepared under the same version."""
     split = builder.info.splits[part.split]
+    # The sizes and the first bytes tell one preparation from another.
     seal = hashlib.sha256(repr((split.shard_lengths, split.num_bytes)).encode())
     with contextlib.suppress(OSError), split.filepaths[0].open("rb") as file:
         seal.update(file.read(1 << 16))
@@ -198,24 +196,29 @@ def _stem(builder: Any, part: _Part) -> str:
 
 
 def _folders(builder: Any, stored_size: int, cache_dir: str) -> list[Path]:
-    """Where resized images may lie, the best place first."""
+    """List folders for resized images, the best one first."""
     inside = Path(builder.info.full_name) / f"{stored_size}px"
     if cache_dir:
         return [Path(cache_dir) / inside]
     own = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     places = [own / "pm_jax" / inside]
     version = Path(os.fspath(builder.data_path))
-    if version.is_dir():  # It may lie in a bucket.
+    # A data set in a bucket has no folder beside it.
+    if version.is_dir():
         depth = len(Path(builder.info.full_name).parts)
         places.insert(0, version.parents[depth - 1] / "pm_jax_images" / inside)
     return places
 
 
-def _renumbered(found: list[LabelledArrays], classes: Any) -> list[LabelledArrays]:
-    """The same with classes 0..C-1, those of which there is a training example in any of them."""
-    trained = np.unique(np.concatenate([arrays.train_labels for arrays in found]))
-    tested = np.unique(np.concatenate([arrays.test_labels for arrays in found]))
-    name = found[0].name
+def _renumbered(data_sets: list[LabelledArrays], classes: Any) -> list[LabelledArrays]:
+    """Number the classes that have a training example in any data set 0..C-1.
+
+    Raises:
+        InvalidInput: an example has no label, or a class has test examples only.
+    """
+    trained = np.unique(np.concatenate([arrays.train_labels for arrays in data_sets]))
+    tested = np.unique(np.concatenate([arrays.test_labels for arrays in data_sets]))
+    name = data_sets[0].name
     if min(*trained, *tested) < 0:
         raise InvalidInput(f"dataset={name}: has examples without label")
     if len(missing := np.setdiff1d(tested, trained)):
@@ -228,5 +231,5 @@ def _renumbered(found: list[LabelledArrays], classes: Any) -> list[LabelledArray
             train_labels=np.searchsorted(trained, arrays.train_labels),
             test_labels=np.searchsorted(trained, arrays.test_labels),
         )
-        for arrays in found
+        for arrays in data_sets
     ]

@@ -28,7 +28,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Array) -> Array:
-        """Logits [N, C] of inputs [N, ...]."""
+        """Return logits [N, C] for inputs [N, ...]."""
         x = inputs.reshape(inputs.shape[0], -1)
         for layer, width in enumerate(self.hidden_sizes):
             x = nn.relu(nn.Dense(width, dtype=self.dtype, name=f"hidden_{layer}")(x))

@@ -3,36 +3,8 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from pm_jax.models.vit import Attention, MlpBlock
+from pm_jax.models.vit import Block
 from pm_jax.types import Array
-
-
-class PostNormBlock(nn.Module):
-    """Transformer block with the norms after the residual sums: `attn`, `norm1`, `mlp`, `norm2`.
-
-    Attributes:
-        num_heads: of the attention.
-        mlp_size: hidden width of the MLP.
-        layer_norm_epsilon: added to the variance.
-        dtype: type of computation.
-    """
-
-    num_heads: int
-    mlp_size: int
-    layer_norm_epsilon: float = 1e-12
-    dtype: jnp.dtype | None = None
-
-    @nn.compact
-    def __call__(self, x: Array, mask: Array) -> Array:
-        """[N, T, D] to [N, T, D]."""
-
-        def norm(name: str, inputs: Array) -> Array:
-            epsilon = self.layer_norm_epsilon
-            return nn.LayerNorm(epsilon=epsilon, dtype=self.dtype, name=name)(inputs)
-
-        attention = Attention(self.num_heads, self.dtype, name="attn")(x, mask)
-        x = norm("norm1", x + attention)
-        return norm("norm2", x + MlpBlock(self.mlp_size, self.dtype, name="mlp")(x))
 
 
 class TextEncoder(nn.Module):
@@ -42,12 +14,12 @@ class TextEncoder(nn.Module):
         num_classes: C, width of the classifier `head`.
         vocabulary: number of token ids.
         positions: longest text in tokens.
-        width: D, of the tokens.
+        width: D, the length of a token.
         depth: number of blocks, named `blocks_0`, `blocks_1`, ...
-        num_heads: of every attention; must divide the width.
+        num_heads: number of heads of every attention; must divide the width.
         mlp_ratio: hidden width of the MLPs over D.
-        padding_id: token id that stands for no token.
-        layer_norm_epsilon: of all norms.
+        padding_id: token id of padding, which is neither attended to nor pooled.
+        layer_norm_epsilon: number added to the variance in all norms.
         dtype: type of computation; parameters are float32.
 
     References:
@@ -74,19 +46,20 @@ class TextEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, ids: Array) -> Array:
-        """Logits [N, C] of token ids, int [N, T]."""
+        """Return logits [N, C] for token ids, int [N, T]."""
         mask = ids != self.padding_id
         words = nn.Embed(self.vocabulary, self.width, dtype=self.dtype, name="word_embed")(ids)
         places = nn.Embed(self.positions, self.width, dtype=self.dtype, name="position_embed")
+        # BERT marks two sentences of a pair; a text is all of the first kind.
         kinds = nn.Embed(2, self.width, dtype=self.dtype, name="type_embed")
         x = words + places(jnp.arange(ids.shape[1]))[None] + kinds(jnp.zeros_like(ids))
         epsilon, hidden = self.layer_norm_epsilon, int(self.width * self.mlp_ratio)
         x = nn.LayerNorm(epsilon=epsilon, dtype=self.dtype, name="embed_norm")(x)
         for layer in range(self.depth):
-            block = PostNormBlock(
-                self.num_heads, hidden, epsilon, self.dtype, name=f"blocks_{layer}"
-            )
+            name = f"blocks_{layer}"
+            block = Block(self.num_heads, hidden, epsilon, self.dtype, post_norm=True, name=name)
             x = block(x, mask)
+        # Padding does not count; a text of nothing else has the mean 0, not 0 / 0.
         real = mask[:, :, None].astype(x.dtype)
         pooled = jnp.sum(x * real, axis=1) / jnp.maximum(jnp.sum(real, axis=1), 1)
         return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(pooled)

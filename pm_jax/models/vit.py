@@ -12,7 +12,7 @@ from pm_jax.types import Array
 def attend(query: Array, key: Array, value: Array, mask: Array | None = None) -> Array:
     """Scaled dot-product attention, its softmax in float32.
 
-    As `jax.nn.dot_product_attention`, whose products on a CPU take a third longer.
+    `jax.nn.dot_product_attention` gives the same, and takes a third longer on a CPU.
 
     Args:
         query: [N, T, heads, H].
@@ -32,21 +32,16 @@ def attend(query: Array, key: Array, value: Array, mask: Array | None = None) ->
     logits = jnp.matmul(query, jnp.swapaxes(key, 2, 3), preferred_element_type=jnp.float32)
     logits = logits / math.sqrt(query.shape[-1])
     if mask is not None:
+        # Finite, so that a row of nothing but padding gives numbers and not NaN.
         logits = jnp.where(mask, logits, -1e30)
     weights = jax.nn.softmax(logits).astype(value.dtype)
     return jnp.swapaxes(weights @ value, 1, 2)
 
 
 def gelu(x: Array) -> Array:
-    """Exact GELU, in float32.
+    """Exact GELU, computed in float32 through erf.
 
-    Through erf: `jax.nn.gelu` takes erfc, which on a CPU is slower and keeps more in memory.
-
-    Args:
-        x: floating-point array.
-
-    Returns:
-        The same shape and type.
+    `jax.nn.gelu` uses erfc, which is slower on a CPU and keeps more in memory.
 
     Example:
         >>> round(gelu(jnp.asarray(1.0)).item(), 4)
@@ -57,19 +52,14 @@ def gelu(x: Array) -> Array:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with separate `query`, `key`, `value` and `proj` layers.
-
-    Attributes:
-        num_heads: must divide the width of the inputs.
-        dtype: type of computation.
-    """
+    """Multi-head self-attention with separate `query`, `key`, `value` and `proj` layers."""
 
     num_heads: int
     dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        """[N, T, D] to [N, T, D], attending to the tokens where `mask` (bool [N, T]) is true."""
+        """Map [N, T, D] to [N, T, D], attending to tokens where `mask`, bool [N, T], is true."""
         width = x.shape[-1]
         heads = (*x.shape[:-1], self.num_heads, width // self.num_heads)
         query, key, value = (
@@ -82,19 +72,14 @@ class Attention(nn.Module):
 
 
 class MlpBlock(nn.Module):
-    """Two dense layers, `fc1` and `fc2`, with exact GELU between them.
-
-    Attributes:
-        hidden_size: width of `fc1`.
-        dtype: type of computation.
-    """
+    """Two dense layers, `fc1` (of the hidden size) and `fc2`, with exact GELU between them."""
 
     hidden_size: int
     dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """[N, T, D] to [N, T, D]."""
+        """Map [N, T, D] to [N, T, D]."""
         hidden = nn.Dense(self.hidden_size, dtype=self.dtype, name="fc1")(x)
         return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(gelu(hidden))
 
@@ -103,27 +88,34 @@ class Block(nn.Module):
     """Transformer block: `norm1`, `attn`, `norm2`, `mlp`, with residual connections.
 
     Attributes:
-        num_heads: of the attention.
+        num_heads: number of heads of the attention.
         mlp_size: hidden width of the MLP.
-        layer_norm_epsilon: added to the variance.
+        layer_norm_epsilon: number added to the variance.
         dtype: type of computation.
+        post_norm: take the norms after the residual sums, as BERT, instead of before the layers.
     """
 
     num_heads: int
     mlp_size: int
-    layer_norm_epsilon: float = 1e-6
+    layer_norm_epsilon: float
     dtype: jnp.dtype | None = None
+    post_norm: bool = False
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """[N, T, D] to [N, T, D]."""
+    def __call__(self, x: Array, mask: Array | None = None) -> Array:
+        """Map [N, T, D] to [N, T, D], attending to the tokens where `mask` is true."""
 
-        def normed(name):
+        def norm(name: str, inputs: Array) -> Array:
             epsilon = self.layer_norm_epsilon
-            return nn.LayerNorm(epsilon=epsilon, dtype=self.dtype, name=name)(x)
+            return nn.LayerNorm(epsilon=epsilon, dtype=self.dtype, name=name)(inputs)
 
-        x = x + Attention(self.num_heads, self.dtype, name="attn")(normed("norm1"))
-        return x + MlpBlock(self.mlp_size, self.dtype, name="mlp")(normed("norm2"))
+        attention = Attention(self.num_heads, self.dtype, name="attn")
+        mlp = MlpBlock(self.mlp_size, self.dtype, name="mlp")
+        if self.post_norm:
+            x = norm("norm1", x + attention(x, mask))
+            return norm("norm2", x + mlp(x))
+        x = x + attention(norm("norm1", x), mask)
+        return x + mlp(norm("norm2", x))
 
 
 class VisionTransformer(nn.Module):
@@ -132,11 +124,11 @@ class VisionTransformer(nn.Module):
     Attributes:
         num_classes: C, width of the classifier `head`.
         patch_size: side of a square patch in pixels; must divide both sides of the image.
-        image_size: side in pixels that images are resized to, bicubically; `None` to take them as
+        image_size: side in pixels that images are resized to, bicubically; `None` to leave them as
             they are.
-        width: D, of the tokens.
+        width: D, the length of a token.
         depth: number of blocks, named `blocks_0`, `blocks_1`, ...
-        num_heads: of every attention; must divide the width.
+        num_heads: number of heads of every attention; must divide the width.
         mlp_ratio: hidden width of the MLPs over D.
         layer_norm_epsilon: 1e-6 for timm's and AugReg's weights, 1e-12 for transformers'.
         dtype: type of computation; parameters are float32.
@@ -165,7 +157,7 @@ class VisionTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
-        """Logits [N, C] of images [N, H, W, channels]."""
+        """Return logits [N, C] for images [N, H, W, channels]."""
         if self.image_size and images.shape[1:3] != (self.image_size, self.image_size):
             shape = (images.shape[0], self.image_size, self.image_size, images.shape[-1])
             images = jax.image.resize(images, shape, "bicubic")
@@ -180,14 +172,7 @@ class VisionTransformer(nn.Module):
         positions = self.param("pos_embed", nn.initializers.normal(0.02), (1, *x.shape[1:]))
         x = x + positions.astype(x.dtype)
         for layer in range(self.depth):
-            hidden = int(self.width * self.mlp_ratio)
-            block = Block(
-                self.num_heads,
-                hidden,
-                self.layer_norm_epsilon,
-                self.dtype,
-                name=f"blocks_{layer}",
-            )
-            x = block(x)
+            hidden, epsilon = int(self.width * self.mlp_ratio), self.layer_norm_epsilon
+            x = Block(self.num_heads, hidden, epsilon, self.dtype, name=f"blocks_{layer}")(x)
         x = nn.LayerNorm(epsilon=self.layer_norm_epsilon, dtype=self.dtype, name="norm")(x)
         return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x[:, 0])

@@ -1,7 +1,7 @@
-"""Merging of checkpoints in files, without training and without whole models in memory.
+"""Merging checkpoints in files, without training and without whole models in memory.
 
-What must be in memory at once is the rule's `scope`: blocks of elements, one tensor, or, for a rule
-that looks across tensors, all of them.
+The rule's `scope` says what must be in memory at once: a block of elements, one tensor, or all
+tensors for a rule that looks across them.
 """
 
 import functools
@@ -23,32 +23,24 @@ from pm_jax.rules import Evidence, MergeRule, jit_merge
 from pm_jax.types import InvalidInput, Params
 
 BLOCK = 1 << 16
-"""Elements in memory at a time, where the rule allows it; smaller tensors are padded to it."""
+"""Elements merged at a time by a rule of scope "element"."""
 
 Load = Callable[[TensorFile], Params]
-"""From a file to the part of it that is merged at once."""
+"""Function that loads, from a file, the part that is merged at once."""
 
 
 def merge_files(merge: Merge) -> str:
-    """Merge checkpoints in files into another file, written whole or not at all.
+    """Merge checkpoints in files into another file, and return lines that say what was done.
 
-    The base is the model before the first task, every model is merged in its turn: the rule's
-    `init(base)`, then `update(previous=, trained=)` per model, as in training. Arithmetic is in
-    float32 (float64 where a file is), the result has the base's types, names and order. Tensors
-    that are not floating-point are the base's. The metadata say how it was made.
-
-    Memory is that of a few blocks of `BLOCK` elements for a rule of scope "element", of a tensor
-    and the rule's state for scope "tensor", and of all tensors and the state for scope "model".
-
-    Args:
-        merge: what, how and where to.
-
-    Returns:
-        Lines that say what was done.
+    The output is written whole or not at all. The base is the model before the first task, and the
+    models are merged in turn, as in training: the rule's `init(base)`, then `update(previous=,
+    trained=)` per model. Arithmetic is in float32 (float64 where a file is). The output has the
+    base's types, names and order, and its metadata say how it was made. Tensors that are not
+    floating-point are copied from the base.
 
     Raises:
-        InvalidInput: files that cannot be read, do not hold the same tensors or hold NaN; a rule
-            that needs more than the files hold; an output that exists.
+        InvalidInput: a file cannot be read, has other tensors or has NaN; the rule needs more than
+            the files hold; or the output exists.
 
     Example:
         >>> import tempfile
@@ -64,6 +56,7 @@ def merge_files(merge: Merge) -> str:
         [2.0, 2.0]
     """
     check_output(merge.output, overwrite=merge.overwrite)
+    # Beside the output: its disk has room for a model, the system's folder may have none.
     with tempfile.TemporaryDirectory(
         prefix=f"{merge.output.name}.", dir=merge.output.parent
     ) as folder:
@@ -75,6 +68,7 @@ def _merge(merge: Merge, inputs: Inputs) -> str:
     of_tensor = {name: rule for rule, names in by_settings for name in names}
     entries = inputs.base.entries
     with (
+        # float64 is on for this merge only if a file holds it: it would slow the others down.
         jax.enable_x64(any(_is_double(file) for file in inputs.files)),
         writing(
             merge.output, entries, _provenance(merge, inputs), overwrite=merge.overwrite
@@ -101,7 +95,9 @@ class _Pieces:
         self._run = {id(rule): _runner(rule, inputs, seed) for rule, _ in by_settings}
 
     def of(self, name: str, rule: MergeRule) -> Iterator[np.ndarray]:
+        """Yield the merged pieces of a tensor."""
         run, size = self._run[id(rule)], self._inputs.base.entries[name].size
+        # Draws depend on the tensor's name, not on its place among the others.
         place = zlib.crc32(name.encode())
         if rule.scope == "element":
             for block, first in enumerate(range(0, size, BLOCK)):
@@ -117,7 +113,8 @@ class _Pieces:
 
     def _block(self, name: str, first: int, stop: int) -> Load:
         def load(file: TensorFile) -> np.ndarray:
-            values: np.ndarray = np.zeros(BLOCK, self._dtype(name))  # of one shape: one compilation
+            # Padded to one shape, so that one compilation serves all blocks.
+            values: np.ndarray = np.zeros(BLOCK, self._dtype(name))
             values[: stop - first] = _values(file, name, first, stop)
             return values
 
@@ -143,14 +140,16 @@ def _values(file: TensorFile, name: str, first: int, stop: int) -> np.ndarray:
 
 
 def _runner(rule: MergeRule, inputs: Inputs, seed: int) -> Callable[..., Params]:
-    """A function that takes a rule through all models, over whatever part is loaded at once.
+    """Compile a function that takes a rule through all models, for the part that a `load` loads.
 
-    Numbers that say which part it is make its random draws its own.
+    The function's further arguments number the part, so that each part gets random draws of its
+    own.
     """
 
     @jax.jit
     def init(base):
-        return rule.init(jax.tree.map(jnp.copy, base))  # of its own: `update` donates it
+        # A copy, because `update` donates the state, which may be the base itself.
+        return rule.init(jax.tree.map(jnp.copy, base))
 
     @jit_merge
     def update(state, previous, trained, fisher, place):
@@ -171,7 +170,8 @@ def _runner(rule: MergeRule, inputs: Inputs, seed: int) -> Callable[..., Params]
             fisher = load(inputs.fishers[task]) if inputs.fishers else None
             place = np.asarray([*part, task], np.uint32)
             state, merged = update(state, previous, trained, fisher, place)
-            jax.block_until_ready(merged)  # loads no further model while this one is in use
+            # Otherwise the next model is loaded while this one is still in memory.
+            jax.block_until_ready(merged)
             previous = merged if rule.next_task_from == "merged" else trained
         return jax.tree.map(_with_lost_bits, merged, trained)
 
@@ -179,9 +179,9 @@ def _runner(rule: MergeRule, inputs: Inputs, seed: int) -> Callable[..., Params]
 
 
 def _with_lost_bits(merged: jax.Array, trained: np.ndarray) -> np.ndarray:
-    """Signed zeros and subnormal numbers, which compiled arithmetic takes for zero.
+    """Restore signed zeros and subnormal numbers, which compiled arithmetic turns into zero.
 
-    Without them the average of equal models would not be that model bit for bit.
+    Without them the average of equal models would differ from these models in some bits.
     """
     values = np.asarray(merged)
     lost = np.abs(values - trained) < np.finfo(values.dtype).tiny
@@ -189,6 +189,7 @@ def _with_lost_bits(merged: jax.Array, trained: np.ndarray) -> np.ndarray:
 
 
 def _rounded(merge: Merge, name: str, values: np.ndarray, dtype: np.dtype) -> memoryview:
+    # What overflows here is reported below, with its name.
     with np.errstate(over="ignore"):
         rounded = np.ascontiguousarray(values).astype(dtype, copy=False)
     if not np.isfinite(rounded).all():
@@ -211,7 +212,7 @@ def _version() -> str:
 
 
 def _provenance(merge: Merge, inputs: Inputs) -> dict[str, str]:
-    """The base's metadata, and how the output was made; names of files without their folders."""
+    """Return the base's metadata and how the output is made; folders of files are left out."""
 
     def described(file: TensorFile) -> dict[str, str]:
         return {"name": file.source.name, "sha256": file.sha256()}

@@ -13,15 +13,12 @@ from pm_jax.types import InvalidInput
 
 
 def to_safetensors(argument: str, directory: Path, path: Path) -> None:
-    """Write the tree that a folder of Orbax holds into a safetensors file, under "a/b/c".
+    """Write the tree in an Orbax folder as a safetensors file, with names "a/b/c".
 
-    Args:
-        argument: what the caller calls the folder, for messages.
-        directory: of one checkpoint of one tree, as `StandardCheckpointer` saves it.
-        path: of the file.
+    `argument` names the folder in messages. Arrays are read one at a time.
 
     Raises:
-        InvalidInput: the folder cannot be read, or holds what safetensors cannot.
+        InvalidInput: the folder cannot be read, or safetensors cannot hold its content.
 
     Example:
         >>> import tempfile
@@ -44,17 +41,21 @@ def to_safetensors(argument: str, directory: Path, path: Path) -> None:
             leaves = trees.leaves_by_path(tree)
             with writing(path, _entries(leaves), {}) as file:
                 for name, leaf in leaves.items():
+                    # Orbax skips the placeholders, so that one array is in memory at a time.
                     wanted = jax.tree.map(
                         lambda other, leaf=leaf: (
                             _shape(leaf) if other is leaf else orbax.PLACEHOLDER
                         ),
                         tree,
                     )
-                    found = checkpointer.restore(
+                    restored = checkpointer.restore(
                         directory, args=orbax.args.PyTreeRestore(wanted, restore_args=as_arrays)
                     )
-                    file.write(np.asarray(trees.leaves_by_path(found)[name], leaf.dtype).tobytes())
+                    file.write(
+                        np.asarray(trees.leaves_by_path(restored)[name], leaf.dtype).tobytes()
+                    )
     except InvalidInput:
+        # `writing` has said what is wrong with the output.
         raise
     except Exception as error:  # Orbax and TensorStore raise many types for damaged folders.
         raise InvalidInput(

@@ -1,4 +1,4 @@
-"""What is asked of an offline merge, checked before any tensor is loaded."""
+"""The request for an offline merge, checked before any tensor is loaded."""
 
 import dataclasses
 import re
@@ -12,15 +12,15 @@ from pm_jax.rules import MergeRule
 from pm_jax.types import InvalidInput
 
 SHOWN = 6
-"""Names or differences that are listed before the rest is counted."""
+"""A message lists this many names or differences, and counts the others."""
 
 OF_FISHERS = frozenset({"quadratic", "curvature_error", "curvature_along"})
-"""Fields of `Evidence` that Fisher files stand for; of these, only the quadratic is known."""
+"""Fields of `Evidence` that come from curvature; Fisher files provide the quadratic only."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Merge:
-    """What is merged, how, and where to.
+    """A request: which files to merge, how, and where to.
 
     Attributes:
         base: file of theta_0, in safetensors; like the others it may be a folder of Orbax, which is
@@ -28,13 +28,13 @@ class Merge:
         models: files of theta_1*, theta_2*, ... in the order of the tasks.
         output: file that is written.
         rule: a key of `rules.REGISTRY`.
-        rule_settings: of the rule, "name=value,...".
-        settings: "PATTERN:name=value,...", each for the tensors whose whole name matches; the first
-            that does counts, and what it does not set is as in `rule_settings`.
-        fishers: files of the diagonal Fisher at each model, under the names of its tensors; for the
-            rules that need curvature.
-        seed: of rules that draw.
-        overwrite: replace an output that is there; it is never one of the inputs.
+        rule_settings: settings of the rule, "name=value,...".
+        settings: settings "PATTERN:name=value,..." for the tensors whose whole name matches the
+            pattern; the first match counts, and adds to `rule_settings`.
+        fishers: files of the diagonal Fisher at each model, with the model's names; for rules that
+            need curvature.
+        seed: seed of rules that draw.
+        overwrite: replace an existing output, which must not be one of the inputs.
     """
 
     base: Path
@@ -53,10 +53,10 @@ class Inputs:
     """Files whose headers agree.
 
     Attributes:
-        base: theta_0; the output has its names, shapes and types.
+        base: theta_0, which gives the output its names, shapes and types.
         models: theta_1*, theta_2*, ...
         fishers: one for each model, or none.
-        merging: names of the tensors that merge, those that are floating-point and not empty.
+        merging: names of the tensors that merge: those of floating-point numbers, and not empty.
     """
 
     base: TensorFile
@@ -66,36 +66,23 @@ class Inputs:
 
     @property
     def files(self) -> tuple[TensorFile, ...]:
-        """All of them."""
+        """All files."""
         return (self.base, *self.models, *self.fishers)
 
 
 def open_inputs(merge: Merge, folder: Path) -> Inputs:
-    """Read all headers, and see that they fit together.
-
-    Args:
-        merge: what is merged.
-        folder: for what has to be turned into safetensors first.
-
-    Returns:
-        The files.
+    """Read all headers and check that they fit together; `folder` takes converted files.
 
     Raises:
-        InvalidInput: files that cannot be read or do not hold the same tensors, a number of Fisher
-            files that is not that of the models, or an output that is one of the inputs.
-
-    Example:
-        >>> import tempfile
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> open_inputs(Merge(folder / "a.safetensors", (), folder / "b.safetensors"), folder)
-        Traceback (most recent call last):
-        pm_jax.types.InvalidInput: models=: needs one or more files
+        InvalidInput: a file cannot be read or has other tensors, there are not as many Fisher files
+            as models, or the output is one of the inputs.
     """
     _check_paths(merge)
 
     def opened(argument: str, number: int, path: Path) -> TensorFile:
         if not path.is_dir():
             return TensorFile.open(argument, path)
+        # `source` keeps the path that the user gave, for messages.
         converted = folder / f"{argument}_{number}.safetensors"
         orbax_files.to_safetensors(argument, path, converted)
         return dataclasses.replace(TensorFile.open(argument, converted), source=path)
@@ -123,18 +110,11 @@ def open_inputs(merge: Merge, folder: Path) -> Inputs:
 
 
 def rules_by_settings(merge: Merge, inputs: Inputs) -> list[tuple[MergeRule, tuple[str, ...]]]:
-    """The rule in each of its settings, with the names of the tensors that it merges.
-
-    Args:
-        merge: what is merged, and how.
-        inputs: its files.
-
-    Returns:
-        Rules and names; every name of `inputs.merging` is with one of them.
+    """Make the rule in each of its settings, with the names of the tensors that it merges.
 
     Raises:
-        InvalidInput: no such rule or setting, a pattern that matches nothing, or a rule that needs
-            what the files do not hold, or that merges nothing.
+        InvalidInput: there is no such rule or setting, a pattern matches nothing, or the rule needs
+            what the files do not hold.
 
     Example:
         >>> merge = Merge(Path("a"), (Path("b"),), Path("c"), settings=("a.*:speed=2",))
@@ -145,13 +125,13 @@ def rules_by_settings(merge: Merge, inputs: Inputs) -> list[tuple[MergeRule, tup
     names: dict[str, list[str]] = {}
     patterns = [_pattern(setting, inputs.merging) for setting in merge.settings]
     for name in inputs.merging:
-        own = next((text for matched, text in patterns if name in matched), "")
-        names.setdefault(_joined(merge.rule_settings, own), []).append(name)
-    found = [
+        text = next((text for matched, text in patterns if name in matched), "")
+        names.setdefault(_joined(merge.rule_settings, text), []).append(name)
+    by_settings = [
         (rules.make(merge.rule, text, max_tasks=len(merge.models)), tuple(group))
         for text, group in names.items()
     ]
-    for rule, _ in found:
+    for rule, _ in by_settings:
         if rule.tasks_at_once:
             raise InvalidInput(
                 f"rule={merge.rule}: trains all tasks at once, which needs their data; use "
@@ -166,15 +146,16 @@ def rules_by_settings(merge: Merge, inputs: Inputs) -> list[tuple[MergeRule, tup
             raise InvalidInput(
                 f"rule={merge.rule}: needs curvature; give fishers, a file for each model"
             )
-    if merge.fishers and not any(rule.needs & OF_FISHERS for rule, _ in found):
+    if merge.fishers and not any(rule.needs & OF_FISHERS for rule, _ in by_settings):
         raise InvalidInput(
             f"fishers={merge.fishers[0]}: rule={merge.rule} reads none; leave them out"
         )
-    return found
+    return by_settings
 
 
 def _pattern(setting: str, names: tuple[str, ...]) -> tuple[frozenset[str], str]:
-    """The tensors and the text of "PATTERN:name=value,..."; a pattern may hold colons."""
+    """Split "PATTERN:name=value,..." into the matching tensors and the text of the settings."""
+    # The pattern takes as little as it can up to ":name=", as it may hold colons itself.
     split = re.fullmatch(r"(.+?):(\w+=.*)", setting)
     if not split:
         raise InvalidInput(f"settings={setting}: must read PATTERN:name=value,...")
@@ -185,20 +166,14 @@ def _pattern(setting: str, names: tuple[str, ...]) -> tuple[frozenset[str], str]
     return frozenset(matched), split[2]
 
 
-def _joined(default: str, own: str) -> str:
-    """Settings of the form "name=value,..." where the second win."""
-    parts = [part for text in (default, own) for part in text.split(",") if part]
+def _joined(default: str, particular: str) -> str:
+    """Join settings "name=value,...", of which the second replace the first."""
+    parts = [part for text in (default, particular) for part in text.split(",") if part]
     return ",".join({part.partition("=")[0]: part for part in parts}.values())
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first few of some names, and how many more there are.
-
-    Args:
-        names: any strings.
-
-    Returns:
-        A phrase.
+    """Write the first few of some names, and how many more there are.
 
     Example:
         >>> listed("abcdefgh")
@@ -226,6 +201,7 @@ def _check_same(base: TensorFile, other: TensorFile, names: tuple[str, ...]) -> 
     differences += [f"also has {name}" for name in other.entries if name not in base.entries]
     for name in names:
         ours, theirs = base.entries[name], other.entries.get(name)
+        # That it is missing has been said above.
         if theirs is None:
             continue
         if theirs.shape != ours.shape:

@@ -2,7 +2,7 @@
 
 The `safetensors` package checks a file; its own readers and writers take whole tensors and whole
 models, so the bytes are read and written here. The format is 8 bytes with the header's length, a
-JSON header of type, shape and place of every tensor, and the tensors one after another.
+JSON header with type, shape and place of every tensor, and the tensors one after another.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ FLOATS = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),
 }
-"""Floating-point types that are computed with, by their names in a header."""
+"""Floating-point types, by their names in a header; these merge."""
 
 WHOLE_NUMBERS = {
     "BOOL": np.dtype(np.bool_),
@@ -37,16 +37,16 @@ WHOLE_NUMBERS = {
         for size in (1, 2, 4, 8)
     },
 }
-"""Types that are passed on as they are."""
+"""Types that are copied as they are."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What a header says of a tensor.
+    """Type, shape and place of a tensor, from a header.
 
     Attributes:
-        dtype: the header's name of its type, such as "F32".
-        shape: of the tensor.
+        dtype: the header's name of the type, such as "F32".
+        shape: shape of the tensor.
         begin: first byte, counted from the end of the header.
         end: one after its last byte.
     """
@@ -64,18 +64,20 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class TensorFile:
-    """A safetensors file whose header was read and checked, and nothing else.
+    """A safetensors file of which the header is read and checked, and nothing else.
 
     Attributes:
         argument: the argument that named the file, for messages.
-        source: what the user gave, for messages: the path, or where the file was made from.
-        path: of the file.
-        entries: `{name: Entry}` in the order of the bytes.
+        source: the path that the user gave, for messages; a conversion may have made the file from
+            it.
+        path: path of the file.
+        entries: entries by name, in the order of the bytes.
         metadata: strings that the file holds.
         start: byte at which the tensors begin.
 
     Example:
-        >>>         >>> from safetensors.numpy import save_file
+        >>> import tempfile
+        >>> from safetensors.numpy import save_file
         >>> path = Path(tempfile.mkdtemp()) / "model.safetensors"
         >>> save_file({"w": np.arange(6.0).reshape(2, 3)}, path)
         >>> file = TensorFile.open("base", path)
@@ -92,17 +94,10 @@ class TensorFile:
 
     @classmethod
     def open(cls, argument: str, path: str | os.PathLike) -> "TensorFile":
-        """Read and check a header.
-
-        Args:
-            argument: what the caller calls the file, for messages.
-            path: of the file, ending in .safetensors.
-
-        Returns:
-            A `TensorFile`.
+        """Read and check a header; `argument` names the file in messages.
 
         Raises:
-            InvalidInput: the file is missing, damaged, or of another kind.
+            InvalidInput: the file is missing, damaged, or not safetensors.
         """
         from safetensors import safe_open
 
@@ -112,8 +107,9 @@ class TensorFile:
         if not path.is_file():
             raise InvalidInput(f"{argument}={path}: there is no such file")
         try:
+            # The package refuses tensors that overlap, leave gaps or lie beyond the end.
             with safe_open(path, "numpy"):
-                pass  # places that overlap, leave gaps or lie beyond the end are refused here
+                pass
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(length), object_pairs_hook=_without_repeats)
@@ -123,30 +119,22 @@ class TensorFile:
             ) from error
         metadata = header.pop("__metadata__", None) or {}
         entries = {
-            name: Entry(found["dtype"], tuple(found["shape"]), *found["data_offsets"])
-            for name, found in header.items()
+            name: Entry(fields["dtype"], tuple(fields["shape"]), *fields["data_offsets"])
+            for name, fields in header.items()
         }
         ordered = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
         return cls(argument, path, path, ordered, metadata, 8 + length)
 
     def read(self, name: str, first: int, stop: int) -> np.ndarray:
-        """Elements of a floating-point tensor, in row-major order.
-
-        Args:
-            name: of the tensor, of a type in `FLOATS`.
-            first: position of the first element.
-            stop: one after the last.
-
-        Returns:
-            [stop - first], in the file's type.
+        """Read the elements `first` to `stop - 1` of a floating-point tensor, in row-major order.
 
         Raises:
-            InvalidInput: one of them is NaN or infinite, or the file has become shorter.
+            InvalidInput: an element is NaN or infinite, or the file has become shorter.
         """
         entry = self.entries[name]
         dtype = FLOATS[entry.dtype]
         place = self.start + entry.begin + first * dtype.itemsize
-        # Not mapped into memory: pages of a map that were read count as memory of the process.
+        # Not mapped into memory: the pages of a map that were read count as the process's memory.
         values = np.fromfile(self.path, dtype, stop - first, offset=place)
         if values.size < stop - first:
             raise InvalidInput(f"{self.argument}={self.source}: was changed meanwhile; start again")
@@ -160,13 +148,7 @@ class TensorFile:
         return values
 
     def copy(self, name: str, target: BinaryIO, piece: int = 1 << 22) -> None:
-        """Copy a tensor's bytes, whatever its type.
-
-        Args:
-            name: of the tensor.
-            target: file that takes them.
-            piece: bytes in memory at a time.
-        """
+        """Copy a tensor of any type to an open file, with `piece` bytes in memory at a time."""
         entry = self.entries[name]
         with self.path.open("rb") as source:
             source.seek(self.start + entry.begin)
@@ -174,7 +156,7 @@ class TensorFile:
                 target.write(source.read(min(piece, entry.end - place)))
 
     def sha256(self) -> str:
-        """Hexadecimal SHA-256 of the whole file."""
+        """Return the SHA-256 of the whole file, in hexadecimal."""
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -187,23 +169,16 @@ def writing(
     *,
     overwrite: bool = False,
 ) -> Iterator[BinaryIO]:
-    """A safetensors file in the making, which takes its name when all of it is on the disk.
+    """Yield an open file with the header in it, for the tensors' bytes in the order of `entries`.
 
-    Args:
-        path: of the file, ending in .safetensors.
-        entries: `{name: Entry}` in the order of the bytes.
-        metadata: strings to keep with it.
-        overwrite: replace a file that is there.
-
-    Yields:
-        An open file with the header in it; the tensors' bytes follow in the order of `entries`. If
-        the context ends in an error, the file is gone.
+    The file takes its name when everything is on the disk; after an error it is gone.
 
     Raises:
         InvalidInput: as `check_output`, or the file cannot be written.
 
     Example:
-        >>>         >>> path = Path(tempfile.mkdtemp()) / "model.safetensors"
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "model.safetensors"
         >>> with writing(path, {"w": Entry("F32", (2,), 0, 8)}, {}) as file:
         ...     _ = file.write(np.ones(2, np.float32).tobytes())
         >>> TensorFile.open("output", path).read("w", 0, 2).tolist()
@@ -228,20 +203,11 @@ def writing(
 
 
 def check_output(path: Path, *, overwrite: bool = False) -> None:
-    """Raise for a path that no safetensors file may be written to.
-
-    Args:
-        path: of the file.
-        overwrite: a file that is there may be replaced.
+    """Check that a safetensors file can be written to a path.
 
     Raises:
-        InvalidInput: another ending, a folder that is absent or cannot be written, or something
-            that is there already.
-
-    Example:
-        >>> check_output(Path("merged.bin"))
-        Traceback (most recent call last):
-        pm_jax.types.InvalidInput: output=merged.bin: must end in .safetensors
+        InvalidInput: the path has another ending, its folder is absent or cannot be written, or
+            something is there already.
     """
     if path.suffix != ".safetensors":
         raise InvalidInput(f"output={path}: must end in .safetensors")
@@ -253,11 +219,16 @@ def check_output(path: Path, *, overwrite: bool = False) -> None:
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of a JSON header, in which a name says one thing."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    """Make a dict of a JSON object's pairs.
+
+    Raises:
+        ValueError: a name stands twice.
+    """
+    fields = dict(pairs)
+    # `dict` keeps the last of equal names, and silently drops the others.
+    if len(fields) < len(pairs):
         raise ValueError("a name stands twice in its header")
-    return found
+    return fields
 
 
 def _header(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
@@ -269,5 +240,6 @@ def _header(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
             "data_offsets": [entry.begin, entry.end],
         }
     text = json.dumps(content, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    # The tensors must begin at a multiple of 8 bytes.
+    text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

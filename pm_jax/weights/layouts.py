@@ -1,18 +1,19 @@
-"""Where each leaf of our models lies in public checkpoints: one list of `Entry` per layout."""
+"""Names of our parameters in public checkpoints: a list of `Entry` for each layout."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
 
 class Entry(NamedTuple):
-    """Where one leaf of ours lies in a checkpoint.
+    """The place of one of our leaves in a checkpoint.
 
     Attributes:
-        path: of our leaf, "blocks_0/attn/key/kernel".
-        name: of their tensor, "blocks.0.attn.qkv.weight".
-        kind: how the arrays differ: "same"; "dense" and "conv", whose output axis comes first in
-            PyTorch; "heads_in", "heads_out" and "heads_bias", with an axis of heads in `.npz`.
-        part: (i, n) where our leaf is the i-th of n equal parts along their first axis.
+        path: path of our leaf, "blocks_0/attn/key/kernel".
+        name: name of their tensor, "blocks.0.attn.qkv.weight".
+        kind: difference between the arrays: "same"; "dense" and "conv", whose output axis comes
+            first in PyTorch; "heads_in", "heads_out" and "heads_bias", with an axis of heads in
+            `.npz`.
+        part: (i, n) if our leaf is the i-th of n equal parts along their first axis.
     """
 
     path: str
@@ -32,6 +33,21 @@ def _norm(path: str, name: str) -> list[Entry]:
     return [Entry(f"{path}/scale", f"{name}.weight"), Entry(f"{path}/bias", f"{name}.bias")]
 
 
+def _blocks(depth: int, prefix: str, attention: str, norms: tuple[str, str]) -> list[Entry]:
+    """List the entries of all blocks in the two layouts of transformers."""
+    entries = []
+    for layer in range(depth):
+        ours, theirs = f"blocks_{layer}", f"{prefix}.{layer}"
+        for name in ("query", "key", "value"):
+            entries += _linear(f"{ours}/attn/{name}", f"{theirs}.{attention}.{name}")
+        entries += _linear(f"{ours}/attn/proj", f"{theirs}.attention.output.dense")
+        entries += _linear(f"{ours}/mlp/fc1", f"{theirs}.intermediate.dense")
+        entries += _linear(f"{ours}/mlp/fc2", f"{theirs}.output.dense")
+        for number, norm in enumerate(norms, start=1):
+            entries += _norm(f"{ours}/norm{number}", f"{theirs}.{norm}")
+    return entries
+
+
 def _timm(depth: int) -> list[Entry]:
     entries = [
         Entry("cls_token", "cls_token"),
@@ -43,6 +59,7 @@ def _timm(depth: int) -> list[Entry]:
     ]
     for layer in range(depth):
         ours, theirs = f"blocks_{layer}", f"blocks.{layer}"
+        # timm keeps query, key and value in one matrix, one after another.
         for part, name in enumerate(("query", "key", "value")):
             entries += _linear(f"{ours}/attn/{name}", f"{theirs}.attn.qkv", (part, 3))
         entries += _linear(f"{ours}/attn/proj", f"{theirs}.attn.proj")
@@ -63,16 +80,8 @@ def _transformers(depth: int) -> list[Entry]:
         *_norm("norm", "vit.layernorm"),
         *_linear("head", "classifier"),
     ]
-    for layer in range(depth):
-        ours, theirs = f"blocks_{layer}", f"vit.encoder.layer.{layer}"
-        for name in ("query", "key", "value"):
-            entries += _linear(f"{ours}/attn/{name}", f"{theirs}.attention.attention.{name}")
-        entries += _linear(f"{ours}/attn/proj", f"{theirs}.attention.output.dense")
-        entries += _linear(f"{ours}/mlp/fc1", f"{theirs}.intermediate.dense")
-        entries += _linear(f"{ours}/mlp/fc2", f"{theirs}.output.dense")
-        entries += _norm(f"{ours}/norm1", f"{theirs}.layernorm_before")
-        entries += _norm(f"{ours}/norm2", f"{theirs}.layernorm_after")
-    return entries
+    norms = ("layernorm_before", "layernorm_after")
+    return entries + _blocks(depth, "vit.encoder.layer", "attention.attention", norms)
 
 
 def _augreg(depth: int) -> list[Entry]:
@@ -89,6 +98,7 @@ def _augreg(depth: int) -> list[Entry]:
     ]
     for layer in range(depth):
         ours, theirs = f"blocks_{layer}", f"Transformer/encoderblock_{layer}"
+        # The numbers in these names are those that Flax gave to modules without a name.
         attention = f"{theirs}/MultiHeadDotProductAttention_1"
         for name in ("query", "key", "value"):
             entries += [
@@ -115,16 +125,8 @@ def _bert(depth: int) -> list[Entry]:
         *_norm("embed_norm", f"{embeddings}.LayerNorm"),
         *_linear("head", "classifier"),
     ]
-    for layer in range(depth):
-        ours, theirs = f"blocks_{layer}", f"encoder.layer.{layer}"
-        for name in ("query", "key", "value"):
-            entries += _linear(f"{ours}/attn/{name}", f"{theirs}.attention.self.{name}")
-        entries += _linear(f"{ours}/attn/proj", f"{theirs}.attention.output.dense")
-        entries += _norm(f"{ours}/norm1", f"{theirs}.attention.output.LayerNorm")
-        entries += _linear(f"{ours}/mlp/fc1", f"{theirs}.intermediate.dense")
-        entries += _linear(f"{ours}/mlp/fc2", f"{theirs}.output.dense")
-        entries += _norm(f"{ours}/norm2", f"{theirs}.output.LayerNorm")
-    return entries
+    norms = ("attention.output.LayerNorm", "output.LayerNorm")
+    return entries + _blocks(depth, "encoder.layer", "attention.self", norms)
 
 
 LAYOUTS = {"timm": _timm, "transformers": _transformers, "augreg": _augreg, "bert": _bert}
@@ -132,10 +134,5 @@ LAYOUTS = {"timm": _timm, "transformers": _transformers, "augreg": _augreg, "ber
 
 
 def depth_of(paths: Iterable[str]) -> int:
-    """Number of blocks of a model from the paths of its leaves.
-
-    Example:
-        >>> depth_of(["blocks_0/attn/key/bias", "blocks_1/attn/key/bias", "head/bias"])
-        2
-    """
+    """Count the blocks of a model from the paths of its leaves."""
     return len({path.split("/")[0] for path in paths if path.startswith("blocks_")})

@@ -22,7 +22,7 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 HEAD_FILE = "head.safetensors"
 
 TOLERANCE = 1e-3
-"""Largest relative error of the factors."""
+"""The product of the factors may differ from the displacement by this share of its norm."""
 
 _PREFIX = "base_model.model."
 _MODULES_OF_TRANSFORMERS = (
@@ -34,11 +34,11 @@ _MODULES_OF_TRANSFORMERS = (
     ("intermediate.dense", "mlp.fc1"),
     ("output.dense", "mlp.fc2"),
 )
-"""What a ViT's saved tensors are called, and its modules since transformers 5; in this order."""
+"""Names in a saved ViT, and of its modules since transformers 5; replaced in this order."""
 
 
 class PeftAdapter(NamedTuple):
-    """What PEFT reads.
+    """The files that PEFT reads.
 
     Attributes:
         config: content of adapter_config.json.
@@ -55,41 +55,28 @@ class PeftAdapter(NamedTuple):
 def peft_adapter(
     start: Params, merged: Params, paths: Sequence[str], layout: str, rank: int
 ) -> PeftAdapter:
-    """One adapter that turns the pre-trained model into the merged one.
+    """Make one adapter, in float32, that turns the pre-trained model into the merged one.
 
-    Merging adapters of T tasks with coefficients gives a displacement that is the product of their
-    factors concatenated along the rank. What is written is that product in another basis: the
-    leading right singular vectors of the displacement as A, and the displacement's components
-    along them as B, with lora_alpha = r, a factor of 1. So an adapter needs no memory of the tasks,
-    and its rank is at most the width of the model. Where a layout keeps query, key and value in one
-    matrix the adapter is of that matrix, with zero rows in B for what did not train.
+    Merging the adapters of T tasks gives a displacement that is the product of their factors,
+    concatenated along the rank. The adapter is that product in another basis: A holds the leading
+    right singular vectors of the displacement, B its components along them, and lora_alpha = r
+    makes the factor 1. Its rank therefore is at most the model's width, however many tasks there
+    were. Where a layout keeps query, key and value in one matrix, B has zero rows for the parts
+    that did not train.
 
-    Where the run's resolution is not that of the weights, the model that takes the adapter must
-    have its position embeddings resized as here: timm resizes so, transformers does not.
+    If the run's resolution differs from that of the weights, the model that takes the adapter must
+    resize its position embeddings as `pretrained.resize_positions` does: timm does, transformers
+    not.
 
     Args:
         start: theta_0.
         merged: theta_hat_T, of the same structure.
-        paths: of the adapted dense kernels.
+        paths: paths of the adapted dense kernels.
         layout: a key of `LAYOUTS`, of safetensors.
         rank: bound on the rank of each kernel's displacement: tasks times rank of an adapter.
 
-    Returns:
-        A `PeftAdapter`, float32.
-
     Raises:
         ValueError: the displacement is not of this rank.
-
-    Example:
-        >>> import jax
-        >>> from pm_jax.models import VisionTransformer
-        >>> model = VisionTransformer(10, patch_size=2, width=8, depth=1, num_heads=2)
-        >>> shapes = jax.eval_shape(model.init, jax.random.key(0), np.ones((1, 4, 4, 3)))["params"]
-        >>> start = jax.tree.map(lambda leaf: np.zeros(leaf.shape), shapes)
-        >>> merged = jax.tree.map(lambda leaf: leaf + 1, start)
-        >>> adapter = peft_adapter(start, merged, ["blocks_0/attn/key/kernel"], "timm", rank=1)
-        >>> adapter.tensors["base_model.model.blocks.0.attn.qkv.lora_B.weight"].shape
-        (24, 1)
     """
     entries = LAYOUTS[layout](depth_of(trees.leaves_by_path(merged)))
     factors = _factors_by_name(start, merged, [e for e in entries if e.path in paths], rank)
@@ -121,14 +108,7 @@ def peft_adapter(
 
 
 def write_adapter(adapter: PeftAdapter, directory: Path) -> None:
-    """Write an adapter as `PeftModel.from_pretrained` reads it.
-
-    All files are complete before the first is put in place, and the configuration, without which
-    nothing loads, is so last.
-
-    Args:
-        adapter: as `peft_adapter` gives it.
-        directory: made if absent; what it holds under other names stays.
+    """Write the files of an adapter into a directory; other files there stay.
 
     Raises:
         InvalidInput: the files cannot be written.
@@ -147,6 +127,8 @@ def write_adapter(adapter: PeftAdapter, directory: Path) -> None:
             write_tensors(adapter.head, staged / HEAD_FILE)
             files.write_json(staged / CONFIG_FILE, adapter.config)
             directory.mkdir(exist_ok=True)
+            # PEFT reads a folder by its config, which goes first and comes last: a kill in between
+            # leaves no adapter rather than a mixed one.
             (directory / CONFIG_FILE).unlink(missing_ok=True)
             names = (HEAD_FILE,) if adapter.head else ()
             for name in (*names, WEIGHTS_FILE, CONFIG_FILE):
@@ -158,29 +140,33 @@ def write_adapter(adapter: PeftAdapter, directory: Path) -> None:
 def _factors_by_name(
     start: Params, merged: Params, entries: Sequence[Entry], rank: int
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """A [r, in] and B [out, r] for each of their matrices, r the same for all."""
+    """Factor the displacement of each matrix into A [r, in] and B [out, r], r the same for all.
+
+    Raises:
+        ValueError: a displacement is not of this rank.
+    """
     members: dict[str, list[Entry]] = {}
     for entry in entries:
         members.setdefault(entry.name, []).append(entry)
     before, after = (_stacked(params, members) for params in (start, merged))
     largest = rank * max(len(group) for group in members.values())
     rank = min(largest, *(side for matrix in before.values() for side in matrix.shape))
-    found = {}
+    factors = {}
     for name, weight in before.items():
         step = after[name] - weight
         right = np.linalg.svd(step, full_matrices=False)[2][:rank]
-        # B as a product, not U S: zero rows of the displacement are zero rows of B exactly.
+        # B is a product, not U S: then zero rows of the displacement are exactly zero in B.
         a, b = right.astype(np.float32), (step @ right.T).astype(np.float32)
-        # Folding adapters into float32 weights leaves their rounding, which has no low rank.
+        # Weights that adapters were folded into are rounded, and rounding has no low rank.
         rounding = 4 * np.finfo(np.float32).eps * np.linalg.norm(weight)
         if np.linalg.norm(step - b @ a) > TOLERANCE * np.linalg.norm(step) + rounding:
             raise ValueError(f"the displacement of {name} is not of rank {rank}")
-        found[name] = a, b
-    return found
+        factors[name] = a, b
+    return factors
 
 
 def _stacked(params: Params, members: Mapping[str, Sequence[Entry]]) -> Tensors:
-    """float64 matrices [out, in] by their names, zero where nothing adapted lies."""
+    """Stack kernels into float64 matrices [out, in] by name, zero where nothing is adapted."""
     leaves, matrices = trees.leaves_by_path(params), {}
     for name, group in members.items():
         columns, rows = leaves[group[0].path].shape

@@ -1,8 +1,8 @@
-"""Public checkpoints in, merged models out under the same names.
+"""Reading public checkpoints into our models, and writing models under the same names.
 
-Of a ViT three layouts are known: timm's and transformers' safetensors, and the `.npz` of AugReg and
-the original ViT; of a text encoder that of BERT in transformers. They are tables
-in `checkpoint_layouts`, read here in both directions.
+A ViT has three layouts: timm's and transformers' safetensors, and the `.npz` of AugReg and the
+original ViT. A text encoder has that of BERT in transformers. The tables of names are in `layouts`,
+and serve both directions.
 """
 
 import os
@@ -20,7 +20,7 @@ from pm_jax.weights.layouts import LAYOUTS, Entry, depth_of
 Tensors = dict[str, np.ndarray]
 
 SHOWN = 6
-"""Names listed per kind of mismatch before the rest is counted."""
+"""A message lists this many names of each kind of mismatch, and counts the others."""
 
 
 _SIGNATURES = {
@@ -30,25 +30,14 @@ _SIGNATURES = {
     "bert": "encoder.layer.0.attention.self.query.weight",
 }
 _UNUSED = ("embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias")
-"""Tensors of BERT that mean pooling has no use for."""
+"""Tensors of BERT that are not used with mean pooling, and may be there."""
 
 
 def read_tensors(path: str | os.PathLike) -> Tensors:
-    """All tensors of a `.safetensors` or `.npz` file.
-
-    Args:
-        path: of the file. Nothing in it is unpickled.
-
-    Returns:
-        `{name: array}`.
+    """Read all tensors of a `.safetensors` or `.npz` file; nothing is unpickled.
 
     Raises:
         InvalidInput: the file is missing, damaged, or of another kind.
-
-    Example:
-        >>> read_tensors("weights.bin")
-        Traceback (most recent call last):
-        pm_jax.types.InvalidInput: pretrained=weights.bin: must end in .safetensors or .npz
     """
     path = Path(path)
     if path.suffix not in (".safetensors", ".npz"):
@@ -57,7 +46,7 @@ def read_tensors(path: str | os.PathLike) -> Tensors:
         raise InvalidInput(f"pretrained={path}: there is no such file")
     try:
         if path.suffix == ".npz":
-            # NumPy leaves a file open that it cannot read.
+            # Opened here, because NumPy leaves a file open that it cannot read.
             with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
                 return dict(archive)
         from safetensors.numpy import load_file
@@ -70,16 +59,10 @@ def read_tensors(path: str | os.PathLike) -> Tensors:
 
 
 def layout_of(tensors: Mapping[str, np.ndarray]) -> str:
-    """The layout that a checkpoint's names follow.
-
-    Args:
-        tensors: `{name: array}`.
-
-    Returns:
-        A key of `LAYOUTS`.
+    """Find the layout that a checkpoint's names follow, a key of `LAYOUTS`.
 
     Raises:
-        InvalidInput: the names are those of no known layout.
+        InvalidInput: the names follow no layout.
 
     Example:
         >>> layout_of({"blocks.0.attn.qkv.weight": np.zeros(1)})
@@ -96,28 +79,14 @@ def layout_of(tensors: Mapping[str, np.ndarray]) -> str:
 
 
 def load_params(tensors: Mapping[str, np.ndarray], params: Params, *, head: bool = False) -> Params:
-    """Parameters of a ViT or a text encoder from the tensors of a public checkpoint.
+    """Fill the parameters of a ViT or a text encoder with the tensors of a public checkpoint.
 
-    Args:
-        tensors: of the checkpoint, as `read_tensors` gives them.
-        params: parameters or shapes of the model to fill; they say depth, widths and resolution.
-        head: take the checkpoint's classifier too; otherwise the model keeps its own.
-
-    Returns:
-        float32 parameters of the structure of `params`. Position embeddings are resized to the
-        model's resolution, bicubically.
+    `params`, arrays or shapes, say depth, widths and resolution; position embeddings are resized to
+    it. The model keeps its own classifier unless `head` is set.
 
     Raises:
-        InvalidInput: tensors that are missing, left over, of another shape or type, or hold NaN or
-            infinity; they are listed.
-
-    Example:
-        >>> from pm_jax.models import VisionTransformer
-        >>> model = VisionTransformer(10, patch_size=2, width=8, depth=1, num_heads=2)
-        >>> params = model.init(jax.random.key(0), jnp.ones((1, 4, 4, 3)))["params"]
-        >>> again = load_params(export_params(params, "timm"), params, head=True)
-        >>> bool(jnp.array_equal(again["pos_embed"], params["pos_embed"]))
-        True
+        InvalidInput: tensors are missing, left over, of another shape or type, NaN or infinite; all
+            are listed.
     """
     ours = trees.leaves_by_path(params)
     all_entries = LAYOUTS[layout_of(tensors)](depth_of(ours))
@@ -135,6 +104,7 @@ def load_params(tensors: Mapping[str, np.ndarray], params: Params, *, head: bool
         if not jnp.issubdtype(tensor.dtype, jnp.floating):
             unfit["not of floating-point numbers"].append(entry.name)
             continue
+        # A float64 beyond float32 becomes infinite, which is reported below.
         with np.errstate(over="ignore"):
             tensor = tensor.astype(np.float32)
         if not np.isfinite(tensor).all():
@@ -145,7 +115,7 @@ def load_params(tensors: Mapping[str, np.ndarray], params: Params, *, head: bool
                 f"{entry.name} gives {leaf.shape} for {entry.path} of {shape}"
             )
         leaves[entry.path] = jnp.asarray(leaf)
-    # A tensor of several of our leaves is named once.
+    # A tensor that holds several of our leaves is named once.
     problems = [f"{kind} {_listed([*dict.fromkeys(names)])}" for kind, names in unfit.items()
                 if names]  # fmt: skip
     if problems:
@@ -157,18 +127,12 @@ def load_params(tensors: Mapping[str, np.ndarray], params: Params, *, head: bool
 
 
 def export_params(params: Params, layout: str, *, num_heads: int = 1) -> Tensors:
-    """The way back: tensors under the names of a layout, to be written with `write_tensors`.
+    """Turn parameters into the tensors of a layout, float32 and contiguous.
 
-    Args:
-        params: of a `VisionTransformer` or `TextEncoder`, for example merged ones.
-        layout: a key of `LAYOUTS`.
-        num_heads: of the model; only "augreg" has an axis of heads.
-
-    Returns:
-        `{name: float32 array}`, contiguous.
+    Only "augreg" needs `num_heads`: its arrays have an axis of heads.
 
     Raises:
-        ValueError: unknown layout.
+        ValueError: there is no such layout.
 
     Example:
         >>> from pm_jax.models import VisionTransformer
@@ -197,23 +161,10 @@ def write_tensors(
     metadata: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a safetensors file, whole or not at all.
-
-    Args:
-        tensors: `{name: array}`.
-        path: of the file, ending in .safetensors.
-        metadata: strings to keep with it.
-        overwrite: replace a file that is there.
+    """Write a safetensors file, whole or not at all, with metadata.
 
     Raises:
         InvalidInput: the path exists, has another ending or cannot be written.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "merged.safetensors"
-        >>> write_tensors({"w": np.ones(2)}, path)
-        >>> read_tensors(path)["w"].tolist()
-        [1.0, 1.0]
     """
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
@@ -231,17 +182,12 @@ def write_tensors(
 
 
 def resize_positions(positions: np.ndarray, tokens: int) -> np.ndarray:
-    """Position embeddings for another number of patches, resized bicubically on their square grid.
+    """Resize position embeddings [1, 1 + g * g, D] to [1, tokens, D], bicubically on their grid.
 
-    Args:
-        positions: float32 [1, 1 + g * g, D], the first for the class token.
-        tokens: 1 + h * h, of the model.
-
-    Returns:
-        float32 [1, tokens, D]; the same array where nothing changes.
+    The first position belongs to the class token, and stays as it is.
 
     Raises:
-        ValueError: a number of patches that is no square.
+        ValueError: a number of patches is no square.
 
     Example:
         >>> resize_positions(np.ones((1, 5, 3), np.float32), 10).shape
@@ -259,7 +205,7 @@ def resize_positions(positions: np.ndarray, tokens: int) -> np.ndarray:
 
 
 def _fitting(entry: Entry, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """A tensor as our leaf; as it is where its axes are none that could be."""
+    """Turn a tensor into our leaf; a tensor whose axes cannot fit stays as it is."""
     try:
         leaf = _to_ours(entry, tensor)
         return resize_positions(leaf, shape[1]) if entry.path == "pos_embed" else leaf

@@ -8,7 +8,7 @@ import pytest
 from pm_jax.continual import Learner, RunOptions
 from pm_jax.continual.report.results import read_results
 from pm_jax.continual.run import run_seeds
-from pm_jax.continual.storage import task_models
+from pm_jax.continual.storage import reuse
 from pm_jax.types import InvalidInput
 from tests.small_runs import BY_CLASS, QUIET, SMALL, VIT, comparable
 
@@ -64,7 +64,7 @@ def test_another_rule_merges_the_same_models_anew(source, tmp_path):
         rtol=1e-6,
     )  # fmt: skip
     for task in range(1, config.num_tasks):
-        kept = task_models.whole(workdir / "seed_0", task)
+        kept = reuse.read_task_model(workdir / "seed_0", task)
         assert set(learner.programs.merging) <= set(kept)
         for path, leaf in kept.items():
             node = merges[task - 1]

@@ -20,7 +20,7 @@ from safetensors.numpy import save
 from pm_jax.continual import Config
 from pm_jax.continual.report.results import METRICS, read_results, summarize_seeds
 from pm_jax.continual.storage.logs import RunLog
-from pm_jax.continual.storage.shared_training import SharedTraining
+from pm_jax.continual.storage.reuse import SharedTraining
 from pm_jax.continual.storage.workdir import check_claim, claim
 from pm_jax.data import class_incremental, sources, stored_images, texts
 from pm_jax.models import VisionTransformer

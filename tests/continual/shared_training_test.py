@@ -7,7 +7,7 @@ import pytest
 from pm_jax import rules
 from pm_jax.continual import Learner, RunOptions
 from pm_jax.continual import learner as learner_module
-from pm_jax.continual.storage.shared_training import SharedTraining
+from pm_jax.continual.storage.reuse import SharedTraining
 from pm_jax.types import InvalidInput
 from tests.small_runs import BY_CLASS, QUIET, SMALL, comparable, forget_programs, leaves_equal
 

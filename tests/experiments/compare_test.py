@@ -8,10 +8,10 @@ import sys
 import pytest
 from absl import flags
 
-from experiments import compare
 from experiments import flags as experiment_flags
 from pm_jax import rules
 from pm_jax.continual import learner as learner_module
+from pm_jax.continual.rule_comparison import configurations
 from tests.binaries import call, refused
 
 TINY = ["--num_tasks=3", "--epochs=1", "--first_task_epochs=1", "--hidden_sizes=8"]
@@ -79,7 +79,7 @@ def test_rules_have_settings_of_their_own_and_all_is_each_once():
     experiment_flags.parse(["compare", "--epochs=2"])
     base = experiment_flags.config_from_flags()
     label = "perturb_and_merge+clip=false+epochs=4+probabilities=1/2:1/4:1/4"
-    found = compare.configurations(base, ["all", "sequential", label])
+    found = configurations(base, ["all", "sequential", label], (), experiment_flags.parse_setting)
     assert list(found)[:-1] == list(rules.REGISTRY)
     assert all(config.rule == label for label, config in list(found.items())[:-1])
     own = found[label]

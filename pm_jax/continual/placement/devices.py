@@ -1,9 +1,9 @@
 """Where a run's arrays lie: on a mesh of devices that divide the examples of a batch.
 
 Every function of a run is one program over all of the mesh. Examples are divided along their first
-axis; parameters, and all that has their shape, are copied to each device or, with `fsdp`, divided
-among so many that together hold one copy. What XLA has to move for that, it moves by itself, and
-the numbers are those of one device up to the order of sums.
+axis. Parameters, and all arrays of their shapes, are copied to each device or, with `fsdp`, divided
+among so many devices that together hold one copy. XLA moves data between devices by itself, and the
+numbers are those of one device up to the order of sums.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from pm_jax.types import Array, InvalidInput, PyTree
 
 COPIES, PARTS = "data", "fsdp"
 EXAMPLES = (COPIES, PARTS)
-"""Axes of the mesh that examples are divided along: both."""
+"""Examples are divided along both axes of the mesh."""
 
 Tree = TypeVar("Tree")
 
@@ -50,52 +50,45 @@ class Devices:
 
     @classmethod
     def of(cls, count: int = 1, parts: int = 1) -> "Devices":
-        """A mesh of the first devices.
-
-        Args:
-            count: number of devices; 0 for all, of all processes.
-            parts: how many of them hold one copy of the parameters.
-
-        Returns:
-            The mesh; the same one for the same arguments.
+        """Make a mesh of the first `count` devices (0: all), of which `parts` hold one copy.
 
         Raises:
             InvalidInput: there are not so many, or the parts do not divide them.
         """
-        there = jax.devices()
-        number = count or len(there)
-        if number > len(there):
+        present = jax.devices()
+        number = count or len(present)
+        if number > len(present):
             raise InvalidInput(
-                f"devices={count}: there are {len(there)}; give at most as many, or 0 for all"
+                f"devices={count}: there are {len(present)}; give at most as many, or 0 for all"
             )
-        if processes.several() and number < len(there):
+        if processes.several() and number < len(present):
             raise InvalidInput(
-                f"devices={count}: several processes use all their {len(there)} devices; give 0"
+                f"devices={count}: several processes use all their {len(present)} devices; give 0"
             )
         if number % parts:
             raise InvalidInput(f"fsdp={parts}: must divide the {number} devices")
         shape, automatic = (number // parts, parts), (jax.sharding.AxisType.Auto,) * 2
-        return cls(jax.make_mesh(shape, EXAMPLES, axis_types=automatic, devices=there[:number]))
+        return cls(jax.make_mesh(shape, EXAMPLES, axis_types=automatic, devices=present[:number]))
 
     @classmethod
     def like(cls, array: Array) -> "Devices":
-        """The mesh that an array lies on."""
+        """Return the mesh that an array lies on."""
         mesh = getattr(array.sharding, "mesh", None)
         return cls(mesh) if isinstance(mesh, Mesh) else cls.of()
 
     @property
     def count(self) -> int:
-        """Number of devices."""
+        """The number of devices."""
         return self.mesh.size
 
     def multiple(self, examples: int) -> int:
-        """The number of examples from this on that all devices have equally many of."""
+        """Round a number of examples up, so that all devices have equally many."""
         return -(-examples // self.count) * self.count
 
     def sharding(self, shape: tuple[int, ...]) -> NamedSharding:
-        """Of what is not divided by examples, of some shape.
+        """Return the sharding of an array without an axis of examples.
 
-        Matrices and larger arrays are divided along their longest axis that can be.
+        With `fsdp`, matrices and larger arrays are divided along the longest axis that allows it.
         """
         parts, spec = self.mesh.shape[PARTS], list[str | None]()
         fitting = [axis for axis, length in enumerate(shape) if length % parts == 0 and length]
@@ -105,7 +98,7 @@ class Devices:
         return NamedSharding(self.mesh, P(*spec))
 
     def place(self, tree: PyTree) -> Any:
-        """Put arrays, which all processes have, where `sharding` says."""
+        """Put arrays, which all processes must have, where `sharding` says."""
         return jax.tree.map(jnp.asarray if self.count == 1 else self._put, tree)
 
     def _put(self, leaf: Any) -> Array:
@@ -118,13 +111,13 @@ class Devices:
         return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
     def whole(self, tree: PyTree) -> Any:
-        """Copies as NumPy's, put together where they are divided; by all processes at once."""
+        """Copy arrays to NumPy's, put together from their parts; all processes must call."""
         if processes.several():
             tree = jax.jit(lambda x: x, out_shardings=NamedSharding(self.mesh, P()))(tree)
         return jax.tree.map(np.array, tree)
 
     def shapes(self, tree: PyTree) -> PyTree:
-        """What arrays are to be restored as: shape, type and, if they are not NumPy's, sharding."""
+        """Describe arrays for Orbax to restore; NumPy's arrays stay as they are."""
         only = SingleDeviceSharding(self.mesh.devices.flat[0]) if self.count == 1 else None
 
         def shape(leaf: Any) -> Any:
@@ -136,7 +129,7 @@ class Devices:
         return jax.tree.map(shape, tree)
 
     def place_rows(self, array: np.ndarray) -> Array:
-        """Divide an array by its rows, padded to as many for each; a process reads its own only."""
+        """Divide an array by its rows, padded to equally many; a process reads only its rows."""
         if self.count == 1:
             return jnp.asarray(array)
         each = -(-len(array) // self.count)
@@ -150,21 +143,13 @@ class Devices:
         return jax.make_array_from_callback(shape, NamedSharding(self.mesh, P(EXAMPLES)), part)
 
     def columns(self, number: int) -> slice:
-        """Those of a number of columns, a multiple of the devices, that this process has."""
+        """Return the slice that this process holds of `number` columns, as many for each device."""
         places = self._by_columns.addressable_devices_indices_map((1, number)).values()
-        found = [index[1].indices(number) for index in places if index]
-        return slice(min(first for first, *_ in found), max(stop for _, stop, _ in found))
+        ranges = [index[1].indices(number) for index in places if index]
+        return slice(min(first for first, *_ in ranges), max(stop for _, stop, _ in ranges))
 
     def place_columns(self, array: np.ndarray, number: int) -> Array:
-        """Divide an array by its second axis.
-
-        Args:
-            array: [S, ...], the `columns` of this process.
-            number: of columns in all.
-
-        Returns:
-            [S, number, ...].
-        """
+        """Join the `columns` of all processes, [S, ...], to one divided array [S, number, ...]."""
         if self.count == 1:
             return jnp.asarray(array)
         shape = (len(array), number, *array.shape[2:])
@@ -175,25 +160,20 @@ class Devices:
         return NamedSharding(self.mesh, P(None, EXAMPLES))
 
     def rows(self, array: Array, rows: Array) -> Array:
-        """Rows of an array that `place_rows` divided, divided anew in their order.
+        """Gather rows (int32 [B]) of an array of integers that `place_rows` divided.
 
-        Args:
-            array: [N, ...] of integers.
-            rows: int32 [B], a multiple of the devices.
-
-        Returns:
-            [B, ...].
+        The result, [B, ...], is divided among the devices, of which B must be a multiple.
         """
         if self.count == 1:
             return array[rows]
 
         def of_device(part: Array, rows: Array) -> Array:
             places = rows - jax.lax.axis_index(EXAMPLES) * part.shape[0]
-            own = (places >= 0) & (places < part.shape[0])
-            found = part[jnp.where(own, places, 0)]
-            found = jnp.where(own.reshape(-1, *[1] * (part.ndim - 1)), found, 0)
-            # One device has each row and the others zeros.
-            return jax.lax.psum_scatter(found, EXAMPLES, scatter_dimension=0, tiled=True)
+            inside = (places >= 0) & (places < part.shape[0])
+            values = part[jnp.where(inside, places, 0)]
+            values = jnp.where(inside.reshape(-1, *[1] * (part.ndim - 1)), values, 0)
+            # Each row comes from one device, and the others add zeros: exact for integers.
+            return jax.lax.psum_scatter(values, EXAMPLES, scatter_dimension=0, tiled=True)
 
         divided = P(EXAMPLES)
         gather = jax.shard_map(
@@ -209,7 +189,7 @@ class Devices:
         return jax.lax.with_sharding_constraint(examples, sharding)
 
     def keep(self, tree: Tree) -> Tree:
-        """Have arrays lie where `sharding` says, inside a compiled function."""
+        """Constrain arrays to lie where `sharding` says, inside a compiled function."""
         if self.count == 1:
             return tree
         return jax.tree.map(
@@ -219,7 +199,7 @@ class Devices:
     def jit(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         """Compile a function whose results lie where `sharding` says.
 
-        So a run's state always lies alike, and nothing is compiled twice.
+        A run's state then always lies in the same way, so that nothing is compiled twice.
         """
         if self.count == 1:
             return jax.jit(function, **options)
@@ -233,7 +213,7 @@ class Devices:
 
 @functools.lru_cache(maxsize=8)
 def devices_of(config: Config) -> Devices:
-    """The devices of a run.
+    """Return the devices of a run.
 
     Raises:
         InvalidInput: there are no such devices, or they do not divide `batch_size`.

@@ -13,25 +13,12 @@ Results = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 def write_plots(results: Results, directory: Path) -> list[Path]:
-    """Write the plots of a comparison as PNG.
+    """Write the plots of a comparison as PNG, and return their paths.
 
-    Args:
-        results: for each label the contents of `results.json`, one a seed.
-        directory: where to; earlier plots are replaced.
-
-    Returns:
-        The files: accuracy after each task, final accuracy of each task, forgetting against
-        learning accuracy, and the merge coefficient of each task.
+    `results` has for each label the contents of results.json, one a seed.
 
     Raises:
         ImportError: matplotlib is not installed.
-
-    Example:
-        >>> import tempfile
-        >>> run = {"accuracy_matrix": [[1.0, None], [0.5, 0.75]], "forgetting": 0.5,
-        ...        "learning_accuracy": 0.875, "merges": [{"alpha": 1.0}, {"alpha": None}]}
-        >>> len(write_plots({"averaging": [run]}, Path(tempfile.mkdtemp())))
-        4
     """
     from matplotlib.figure import Figure
 
@@ -65,12 +52,14 @@ def _alpha_of_each_task(axes, results: Results) -> None:
 
 
 def _lines(axes, curves: Mapping[str, np.ndarray], name: str) -> None:
-    """Curves [S, T] with their mean and standard deviation over the seeds, if there are any."""
+    """Draw curves [S, T] with mean and standard deviation over the seeds, where there are any."""
     for number, (label, values) in enumerate(curves.items()):
         if not np.isfinite(values).any():
             continue
+        # Shifted a little, so that error bars do not hide each other.
         tasks = np.arange(1, values.shape[1] + 1) + 0.03 * (number - len(curves) / 2)
         spread = values.std(axis=0, ddof=1) if len(values) > 1 else None
+        # Ten colours, then the same ones with another line.
         style = ("-", "--", ":")[number // 10 % 3]
         axes.errorbar(tasks, values.mean(axis=0), spread, label=label, linestyle=style,
                       color=f"C{number % 10}", marker=".", capsize=2, linewidth=1)  # fmt: skip
@@ -90,6 +79,7 @@ def _final_accuracy_of_each_task(axes, results: Results) -> None:
     axes.imshow(100 * final, cmap="viridis", vmin=0, vmax=100, aspect="auto")
     for row, column in np.ndindex(final.shape):
         value = final[row, column]
+        # Legible on both ends of the colour map, of which high values are bright.
         ink = "white" if value < 0.6 else "black"
         axes.text(column, row, f"{100 * value:.1f}", color=ink, ha="center", va="center")
     axes.set_xticks(range(final.shape[1]), range(1, final.shape[1] + 1))
@@ -103,11 +93,12 @@ def _forgetting_and_learning_accuracy(axes, results: Results) -> None:
             [[run["learning_accuracy"], run["forgetting"]] for run in runs], np.float64
         )
         x, y = points.mean(axis=0)
-        if not np.isfinite((x, y)).all():  # one task has nothing to forget
+        # With one task there is nothing to forget.
+        if not np.isfinite((x, y)).all():
             continue
         error = points.std(axis=0, ddof=1) if len(runs) > 1 else (None, None)
-        marker = "osD"[number // 10 % 3]
-        color = f"C{number % 10}"  # the same in every plot
+        # A rule has the same colour in every plot.
+        marker, color = "osD"[number // 10 % 3], f"C{number % 10}"
         axes.errorbar(x, y, error[1], error[0], fmt=marker, color=color, label=label, capsize=2)
         axes.annotate(label, (x, y), textcoords="offset points", xytext=(5, 4), fontsize="small")
     axes.set(xlabel="learning accuracy, %", ylabel="forgetting, %")

@@ -1,6 +1,7 @@
-"""Figures of the report of a run; they need the extra `plots`.
+"""Figures for the report of a run; they need the extra `plots`.
 
-All are 4.6 inches wide: on a phone's screen that leaves their text about as large as the page's.
+`runs` are the contents of results.json, one a seed. All figures are 4.6 inches wide: on a phone's
+screen their text is then about as large as the page's.
 """
 
 import base64
@@ -20,34 +21,18 @@ Results = Mapping[str, Any]
 
 
 def data_uri(figure: "Figure") -> str:
-    """A figure as the address of an image that a page contains.
-
-    Args:
-        figure: of matplotlib.
-
-    Returns:
-        A data URI of an SVG, the same for the same figure; letters are outlines.
-
-    Example:
-        >>> data_uri(accuracy_matrix([{"accuracy_matrix": [[1.0]]}]))[:26]
-        'data:image/svg+xml;base64,'
-    """
+    """Encode a figure as the address of an SVG image; the same figure gives the same text."""
     from matplotlib import rc_context
 
     buffer = io.BytesIO()
+    # Ids are random and the date is now, unless they are set: the report would change each time.
     with rc_context({"svg.hashsalt": "pm_jax"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def accuracy_matrix(runs: Sequence[Results]) -> "Figure":
-    """Heat map of the accuracies after each task, on each task, as the mean over seeds.
-
-    Args:
-        runs: contents of `results.json`, one a seed.
-
-    Returns:
-        A figure, with the figures in percent in the cells of up to ten tasks.
+    """Draw a heat map of the accuracies after each task, on each task, as the mean over seeds.
 
     Example:
         >>> figure = accuracy_matrix([{"accuracy_matrix": [[1.0, None], [0.5, 0.25]]}])
@@ -59,6 +44,7 @@ def accuracy_matrix(runs: Sequence[Results]) -> "Figure":
     axes = figure.subplots()
     image = axes.imshow(np.ma.masked_invalid(values), cmap="viridis", vmin=0, vmax=100)
     figure.colorbar(image, ax=axes, shrink=0.8)
+    # More numbers than those of ten tasks are not legible.
     if len(values) <= 10:
         for row, column in np.argwhere(np.isfinite(values)):
             value = values[row, column]
@@ -67,8 +53,8 @@ def accuracy_matrix(runs: Sequence[Results]) -> "Figure":
             axes.text(
                 column, row, f"{value:.1f}", color=ink, ha="center", va="center", fontsize=size
             )
-    every = -(-len(values) // 10)
-    places = np.arange(0, len(values), every)
+    # At most ten ticks; the division rounds up.
+    places = np.arange(0, len(values), -(-len(values) // 10))
     axes.set_xticks(places, places + 1)
     axes.set_yticks(places, places + 1)
     axes.set(xlabel="accuracy on task, %", ylabel="after task")
@@ -76,18 +62,9 @@ def accuracy_matrix(runs: Sequence[Results]) -> "Figure":
 
 
 def accuracy_curves(runs: Mapping[str, Sequence[Results]]) -> "Figure":
-    """Mean accuracy on the tasks seen, after each task, with the spread over seeds.
+    """Draw the mean accuracy on the tasks seen, after each task, for each label.
 
-    Args:
-        runs: for each label the contents of `results.json`, one a seed.
-
-    Returns:
-        A figure; a run that was measured after its last task only is a point.
-
-    Example:
-        >>> figure = accuracy_curves({"mine": [{"accuracy_matrix": [[1.0, None], [0.5, 0.25]]}]})
-        >>> figure.axes[0].lines[0].get_ydata().tolist()
-        [100.0, 37.5]
+    A run that was measured after its last task only is a point.
     """
     figure = _figure(3.2)
     axes = figure.subplots()
@@ -102,19 +79,9 @@ def accuracy_curves(runs: Mapping[str, Sequence[Results]]) -> "Figure":
 
 
 def training_loss(losses: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> "Figure":
-    """Training loss over the epochs of all tasks.
+    """Draw the training loss over the epochs of all tasks.
 
-    Args:
-        losses: for each label when an epoch ended, in tasks [E], and its mean loss [S, E].
-
-    Returns:
-        A figure, logarithmic if the losses span far; the band is a standard deviation over the
-        seeds to either side.
-
-    Example:
-        >>> figure = training_loss({"mine": (np.asarray([0.5, 1.0]), np.asarray([[2.0, 1.0]]))})
-        >>> figure.axes[0].lines[0].get_ydata().tolist()
-        [2.0, 1.0]
+    `losses` has for each label when epochs ended, in tasks [E], and their mean losses [S, E].
     """
     figure = _figure(3.2)
     axes = figure.subplots()
@@ -127,6 +94,7 @@ def training_loss(losses: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> "Figur
     for boundary in range(1, int(ends.max())):
         axes.axvline(boundary, color="0.8", linewidth=0.8, zorder=0)
     means = np.concatenate([values.mean(axis=0) for _, values in losses.values()])
+    # Losses that span far are legible on a logarithmic axis only.
     if means.max() > 20 * means.min() > 0:
         axes.set_yscale("log")
     axes.set(xlabel="tasks trained", ylabel="training loss")
@@ -135,13 +103,7 @@ def training_loss(losses: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> "Figur
 
 
 def coefficients(runs: Sequence[Results]) -> "Figure":
-    """The merge coefficient of each task with its error bar, and the best one where it is known.
-
-    Args:
-        runs: contents of `results.json`, one a seed.
-
-    Returns:
-        A figure: mean over seeds of coefficient and standard error, and each seed as a dot.
+    """Draw the merge coefficient of each task with its error bar, and the best one if it is known.
 
     Example:
         >>> merges = [{"alpha": 1.0, "standard_error": 0.0}, {"alpha": 0.25, "standard_error": 0.1}]
@@ -173,14 +135,9 @@ def coefficients(runs: Sequence[Results]) -> "Figure":
 
 
 def loss_changes(runs: Sequence[Results]) -> "Figure":
-    """Predicted against actual loss change of every merge but the first.
+    """Draw predicted against actual loss changes of all merges but the first.
 
-    Args:
-        runs: contents of `results.json`, one a seed.
-
-    Returns:
-        A figure, logarithmic beyond `NEGLIGIBLE`; points of the first seed bear the numbers of
-        tasks, and the band reaches to `FACTOR` to either side of agreement.
+    The grey band reaches to `FACTOR` on either side of agreement, where nothing is warned of.
 
     Example:
         >>> merge = {"predicted_loss_change": 0.01, "actual_loss_change": 0.02}
@@ -193,8 +150,8 @@ def loss_changes(runs: Sequence[Results]) -> "Figure":
     predicted, actual = (
         of_merges(runs, name)[:, 1:] for name in ("predicted_loss_change", "actual_loss_change")
     )
-    known = np.isfinite(predicted) & np.isfinite(actual)
-    both = np.concatenate([predicted[known], actual[known]])
+    both_known = np.isfinite(predicted) & np.isfinite(actual)
+    both = np.concatenate([predicted[both_known], actual[both_known]])
     top = max(2 * both.max(), 10 * NEGLIGIBLE)
     bottom = min(2 * both.min(), -NEGLIGIBLE / 2)
     line = np.concatenate([[0], np.geomspace(NEGLIGIBLE / 100, FACTOR * top, 200)])
@@ -202,14 +159,16 @@ def loss_changes(runs: Sequence[Results]) -> "Figure":
         line, line / FACTOR, line * FACTOR, color="0.9", label=f"within {FACTOR:.0f} x"
     )
     axes.plot(line, line, color="0.5", linewidth=1, label="agreement")
-    axes.plot(predicted[known], actual[known], "o", color="C0", markersize=5)
-    for task in np.flatnonzero(known[0])[:: 1 + known.shape[1] // 8]:
+    axes.plot(predicted[both_known], actual[both_known], "o", color="C0", markersize=5)
+    # Numbers of tasks for the first seed, and of many tasks for some only.
+    for task in np.flatnonzero(both_known[0])[:: 1 + both_known.shape[1] // 8]:
         axes.annotate(
             str(task + 2),
             (float(predicted[0, task]), float(actual[0, task])),
             textcoords="offset points",
             xytext=(4, 3),
         )
+    # Linear around 0, logarithmic beyond: loss changes have both signs.
     axes.set_xscale("symlog", linthresh=NEGLIGIBLE)
     axes.set_yscale("symlog", linthresh=NEGLIGIBLE)
     axes.set(xlim=(bottom, top), ylim=(bottom, top), aspect="equal",
@@ -221,30 +180,21 @@ def loss_changes(runs: Sequence[Results]) -> "Figure":
 def landscape(
     alphas: np.ndarray, values: np.ndarray, merged: np.ndarray, used: np.ndarray, best: np.ndarray
 ) -> "Figure":
-    """A score along the segment of every merge but the first, one panel each.
+    """Draw a score along the segment of every merge but the first, one panel each.
 
     Args:
-        alphas: [A].
-        values: [T, A, T], by merge, coefficient and task looked at.
-        merged: [T, T], at the merged model.
-        used: [T], coefficients of the merges; NaN for none.
-        best: [T], the best ones.
-
-    Returns:
-        A figure; the vertical axes show what happens between 0 and 1.
-
-    Example:
-        >>> values, merged = np.ones((2, 3, 2)), np.ones((2, 2))
-        >>> figure = landscape(np.asarray([0, 0.5, 1]), values, merged, np.ones(2), np.ones(2))
-        >>> [axes.get_title() for axes in figure.axes]
-        ['task 2', '']
+        alphas: coefficients looked at, [A].
+        values: scores by merge, coefficient and task looked at, [T, A, T].
+        merged: scores at the merged models, [T, T].
+        used: coefficients of the merges, [T]; NaN for none.
+        best: best coefficients, [T].
     """
     panels = len(values) - 1
     rows = -(-panels // 2)
     figure = _figure(0.8 + 1.8 * rows)
-    every = figure.subplots(rows, 2, squeeze=False).flat
+    axes_of_panels = figure.subplots(rows, 2, squeeze=False).flat
     inside = (alphas >= 0) & (alphas <= 1)
-    for task, axes in enumerate(every, start=1):
+    for task, axes in enumerate(axes_of_panels, start=1):
         if task > panels:
             axes.set_axis_off()
             continue
@@ -257,6 +207,7 @@ def landscape(
         axes.axvline(best[task], color="0.4", linestyle=":", label="best coefficient")
         axes.plot(used[task], merged[task, : task + 1].mean(), "ko", markersize=5,
                   label="merged model")  # fmt: skip
+        # The vertical axis shows what happens between 0 and 1; losses beyond may be huge.
         shown = np.concatenate([seen[inside, -1], seen[inside, :-1].mean(axis=1)])
         margin = 0.1 * np.ptp(shown) or 1.0
         axes.set(title=f"task {task + 1}", ylim=(shown.min() - margin, shown.max() + margin))
@@ -270,22 +221,13 @@ def landscape(
 def plane(
     along: np.ndarray, across: np.ndarray, losses: np.ndarray, merged: np.ndarray
 ) -> "Figure":
-    """Losses in the plane of the last two task vectors, of the new task and of those before it.
+    """Draw losses in the plane of the last two task vectors, for the new task and the earlier ones.
 
     Args:
-        along: [P], coordinates along the new task's vector.
-        across: [P], along the one before it.
-        losses: [P, P, t], by place and task seen.
+        along: coordinates along the new task's vector, [P].
+        across: coordinates along the vector before it, [P].
+        losses: losses by place and task seen, [P, P, t].
         merged: `along` and `across` of the merged model.
-
-    Returns:
-        A figure of two panels with contours on a logarithmic scale.
-
-    Example:
-        >>> axis = np.asarray([0.0, 0.5, 1.0])
-        >>> figure = plane(axis, axis, 1 + np.arange(18.0).reshape(3, 3, 2), np.zeros(2))
-        >>> [axes.get_title() for axes in figure.axes[:2]]
-        ['earlier tasks', 'new task']
     """
     from matplotlib.ticker import LogLocator
 
@@ -293,6 +235,7 @@ def plane(
     panels = figure.subplots(2, 1, sharex=True)
     parts = {"earlier tasks": losses[..., :-1].mean(axis=-1), "new task": losses[..., -1]}
     for axes, (name, values) in zip(panels, parts.items(), strict=True):
+        # A loss of 0 has no place on a logarithmic scale.
         image = axes.contourf(along, across, np.maximum(values, 1e-6).T, cmap="viridis_r",
                               locator=LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))  # fmt: skip
         figure.colorbar(image, ax=axes, label="loss", format="%.2g")
@@ -319,7 +262,7 @@ def _deviation(values: np.ndarray) -> np.ndarray | None:
 
 
 def _finish(figure: "Figure", axes, first: int, last: int) -> None:
-    """The legend, and whole numbers of tasks below."""
+    """Add the legend, and label the axis of tasks with whole numbers."""
     axes.set_xlim(first - 0.3, last + 0.3)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(axis="y", color="0.9")

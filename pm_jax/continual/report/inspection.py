@@ -1,4 +1,4 @@
-"""What a work directory holds, and whether every file in it is as it was saved."""
+"""The content of a work directory, and whether every file in it is as it was saved."""
 
 import itertools
 import os
@@ -38,23 +38,23 @@ REMEDIES = {
     "the same command again",
     r".*": "put back a copy, or export it again with overwrite",
 }
-"""What to do about a damaged file, by the first pattern that its path in the directory fits."""
+"""Remedies for damaged files: the first pattern that matches the path in the directory counts."""
 UNLISTED = {
     r"(.*/)?([^/]*(\.orbax-checkpoint-tmp|\.tmp)|deleted_[^/]*)": "left by a process that "
     "was killed; no part of a run",
     rf"(.*/)?{manifest.ASIDE}[^/]*": "set aside as damaged; may be deleted",
     r".*": "a run is writing it, or was killed as it did, or it is no run's",
 }
-"""What a file is that no manifest speaks of, by the first pattern that its path fits."""
+"""Reasons why no manifest lists a file: the first pattern that matches its path counts."""
 
 
 class Inspection(NamedTuple):
-    """What was found in a work directory.
+    """The content of a work directory, in lines for a person.
 
     Attributes:
-        holds: lines that say what runs there are.
-        damaged: a line for each file that is not as it was saved, with the remedy.
-        unlisted: a line for each file, or folder of files, that no manifest speaks of.
+        holds: the runs, how far they are, and their results.
+        damaged: the files that differ from what was saved, with the remedy.
+        unlisted: the files, or folders of files, that no manifest lists.
         intact: number of files that are as they were saved.
     """
 
@@ -64,39 +64,29 @@ class Inspection(NamedTuple):
     intact: int
 
     def text(self) -> str:
-        """All of it, for a person."""
+        """Join all lines."""
         end = f"{self.intact} files are as they were saved, {len(self.damaged) or 'none'} damaged"
         text = "\n".join([*self.holds, *self.damaged, *self.unlisted, end])
-        return text.encode(errors="replace").decode()  # names need not be UTF-8
+        # File names need not be UTF-8, and a terminal takes nothing else.
+        return text.encode(errors="replace").decode()
 
 
 def inspect(workdir: Path) -> Inspection:
     """Say what a work directory holds, and compare every file in it with what was saved.
 
-    Nothing is written, and what a run writes meanwhile is not taken for damaged.
-
-    Args:
-        workdir: of `experiments.train` or `experiments.compare`.
-
-    Returns:
-        Lines for a person.
+    Nothing is written, and files that a run writes meanwhile do not count as damaged.
 
     Raises:
-        InvalidInput: there is no such directory, or it is none of a run.
-
-    Example:
-        >>> inspect(Path("/nonexistent"))
-        Traceback (most recent call last):
-        pm_jax.types.InvalidInput: DIR=/nonexistent: is no directory; give the work directory ...
+        InvalidInput: there is no such directory, or no run in it.
     """
     wanted = "give the work directory of a run of experiments.train or experiments.compare"
     if not workdir.is_dir():
         raise InvalidInput(f"DIR={workdir}: is no directory; {wanted}")
-    # A run whose settings are lost is one still.
+    # A run that has lost its settings is still a run: the manifest remembers them.
     present = {*manifest.read_or_empty(workdir).files, *(path.name for path in workdir.glob("*"))}
     if not present & {CONFIG_FILE, COMPARISON_FILE}:
         raise InvalidInput(f"DIR={workdir}: holds no run; {wanted}")
-    found = _verified(workdir)
+    damaged, unlisted, intact = _verified(workdir)
 
     def line(kind: str, path: Path, what: str, texts: Mapping[str, str]) -> str:
         name = path.relative_to(workdir).as_posix().replace("\n", "?")
@@ -104,10 +94,10 @@ def inspect(workdir: Path) -> Inspection:
         return f"{kind}: {name} {what}; {next(m.expand(text) for m, text in matches if m)}"
 
     return Inspection(
-        _holds(workdir, found.damaged),
-        [line("damaged", path, found.damaged[path], REMEDIES) for path in sorted(found.damaged)],
-        [line("unlisted", path, "is in no manifest", UNLISTED) for path in found.unlisted],
-        found.intact,
+        _holds(workdir, damaged),
+        [line("damaged", path, damaged[path], REMEDIES) for path in sorted(damaged)],
+        [line("unlisted", path, "is in no manifest", UNLISTED) for path in unlisted],
+        intact,
     )
 
 
@@ -118,7 +108,7 @@ class _Verified(NamedTuple):
 
 
 def _below(directory: Path) -> list[Path]:
-    """All there is below a directory, in order, but what a run deletes meanwhile."""
+    """List everything below a directory, in order; what a run deletes meanwhile may be missing."""
     return sorted(
         Path(folder, name)
         for folder, *names in os.walk(directory)
@@ -127,15 +117,16 @@ def _below(directory: Path) -> list[Path]:
 
 
 def _verified(workdir: Path) -> _Verified:
-    """All files below a directory against the manifests that there are, or should be."""
+    """Compare all files below a directory with the manifests that are there, or should be."""
     paths = _below(workdir)
-    # Of a manifest in the making there may be nothing yet that it would be missed beside.
+    # Ignore the manifest's temporary file: the files that it will list may not exist yet.
     in_the_making = manifest.FILE + files.TEMPORARY
     contents = [
         path
         for path in paths
         if path.name != in_the_making and (path.is_symlink() or not path.is_dir())
     ]
+    # A file belongs to the nearest folder above it that has a manifest.
     owners = {workdir, *(path for path in paths if path.is_dir() and _has_manifest(path))}
     owner = {path: next(above for above in path.parents if above in owners) for path in contents}
     damaged: dict[Path, str] = {}
@@ -143,16 +134,18 @@ def _verified(workdir: Path) -> _Verified:
     for directory in sorted(owners.intersection(owner.values())):
         covered.add(directory / manifest.FILE)
         try:
-            saved, found = _settled(directory)
+            saved, damages = _settled(directory)
         except (OSError, manifest.DamagedManifest) as error:
             what = "is missing" if isinstance(error, FileNotFoundError) else "is damaged"
             damaged[directory / manifest.FILE] = what
+            # Without the manifest nobody knows which of its files should be there.
             blind.add(directory)
             continue
-        damaged |= {directory / name: what for name, what in found}
+        damaged |= {directory / name: what for name, what in damages}
         covered |= {directory / name for name in saved.files}
-        intact += len(saved.files) - len(saved.within(*(name for name, _ in found)))
+        intact += len(saved.files) - len(saved.within(*(name for name, _ in damages)))
     holding = {above for path in covered for above in path.parents}
+    # A folder without any listed file is named once, not file by file.
     unlisted = {
         next(part for part in (*reversed(path.parents), path) if part not in holding)
         for path in contents
@@ -162,22 +155,23 @@ def _verified(workdir: Path) -> _Verified:
 
 
 def _has_manifest(path: Path) -> bool:
-    """Whether there is one, or should be."""
+    """Tell whether a folder has a manifest, or should have one."""
     folder = path.parent if path.name == CHECKPOINTS else path
     names = (manifest.FILE, CONFIG_FILE, COMPARISON_FILE)
     return bool(SEED.fullmatch(folder.name)) or any((path / name).exists() for name in names)
 
 
 def _settled(directory: Path) -> tuple[manifest.Manifest, list[manifest.Damage]]:
-    """A manifest and what is not as it says, less what a run has written meanwhile."""
+    """Read a manifest and the damage to its files, less what a run has changed meanwhile."""
     saved = manifest.read(directory)
-    found = manifest.damage(directory, saved.files)
-    again = manifest.read(directory) if found else saved
-    return saved, [each for each in found if again.within(each.name) == saved.within(each.name)]
+    damages = manifest.damage(directory, saved.files)
+    # A run takes a file out of the manifest before it writes it: then the entry has changed.
+    again = manifest.read(directory) if damages else saved
+    return saved, [d for d in damages if again.within(d.name) == saved.within(d.name)]
 
 
 def _holds(workdir: Path, damaged: Collection[Path]) -> list[str]:
-    """What the runs in a directory are, how far they are, and what came of them."""
+    """Say what the runs in a directory are, how far they are, and what came of them."""
     lines, rows = [], {}
     if (workdir / COMPARISON_FILE).exists():
         labels = sorted(path.parent.name for path in workdir.glob(f"*/{CONFIG_FILE}"))
@@ -194,26 +188,27 @@ def _holds(workdir: Path, damaged: Collection[Path]) -> list[str]:
 def _run(directory: Path, damaged: Collection[Path]) -> list[str]:
     config = _content(directory / CONFIG_FILE, damaged)
     default = saved_form(Config())
-    own = [
+    changed = [
         f"--{name}={','.join(map(str, value)) if isinstance(value, list) else value}"
         for name, value in config.items()
         if value != default.get(name) and name not in ("rule", "dataset")
     ]
     what = f"{config.get('rule')} on {config.get('dataset')}" if config else "settings unknown"
-    lines = [" ".join([f"{directory}: {what}", *own])]
+    lines = [" ".join([f"{directory}: {what}", *changed])]
     before: list[str] = []
     seeds = [path for path in directory.iterdir() if SEED.fullmatch(path.name)]
     for seed in sorted(seeds, key=lambda path: int(path.name[5:])):
         about = manifest.read_or_empty(seed).about
         lines.append(f"  seed {seed.name[5:]}: {_progress(seed, about, damaged)}")
-        made_with = [f"    made with {_origin(each)}" for each in about.get("made_with", [])]
+        made_with = [f"    made with {_origin(made)}" for made in about.get("made_with", [])]
+        # Most seeds are made with the same versions, which are then said once.
         lines += made_with if made_with != before else []
         before = made_with
     return lines
 
 
 def _progress(seed: Path, about: Mapping[str, Any], damaged: Collection[Path]) -> str:
-    """How far a seed's run is, and its checkpoints."""
+    """Say how far a seed's run is, and which checkpoints it has."""
     folder, total = seed / CHECKPOINTS, about.get("total_steps", "?")
     steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
     checkpoints = f"checkpoints {', '.join(map(str, sorted(steps))) or 'none'}"

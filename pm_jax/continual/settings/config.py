@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import inspect
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -11,8 +10,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from pm_jax import models, perturbation, rules
-from pm_jax.continual.settings.ranges import TEXT_POSITIONS
-from pm_jax.continual.settings.settings import MERGING, PUBLIC_SIZES, Settings
+from pm_jax.continual.settings import conditions
+from pm_jax.continual.settings.settings import PUBLIC_SIZES, Settings, names_of
 from pm_jax.curvature.dense_layers import kernel_paths
 from pm_jax.curvature.kronecker import KroneckerQuadratic
 from pm_jax.curvature.low_rank import LowRankQuadratic
@@ -27,7 +26,7 @@ MLP_KERNELS, ATTENTION_KERNELS = r"hidden_\d+/kernel", r".*/attn/(key|value)/ker
 
 @dataclasses.dataclass(frozen=True)
 class Config(Settings):
-    """Settings of a run, and what is made from them.
+    """Settings of a run, and what is made from them, each once.
 
     Raises:
         InvalidInput: a value out of range; the message names the field, the value and the remedy.
@@ -35,39 +34,18 @@ class Config(Settings):
     Example:
         >>> Config(rule="averaging", perturbation="none").merge_rule.needs
         frozenset()
+        >>> Config(num_tasks=0)
+        Traceback (most recent call last):
+        pm_jax.types.InvalidInput: num_tasks=0: must be at least 1
     """
 
     def __post_init__(self):
-        super().__post_init__()
+        conditions.check(self)
         try:
-            _ = self.perturbation_law  # builds it, and so checks its numbers
+            _ = self.perturbation_law  # is built here, so that its numbers are checked at once
         except ValueError as error:
             raise InvalidInput(str(error)) from None
-        needs = self.merge_rule.needs
-        if self.trust == "shrink" and "curvature_along" not in needs:
-            raise InvalidInput(
-                f"trust=shrink: rule={self.rule} with rule_settings={self.rule_settings} has no "
-                "closed form for one coefficient; use warn, or perturb_and_merge with one"
-            )
-        takes = inspect.signature(rules.REGISTRY[self.rule]).parameters
-        if "quadratic" not in needs:
-            return
-        if self.kept_curvature == "exact_all":
-            raise InvalidInput(
-                f"curvature=exact_all: rule={self.rule} takes curvature of one task at a time; use "
-                "fisher_exact, or perturb_and_merge"
-            )
-        if self.kept_curvature in ("kronecker", "low_rank") and "memory" not in takes:
-            raise InvalidInput(
-                f"curvature={self.kept_curvature}: rule={self.rule} takes curvature entry by "
-                "entry; use fisher_exact, or perturb_and_merge or became"
-            )
-        if self.curvature == "exact_current" and "curvature_along" not in needs:
-            raise InvalidInput(
-                f"curvature=exact_current: rule={self.rule} with rule_settings="
-                f"{self.rule_settings} takes no curvature along the task vector; use "
-                "fisher_exact, or perturb_and_merge with one coefficient"
-            )
+        conditions.check_rule(self, self.merge_rule)
 
     @functools.cached_property
     def perturbation_law(self) -> Perturbation:
@@ -108,7 +86,9 @@ class Config(Settings):
     def without_merging(self) -> "Config":
         """The same settings for training and evaluation, with the defaults of merging."""
         default = Config()
-        return dataclasses.replace(self, **{name: getattr(default, name) for name in MERGING})
+        return dataclasses.replace(
+            self, **{name: getattr(default, name) for name in names_of("merging")}
+        )
 
     def network(self, num_classes: int) -> nn.Module:
         """The model for a number of classes."""
@@ -120,7 +100,7 @@ class Config(Settings):
             return models.TextEncoder(
                 num_classes,
                 self.vocabulary,
-                TEXT_POSITIONS,
+                conditions.TEXT_POSITIONS,
                 *sizes,
                 layer_norm_epsilon=self.layer_norm_epsilon or 1e-12,
                 dtype=dtype,

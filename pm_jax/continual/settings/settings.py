@@ -1,16 +1,12 @@
-"""The settings of a run: a frozen dataclass whose fields become flags, checked when it is made."""
+"""The settings of a run: a frozen dataclass whose fields become flags."""
 
 import dataclasses
-import math
+import functools
 from typing import Any
 
 from pm_jax import rules
-from pm_jax.continual.settings import ranges
 from pm_jax.data import augmentation, stream
-from pm_jax.types import InvalidInput
 
-LARGEST = 2**31 - 1
-"""Whole number that a setting may be: arrays on the device hold no larger one."""
 PUBLIC_SIZES = {
     "vit_tiny_patch16": (192, 12, 3),
     "vit_small_patch16": (384, 12, 6),
@@ -21,26 +17,15 @@ PUBLIC_SIZES = {
 """Width, depth and heads of architectures with public weights."""
 TEXT_MODELS = ("text_encoder", "minilm_l6", "bert_base")
 MODELS = ("mlp", "vit", "text_encoder", *PUBLIC_SIZES)
-ADAPTERS = ("full", "lora")
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("constant", "cosine", "linear", "milestones")
-PERTURBATIONS = ("symmetric", "gaussian", "one_sided", "antithetic", "none")
-CLASSIFIERS = ("trained", "discriminant")
-TRUST = ("off", "warn", "shrink")
 STORED_CURVATURES = (
     *("fisher_empirical", "fisher_exact", "gauss_newton_diag", "kronecker", "low_rank"),
     "identity",
 )
 CURVATURES = (*STORED_CURVATURES, "exact_current", "exact_all")
-SPLITS = ("test", "validation")
-MERGING = (
-    *("rule", "rule_settings"),
-    *("curvature", "stored_curvature", "curvature_rank", "curvature_slots"),
-    *("curvature_samples", "curvature_examples", "curvature_error", "curvature_memory_mb"),
-    *("merge_examples", "onset_gradients", "landscape_points", "plane_points", "trust"),
-    *("classifier", "branch_from", "from_task"),
-)
-"""Settings that the training of a task does not depend on, given the model it starts from."""
+STAGES = ("stream", "model", "training", "placement", "perturbation", "merging", "evaluation")
+"""Parts of a run; a field says in which one its value first matters."""
 
 
 def _option(
@@ -48,212 +33,241 @@ def _option(
     description: str,
     choices: tuple[str, ...] | None = None,
     *,
+    stage: str,
+    at_least: int | None = None,
+    above: int | None = None,
     identity: bool = True,
 ) -> Any:
     """A field; one without identity may differ between calls on the same work directory."""
-    return dataclasses.field(
-        default=default,
-        metadata={"description": description, "choices": choices, "identity": identity},
-    )
+    limits = {"at_least": at_least, "above": above}
+    about = {"description": description, "choices": choices, "stage": stage, "identity": identity}
+    return dataclasses.field(default=default, metadata=about | limits)
+
+
+_stream, _model, _training, _placement, _perturbation, _merging, _evaluation = (
+    functools.partial(_option, stage=stage) for stage in STAGES
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What determines the numbers of a run; the fields are the flags of `experiments.train`.
-
-    Raises:
-        InvalidInput: a value out of range; the message names the field, the value and the remedy.
-
-    Example:
-        >>> Settings(num_tasks=0)
-        Traceback (most recent call last):
-        pm_jax.types.InvalidInput: num_tasks=0: must be at least 1
-    """
+    """All that determines the numbers of a run; the fields are the flags of `experiments.train`."""
 
     # Stream.
-    dataset: str = _option(
+    dataset: str = _stream(
         "digits",
         "digits (scikit-learn's), the path of an .npz with x_train, y_train, x_test and y_test, or "
         "an image or text classification data set that tensorflow-datasets has prepared, such as "
         "cifar100, imagenet_r or clinc_oos.",
     )
-    data_dir: str = _option(
+    data_dir: str = _stream(
         "", "Where tensorflow-datasets has its data; empty for its default.", identity=False
     )
-    stored_size: int = _option(
+    stored_size: int = _stream(
         0,
         "tensorflow-datasets: side in pixels of the square that images are resized to, once, and "
         "kept as; for images of several sizes. 0 to leave them.",
+        at_least=0,
     )
-    cache_dir: str = _option(
+    cache_dir: str = _stream(
         "",
         "Where resized images are kept; empty for beside the prepared data or, where that cannot "
         "be written, the user's cache directory.",
         identity=False,
     )
-    train_per_class: int = _option(0, "Training examples of each class to keep; 0 for all.")
-    test_per_class: int = _option(0, "Test examples of each class to keep; 0 for all.")
-    scenario: str = _option(
+    train_per_class: int = _stream(
+        0, "Training examples of each class to keep; 0 for all.", at_least=0
+    )
+    test_per_class: int = _stream(0, "Test examples of each class to keep; 0 for all.", at_least=0)
+    scenario: str = _stream(
         "domain_incremental",
         "domain_incremental: every task has every class (digits: each task turns the images "
         "further; domainnet: the first domains in alphabetical order). class_incremental: every "
         "task brings new classes.",
         stream.SCENARIOS,
     )
-    num_tasks: int = _option(
-        5, "Number of tasks; where the classes do not divide evenly, earlier tasks have one more."
+    num_tasks: int = _stream(
+        5,
+        "Number of tasks; where the classes do not divide evenly, earlier tasks have one more.",
+        at_least=1,
     )
-    class_order: str = _option(
+    class_order: str = _stream(
         "random",
         "Class-incremental: random by the seed, given (by their numbers), or groups: one group of "
         "classes that the data set names a task, such as the domains of clinc_oos.",
         stream.CLASS_ORDERS,
     )
-    base_classes: int = _option(
-        0, "Class-incremental: classes of the first task; 0 for an even share."
+    base_classes: int = _stream(
+        0,
+        "Class-incremental: classes of the first task; 0 for an even share.",
+        at_least=0,
     )
-    rotation_step: float = _option(20.0, "Domain-incremental digits: degrees from task to task.")
-    validation_fraction: float = _option(
+    rotation_step: float = _stream(20.0, "Domain-incremental digits: degrees from task to task.")
+    validation_fraction: float = _stream(
         0.15, "Share of each class's training data that is held out for validation."
     )
-    evaluate_on: str = _option(
-        "test", "Split that accuracies are measured on; validation to choose settings.", SPLITS
+    evaluate_on: str = _evaluation(
+        "test",
+        "Split that accuracies are measured on; validation to choose settings.",
+        ("test", "validation"),
     )
 
     # Model.
-    model: str = _option("mlp", "Architecture; vit and text_encoder take the sizes below.", MODELS)
-    pretrained: str = _option(
+    model: str = _model("mlp", "Architecture; vit and text_encoder take the sizes below.", MODELS)
+    pretrained: str = _model(
         "",
         "Weights to start from, .safetensors of timm or transformers or AugReg's .npz; empty to "
         "start from scratch, with the first task as pre-training. Grey images become RGB for them.",
     )
-    tokenizer: str = _option(
+    tokenizer: str = _model(
         "", "Text: a tokenizer.json; empty for the one beside the pre-trained weights."
     )
-    max_tokens: int = _option(32, "Text: tokens that texts are cut or padded to.")
-    vocabulary: int = _option(30522, "text_encoder: number of token ids.")
-    image_size: int = _option(
-        0, "vit: side in pixels that images are resized to on the device; 0 to leave them."
+    max_tokens: int = _model(32, "Text: tokens that texts are cut or padded to.", at_least=1)
+    vocabulary: int = _model(30522, "text_encoder: number of token ids.", at_least=1)
+    image_size: int = _model(
+        0,
+        "vit: side in pixels that images are resized to on the device; 0 to leave them.",
+        at_least=0,
     )
-    compute_dtype: str = _option(
+    compute_dtype: str = _model(
         "float32",
         "Type of the models' computation; parameters, adapters, curvature and merges are float32.",
         ("float32", "bfloat16"),
     )
-    layer_norm_epsilon: float = _option(
+    layer_norm_epsilon: float = _model(
         0.0,
         "Of the layer norms; 0 for 1e-6 in a vit, which is timm's and AugReg's, and 1e-12 in text "
         "encoders. transformers' ViT weights need 1e-12.",
+        at_least=0,
     )
-    hidden_sizes: tuple[int, ...] = _option((256, 256), "mlp: width of each hidden layer.")
-    patch_size: int = _option(2, "vit: side of a patch in pixels; must divide the image.")
-    width: int = _option(64, "vit, text_encoder: width of the tokens.")
-    depth: int = _option(4, "vit, text_encoder: number of blocks.")
-    num_heads: int = _option(4, "vit, text_encoder: attention heads; must divide the width.")
+    hidden_sizes: tuple[int, ...] = _model((256, 256), "mlp: width of each hidden layer.")
+    patch_size: int = _model(
+        2, "vit: side of a patch in pixels; must divide the image.", at_least=1
+    )
+    width: int = _model(64, "vit, text_encoder: width of the tokens.", at_least=1)
+    depth: int = _model(4, "vit, text_encoder: number of blocks.", at_least=1)
+    num_heads: int = _model(
+        4, "vit, text_encoder: attention heads; must divide the width.", at_least=1
+    )
 
     # What trains.
-    adapter: str = _option(
+    adapter: str = _training(
         "full",
         "full: all parameters train and merge. lora: low-rank adapters do (from scratch, the first "
         "task trains all parameters).",
-        ADAPTERS,
+        ("full", "lora"),
     )
-    lora_rank: int = _option(10, "lora: rank of the adapters.")
-    lora_pattern: str = _option(
+    lora_rank: int = _training(10, "lora: rank of the adapters.", at_least=1)
+    lora_pattern: str = _training(
         "",
         "lora: regular expression over the paths of dense kernels, matched in full; empty for key "
         "and value projections, or an mlp's hidden layers.",
     )
 
     # Training.
-    epochs: int = _option(3, "Passes over the data of a task.")
-    first_task_epochs: int = _option(
-        9, "The same for the first task of a run from scratch; 0 for no more."
+    epochs: int = _training(3, "Passes over the data of a task.", at_least=1)
+    first_task_epochs: int = _training(
+        9,
+        "The same for the first task of a run from scratch; 0 for no more.",
+        at_least=0,
     )
-    epoch_repeats: int = _option(1, "Passes over the data that count as one epoch.")
-    batch_size: int = _option(32, "Examples per step.")
-    accumulation_steps: int = _option(
+    epoch_repeats: int = _training(1, "Passes over the data that count as one epoch.", at_least=1)
+    batch_size: int = _training(32, "Examples per step.", at_least=1)
+    accumulation_steps: int = _training(
         1,
         "Steps whose gradients make one update, in less memory what batch_size times as large "
         "does; an epoch's last update may be of fewer.",
+        at_least=1,
     )
-    optimizer: str = _option("adamw", "Optimiser, from optax; restarts at each task.", OPTIMIZERS)
-    learning_rate: float = _option(3e-3, "Peak learning rate.")
-    head_learning_rate: float = _option(0.0, "The same for the classifier; 0 for equal.")
-    temperature: float = _option(
-        1.0, "Logits are divided by it in the loss, and so in its curvature."
+    optimizer: str = _training("adamw", "Optimiser, from optax; restarts at each task.", OPTIMIZERS)
+    learning_rate: float = _training(3e-3, "Peak learning rate.", above=0)
+    head_learning_rate: float = _training(
+        0.0, "The same for the classifier; 0 for equal.", at_least=0
     )
-    weight_decay: float = _option(0.0, "Decoupled weight decay (adamw).")
-    schedule: str = _option("constant", "Course of the learning rate over each task.", SCHEDULES)
-    milestones: tuple[float, ...] = _option(
+    temperature: float = _training(
+        1.0,
+        "Logits are divided by it in the loss, and so in its curvature.",
+        above=0,
+    )
+    weight_decay: float = _training(0.0, "Decoupled weight decay (adamw).", at_least=0)
+    schedule: str = _training("constant", "Course of the learning rate over each task.", SCHEDULES)
+    milestones: tuple[float, ...] = _training(
         (0.5, 0.8),
         "schedule=milestones: fractions of a task after each of which the rate is a tenth.",
     )
-    warmup_fraction: float = _option(0.0, "Share of each task's steps with a linear warm-up.")
-    clip_norm: float = _option(0.0, "Bound on the gradient's global norm; 0 for none.")
+    warmup_fraction: float = _training(0.0, "Share of each task's steps with a linear warm-up.")
+    clip_norm: float = _training(
+        0.0, "Bound on the gradient's global norm; 0 for none.", at_least=0
+    )
 
     # Devices.
-    devices: int = _option(
+    devices: int = _placement(
         1,
         "Devices that the examples of each step are divided among, with the numbers of one up to "
         "rounding; 0 for all, of all processes. Must divide batch_size.",
         identity=False,
+        at_least=0,
     )
-    fsdp: int = _option(
+    fsdp: int = _placement(
         1,
         "How many of the devices hold one copy of the parameters, the optimiser's state and the "
         "rule's together, a part of each matrix each; must divide devices. 1 for a copy on each.",
         identity=False,
+        at_least=1,
     )
 
     # Images.
-    augmentation: str = _option(
+    augmentation: str = _training(
         "none",
         "Of the training images, on the device: crop_flip is a random resized crop and a flip; "
         "randaugment and autoaugment (ImageNet's policy) come before both.",
         augmentation.AUGMENTATIONS,
     )
-    crop_scale: tuple[float, ...] = _option(
+    crop_scale: tuple[float, ...] = _training(
         (0.08, 1.0), "Least and greatest area of a random crop over that of the image."
     )
-    randaugment_layers: int = _option(2, "randaugment: operations for each image.")
-    randaugment_magnitude: float = _option(9.0, "randaugment: strength of each, 0 to 10.")
-    resident_mb: float = _option(
+    randaugment_layers: int = _training(2, "randaugment: operations for each image.", at_least=1)
+    randaugment_magnitude: float = _training(9.0, "randaugment: strength of each, 0 to 10.")
+    resident_mb: float = _placement(
         0.0,
         "Inputs that would take more than so many MB of a device stay in the host's memory and are "
         "streamed, with the same numbers; so do snapshots of training until the merge. 0 for half "
         "of the device's memory and, on a CPU, no bound.",
         identity=False,
+        at_least=0,
     )
-    evaluation_resize: float = _option(
+    evaluation_resize: float = _training(
         1.0,
         "Evaluation, curvature and training without crops see the middle of images resized to this "
         "multiple of what the model reads; 256/224 is common, 1 is the whole image.",
+        at_least=1,
     )
 
     # Perturbation.
-    perturbation: str = _option(
+    perturbation: str = _perturbation(
         "symmetric",
         "Where along the task vector, the displacement from the model that the task started from, "
         "the training loss is taken.",
-        PERTURBATIONS,
+        ("symmetric", "gaussian", "one_sided", "antithetic", "none"),
     )
-    epsilon: float = _option(0.5, "Radius of the perturbation over the task vector, in (0, 1].")
-    probabilities: tuple[float, ...] = _option(
+    epsilon: float = _perturbation(
+        0.5, "Radius of the perturbation over the task vector, in (0, 1]."
+    )
+    probabilities: tuple[float, ...] = _perturbation(
         (1 / 3, 1 / 3, 1 / 3), "symmetric: of 0, +epsilon and -epsilon; fractions may be given."
     )
-    perturb_per: str = _option(
+    perturb_per: str = _perturbation(
         "batch", "One draw per batch or, with lora, per example.", ("batch", "example")
     )
 
     # Merging.
-    rule: str = _option("perturb_and_merge", "Merge rule.", tuple(rules.REGISTRY))
-    rule_settings: str = _option(
+    rule: str = _merging("perturb_and_merge", "Merge rule.", tuple(rules.REGISTRY))
+    rule_settings: str = _merging(
         "",
         "Settings of the rule that are not its defaults, as clip=false for perturb_and_merge; "
         "several with commas between them.",
     )
-    curvature: str = _option(
+    curvature: str = _merging(
         "fisher_exact",
         "Curvature that a task leaves behind for the merge rule: the diagonal of the Fisher of the "
         "true labels or of all labels (which is gauss_newton_diag too), its Kronecker factors for "
@@ -262,92 +276,88 @@ class Settings:
         "replay of merge_examples of each, for analysis.",
         CURVATURES,
     )
-    stored_curvature: str = _option(
+    stored_curvature: str = _merging(
         "fisher_exact", "exact_current: what earlier tasks left behind.", STORED_CURVATURES
     )
-    curvature_rank: int = _option(
-        16, "low_rank: columns of the size of what merges, of a task and of the memory of all."
+    curvature_rank: int = _merging(
+        16,
+        "low_rank: columns of the size of what merges, of a task and of the memory of all.",
+        at_least=1,
     )
-    curvature_slots: int = _option(
-        16, "kronecker: tasks whose factors are kept apart; later ones share the last slot."
+    curvature_slots: int = _merging(
+        16,
+        "kronecker: tasks whose factors are kept apart; later ones share the last slot.",
+        at_least=1,
     )
-    curvature_samples: int = _option(
+    curvature_samples: int = _merging(
         1,
         "fisher_exact, gauss_newton_diag, kronecker: labels drawn per example; 0 for the sum over "
         "all classes.",
+        at_least=0,
     )
-    curvature_examples: int = _option(
-        0, "Training examples that curvature is measured on; 0 for all of the task's."
+    curvature_examples: int = _merging(
+        0,
+        "Training examples that curvature is measured on; 0 for all of the task's.",
+        at_least=0,
     )
-    curvature_error: float = _option(
+    curvature_error: float = _merging(
         0.0,
         "Stop measuring a task's curvature, on examples in random order, as soon as its relative "
         "standard error along the task vector is at most this, which bounds that of the "
         "coefficient; 0 to go on to the last example.",
+        at_least=0,
     )
-    branch_from: str = _option(
+    branch_from: str = _merging(
         "",
         "Work directory of a run with keep_task_models, of other merging or perturbation: the "
         "first from_task tasks are not trained again but merged anew, from the models it trained.",
         identity=False,
     )
-    from_task: int = _option(0, "branch_from: number of tasks taken over.")
-    merge_examples: int = _option(
+    from_task: int = _merging(0, "branch_from: number of tasks taken over.")
+    merge_examples: int = _merging(
         256,
         "Training examples of a task that rules look at while they merge, beyond curvature: trm "
         "optimises on them, became takes the inputs of layers from them.",
+        at_least=1,
     )
-    onset_gradients: bool = _option(
+    onset_gradients: bool = _merging(
         False, "Log the norm of the loss gradient at the onset of each task, as trm always does."
     )
-    classifier: str = _option(
+    classifier: str = _merging(
         "trained",
         "Class-incremental: what predicts. trained: the columns that tasks have trained, side by "
         "side. discriminant: one made after each merge, in closed form, from the means of all "
         "classes seen and their common covariance, which are kept of the merged model's features; "
         "training goes on with the trained columns.",
-        CLASSIFIERS,
+        ("trained", "discriminant"),
     )
-    trust: str = _option(
+    trust: str = _merging(
         "off",
         "What to do where a merge's quadratic model is wrong: its minimum outside [0, 1], or a "
         "predicted loss change of the task, on held-out data, that is not within 3 times the "
         "measured one. warn says so when it happens; shrink also moves the coefficient towards "
         "1/t, the further the more the two differ. The report says it in any case.",
-        TRUST,
+        ("off", "warn", "shrink"),
     )
-    landscape_points: int = _option(
+    landscape_points: int = _merging(
         0,
         "Points between the model that a task started from and the trained one at which, after "
         "each merge, the losses and accuracies of all tasks seen are measured on validation data; "
         "some more lie beyond either. 0 for none.",
+        at_least=0,
     )
-    plane_points: int = _option(
+    plane_points: int = _merging(
         0,
         "The same on a square of so many points a side, in the plane of the last two tasks' task "
         "vectors; 0 for none.",
+        at_least=0,
     )
-    curvature_memory_mb: float = _option(
+    curvature_memory_mb: float = _merging(
         0.0,
         "Bound in MB on the per-example gradients in memory at a time; 0 for 8 on a CPU and 2048 "
         "on accelerators.",
+        at_least=0,
     )
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            self._check_choice(field)
-            value = getattr(self, field.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise InvalidInput(f"{field.name}={value}: must be a finite number")
-            for number in value if isinstance(value, tuple) else (value,):
-                if isinstance(number, int) and abs(number) > LARGEST:
-                    raise InvalidInput(f"{field.name}={number}: must be at most {LARGEST}")
-        ranges.check(self)
-
-    def _check_choice(self, field: dataclasses.Field) -> None:
-        value, choices = getattr(self, field.name), field.metadata["choices"]
-        if choices and value not in choices:
-            raise InvalidInput(f"{field.name}={value}: must be one of {', '.join(choices)}")
 
     @property
     def reads_text(self) -> bool:
@@ -364,3 +374,12 @@ class Settings:
     def from_scratch(self) -> bool:
         """Whether the first task is the pre-training."""
         return not self.pretrained
+
+
+def names_of(*stages: str, identity: bool = False) -> tuple[str, ...]:
+    """Names of the settings of some stages; with `identity`, only of those that have it."""
+    return tuple(
+        field.name
+        for field in dataclasses.fields(Settings)
+        if field.metadata["stage"] in stages and (field.metadata["identity"] or not identity)
+    )

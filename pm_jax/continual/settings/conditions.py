@@ -1,0 +1,154 @@
+"""Which settings a run may have: their ranges, and which of them go together."""
+
+import dataclasses
+import inspect
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from pm_jax import rules
+from pm_jax.continual.settings.settings import Settings
+from pm_jax.data import sources
+from pm_jax.rules import MergeRule
+from pm_jax.types import InvalidInput
+
+LARGEST = 2**31 - 1
+"""Largest whole number of a setting: arrays on the device hold int32."""
+TEXT_POSITIONS = 512
+"""Positions of BERT's text encoders, so the most tokens that a text may have."""
+LIMITS = (
+    ("at_least", 1, "must be at least 1"),
+    ("at_least", 0, "must not be negative"),
+    ("above", 0, "must be above 0"),
+)
+"""Limits that fields state, and what is said where one is not kept."""
+Condition = tuple[str, bool, str]
+"""Name of a setting, whether its value is allowed, and the remedy if it is not."""
+
+
+def check(settings: Settings) -> None:
+    """Check the settings of a run against their ranges and one another.
+
+    Raises:
+        InvalidInput: for the first that is wrong, by name, with its value and the remedy.
+    """
+    for field in dataclasses.fields(settings):
+        _check_value(field, getattr(settings, field.name))
+    parts = (_limits, _ranges, _stream, _model, _perturbation)
+    for name, holds, remedy in itertools.chain.from_iterable(part(settings) for part in parts):
+        if not holds:
+            raise InvalidInput(f"{name}={getattr(settings, name)}: {remedy}")
+
+
+def _check_value(field: dataclasses.Field, value: Any) -> None:
+    """Check one setting for what can be wrong with any."""
+    choices = field.metadata["choices"]
+    if choices and value not in choices:
+        raise InvalidInput(f"{field.name}={value}: must be one of {', '.join(choices)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InvalidInput(f"{field.name}={value}: must be a finite number")
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, int) and abs(number) > LARGEST:
+            raise InvalidInput(f"{field.name}={number}: must be at most {LARGEST}")
+
+
+def _limits(s: Settings) -> Iterator[Condition]:
+    """Limits that the fields themselves state, kind by kind."""
+    for kind, limit, remedy in LIMITS:
+        for field in dataclasses.fields(s):
+            if field.metadata[kind] == limit:
+                value = getattr(s, field.name)
+                yield field.name, value > limit if kind == "above" else value >= limit, remedy
+
+
+def _ranges(s: Settings) -> Iterator[Condition]:
+    """Ranges of single settings that are more than one limit."""
+    rising = all(a < b for a, b in itertools.pairwise((0.0, *s.milestones, 1.0)))
+    yield "milestones", rising, "must be fractions between 0 and 1 in rising order"
+    area = len(s.crop_scale) == 2 and 0 < s.crop_scale[0] <= s.crop_scale[1] <= 1
+    yield "crop_scale", area, "must be two numbers in (0, 1] in rising order"
+    magnitude = 0 <= s.randaugment_magnitude <= 10
+    yield "randaugment_magnitude", magnitude, "must lie in [0, 10]"
+    yield "warmup_fraction", 0 <= s.warmup_fraction < 1, "must lie in [0, 1)"
+    yield "validation_fraction", 0 < s.validation_fraction < 1, "must lie between 0 and 1"
+    yield "landscape_points", s.landscape_points != 1, "must be 0, or at least 2"
+    yield "plane_points", s.plane_points != 1, "must be 0, or at least 2"
+    yield "hidden_sizes", min(s.hidden_sizes, default=0) >= 1, "needs one width or more"
+
+
+def _stream(s: Settings) -> Iterator[Condition]:
+    """Conditions on the tasks and their data."""
+    branch = bool(s.branch_from) == (s.from_task > 0) and s.from_task <= s.num_tasks
+    remedy = f"with branch_from from 1 to num_tasks={s.num_tasks}, without it 0"
+    yield "from_task", branch, remedy
+    by_class = s.scenario == "class_incremental"
+    has_domains = s.dataset in ("digits", *sources.DOMAINS)
+    remedy = f"dataset={s.dataset} has no domains; use scenario=class_incremental"
+    yield "scenario", has_domains or by_class, remedy
+    remedy = f"the classes of a {s.scenario} stream have one classifier; use trained"
+    yield "classifier", s.classifier == "trained" or by_class, remedy
+    several_sizes = s.dataset != "digits" and not s.dataset.endswith(".npz")
+    remedy = f"dataset={s.dataset} has images of one size; use 0"
+    yield "stored_size", not s.stored_size or several_sizes, remedy
+
+
+def _model(s: Settings) -> Iterator[Condition]:
+    """Conditions on the architecture and the data that it reads."""
+    remedy = "is for a transformer; name its architecture with model"
+    yield "pretrained", not s.pretrained or s.model != "mlp", remedy
+    if s.reads_text:
+        remedy = f"reads texts and dataset={s.dataset} has images; choose a dataset of texts"
+        yield "model", s.dataset not in ("digits", *sources.DOMAINS), remedy
+        remedy = f"must be at most {TEXT_POSITIONS}, the positions of the model"
+        yield "max_tokens", s.max_tokens <= TEXT_POSITIONS, remedy
+        remedy = f"model={s.model} needs one; give the path of its tokenizer.json"
+        yield "tokenizer", bool(s.tokenizer or s.pretrained), remedy
+    if s.model in ("vit", "text_encoder"):
+        yield "num_heads", s.width % s.num_heads == 0, f"must divide width={s.width}"
+
+
+def _perturbation(s: Settings) -> Iterator[Condition]:
+    """Conditions of one draw per example."""
+    if s.perturb_per == "example":
+        yield "perturb_per", s.adapter == "lora", "needs adapter=lora; use perturb_per=batch"
+        remedy = (
+            "the classifier of a domain_incremental stream is perturbed as one; use "
+            "perturb_per=batch"
+        )
+        yield "perturb_per", s.scenario != "domain_incremental", remedy
+        remedy = "a Gaussian perturbs the weights, which examples share; use perturb_per=batch"
+        yield "perturb_per", s.perturbation != "gaussian", remedy
+
+
+def check_rule(settings: Settings, rule: MergeRule) -> None:
+    """Check that the merge rule can use the curvature that the settings choose.
+
+    Raises:
+        InvalidInput: it cannot, or has no coefficient that `trust` could shrink.
+    """
+    s, needs = settings, rule.needs
+    named = f"rule={s.rule} with rule_settings={s.rule_settings}"
+    if s.trust == "shrink" and "curvature_along" not in needs:
+        raise InvalidInput(
+            f"trust=shrink: {named} has no closed form for one coefficient; use warn, or "
+            "perturb_and_merge with one"
+        )
+    if "quadratic" not in needs:
+        return
+    if s.kept_curvature == "exact_all":
+        raise InvalidInput(
+            f"curvature=exact_all: rule={s.rule} takes curvature of one task at a time; use "
+            "fisher_exact, or perturb_and_merge"
+        )
+    takes = inspect.signature(rules.REGISTRY[s.rule]).parameters
+    if s.kept_curvature in ("kronecker", "low_rank") and "memory" not in takes:
+        raise InvalidInput(
+            f"curvature={s.kept_curvature}: rule={s.rule} takes curvature entry by entry; use "
+            "fisher_exact, or perturb_and_merge or became"
+        )
+    if s.curvature == "exact_current" and "curvature_along" not in needs:
+        raise InvalidInput(
+            f"curvature=exact_current: {named} takes no curvature along the task vector; use "
+            "fisher_exact, or perturb_and_merge with one coefficient"
+        )
