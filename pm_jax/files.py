@@ -50,14 +50,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON whole or not at all; NaN and infinity become null.
-
-    Example:
-        >>> path = Path(tempfile.mkdtemp()) / "x.json"
-        >>> write_json(path, {"a": float("nan")})
-        >>> read_json(path)
-        {'a': None}
-    """
+    """Write JSON whole or not at all; NaN and infinity become null."""
     write_text(path, json.dumps(without_nan(content), indent=2, allow_nan=False) + "\n")
 
 

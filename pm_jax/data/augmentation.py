@@ -64,21 +64,12 @@ def crop_boxes(
     scale: tuple[float, float],
     ratio: tuple[float, float] = CROP_RATIO,
 ) -> Array:
-    """Turn uniform draws into boxes by torchvision's law.
+    """Turn uniform draws [N, attempts, 4] into boxes [N, 4] by torchvision's law.
 
-    The area is uniform between the bounds in `scale`, the aspect ratio log-uniform between those in
-    `ratio`, and the place uniform. The first attempt that fits the image counts; if none does, the
-    box is the largest central one whose aspect ratio is allowed.
-
-    Args:
-        draws: in [0, 1), float32 [N, attempts, 4]: for area, aspect ratio, top and left.
-        height: height of the image, in pixels.
-        width: width of the image, in pixels.
-        scale: least and greatest area over that of the image.
-        ratio: least and greatest width over height.
-
-    Returns:
-        Top, left, height and width in whole pixels, float32 [N, 4].
+    Draws are for area, aspect ratio, top and left; boxes are top, left, height and width in whole
+    pixels. The area is uniform between the bounds in `scale`, the aspect ratio log-uniform between
+    those in `ratio`, and the place uniform. The first attempt that fits the image counts; if none
+    does, the box is the largest central one whose aspect ratio is allowed.
 
     References:
         `torchvision.transforms.RandomResizedCrop <https://docs.pytorch.org/vision/stable/generated/

@@ -93,16 +93,11 @@ def auto_augment(key: Key, images: Array) -> Array:
 
 
 def operate(images: Array, operation: Array, strength: Array) -> Array:
-    """Apply one operation to each image.
+    """Apply to each image the operation at its place in `OPERATIONS`.
 
-    Blends and tables agree with Pillow to one grey level; warps turn about the middle of the image.
-
-    Args:
-        images: uint8 [N, H, W, channels].
-        operation: int32 [N], places in `OPERATIONS`.
-        strength: float32 [N] in [-1, 1]; the sign is the direction of warps and blends, and is
-            ignored by others. At 0 an operation is the identity, except `auto_contrast`, `equalize`
-            and `invert`, which have no strength.
+    The strength lies in [-1, 1]; its sign is the direction of warps and blends, and is ignored by
+    others. At 0 an operation is the identity, except `auto_contrast`, `equalize` and `invert`,
+    which have no strength. Blends and tables agree with Pillow to one grey level.
 
     Example:
         >>> images = jnp.asarray([[[[0], [200]]]], jnp.uint8)

@@ -28,17 +28,11 @@ def load(
 ) -> LabelledArrays:
     """Load a data set, uint8 images [N, H, W, channels] with labels, into memory.
 
-    Args:
-        dataset: "digits", the path of an `.npz` with x_train, y_train, x_test and y_test, or the
-            name of an image data set of tensorflow-datasets; "domainnet" pools its six domains.
-        data_dir: folder where tensorflow-datasets has prepared it; empty for its default.
-        train_per_class: training examples of each class (of every domain) to keep, the first in the
-            data's order; 0 for all.
-        test_per_class: the same for test examples.
-        stored_size: side in pixels of the square that images of tensorflow-datasets are resized to
-            and kept as; 0 to leave them.
-        cache_dir: folder for resized images; empty for beside the prepared data.
-        rgb: convert images of another number of channels to three.
+    `dataset` is "digits", the path of an `.npz` with x_train, y_train, x_test and y_test, or the
+    name of an image data set of tensorflow-datasets; "domainnet" pools its six domains. Of each
+    class (of every domain) the first `train_per_class` and `test_per_class` examples in the data's
+    order are kept, all for 0. The other arguments are those of `load_images`; `rgb` converts images
+    of another number of channels to three.
 
     Raises:
         InvalidInput: the data set is unknown, not prepared, damaged, or has images of several
@@ -78,11 +72,6 @@ def load_domains(
 
     Raises:
         InvalidInput: there are fewer domains, or as `load`.
-
-    Example:
-        >>> load_domains("domainnet", 7)
-        Traceback (most recent call last):
-        pm_jax.types.InvalidInput: num_tasks=7: domainnet has 6 domains; choose 1..6 tasks
     """
     known = DOMAINS[dataset]
     if not 1 <= num_domains <= len(known):
@@ -102,13 +91,7 @@ def load_domains(
 
 
 def keep_first(arrays: LabelledArrays, train_per_class: int, test_per_class: int) -> LabelledArrays:
-    """Keep the first examples of each class, in the data's order; 0 keeps all.
-
-    Example:
-        >>> x, y = np.zeros((4, 2), np.uint8), np.asarray([0, 1, 0, 1])
-        >>> keep_first(LabelledArrays(x, y, x, y), 1, 0).train_labels.tolist()
-        [0, 1]
-    """
+    """Keep the first examples of each class, in the data's order; 0 keeps all."""
     train = first_of_each_class(arrays.train_labels, train_per_class)
     test = first_of_each_class(arrays.test_labels, test_per_class)
     return arrays._replace(

@@ -32,13 +32,6 @@ def decoded(
 
     Raises:
         InvalidInput: an image cannot be decoded.
-
-    Example:
-        >>> from PIL import Image
-        >>> file = io.BytesIO()
-        >>> Image.new("L", (20, 10), 7).save(file, "PNG")
-        >>> [image.shape for image in decoded([file.getvalue()], "mine", side=4)]
-        [(4, 4, 3)]
     """
     from PIL import Image, ImageOps
 
@@ -137,13 +130,6 @@ def keep(
 
     Raises:
         InvalidInput: no folder can be written, or the disk is full.
-
-    Example:
-        >>> import tempfile
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> images, labels = keep([folder], "x", [np.ones((2, 2, 1), np.uint8)], [3], 1, (2, 2, 1))
-        >>> images.sum(), labels.tolist(), cached([folder], "x", (2, 2, 1)) is not None
-        (np.uint64(4), [3], True)
     """
     folder = _writable(folders)
     header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}

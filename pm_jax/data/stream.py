@@ -127,26 +127,14 @@ def class_incremental(
 ) -> TaskStream:
     """Make tasks that each bring new classes.
 
-    If the classes do not divide evenly, the earlier tasks have one class more.
-
-    Args:
-        arrays: the data set.
-        num_tasks: T.
-        seed: seed of the class order and of the validation split.
-        class_order: "random", drawn from the seed; "given", by their numbers; "groups", one group
-            of `arrays.class_groups` a task, the groups in an order drawn from the seed.
-        base_classes: number of classes of the first task; 0 for an even share.
-        validation_fraction: share of the training data of each class to hold out, in (0, 1).
+    `class_order` is "random", drawn from the seed; "given", by their numbers; or "groups", one
+    group of `arrays.class_groups` a task, in an order drawn from the seed. The first task has
+    `base_classes` classes, 0 for an even share. If classes do not divide evenly, earlier tasks have
+    one class more.
 
     Raises:
         InvalidInput: a task has no classes, a class has no training examples or loses them all to
             validation, or there are not as many groups as tasks.
-
-    Example:
-        >>> images, labels = np.zeros((20, 2), np.uint8), np.arange(20) % 4
-        >>> arrays = LabelledArrays(images, labels, images, labels)
-        >>> class_incremental(arrays, 2, seed=0).class_masks.sum(axis=1).tolist()
-        [2, 2]
     """
     num_classes = _count_classes([arrays])
     # Class order and validation split draw from streams of their own, [seed, 0] and [seed, 1].
@@ -187,12 +175,6 @@ def domain_incremental(
     Raises:
         InvalidInput: there is no domain, or a class has no training examples in any of them or
             loses them all to validation.
-
-    Example:
-        >>> images, labels = np.zeros((20, 2), np.uint8), np.arange(20) % 4
-        >>> arrays = LabelledArrays(images, labels, images, labels)
-        >>> domain_incremental([arrays, arrays], seed=0).train.sizes.tolist()
-        [16, 16]
     """
     if not domains:
         raise InvalidInput("domains=[]: at least one is needed")

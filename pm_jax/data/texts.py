@@ -28,15 +28,10 @@ def load(
 ) -> LabelledArrays:
     """Load texts into memory, as int32 token ids [N, max_tokens], with labels.
 
-    Args:
-        dataset: the path of an `.npz` with strings x_train, x_test and labels y_train, y_test, or
-            the name of a text classification data set of tensorflow-datasets, "clinc_oos".
-        data_dir: folder where tensorflow-datasets has prepared it; empty for its default.
-        tokenizer: path of a `tokenizer.json` of the library `tokenizers`.
-        max_tokens: length that texts are cut or padded to, special tokens included.
-        train_per_class: training examples of each class to keep, the first in the data's order;
-            0 for all.
-        test_per_class: the same for test examples.
+    `dataset` is the path of an `.npz` with strings x_train, x_test and labels y_train, y_test, or
+    the name of a text classification data set of tensorflow-datasets, "clinc_oos". `tokenizer` is
+    the path of a `tokenizer.json`. Texts are cut or padded to `max_tokens`, special tokens
+    included. The other arguments are those of `sources.load`.
 
     Raises:
         InvalidInput: data or tokenizer are missing, damaged or of another kind.

@@ -40,21 +40,15 @@ def load_images(
     """Load image data sets that tensorflow-datasets has prepared; several share their classes.
 
     Data in array_record are read without TensorFlow, in tfrecord with it. Examples keep the order
-    of the files. Test examples are those of the split "test", or else "validation". A data set of
-    only one split, "train" or "test" (`imagenet_r`, `imagenet_a`), is divided: 20 % of it for
-    testing, the same share of every class, drawn with a fixed seed, as in scikit-learn's
-    `train_test_split(..., test_size=0.2, random_state=0, stratify=labels)`. Classes without any
-    example (800 of the 1,000 that `imagenet_r` declares) are dropped, the others keep their order.
+    of the files, and those beyond the first `train_per_class` and `test_per_class` are not decoded.
+    Test examples are those of the split "test", or else "validation". A data set of only one split,
+    "train" or "test" (`imagenet_r`, `imagenet_a`), is divided: 20 % of it for testing, the same
+    share of every class, drawn with a fixed seed. Classes without any example (800 of the 1,000
+    that `imagenet_r` declares) are dropped, the others keep their order.
 
-    Args:
-        names: names in the catalogue, "cifar100" or "domainnet/real".
-        data_dir: folder where they are prepared; empty for the default of tensorflow-datasets.
-        train_per_class: training examples of each class to keep, the first in the data's order;
-            0 for all. Others are not decoded.
-        test_per_class: the same for test examples.
-        stored_size: side in pixels of the square that images are resized to, once; 0 to leave them.
-        cache_dir: folder for resized images; empty for a folder `pm_jax_images` beside the prepared
-            data or, if that cannot be written, in the user's cache directory.
+    An empty `data_dir` is the default of tensorflow-datasets. Images are resized to squares of
+    `stored_size` pixels once, or left for 0, and kept in `cache_dir`: if that is empty, in a folder
+    `pm_jax_images` beside the prepared data or, if it cannot be written, in the user's cache.
 
     Raises:
         InvalidInput: a data set is unknown, not prepared, damaged, or has no labelled uint8 images;

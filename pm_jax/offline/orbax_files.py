@@ -19,17 +19,6 @@ def to_safetensors(argument: str, directory: Path, path: Path) -> None:
 
     Raises:
         InvalidInput: the folder cannot be read, or safetensors cannot hold its content.
-
-    Example:
-        >>> import tempfile
-        >>> from orbax import checkpoint as orbax
-        >>> from safetensors.numpy import load_file
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> with orbax.StandardCheckpointer() as checkpointer:
-        ...     checkpointer.save(folder / "saved", {"fc": {"kernel": np.ones(2)}})
-        >>> to_safetensors("base", folder / "saved", folder / "saved.safetensors")
-        >>> load_file(folder / "saved.safetensors")
-        {'fc/kernel': array([1., 1.])}
     """
     from orbax import checkpoint as orbax
 

@@ -20,48 +20,41 @@ OF_FISHERS = frozenset({"quadratic", "curvature_error", "curvature_along"})
 
 @dataclasses.dataclass(frozen=True)
 class Merge:
-    """A request: which files to merge, how, and where to.
+    """A request: which files to merge, how, and where to."""
 
-    Attributes:
-        base: file of theta_0, in safetensors; like the others it may be a folder of Orbax, which is
-            turned into a temporary file beside the output first.
-        models: files of theta_1*, theta_2*, ... in the order of the tasks.
-        output: file that is written.
-        rule: a key of `rules.REGISTRY`.
-        rule_settings: settings of the rule, "name=value,...".
-        settings: settings "PATTERN:name=value,..." for the tensors whose whole name matches the
-            pattern; the first match counts, and adds to `rule_settings`.
-        fishers: files of the diagonal Fisher at each model, with the model's names; for rules that
-            need curvature.
-        seed: seed of rules that draw.
-        overwrite: replace an existing output, which must not be one of the inputs.
-    """
-
+    # File of theta_0, in safetensors; like the others it may be a folder of Orbax, which is turned
+    # into a temporary file beside the output first.
     base: Path
+    # Files of theta_1*, theta_2*, ... in the order of the tasks.
     models: tuple[Path, ...]
     output: Path
+    # A key of `rules.REGISTRY`.
     rule: str = "averaging"
+    # Settings of the rule, "name=value,...".
     rule_settings: str = ""
+    # Settings "PATTERN:name=value,..." for the tensors whose whole name matches the pattern; the
+    # first match counts, and adds to `rule_settings`.
     settings: tuple[str, ...] = ()
+    # Files of the diagonal Fisher at each model, with the model's names; for rules that need
+    # curvature.
     fishers: tuple[Path, ...] = ()
+    # Seed of rules that draw.
     seed: int = 0
+    # Replace an existing output, which must not be one of the inputs.
     overwrite: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Files whose headers agree.
+    """Files whose headers agree."""
 
-    Attributes:
-        base: theta_0, which gives the output its names, shapes and types.
-        models: theta_1*, theta_2*, ...
-        fishers: one for each model, or none.
-        merging: names of the tensors that merge: those of floating-point numbers, and not empty.
-    """
-
+    # theta_0, which gives the output its names, shapes and types.
     base: TensorFile
+    # theta_1*, theta_2*, ...
     models: tuple[TensorFile, ...]
+    # One for each model, or none.
     fishers: tuple[TensorFile, ...]
+    # Names of the tensors that merge: those of floating-point numbers, and not empty.
     merging: tuple[str, ...]
 
     @property
@@ -115,12 +108,6 @@ def rules_by_settings(merge: Merge, inputs: Inputs) -> list[tuple[MergeRule, tup
     Raises:
         InvalidInput: there is no such rule or setting, a pattern matches nothing, or the rule needs
             what the files do not hold.
-
-    Example:
-        >>> merge = Merge(Path("a"), (Path("b"),), Path("c"), settings=("a.*:speed=2",))
-        >>> rules_by_settings(merge, Inputs(None, (), (), ("attn", "mlp")))
-        Traceback (most recent call last):
-        pm_jax.types.InvalidInput: rule_settings=speed=2: ...
     """
     names: dict[str, list[str]] = {}
     patterns = [_pattern(setting, inputs.merging) for setting in merge.settings]

@@ -42,18 +42,14 @@ WHOLE_NUMBERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Type, shape and place of a tensor, from a header.
+    """Type, shape and place of a tensor, from a header."""
 
-    Attributes:
-        dtype: the header's name of the type, such as "F32".
-        shape: shape of the tensor.
-        begin: first byte, counted from the end of the header.
-        end: one after its last byte.
-    """
-
+    # The header's name of the type, such as "F32".
     dtype: str
     shape: tuple[int, ...]
+    # First byte, counted from the end of the header.
     begin: int
+    # One after its last byte.
     end: int
 
     @property
@@ -64,32 +60,18 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class TensorFile:
-    """A safetensors file of which the header is read and checked, and nothing else.
+    """A safetensors file of which the header is read and checked, and nothing else."""
 
-    Attributes:
-        argument: the argument that named the file, for messages.
-        source: the path that the user gave, for messages; a conversion may have made the file from
-            it.
-        path: path of the file.
-        entries: entries by name, in the order of the bytes.
-        metadata: strings that the file holds.
-        start: byte at which the tensors begin.
-
-    Example:
-        >>> import tempfile
-        >>> from safetensors.numpy import save_file
-        >>> path = Path(tempfile.mkdtemp()) / "model.safetensors"
-        >>> save_file({"w": np.arange(6.0).reshape(2, 3)}, path)
-        >>> file = TensorFile.open("base", path)
-        >>> file.entries["w"].shape, file.read("w", 2, 4).tolist()
-        ((2, 3), [2.0, 3.0])
-    """
-
+    # The argument that named the file, for messages.
     argument: str
+    # The path that the user gave, for messages; a conversion may have made the file from it.
     source: Path
     path: Path
+    # Entries by name, in the order of the bytes.
     entries: dict[str, Entry]
+    # Strings that the file holds.
     metadata: dict[str, str]
+    # Byte at which the tensors begin.
     start: int
 
     @classmethod
@@ -175,14 +157,6 @@ def writing(
 
     Raises:
         InvalidInput: as `check_output`, or the file cannot be written.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "model.safetensors"
-        >>> with writing(path, {"w": Entry("F32", (2,), 0, 8)}, {}) as file:
-        ...     _ = file.write(np.ones(2, np.float32).tobytes())
-        >>> TensorFile.open("output", path).read("w", 0, 2).tolist()
-        [1.0, 1.0]
     """
     path = Path(path)
     check_output(path, overwrite=overwrite)

@@ -5,20 +5,16 @@ from typing import NamedTuple
 
 
 class Entry(NamedTuple):
-    """The place of one of our leaves in a checkpoint.
+    """The place of one of our leaves in a checkpoint."""
 
-    Attributes:
-        path: path of our leaf, "blocks_0/attn/key/kernel".
-        name: name of their tensor, "blocks.0.attn.qkv.weight".
-        kind: difference between the arrays: "same"; "dense" and "conv", whose output axis comes
-            first in PyTorch; "heads_in", "heads_out" and "heads_bias", with an axis of heads in
-            `.npz`.
-        part: (i, n) if our leaf is the i-th of n equal parts along their first axis.
-    """
-
+    # Path of our leaf, "blocks_0/attn/key/kernel".
     path: str
+    # Name of their tensor, "blocks.0.attn.qkv.weight".
     name: str
+    # Difference between the arrays: "same"; "dense" and "conv", whose output axis comes first in
+    # PyTorch; "heads_in", "heads_out" and "heads_bias", with an axis of heads in `.npz`.
     kind: str = "same"
+    # (i, n) if our leaf is the i-th of n equal parts along their first axis.
     part: tuple[int, int] | None = None
 
 

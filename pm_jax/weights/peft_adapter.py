@@ -38,17 +38,14 @@ _MODULES_OF_TRANSFORMERS = (
 
 
 class PeftAdapter(NamedTuple):
-    """The files that PEFT reads.
+    """The files that PEFT reads."""
 
-    Attributes:
-        config: content of adapter_config.json.
-        tensors: content of adapter_model.safetensors; for each adapted module `lora_A` [r, in] and
-            `lora_B` [out, r], and the classifier of a ViT (PEFT's `modules_to_save`).
-        head: the classifier of a text encoder, which transformers' BertModel has no module for.
-    """
-
+    # Content of adapter_config.json.
     config: dict[str, Any]
+    # Content of adapter_model.safetensors; for each adapted module `lora_A` [r, in] and `lora_B`
+    # [out, r], and the classifier of a ViT (PEFT's `modules_to_save`).
     tensors: Tensors
+    # The classifier of a text encoder, which transformers' BertModel has no module for.
     head: Tensors
 
 
@@ -61,22 +58,16 @@ def peft_adapter(
     concatenated along the rank. The adapter is that product in another basis: A holds the leading
     right singular vectors of the displacement, B its components along them, and lora_alpha = r
     makes the factor 1. Its rank therefore is at most the model's width, however many tasks there
-    were. Where a layout keeps query, key and value in one matrix, B has zero rows for the parts
-    that did not train.
+    were. If a layout keeps query, key and value in one matrix, B has zero rows for the parts that
+    did not train.
 
     If the run's resolution differs from that of the weights, the model that takes the adapter must
     resize its position embeddings as `pretrained.resize_positions` does: timm does, transformers
-    not.
-
-    Args:
-        start: theta_0.
-        merged: theta_hat_T, of the same structure.
-        paths: paths of the adapted dense kernels.
-        layout: a key of `LAYOUTS`, of safetensors.
-        rank: bound on the rank of each kernel's displacement: tasks times rank of an adapter.
+    does not. `paths` name the adapted dense kernels; `rank` bounds the rank of each displacement:
+    tasks times rank of an adapter.
 
     Raises:
-        ValueError: the displacement is not of this rank.
+        ValueError: a displacement is not of this rank.
     """
     entries = LAYOUTS[layout](depth_of(trees.leaves_by_path(merged)))
     factors = _factors_by_name(start, merged, [e for e in entries if e.path in paths], rank)
@@ -112,13 +103,6 @@ def write_adapter(adapter: PeftAdapter, directory: Path) -> None:
 
     Raises:
         InvalidInput: the files cannot be written.
-
-    Example:
-        >>> import tempfile
-        >>> directory = Path(tempfile.mkdtemp())
-        >>> write_adapter(PeftAdapter({"r": 1}, {"w": np.ones(1)}, {}), directory)
-        >>> sorted(path.name for path in directory.iterdir())
-        ['adapter_config.json', 'adapter_model.safetensors']
     """
     try:
         with tempfile.TemporaryDirectory(dir=directory.parent, prefix=directory.name) as made:

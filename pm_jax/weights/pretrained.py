@@ -63,10 +63,6 @@ def layout_of(tensors: Mapping[str, np.ndarray]) -> str:
 
     Raises:
         InvalidInput: the names follow no layout.
-
-    Example:
-        >>> layout_of({"blocks.0.attn.qkv.weight": np.zeros(1)})
-        'timm'
     """
     for layout, signature in _SIGNATURES.items():
         if signature in tensors:
@@ -133,13 +129,6 @@ def export_params(params: Params, layout: str, *, num_heads: int = 1) -> Tensors
 
     Raises:
         ValueError: there is no such layout.
-
-    Example:
-        >>> from pm_jax.models import VisionTransformer
-        >>> model = VisionTransformer(10, patch_size=2, width=8, depth=1, num_heads=2)
-        >>> params = model.init(jax.random.key(0), jnp.ones((1, 4, 4, 3)))["params"]
-        >>> export_params(params, "timm")["blocks.0.attn.qkv.weight"].shape
-        (24, 8)
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r}: must be one of {', '.join(LAYOUTS)}")

@@ -30,25 +30,21 @@ NAN = float("nan")
 
 
 class Comparison(NamedTuple):
-    """The figures of one merge rule, beside those of the others.
-
-    Attributes:
-        rule: label of the rule.
-        figures: values over the seeds by name; fractions, NaN where a figure does not apply.
-        rank: mean over the seeds of its rank by final accuracy, 1 for the best; NaN for a bound.
-        difference: mean over the seeds of its final accuracy less that of the best ranked rule.
-        difference_error: standard error of that mean; NaN for one seed.
-        seconds: median over the seeds of training, measuring curvature and merging a whole stream,
-            as if the rule ran alone. The first seed of a rule also compiles.
-        state_bytes: size of what the rule carries at the end of the stream; NaN if unknown.
-    """
+    """The figures of one merge rule, beside those of the others."""
 
     rule: str
+    # Values over the seeds by name; fractions, NaN where a figure does not apply.
     figures: dict[str, list[float]]
+    # Mean over the seeds of its rank by final accuracy, 1 for the best; NaN for a bound.
     rank: float
+    # Mean over the seeds of its final accuracy less that of the best ranked rule.
     difference: float
+    # Standard error of that mean; NaN for one seed.
     difference_error: float
+    # Median over the seeds of training, measuring curvature and merging a whole stream, as if the
+    # rule ran alone. The first seed of a rule also compiles.
     seconds: float
+    # Size of what the rule carries at the end of the stream; NaN if unknown.
     state_bytes: float
 
 
@@ -68,11 +64,6 @@ def paired_differences(accuracies, best: int) -> tuple[np.ndarray, np.ndarray]:
     """Compare accuracies [R, S] with row `best`, seed by seed: mean difference and its error, [R].
 
     The error is the sample deviation of the differences over sqrt(S); NaN for one seed.
-
-    Example:
-        >>> mean, error = paired_differences([[0.5, 0.5], [0.5, 0.25]], 0)
-        >>> mean.tolist(), error.tolist()
-        ([0.0, -0.125], [0.0, 0.125])
     """
     values = np.asarray(accuracies, np.float64)
     differences = values - values[best]
@@ -88,12 +79,6 @@ def compare(
 
     Raises:
         InvalidInput: the rules were not run with the same seeds.
-
-    Example:
-        >>> run = dict.fromkeys(FIGURES, 0.5) | {"seed": 0, "seconds": {"train": 1.0}}
-        >>> first, second = compare({"a": [run], "b": [run | {"final_average_accuracy": 0.75}]})
-        >>> first.rule, second.rank, second.difference
-        ('b', 2.0, -0.25)
     """
     seeds = {label: [run["seed"] for run in runs] for label, runs in results.items()}
     reference, wanted = next(iter(seeds.items()))
@@ -149,14 +134,7 @@ def as_text(rows: Sequence[Comparison]) -> str:
 
 
 def as_latex(rows: Sequence[Comparison]) -> str:
-    r"""Lay the same table out as a LaTeX `tabular`, which needs no package.
-
-    Example:
-        >>> figures = dict.fromkeys(FIGURES, [0.5])
-        >>> row = Comparison("perturb_and_merge", figures, 1.0, 0.0, NAN, 3.0, 10.0)
-        >>> print(as_latex([row]).splitlines()[4])
-        perturb\_and\_merge & 50.0 & 50.0 & 50.0 & 50.0 & 1.0 & 0.0 & 3.0 & 10 B \\
-    """
+    """Lay the same table out as a LaTeX `tabular`, which needs no package."""
     return tables.as_latex(_cells(rows))
 
 
@@ -181,13 +159,7 @@ def as_records(rows: Sequence[Comparison]) -> list[dict[str, Any]]:
 
 
 def as_csv(rows: Sequence[Comparison]) -> str:
-    """Write the numbers of `as_records` as CSV; empty where a number does not apply.
-
-    Example:
-        >>> figures = dict.fromkeys(FIGURES, [0.5])
-        >>> as_csv([Comparison("magmax", figures, 1.0, 0.0, NAN, 3.0, 8.0)]).splitlines()[1]
-        'magmax,0.5,,0.5,,0.5,,0.5,,1.0,0.0,,3.0,8.0'
-    """
+    """Write the numbers of `as_records` as CSV; empty where a number does not apply."""
     records = as_records(rows)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -32,13 +32,7 @@ def data_uri(figure: "Figure") -> str:
 
 
 def accuracy_matrix(runs: Sequence[Results]) -> "Figure":
-    """Draw a heat map of the accuracies after each task, on each task, as the mean over seeds.
-
-    Example:
-        >>> figure = accuracy_matrix([{"accuracy_matrix": [[1.0, None], [0.5, 0.25]]}])
-        >>> [text.get_text() for text in figure.axes[0].texts]
-        ['100.0', '50.0', '25.0']
-    """
+    """Draw a heat map of the accuracies after each task, on each task, as the mean over seeds."""
     values = 100 * np.mean([np.asarray(run["accuracy_matrix"], np.float64) for run in runs], axis=0)
     figure = _figure(4.0)
     axes = figure.subplots()
@@ -182,12 +176,8 @@ def landscape(
 ) -> "Figure":
     """Draw a score along the segment of every merge but the first, one panel each.
 
-    Args:
-        alphas: coefficients looked at, [A].
-        values: scores by merge, coefficient and task looked at, [T, A, T].
-        merged: scores at the merged models, [T, T].
-        used: coefficients of the merges, [T]; NaN for none.
-        best: best coefficients, [T].
+    The values [T, A, T] are by merge, coefficient `alphas` [A] and task looked at; those at the
+    merged models are [T, T]. The merges used coefficients [T], NaN for none, where [T] were best.
     """
     panels = len(values) - 1
     rows = -(-panels // 2)
@@ -223,11 +213,8 @@ def plane(
 ) -> "Figure":
     """Draw losses in the plane of the last two task vectors, for the new task and the earlier ones.
 
-    Args:
-        along: coordinates along the new task's vector, [P].
-        across: coordinates along the vector before it, [P].
-        losses: losses by place and task seen, [P, P, t].
-        merged: `along` and `across` of the merged model.
+    Losses [P, P, t] are by coordinates along the new task's vector, across it, and task seen;
+    `merged` has both coordinates of the merged model.
     """
     from matplotlib.ticker import LogLocator
 

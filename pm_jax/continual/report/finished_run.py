@@ -17,18 +17,14 @@ EPOCH = {"task": int, "epoch": int, "loss": (int, float)}
 
 
 class FinishedRun(NamedTuple):
-    """The finished seeds of a work directory, in their order.
-
-    Attributes:
-        directory: the work directory.
-        label: the rule's name, and "(baseline)" after it for a baseline.
-        config: settings as config.json has them.
-        results: content of results.json of each seed.
-    """
+    """The finished seeds of a work directory, in their order."""
 
     directory: Path
+    # The rule's name, and "(baseline)" after it for a baseline.
     label: str
+    # Settings as config.json has them.
     config: dict[str, Any]
+    # Content of results.json of each seed.
     results: list[dict[str, Any]]
 
 

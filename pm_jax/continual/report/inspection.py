@@ -49,18 +49,15 @@ UNLISTED = {
 
 
 class Inspection(NamedTuple):
-    """The content of a work directory, in lines for a person.
+    """The content of a work directory, in lines for a person."""
 
-    Attributes:
-        holds: the runs, how far they are, and their results.
-        damaged: the files that differ from what was saved, with the remedy.
-        unlisted: the files, or folders of files, that no manifest lists.
-        intact: number of files that are as they were saved.
-    """
-
+    # The runs, how far they are, and their results.
     holds: list[str]
+    # The files that differ from what was saved, with the remedy.
     damaged: list[str]
+    # The files, or folders of files, that no manifest lists.
     unlisted: list[str]
+    # Number of files that are as they were saved.
     intact: int
 
     def text(self) -> str:

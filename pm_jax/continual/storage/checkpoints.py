@@ -24,35 +24,23 @@ T = TypeVar("T")
 
 
 class DamagedCheckpoint(InvalidInput):
-    """A checkpoint differs from what was saved, or is in no manifest and cannot be read.
-
-    Args:
-        message: line for the user.
-        why: the damage in a few words.
-    """
+    """A checkpoint differs from what was saved, or is in no manifest and cannot be read."""
 
     def __init__(self, message: str, why: str):
         super().__init__(message)
+        # The damage in a few words, without the remedy that the message ends with.
         self.why = why
 
 
 class Checkpoints:
-    """The checkpoints in a directory, of which the newest are kept, and their manifest.
+    """The checkpoints in a directory, of which the `keep` newest stay, and their manifest.
 
-    The calling thread writes the manifest, which lists a checkpoint once it is whole.
+    The calling thread writes the manifest, which lists a checkpoint once it is whole. If
+    `asynchronous`, `save` returns once the arrays are copied, and they are written meanwhile; with
+    several processes it always waits.
 
-    Args:
-        directory: folder of the checkpoints; made if absent.
-        keep: number of checkpoints that stay, at least 1.
-        asynchronous: let `save` return once the arrays are copied, and write them meanwhile;
-            ignored with several processes.
-
-    Example:
-        >>> import tempfile
-        >>> with Checkpoints(Path(tempfile.mkdtemp())) as checkpoints:
-        ...     checkpoints.save(3, {"w": np.ones(2)})
-        ...     checkpoints.latest(), checkpoints.restore(3, {"w": np.zeros(2)})["w"].tolist()
-        (3, [1.0, 1.0])
+    Raises:
+        InvalidInput: `keep` is below 1.
     """
 
     def __init__(self, directory: Path, keep: int = KEPT, *, asynchronous: bool = False):

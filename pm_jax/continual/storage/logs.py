@@ -16,18 +16,10 @@ COLUMNS = ("step", "event", "task", "epoch", "loss", "alpha", "accuracy", "image
 
 
 class RunLog:
-    """The logs of one seed's run.
+    """The logs of one seed's run; a directory `None` writes no files, `quiet` prints nothing.
 
-    Lines after the step that a run resumes from are dropped, so that an interrupted run leaves the
-    same lines as an uninterrupted one.
-
-    Args:
-        directory: folder of metrics.jsonl and metrics.csv; `None` writes neither.
-        label: text in front of each printed line, "seed 0".
-        total_steps: steps of the whole run, for the time left.
-        resume_step: step that the run goes on from.
-        quiet: print nothing.
-        tensorboard: write TensorBoard events too (needs the extra `tensorboard`).
+    Lines after `resume_step`, which the run goes on from, are dropped, so that an interrupted run
+    leaves the same lines as an uninterrupted one.
 
     Raises:
         InvalidInput: TensorBoard is asked for and tensorboardX is not installed.

@@ -32,31 +32,21 @@ class DamagedManifest(ValueError):
 
 
 class Damage(NamedTuple):
-    """A damaged file, or a whole folder that is missing.
+    """A damaged file, or a whole folder that is missing."""
 
-    Attributes:
-        name: path in the directory, with slashes.
-        what: what is wrong, worded to follow the name.
-    """
-
+    # Path in the directory, with slashes.
     name: str
+    # What is wrong, worded to follow the name.
     what: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """The files that were saved in a directory, and notes about them.
+    """The files that were saved in a directory, and notes about them."""
 
-    Attributes:
-        files: entries by path in the directory, with slashes.
-        about: notes by name, as JSON.
-
-    Example:
-        >>> Manifest.of(Manifest(about={"seed": 0}).content()).about
-        {'seed': 0}
-    """
-
+    # Entries by path in the directory, with slashes.
     files: Mapping[str, Entry] = dataclasses.field(default_factory=dict)
+    # Notes by name, as JSON.
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def content(self) -> bytes:
@@ -122,13 +112,6 @@ def checksums(directory: Path, *names: str) -> dict[str, Entry]:
 
     Raises:
         OSError: a file cannot be read.
-
-    Example:
-        >>> import tempfile
-        >>> directory = Path(tempfile.mkdtemp())
-        >>> _ = (directory / "x.txt").write_text("one line")
-        >>> checksums(directory, "x.txt")["x.txt"]["bytes"]
-        8
     """
     entries: dict[str, Entry] = {}
     for name in names:
@@ -210,15 +193,7 @@ def note(directory: Path, **about: Any) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a damaged file or folder to `damaged_<name>`, numbered if that name is in use.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "72"
-        >>> path.mkdir()
-        >>> set_aside(path).name
-        'damaged_72'
-    """
+    """Rename a damaged file or folder to `damaged_<name>`, numbered if that name is in use."""
     aside, number = path.with_name(ASIDE + path.name), 1
     while aside.exists():
         number += 1

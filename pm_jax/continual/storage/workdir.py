@@ -42,19 +42,11 @@ def saved_form(config: Config) -> dict[str, Any]:
 def claim(workdir: Path, config: Config, file_name: str = CONFIG_FILE) -> None:
     """Make a directory the work directory of a configuration, or see that it already is.
 
-    Each kind of work directory has its own `file_name`. Nothing is touched where the claim fails.
+    Each kind of work directory has its own `file_name`. Nothing is touched if the claim fails.
 
     Raises:
         InvalidInput: the directory cannot be written, has other content, or belongs to another
             configuration (the differing flags are named).
-
-    Example:
-        >>> import tempfile
-        >>> directory = Path(tempfile.mkdtemp())
-        >>> claim(directory, Config())
-        >>> claim(directory, Config(epochs=7))
-        Traceback (most recent call last):
-        pm_jax.types.InvalidInput: workdir=...: holds a run with epochs=3, not 7; ...
     """
     check_claim(workdir, config, file_name)
     try:
@@ -80,14 +72,6 @@ def locked(workdir: Path) -> Iterator[None]:
 
     Raises:
         InvalidInput: another process, or another call, runs in the directory.
-
-    Example:
-        >>> import tempfile
-        >>> workdir = Path(tempfile.mkdtemp())
-        >>> with locked(workdir), locked(workdir):
-        ...     pass
-        Traceback (most recent call last):
-        pm_jax.types.InvalidInput: workdir=...: another process runs in it; wait for its end or ...
     """
     try:
         import fcntl
