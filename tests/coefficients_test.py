@@ -15,6 +15,7 @@ from pm_jax.curvature.quadratics import DiagonalQuadratic
 from pm_jax.types import InvalidInput
 from tests import oracles
 from tests.curvature.quadratics_test import listed_value, random_tree, running_sum, task_list
+from tests.small_runs import slow
 
 
 def test_closed_form_by_hand():
@@ -54,7 +55,7 @@ def test_exact_curvature_of_the_current_task_by_hand(normalize):
     np.testing.assert_allclose(found.predicted_loss_change, (1 - alpha) ** 2 * 10 / 2, rtol=1e-6)
 
 
-@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("clip", [True, slow(False)])
 def test_closed_form_is_the_minimum_along_the_segment(float64, clip):
     rng = np.random.default_rng(0)
     grid = np.linspace(0, 1, 201) if clip else np.linspace(-3, 3, 601)

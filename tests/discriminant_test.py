@@ -82,6 +82,7 @@ def test_equal_features_leave_only_the_shares():
     np.testing.assert_allclose(found, np.log([0.75, 0.25]) + 1.0, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_run_predicts_with_the_classes_of_all_tasks_and_trains_as_before():
     plain = Learner(BY_CLASS, seed=0, options=QUIET)
     learner = Learner(

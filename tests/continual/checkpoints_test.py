@@ -130,6 +130,7 @@ def test_a_failure_of_the_last_save_is_raised_at_the_end(asynchronous, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [manifest.FILE]
 
 
+@pytest.mark.slow
 def test_a_run_whose_save_fails_ends_and_goes_on_once_there_is_room(tmp_path):
     straight = Learner(SMALL, 0, options=QUIET)
     wanted = straight.run()

@@ -23,7 +23,7 @@ from tests.small_runs import BY_CLASS, QUIET, SMALL, VIT, slow
         SMALL,
         slow(BY_CLASS),
         slow(VIT),
-        dataclasses.replace(SMALL, temperature=3.0),
+        slow(dataclasses.replace(SMALL, temperature=3.0)),
         dataclasses.replace(BY_CLASS, curvature="exact_current", temperature=3.0),
     ],
     ids=["domain", "class", "lora", "temperature", "exact"],

@@ -67,6 +67,7 @@ def test_points_are_scored_on_validation_data_and_the_regret_is_to_the_best_of_t
     np.testing.assert_allclose(results["mean_regret_accuracy"], mean)
 
 
+@pytest.mark.slow
 def test_plane_goes_through_the_models_of_the_last_two_merges(tmp_path):
     learner = Learner(PLANE, seed=0, options=QUIET)
     merges, merge_task = [], learner.merge_task

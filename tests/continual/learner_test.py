@@ -160,6 +160,7 @@ def test_computation_in_bfloat16_keeps_float32_parameters_and_curvature():
         assert leaf.dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_a_rule_that_merges_for_inference_only_keeps_training_from_the_trained_model(
     tmp_path, monkeypatch
 ):
@@ -226,6 +227,7 @@ def test_a_run_from_pretrained_weights_starts_from_them_and_keeps_the_learned_he
     assert leaves_equal(trees.select(learner.params, frozen), trees.select(theta_0, frozen))
 
 
+@pytest.mark.slow
 def test_an_untrusted_coefficient_is_moved_towards_averaging(tmp_path, capsys):
     """The merges of SMALL are far from what the diagonal predicts."""
     runs = {}

@@ -178,7 +178,7 @@ def test_training_loss_is_the_perturbed_loss_of_the_library():
             np.testing.assert_allclose(got, wanted, rtol=1e-5)
 
 
-@pytest.mark.parametrize("per_example", [False, True])
+@pytest.mark.parametrize("per_example", [slow(False), True])
 def test_training_loss_with_adapters_is_the_loss_at_the_displaced_dense_weights(per_example):
     learner = Learner(VIT, seed=0, options=QUIET)
     model, start = VIT.network(10), learner.params

@@ -11,6 +11,7 @@ from pm_jax import curvature, losses, trees
 from pm_jax.curvature import matrix_products, measures
 from pm_jax.types import Batch
 from tests import oracles
+from tests.small_runs import slow
 
 EXAMPLES = 13
 
@@ -89,8 +90,8 @@ def tokens():
     return logits_fn, params, direction, batch
 
 
-@pytest.mark.parametrize("chunk_size", [4, 64])
-@pytest.mark.parametrize("layers", [("token", "head"), ("head",)])
+@pytest.mark.parametrize("chunk_size", [4, slow(64)])
+@pytest.mark.parametrize("layers", [("token", "head"), slow(("head",))])
 @pytest.mark.parametrize("kind", ["empirical", "exact", "sampled"])
 def test_dense_layers_give_the_same_fisher_as_per_example_gradients(
     tokens, kind, layers, chunk_size

@@ -161,6 +161,7 @@ def test_what_a_directory_holds_is_printed(trained, compared, capsys):
     assert any(re.match(rf"{compared}/sequential +\d+\.\d ", line) for line in lines)
 
 
+@pytest.mark.slow
 def test_a_kill_at_no_moment_leaves_what_looks_damaged(tmp_path, monkeypatch):
     """Looks before every change of a name, in a run that is killed and goes on."""
     found, looking = [], []

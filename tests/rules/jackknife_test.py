@@ -19,7 +19,7 @@ from tests import oracles
 from tests.coefficients_test import dense_tasks
 from tests.curvature import kronecker_test
 from tests.curvature.quadratics_test import random_tree
-from tests.small_runs import QUIET, SMALL
+from tests.small_runs import QUIET, SMALL, slow
 
 
 def measure_of(kind, logits_fn):
@@ -31,7 +31,7 @@ def measure_of(kind, logits_fn):
     return low_rank.gauss_newton_low_rank(logits_fn, rank=3)
 
 
-@pytest.mark.parametrize("kind", ["fisher_exact", "kronecker", "low_rank"])
+@pytest.mark.parametrize("kind", ["fisher_exact", slow("kronecker"), slow("low_rank")])
 def test_leaving_a_group_out_is_measuring_without_it(kind):
     """Against the same measure, with the same labels drawn, on examples of weight 0."""
     groups, size = 3, 11

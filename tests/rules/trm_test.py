@@ -17,7 +17,6 @@ from tests.small_runs import (
     VIT,
     comparable,
     leaves_equal,
-    slow,
     straight_and_killed,
     with_functions,
 )
@@ -240,7 +239,8 @@ def collected(config, monkeypatch, directory=None, options=QUIET):
     return learner, results, given
 
 
-@pytest.mark.parametrize("config", [CONFIG, slow(dataclasses.replace(VIT, rule="trm"))],
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [CONFIG, dataclasses.replace(VIT, rule="trm")],
                          ids=["full", "lora"])  # fmt: skip
 def test_trajectory_and_onset_are_those_of_the_training(config, monkeypatch):
     learner, results, given = collected(config, monkeypatch)

@@ -16,12 +16,6 @@ def evaluation_transform(config: Config) -> Callable[[Array], Array]:
     Returns:
         A function of uint8 images [N, H, W, channels]; the identity without `evaluation_resize`,
         where a model resizes by itself.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> images = jnp.zeros((1, 8, 8, 3), jnp.uint8)
-        >>> evaluation_transform(Config(evaluation_resize=1.5))(images).shape
-        (1, 8, 8, 3)
     """
     if config.evaluation_resize == 1.0:
         return lambda images: images
@@ -38,13 +32,6 @@ def training_transform(config: Config) -> Callable[[Key, Array], Array]:
 
     Returns:
         A function of a key and uint8 images [N, H, W, channels].
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> images = jnp.zeros((1, 8, 8, 3), jnp.uint8)
-        >>> config = Config(model="vit", image_size=16, augmentation="crop_flip")
-        >>> training_transform(config)(jax.random.key(0), images).shape
-        (1, 16, 16, 3)
     """
     prepare = evaluation_transform(config)
     if config.augmentation == "none":
