@@ -12,17 +12,12 @@ from pm_jax import (
     trees,
 )
 from pm_jax.coefficients import MergeCoefficient, merge_coefficient, predicted_loss_change
-from pm_jax.curvature import (
-    kronecker,
-    low_rank,
-    matrix_products,
-    measures,
-    quadratics,
-    squared_gradients,
-)
-from pm_jax.curvature.diagonal import fisher_empirical, fisher_exact, gauss_newton, hessian
+from pm_jax.curvature import kronecker, low_rank, measures, quadratics, squared_gradients
+from pm_jax.curvature import products as matrix_products
+from pm_jax.curvature.diagonal import DiagonalQuadratic, fisher_empirical, fisher_exact
+from pm_jax.curvature.exact import ExactQuadratic, gauss_newton, hessian
 from pm_jax.curvature.measures import Measure, Measurement, measure_all
-from pm_jax.curvature.quadratics import DiagonalQuadratic, ExactQuadratic, Quadratic, SumQuadratic
+from pm_jax.curvature.quadratics import Quadratic, SumQuadratic
 from pm_jax.perturbation import Perturbation, curvature_weight, perturbed
 from pm_jax.rules import Evidence, MergeInfo, MergeRule
 from pm_jax.types import Batch, InvalidInput

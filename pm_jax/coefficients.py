@@ -6,15 +6,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pm_jax.curvature.quadratics import LeafwiseQuadratic, Quadratic
+from pm_jax.curvature.quadratics import Quadratic, SumQuadratic
 from pm_jax.types import Array, Params, PyTree
 
 SWEEPS = 1000
-"""Of coordinate descent over the groups of joint coefficients."""
+"""Sweeps of coordinate descent over the groups of joint coefficients."""
 
 
 class MergeCoefficient(NamedTuple):
-    """A merge coefficient and how it came about; float32 scalars, or [G] for several groups.
+    """A merge coefficient and the numbers behind it; float32 scalars, or [G] for several groups.
 
     Attributes:
         alpha: the coefficient to use, in [0, 1] if clipped.
@@ -34,13 +34,12 @@ class MergeCoefficient(NamedTuple):
 
 
 def merge_coefficient(
-    quadratic: Quadratic,
+    quadratic: Quadratic | SumQuadratic,
     previous: Params,
     task_vector: PyTree,
     *,
     task: Array | int,
     curvature_error: Array | float = float("nan"),
-    correction: Array | float = 0.0,
     clip: bool = True,
 ) -> MergeCoefficient:
     """Closed form of `argmin_a Q(previous + a task_vector)`.
@@ -56,8 +55,6 @@ def merge_coefficient(
         task_vector: Delta, of the same structure.
         task: t, counted from 1; an array or an int.
         curvature_error: standard error of the current task's `Delta^T H_t Delta`.
-        correction: what that is beyond what the quadratic says, where it is known better; it counts
-            in numerator and denominator alike, as the task's own minimum is at the end of Delta.
         clip: restrict alpha to [0, 1].
 
     Returns:
@@ -69,21 +66,23 @@ def merge_coefficient(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from pm_jax.curvature.quadratics import DiagonalQuadratic
+        >>> from pm_jax.curvature import DiagonalQuadratic
         >>> old = DiagonalQuadratic.at(jnp.zeros(1), diagonal=jnp.asarray([3.0]))
         >>> new = DiagonalQuadratic.at(jnp.ones(1), diagonal=jnp.asarray([1.0]))
         >>> float(merge_coefficient(old + new, jnp.zeros(1), jnp.ones(1), task=2).alpha)
         0.25
     """
-    numerator = correction - quadratic.gradient_along(previous, task_vector)
-    denominator = correction + quadratic.curvature_along(task_vector)
     return merge_coefficient_of(
-        numerator, denominator, task=task, curvature_error=curvature_error, clip=clip
+        -quadratic.gradient_along(previous, task_vector),
+        quadratic.curvature_along(task_vector),
+        task=task,
+        curvature_error=curvature_error,
+        clip=clip,
     )
 
 
 def merge_coefficients(
-    quadratic: Quadratic,
+    quadratic: Quadratic | SumQuadratic,
     previous: Params,
     task_vector: PyTree,
     groups: Sequence[int],
@@ -116,14 +115,14 @@ def merge_coefficients(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from pm_jax.curvature.quadratics import DiagonalQuadratic
+        >>> from pm_jax.curvature import DiagonalQuadratic
         >>> old = DiagonalQuadratic.at([jnp.zeros(1)] * 2, [jnp.ones(1), jnp.full(1, 3.0)])
         >>> new = DiagonalQuadratic.at([jnp.ones(1)] * 2, [jnp.ones(1)] * 2)
         >>> delta = [jnp.ones(1)] * 2
         >>> merge_coefficients(old + new, [jnp.zeros(1)] * 2, delta, (0, 1), task=2).alpha.tolist()
         [0.5, 0.25]
     """
-    if isinstance(quadratic, LeafwiseQuadratic):
+    if quadratic.leafwise:
         slopes, curvatures = (
             jax.ops.segment_sum(values, jnp.asarray(groups), max(groups) + 1)
             for values in quadratic.by_leaf(previous, task_vector)
@@ -133,12 +132,12 @@ def merge_coefficients(
     directions = [
         jax.tree.unflatten(
             structure,
-            [x if own == group else jnp.zeros_like(x)
-             for x, own in zip(leaves, groups, strict=True)],
+            [x if its_group == group else jnp.zeros_like(x)
+             for x, its_group in zip(leaves, groups, strict=True)],
         )
         for group in range(max(groups) + 1)
     ]  # fmt: skip
-    slopes = jnp.stack([quadratic.gradient_along(previous, each) for each in directions])
+    slopes = jnp.stack([quadratic.gradient_along(previous, direction) for direction in directions])
     gram = quadratic.gram(directions)
     alone = merge_coefficient_of(-slopes, jnp.diagonal(gram), task=task, clip=clip)
     together, sound = box_minimum(gram, -slopes, clip=clip)
@@ -198,7 +197,7 @@ def merge_coefficient_of(
     curvature_error: Array | float = float("nan"),
     clip: bool = True,
 ) -> MergeCoefficient:
-    """The quotient of the closed form, entry by entry, and what to do where there is none.
+    """The quotient of the closed form, entry by entry, or 1/t where there is none.
 
     Args:
         numerator: `-Delta . grad Q(theta_hat)`, scalar or [G].

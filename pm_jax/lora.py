@@ -281,7 +281,7 @@ def branch(adapters: Mapping[str, Any], scale: Array | float = 1.0):
     }
 
     def add_branch(call: LayerCall) -> Array | None:
-        path = f"{call.name}/kernel".lstrip("/")
+        path = call.kernel
         if path not in branches:
             return None
         if not isinstance(call.layer, nn.Dense):

@@ -8,10 +8,9 @@ import scipy.linalg
 import scipy.optimize
 
 from pm_jax import coefficients, curvature, rules, task_vectors
-from pm_jax.curvature import measures
+from pm_jax.curvature import DiagonalQuadratic, measures
 from pm_jax.curvature.kronecker import KroneckerQuadratic
-from pm_jax.curvature.low_rank import LowRankQuadratic
-from pm_jax.curvature.quadratics import DiagonalQuadratic
+from pm_jax.curvature.low_rank import LowRank, LowRankQuadratic
 from pm_jax.types import InvalidInput
 from tests import oracles
 from tests.curvature.quadratics_test import listed_value, random_tree, running_sum, task_list
@@ -217,7 +216,7 @@ def test_coefficients_of_correlated_groups_are_the_minimum_in_the_box(float64):
         for star in tasks:
             columns = [random_tree(rng, np.float64) for _ in range(8)]
             stacked = jax.tree.map(lambda *x: jnp.stack(x), *columns)
-            memory = memory.plus(LowRankQuadratic.zero(star, 8).replace(columns=stacked))
+            memory = memory.plus(LowRankQuadratic.zero(star, 8).replace(curvature=LowRank(stacked)))
             rows = np.stack([oracles.flat(column) for column in columns])
             matrix.append(rows @ directions)
             target.append(rows @ (oracles.flat(star) - oracles.flat(previous)))
@@ -255,12 +254,12 @@ def test_a_gram_matrix_that_is_none_is_called_degenerate():
     assert bool(sound)
     np.testing.assert_allclose(a, [0.5, 0.0], rtol=1e-5)
 
-    class Hessian(LowRankQuadratic):
-        def products(self, lefts, rights):
-            return jnp.asarray([[1.0, 2.0], [2.0, 1.0]])[: len(lefts), : len(rights)]
+    class Hessian(LowRank):
+        def gram(self, directions):
+            return jnp.asarray([[1.0, 2.0], [2.0, 1.0]])[: len(directions), : len(directions)]
 
     delta = [jnp.ones(1)] * 2
-    memory = Hessian.zero(delta, 1)
+    memory = LowRankQuadratic.at(delta, Hessian([jnp.zeros((1, 1))] * 2))
     found = coefficients.merge_coefficients(memory, delta, delta, (0, 1), task=3)
     assert found.degenerate.all() and np.isfinite(found.alpha).all()
 
@@ -277,7 +276,7 @@ def dense_tasks(kind, rng, count):
         elif kind == "low_rank":
             columns = [random_tree(rng, np.float64) for _ in range(3)]
             stacked = jax.tree.map(lambda *x: jnp.stack(x), *columns)
-            quadratic = LowRankQuadratic.zero(star, 3).replace(columns=stacked)
+            quadratic = LowRankQuadratic.zero(star, 3).replace(curvature=LowRank(stacked))
             rows = np.stack([oracles.flat(column) for column in columns])
             matrix = rows.T @ rows
         else:

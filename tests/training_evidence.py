@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pm_jax import trees
-from pm_jax.curvature import dense_layers
+from pm_jax.curvature import DiagonalQuadratic, dense_layers
 from pm_jax.curvature.measures import Measurement
-from pm_jax.curvature.quadratics import DiagonalQuadratic
 from pm_jax.rules import objectives
 from pm_jax.types import Batch
 
@@ -42,16 +41,16 @@ def of_training(rule, previous, trained):
     def snapshots(low, high):
         low, high = low.astype(jnp.float32), high.astype(jnp.float32)
         step = high - low
-        points = [low + f * step + f * (1 - f) * step * jnp.sin(step) for f in rule.snapshots]
+        points = [low + f * step + f * (1 - f) * step * jnp.sin(step) for f in rule.needs.snapshots]
         return jnp.stack(points)
 
-    if "trajectory" in rule.needs:
+    if "trajectory" in rule.needs.evidence:
         found["trajectory"] = jax.tree.map(snapshots, previous, trained)
-    if "objective" in rule.needs:
+    if "objective" in rule.needs.evidence:
         found["objective"] = objective()
-    if "all_objectives" in rule.needs:
+    if "all_objectives" in rule.needs.evidence:
         found["all_objectives"] = objectives.stack([objective()] * 2, jnp.asarray([True, False]))
-    if "onset_gradient_norm" in rule.needs:
+    if "onset_gradient_norm" in rule.needs.evidence:
         found["onset_gradient_norm"] = jnp.asarray(30.0)
     return found
 
@@ -69,19 +68,21 @@ def as_in_training(rule):
     def update(state, *, previous, trained, evidence=None):
         if evidence is not None:
             evidence = evidence._replace(**of_training(rule, previous, trained))
-            if rule.example_groups:
-                evidence = evidence._replace(left_out=in_groups(evidence, rule.example_groups))
+            if rule.needs.example_groups:
+                evidence = evidence._replace(
+                    left_out=in_groups(evidence, rule.needs.example_groups)
+                )
         merged, state, info = rule.update(
             state, previous=previous, trained=trained, evidence=evidence
         )
-        if rule.absorb:
+        if rule.needs.absorb:
             moments = {
                 path: jnp.diag(jnp.arange(1.0, 1 + trees.leaves_by_path(merged)[path].shape[0]))
                 for path in dense_layers.kernel_paths(merged)
             }
             quadratic = DiagonalQuadratic.at(merged, evidence.quadratic.diagonal)
             absorbed = evidence._replace(quadratic=quadratic, input_moments=moments)
-            state = rule.absorb(state, absorbed)
+            state = rule.needs.absorb(state, absorbed)
         return merged, state, info
 
     return rule._replace(update=update)

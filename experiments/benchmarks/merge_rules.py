@@ -18,7 +18,7 @@ from absl import app, flags
 from pm_jax import rules
 from pm_jax.continual import Config
 from pm_jax.continual.training.initial_model import parameter_shapes
-from pm_jax.curvature.quadratics import DiagonalQuadratic
+from pm_jax.curvature.diagonal import DiagonalQuadratic
 from pm_jax.rules import Evidence, MergeRule
 from pm_jax.types import Params
 
@@ -31,7 +31,7 @@ TASKS = 3
 
 def without_training(rule: MergeRule) -> bool:
     """Whether two models and curvature are all that a rule looks at."""
-    return rule.needs <= GIVEN and not rule.hook and not rule.analysis_only
+    return rule.needs.evidence <= GIVEN and not rule.needs.hook and not rule.needs.analysis_only
 
 
 def measure(rule: MergeRule, shapes: Params) -> tuple[float, float, float]:
@@ -47,7 +47,7 @@ def measure(rule: MergeRule, shapes: Params) -> tuple[float, float, float]:
 
     def evidence(trained: Params, task: int) -> Evidence:
         quadratic = None
-        if "quadratic" in rule.needs:
+        if "quadratic" in rule.needs.evidence:
             quadratic = DiagonalQuadratic.at(trained, model(100 + task, positive=True))
         return Evidence(quadratic, jnp.zeros(()), jax.random.key(task))
 

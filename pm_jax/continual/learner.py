@@ -76,10 +76,10 @@ class Learner:
         self._by_domain = self.stream.scenario == "domain_incremental"
         rule = config.merge_rule
         # A rule that takes part in training cannot use what was trained without it.
-        alone = rule.takes_part_in_training or processes.several()
+        alone = rule.needs.takes_part_in_training or processes.several()
         shared = None if alone else options.shared
         self._shared = reuse.SharedTraining(shared / f"seed_{seed}") if shared else None
-        lessons = self.stream.together() if rule.tasks_at_once else self.stream
+        lessons = self.stream.together() if rule.needs.tasks_at_once else self.stream
         self.programs = programs or programs_of(config, StreamShape.of(lessons))
         self._devices = devices_of(config)
         self.key = self._devices.place(jax.random.key(seed))

@@ -64,7 +64,7 @@ def configurations(
 def _with_curvatures(label: str, curvatures: Sequence[str]) -> list[str]:
     """Return a rule once for each curvature, if it takes any and its label names none."""
     name, *pairs = label.split("+")
-    takes = name in rules.REGISTRY and "quadratic" in rules.make(name).needs
+    takes = name in rules.REGISTRY and "quadratic" in rules.make(name).needs.evidence
     if not takes or any(pair.startswith("curvature=") for pair in pairs):
         return [label]
     return [f"{label}+curvature={curvature}" for curvature in curvatures]

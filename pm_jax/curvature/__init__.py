@@ -1,24 +1,20 @@
 """Curvature: what a finished task leaves behind, and how it is measured."""
 
 from pm_jax.curvature.diagonal import (
+    DiagonalQuadratic,
     chunk_for_memory,
     fisher_empirical,
     fisher_exact,
-    gauss_newton,
-    hessian,
     identity,
 )
+from pm_jax.curvature.exact import ExactQuadratic, gauss_newton, hessian
 from pm_jax.curvature.kronecker import KroneckerQuadratic, fisher_kronecker
 from pm_jax.curvature.low_rank import LowRankQuadratic, gauss_newton_low_rank
 from pm_jax.curvature.measures import Measure, Measurement, measure_all
-from pm_jax.curvature.quadratics import (
-    DiagonalQuadratic,
-    ExactQuadratic,
-    Quadratic,
-    SumQuadratic,
-)
+from pm_jax.curvature.quadratics import Curvature, Quadratic, SumQuadratic
 
 __all__ = [
+    "Curvature",
     "DiagonalQuadratic",
     "ExactQuadratic",
     "KroneckerQuadratic",

@@ -31,6 +31,11 @@ class LayerCall(NamedTuple):
     inputs: Any
     output: Any
 
+    @property
+    def kernel(self) -> str:
+        """Path of the layer's kernel, if it has one."""
+        return f"{self.name}/kernel".lstrip("/")
+
 
 def visiting(
     visit: Callable[[LayerCall], Array | None], kind: type[nn.Module] = nn.Dense
@@ -199,7 +204,7 @@ def input_moments(
     found: dict[str, tuple[Array, Array]] = {}
 
     def add(call: LayerCall) -> None:
-        path = f"{call.name}/kernel".lstrip("/")
+        path = call.kernel
         if path not in paths:
             return
         x = jnp.asarray(call.inputs, jnp.float32)

@@ -1,18 +1,97 @@
-"""Measure curvature by streaming over batches: Fisher, Gauss-Newton, Hessian."""
+"""Diagonal curvature: one number for each parameter, and the Fishers that measure it."""
+
+from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from pm_jax import losses, trees
-from pm_jax.curvature import matrix_products, squared_gradients
+from pm_jax.curvature import squared_gradients
 from pm_jax.curvature.dense_layers import leaf_paths
 from pm_jax.curvature.measures import Measure, Measurement, MeasureState
-from pm_jax.curvature.quadratics import DiagonalQuadratic
+from pm_jax.curvature.quadratics import Curvature, Quadratic
 from pm_jax.curvature.squared_gradients import OutputsFn, Passes, PassesFn, SquaredGradients
 from pm_jax.types import Array, Batch, Key, LogitsFn, LossesFn, Params, PyTree
+
+
+@flax.struct.dataclass
+class Diagonal(Curvature):
+    """A diagonal matrix; sums are exact and of one size, however many tasks there are.
+
+    Attributes:
+        diagonal: pytree of the structure of the parameters, float32.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> Diagonal(jnp.asarray([1.0, 3.0])).times(jnp.asarray([2.0, 2.0])).tolist()
+        [2.0, 6.0]
+    """
+
+    diagonal: PyTree
+
+    leafwise = True
+
+    def times(self, direction: PyTree) -> PyTree:
+        """`H d`, entry by entry."""
+        return jax.tree.map(jnp.multiply, self.diagonal, direction)
+
+    def along(self, direction: PyTree) -> Array:
+        """`sum_p diagonal_p d_p^2`, scalar."""
+        return trees.inner(direction, direction, self.diagonal)
+
+    def plus(self, other: Diagonal) -> Diagonal:
+        """The sum of two diagonals."""
+        return Diagonal(jax.tree.map(jnp.add, self.diagonal, other.diagonal))
+
+    def scaled(self, factor: Array | float) -> Diagonal:
+        """The diagonal times a number."""
+        return Diagonal(jax.tree.map(lambda leaf: factor * leaf, self.diagonal))
+
+    def trace(self) -> Array:
+        """Sum of the diagonal, scalar."""
+        return trees.inner(self.diagonal, jax.tree.map(jnp.ones_like, self.diagonal))
+
+
+@flax.struct.dataclass
+class DiagonalQuadratic(Quadratic):
+    """A quadratic with diagonal curvature: three pytrees, however many tasks it sums.
+
+    For the sum over tasks, `diagonal` is `S = sum_i F_i` and `gradient` is
+    `sum_i F_i (center - theta_i*)`: exact, and constant in the number of tasks.
+
+    References:
+        Perturb-and-Merge, `arXiv 2505.22389 <https://arxiv.org/abs/2505.22389>`_, section 3.1;
+        the running sums equal its list of one Fisher and one model per task
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> first = DiagonalQuadratic.at(jnp.zeros(2), diagonal=jnp.asarray([1.0, 3.0]))
+        >>> second = DiagonalQuadratic.at(jnp.ones(2), diagonal=jnp.asarray([1.0, 1.0]))
+        >>> both = first + second
+        >>> float(both.value(jnp.ones(2))), float(both.curvature_along(jnp.ones(2)))
+        (2.0, 6.0)
+    """
+
+    curvature: Diagonal
+
+    @classmethod
+    def at(cls, center: Params, diagonal: PyTree) -> DiagonalQuadratic:
+        """The quadratic of one task, `1/2 sum_p diagonal_p (theta_p - center_p)^2`."""
+        return super().at(center, Diagonal(diagonal))
+
+    @classmethod
+    def zero(cls, center: Params) -> DiagonalQuadratic:
+        """The quadratic that is 0 everywhere: the memory before the first task."""
+        return cls.at(center, _zeros(center))
+
+    @property
+    def diagonal(self) -> PyTree:
+        """The diagonal of H, of the structure of the center."""
+        return self.curvature.diagonal
 
 
 def fisher_empirical(
@@ -129,58 +208,6 @@ def identity() -> Measure:
     return Measure(init, update, finalize)
 
 
-def gauss_newton(logits_fn: LogitsFn) -> Measure:
-    """Exact Gauss-Newton curvature along a direction, one jvp per batch.
-
-    Args:
-        logits_fn: `logits_fn(params, inputs) -> [N, C]`.
-
-    Returns:
-        A `Measure` whose `init` needs a direction and whose quadratic is `None`.
-
-    References:
-        Schraudolph, `Fast Curvature Matrix-Vector Products
-        <https://doi.org/10.1162/08997660260028683>`_, 2002
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from pm_jax.curvature.measures import measure_all
-        >>> examples = Batch(jnp.ones((1, 1)), jnp.zeros(1, int))
-        >>> measure = gauss_newton(lambda w, x: x * w[None])
-        >>> float(measure_all(measure, jnp.zeros(2), examples, 1, jnp.asarray([1.0, 3.0])).along)
-        1.0
-    """
-
-    def along(params: Params, direction: PyTree, batch: Batch) -> Array:
-        return matrix_products.gauss_newton_along(logits_fn, params, direction, batch.inputs)
-
-    return _directional_measure(along)
-
-
-def hessian(losses_fn: LossesFn) -> Measure:
-    """Exact Hessian curvature along a direction, forward-over-forward.
-
-    Args:
-        losses_fn: `losses_fn(params, batch) -> [N]`.
-
-    Returns:
-        A `Measure` whose `init` needs a direction and whose quadratic is `None`.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from pm_jax.curvature.measures import measure_all
-        >>> examples = Batch(jnp.asarray([1.0, 3.0]), jnp.zeros(2, int))
-        >>> measure = hessian(lambda w, batch: batch.inputs * w**2)
-        >>> float(measure_all(measure, 5.0, examples, 2, 1.0).along)
-        4.0
-    """
-
-    def along(params: Params, direction: PyTree, batch: Batch) -> Array:
-        return matrix_products.hessian_along(losses_fn, params, direction, batch)
-
-    return _directional_measure(along)
-
-
 def chunk_for_memory(params: Params, memory_bytes: float) -> int:
     """Number of per-example gradients that fit into a memory bound.
 
@@ -211,9 +238,9 @@ def _diagonal_measure(
 
     def add_chunk(state: MeasureState, chunk: Batch) -> tuple[MeasureState, None]:
         weights = losses.weights_of(chunk)
-        found = _squares(state, chunk, weights, state.keys(weights.shape[0]))
-        total = jax.tree.map(jnp.add, state.total, found.total)
-        return state._replace(total=total).plus(found.along, weights), None
+        squares = _squares(state, chunk, weights, state.keys(weights.shape[0]))
+        total = jax.tree.map(jnp.add, state.total, squares.total)
+        return state._replace(total=total).plus(squares.along, weights), None
 
     def _squares(state, chunk, weights, keys) -> SquaredGradients:
         options = {"weights": weights, "keys": keys}
@@ -245,8 +272,7 @@ def _diagonal_measure(
         )
 
     def init(params: Params, direction: PyTree | None = None, key: Key | None = None):
-        zero = jax.tree.map(lambda p: jnp.zeros_like(p, trees.compute_dtype(p)), params)
-        return MeasureState.start(params, direction, key, zero)
+        return MeasureState.start(params, direction, key, _zeros(params))
 
     def update(state: MeasureState, batch: Batch) -> MeasureState:
         position = state.position + state.stride * batch.labels.shape[0]
@@ -259,16 +285,5 @@ def _diagonal_measure(
     return Measure(init, update, finalize)
 
 
-def _directional_measure(along: Callable[[Params, PyTree, Batch], Array]) -> Measure:
-    """Accumulate `along(params, direction, batch)`, one value per example."""
-
-    def init(params: Params, direction: PyTree | None = None, key: Key | None = None):
-        if direction is None:
-            raise ValueError("direction=None: this measure needs the direction to measure along")
-        return MeasureState.start(params, direction, key, None)
-
-    def update(state: MeasureState, batch: Batch) -> MeasureState:
-        values = along(state.params, state.direction, batch)
-        return state.plus(values, losses.weights_of(batch))
-
-    return Measure(init, update, lambda state: state.measurement(None))
+def _zeros(params: Params) -> PyTree:
+    return jax.tree.map(lambda leaf: jnp.zeros_like(leaf, trees.compute_dtype(leaf)), params)

@@ -1,4 +1,4 @@
-"""Kronecker-factored curvature of dense kernels: a quadratic, and its factors from batches.
+"""Kronecker-factored curvature of dense kernels, and how its factors are measured.
 
 For a kernel W [in, out] with inputs x and per-example output gradients g, the Fisher matrix is
 `E[x x^T (x) g g^T]`, approximated by `A (x) G`: exact for one example and one label, and where x
@@ -17,7 +17,6 @@ References:
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -27,32 +26,30 @@ import jax
 import jax.numpy as jnp
 
 from pm_jax import losses, task_vectors, trees
-from pm_jax.curvature import diagonal, matrix_products, squared_gradients
+from pm_jax.curvature import diagonal, products, squared_gradients
 from pm_jax.curvature.dense_layers import layer_of, tapped
 from pm_jax.curvature.measures import Measure, Measurement, MeasureState
-from pm_jax.curvature.quadratics import LeafwiseQuadratic
+from pm_jax.curvature.quadratics import Curvature, Quadratic
 from pm_jax.curvature.squared_gradients import OutputsFn, PassesFn
 from pm_jax.types import Array, Batch, Key, LogitsFn, Params, PyTree
 
 POWER_STEPS = 50
+"""Steps of the power iteration for a 2 x 2 matrix, whose two eigenvalues may lie close together."""
 
 
 @flax.struct.dataclass
-class KroneckerQuadratic(LeafwiseQuadratic):
-    """A quadratic with Kronecker-factored curvature for dense kernels, diagonal for other leaves.
+class Kronecker(Curvature):
+    """Kronecker factors for dense kernels, a diagonal for the other leaves.
 
     A sum of Kronecker products is none, so every task keeps its own factors, in a slot of a
-    preallocated axis; center and gradient are one tree each, however many tasks are summed. Tasks
-    beyond the slots share the last one, as the Kronecker product that is nearest to their sum in
-    the Frobenius norm: center and gradient stay exact.
+    preallocated axis. Tasks beyond the slots share the last one, as the Kronecker product that is
+    nearest to their sum in the Frobenius norm. What this loses moves the slopes of a sum about
+    another center by several per cent; about the first one they are exact.
 
     Attributes:
-        center: pytree of float32 arrays, where the expansion is taken.
         inputs: `{path of a kernel [in, out]: A, float32 [slots, in, in]}`.
         outputs: `{path: G, float32 [slots, out, out]}`.
         diagonal: `{path of another leaf: diagonal of H}`, summed over the tasks.
-        gradient: at the center, of the structure of the center.
-        constant: value at the center, scalar.
         tasks: int32 scalar, tasks summed.
 
     References:
@@ -61,88 +58,62 @@ class KroneckerQuadratic(LeafwiseQuadratic):
 
     Example:
         >>> factors = {"w": jnp.full((1, 1, 1), 2.0)}, {"w": jnp.full((1, 1, 1), 3.0)}
-        >>> one = KroneckerQuadratic.at({"w": jnp.zeros((1, 1))}, *factors, {})
-        >>> both = KroneckerQuadratic.zero(one.center, ("w",), slots=2).plus(one).plus(one)
-        >>> float(both.value({"w": jnp.ones((1, 1))}))  # 2 (1/2 1 2 1 3)
+        >>> float(Kronecker(*factors, {}, jnp.ones((), jnp.int32)).trace())
         6.0
     """
 
-    center: Params
     inputs: dict[str, Array]
     outputs: dict[str, Array]
     diagonal: dict[str, Array]
-    gradient: PyTree
-    constant: Array
     tasks: Array
 
-    @classmethod
-    def at(
-        cls,
-        center: Params,
-        inputs: dict[str, Array],
-        outputs: dict[str, Array],
-        diagonal: dict[str, Array],
-    ) -> KroneckerQuadratic:
-        """The quadratic of one task: factors of one slot."""
-        center = jax.tree.map(jnp.asarray, center)
-        zero = task_vectors.difference(center, center)
-        one = jnp.ones((), jnp.int32)
-        return cls(center, inputs, outputs, diagonal, zero, trees.inner(zero, zero), one)
+    leafwise = True
+    sum_is_exact_about = "first"
 
-    @classmethod
-    def zero(cls, center: Params, kernels: Sequence[str], slots: int) -> KroneckerQuadratic:
-        """The quadratic that is 0 everywhere, with room for the factors of some tasks."""
-        leaves = trees.leaves_by_path(center)
-        inputs, outputs = (
-            {path: jnp.zeros((slots, *(leaves[path].shape[axis],) * 2)) for path in kernels}
-            for axis in (0, 1)
+    def times(self, direction: PyTree) -> PyTree:
+        """`H d`: `sum_slots A d G` for a kernel."""
+        product = {}
+        for path, leaf in trees.leaves_by_path(direction).items():
+            if path in self.inputs:
+                # Slot by slot: the intermediates of all slots at once would take as much memory.
+                factors = (self.inputs[path], self.outputs[path])
+                product[path] = jax.lax.fori_loop(
+                    0,
+                    len(factors[0]),
+                    lambda slot, total, leaf=leaf, factors=factors: (
+                        total + _between(factors[0][slot], leaf, factors[1][slot])
+                    ),
+                    jnp.zeros_like(leaf),
+                )
+            else:
+                product[path] = self.diagonal[path] * leaf
+        return trees.replace(direction, product)
+
+    def plus(self, other: Kronecker) -> Kronecker:
+        """The sum with the curvature of one task, whose factors fill one slot."""
+        inputs, outputs = {}, {}
+        for path, slots in self.inputs.items():
+            last = len(slots) - 1
+            slot = jnp.minimum(self.tasks, last)
+            new = other.inputs[path][0], other.outputs[path][0]
+            shared = _nearest((slots[last], self.outputs[path][last]), new)
+            full = self.tasks > last
+            inputs[path], outputs[path] = (
+                side.at[slot].set(jnp.where(full, both, alone))
+                for side, both, alone in zip((slots, self.outputs[path]), shared, new, strict=True)
+            )
+        diagonal = jax.tree.map(jnp.add, self.diagonal, other.diagonal)
+        return Kronecker(inputs, outputs, diagonal, self.tasks + 1)
+
+    def scaled(self, factor: Array | float) -> Kronecker:
+        """The matrix times a number: one factor of each product, and the diagonal."""
+        inputs, diagonal = (
+            jax.tree.map(lambda leaf: factor * leaf, tree) for tree in (self.inputs, self.diagonal)
         )
-        rest = {path: x for path, x in leaves.items() if path not in inputs}
-        found = cls.at(center, inputs, outputs, task_vectors.difference(rest, rest))
-        return dataclasses.replace(found, tasks=jnp.zeros((), jnp.int32))
-
-    def products(self, lefts: Sequence[PyTree], rights: Sequence[PyTree]) -> Array:
-        """`l_i^T H r_j`, [K, L]."""
-        columns = [self._times(right) for right in rights]
-        return jnp.stack(
-            [jnp.stack([trees.inner(left, column) for column in columns]) for left in lefts]
-        )
-
-    def value(self, theta: Params) -> Array:
-        """`Q(theta)`, scalar."""
-        step = task_vectors.difference(theta, self.center)
-        slope = trees.inner(self.gradient, step)
-        return self.constant + slope + 0.5 * trees.inner(step, self._times(step))
-
-    def gradient_along(self, theta: Params, direction: PyTree) -> Array:
-        """`direction . grad Q(theta)`, scalar."""
-        return trees.inner(self._gradient_at(theta), direction)
-
-    def by_leaf(self, theta: Params, direction: PyTree) -> tuple[Array, Array]:
-        """The parts of L leaves in the slope and the curvature along a direction, both [L]."""
-        pairs = [
-            jax.tree.leaves(jax.tree.map(trees.inner, direction, side))
-            for side in (self._gradient_at(theta), self._times(direction))
-        ]
-        slopes, curvatures = map(jnp.stack, pairs)
-        return slopes, curvatures
-
-    def scaled(self, factor: Array | float) -> KroneckerQuadratic:
-        """This function times a number, at least 0."""
-        inputs, diagonal, gradient = (
-            jax.tree.map(lambda leaf: factor * leaf, tree)
-            for tree in (self.inputs, self.diagonal, self.gradient)
-        )
-        return dataclasses.replace(
-            self,
-            inputs=inputs,
-            diagonal=diagonal,
-            gradient=gradient,
-            constant=factor * self.constant,
-        )
+        return Kronecker(inputs, self.outputs, diagonal, self.tasks)
 
     def trace(self) -> Array:
-        """Trace of H, scalar."""
+        """Trace of H, scalar: a Kronecker product has the product of both traces."""
 
         def traces(factors: Array) -> Array:
             return jnp.trace(factors, axis1=1, axis2=2)
@@ -154,51 +125,45 @@ class KroneckerQuadratic(LeafwiseQuadratic):
             jnp.add, [*kernels, *(jnp.sum(x) for x in self.diagonal.values())], jnp.zeros(())
         )
 
-    def plus(self, other: KroneckerQuadratic) -> KroneckerQuadratic:
-        """The sum with the quadratic of one task, about this one's center."""
-        inputs, outputs = {}, {}
-        for path, own in self.inputs.items():
-            last = len(own) - 1
-            slot = jnp.minimum(self.tasks, last)
-            new = other.inputs[path][0], other.outputs[path][0]
-            shared = _nearest((own[last], self.outputs[path][last]), new)
-            full = self.tasks > last
-            inputs[path], outputs[path] = (
-                side.at[slot].set(jnp.where(full, both, alone))
-                for side, both, alone in zip((own, self.outputs[path]), shared, new, strict=True)
-            )
-        return KroneckerQuadratic(
-            self.center,
-            inputs,
-            outputs,
-            jax.tree.map(jnp.add, self.diagonal, other.diagonal),
-            jax.tree.map(jnp.add, self.gradient, other._gradient_at(self.center)),
-            self.constant + other.value(self.center),
-            self.tasks + 1,
+
+@flax.struct.dataclass
+class KroneckerQuadratic(Quadratic):
+    """A quadratic with Kronecker-factored curvature; center and gradient are one tree each.
+
+    Example:
+        >>> factors = {"w": jnp.full((1, 1, 1), 2.0)}, {"w": jnp.full((1, 1, 1), 3.0)}
+        >>> one = KroneckerQuadratic.at({"w": jnp.zeros((1, 1))}, *factors, {})
+        >>> both = KroneckerQuadratic.zero(one.center, ("w",), slots=2).plus(one).plus(one)
+        >>> float(both.value({"w": jnp.ones((1, 1))}))  # 2 (1/2 1 2 1 3)
+        6.0
+    """
+
+    curvature: Kronecker
+
+    @classmethod
+    def at(  # type: ignore[override]
+        cls,
+        center: Params,
+        inputs: dict[str, Array],
+        outputs: dict[str, Array],
+        diagonal: dict[str, Array],
+    ) -> KroneckerQuadratic:
+        """The quadratic of one task: factors of one slot, as `Kronecker` explains them."""
+        one = jnp.ones((), jnp.int32)
+        return super().at(center, Kronecker(inputs, outputs, diagonal, one))
+
+    @classmethod
+    def zero(cls, center: Params, kernels: Sequence[str], slots: int) -> KroneckerQuadratic:
+        """The quadratic that is 0 everywhere, with room for the factors of some tasks."""
+        leaves = trees.leaves_by_path(center)
+        inputs, outputs = (
+            {path: jnp.zeros((slots, *(leaves[path].shape[axis],) * 2)) for path in kernels}
+            for axis in (0, 1)
         )
-
-    def _gradient_at(self, theta: Params) -> PyTree:
-        step = self._times(task_vectors.difference(theta, self.center))
-        return jax.tree.map(jnp.add, self.gradient, step)
-
-    def _times(self, direction: PyTree) -> PyTree:
-        """`H d`, of the structure of d."""
-        found = {}
-        for path, leaf in trees.leaves_by_path(direction).items():
-            if path in self.inputs:
-                # By slots, or the intermediate would be as large as all of them.
-                factors = (self.inputs[path], self.outputs[path])
-                found[path] = jax.lax.fori_loop(
-                    0,
-                    len(factors[0]),
-                    lambda slot, total, leaf=leaf, factors=factors: (
-                        total + _between(factors[0][slot], leaf, factors[1][slot])
-                    ),
-                    jnp.zeros_like(leaf),
-                )
-            else:
-                found[path] = self.diagonal[path] * leaf
-        return trees.replace(direction, found)
+        rest = {path: x for path, x in leaves.items() if path not in inputs}
+        none = jnp.zeros((), jnp.int32)
+        curvature = Kronecker(inputs, outputs, task_vectors.difference(rest, rest), none)
+        return super().at(center, curvature)
 
 
 def _between(left: Array, middle: Array, right: Array) -> Array:
@@ -209,9 +174,9 @@ def _between(left: Array, middle: Array, right: Array) -> Array:
 def _nearest(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:
     """The Kronecker product nearest to the sum of two, for positive semi-definite factors.
 
-    As matrices of rank 2, `sum_i vec(A_i) vec(G_i)^T`, that is their first singular pair. All inner
-    products of the factors are at least 0, so its weights are too, and both sides stay positive
-    semi-definite.
+    Written as the matrix `sum_i vec(A_i) vec(G_i)^T` of rank 2, the sum is best approximated by its
+    first singular pair. All inner products of the factors are at least 0, so the weights of that
+    pair are too, and both sides stay positive semi-definite.
     """
     left, right = (jnp.stack(pair) for pair in zip(first, second, strict=True))
 
@@ -245,7 +210,7 @@ class Factors(NamedTuple):
 
     @classmethod
     def zero(cls, kernels: dict[str, Array]) -> Factors:
-        """Of no examples."""
+        """The sums over no examples."""
         inputs, outputs = (
             {path: jnp.zeros((x.shape[axis],) * 2) for path, x in kernels.items()}
             for axis in (0, 1)
@@ -262,7 +227,7 @@ def factors(
     weights: Array,
     keys: Key | None = None,
 ) -> Factors:
-    """What a batch adds to the Kronecker factors of linen Dense kernels.
+    """Sum the Kronecker factors of linen Dense kernels over a batch.
 
     Args:
         outputs_fn: of the model, which applies a linen module.
@@ -290,7 +255,7 @@ def factors(
         ([[1.0, 2.0], [2.0, 4.0]], [[9.0]])
     """
     names = {path: layer_of(path) for path in params}
-    found = tapped(outputs_fn, params, batch, set(names.values()))
+    layers = tapped(outputs_fn, params, batch, set(names.values()))
 
     def by_token(values: Array) -> Array:  # [N, tokens, width]
         return values.astype(jnp.float32).reshape(len(weights), -1, values.shape[-1])
@@ -300,18 +265,18 @@ def factors(
 
     inputs = {}
     for path, name in names.items():
-        x = by_token(found.inputs[name])
+        x = by_token(layers.inputs[name])
         inputs[path] = moments(weights / x.shape[1], x)
 
     def add_pass(total, one):
-        gradients = found.pull_back(one.cotangents)
+        gradients = layers.pull_back(one.cotangents)
         return {
             path: total[path] + moments(one.weights * weights, by_token(gradients[name]))
             for path, name in names.items()
         }, None
 
     start = Factors.zero(params).outputs
-    return Factors(inputs, jax.lax.scan(add_pass, start, passes_fn(found.outputs, keys))[0])
+    return Factors(inputs, jax.lax.scan(add_pass, start, passes_fn(layers.outputs, keys))[0])
 
 
 def fisher_kronecker(
@@ -324,8 +289,8 @@ def fisher_kronecker(
 ) -> Measure:
     """Fisher in Kronecker factors for linen Dense kernels, in its diagonal for other leaves.
 
-    The curvature along the direction is exact, by jvp: that of the factors has no value per
-    example.
+    The curvature along the direction is exact, by jvp, because the factors say nothing about
+    single examples.
 
     Args:
         logits_fn: `logits_fn(params, inputs) -> [N, C]`, which applies a linen module.
@@ -349,7 +314,7 @@ def fisher_kronecker(
         >>> logits_fn = lambda p, inputs: layer.apply({"params": p}, inputs)
         >>> measure = fisher_kronecker(logits_fn, ("kernel",))
         >>> found = measure_all(measure, params, examples, 1).quadratic
-        >>> found.inputs["kernel"].tolist(), found.outputs["kernel"].tolist()
+        >>> found.curvature.inputs["kernel"].tolist(), found.curvature.outputs["kernel"].tolist()
         ([[[4.0]]], [[[0.25, -0.25], [-0.25, 0.25]]])
     """
     passes = squared_gradients.label_passes(num_samples)
@@ -372,7 +337,7 @@ def fisher_kronecker(
     def update(state: MeasureState, batch: Batch) -> MeasureState:
         weights = losses.weights_of(batch)
         sums, rest_state = state.total
-        found = factors(
+        added = factors(
             lambda some, batch: logits_fn({**state.params, **some}, batch.inputs),
             passes,
             {path: state.params[path] for path in kernels},
@@ -385,10 +350,10 @@ def fisher_kronecker(
             rest_state = others(state.params)[0].update(rest_state._replace(**index), batch)
         values = jnp.full(weights.shape, jnp.nan)
         if state.direction is not None:
-            values = matrix_products.gauss_newton_along(
+            values = products.gauss_newton_along(
                 logits_fn, state.params, state.direction, batch.inputs
             )
-        total = (jax.tree.map(jnp.add, sums, found), rest_state)
+        total = (jax.tree.map(jnp.add, sums, added), rest_state)
         return state._replace(total=total).plus(values, weights)
 
     def finalize(state: MeasureState) -> Measurement:

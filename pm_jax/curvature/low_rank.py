@@ -1,4 +1,4 @@
-"""Curvature of low rank: a quadratic that keeps what is correlated across all of the model.
+"""Curvature of low rank, which keeps what is correlated across all of the model.
 
 `H = sum_k b_k b_k^T` with K columns b of the size of the model. The columns of one task come from
 products of its curvature with a few directions; those of a sum of tasks are its leading ones.
@@ -6,17 +6,17 @@ products of its curvature with a few directions; those of a sum of tasks are its
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+from collections.abc import Sequence
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from pm_jax import losses, task_vectors, trees
-from pm_jax.curvature import matrix_products
 from pm_jax.curvature.measures import Measure, Measurement, MeasureState
-from pm_jax.curvature.quadratics import StoredQuadratic
+from pm_jax.curvature.products import gauss_newton_along, gauss_newton_times
+from pm_jax.curvature.quadratics import Curvature, Quadratic
 from pm_jax.types import Array, Batch, Key, LogitsFn, Params, PyTree
 
 SMALLEST_EIGENVALUE = 1e-5
@@ -24,36 +24,82 @@ SMALLEST_EIGENVALUE = 1e-5
 
 
 @flax.struct.dataclass
-class LowRankQuadratic(StoredQuadratic):
-    """A quadratic with curvature of rank K.
+class LowRank(Curvature):
+    """A matrix of rank K, `H = sum_k b_k b_k^T`.
 
     A sum keeps the K leading eigenvectors of the two; it is exact while their ranks are at most K
-    together. What the smaller ones say about slopes so far stays exact at the newest center.
+    together. Otherwise its slopes are exact about the newest center, where the curvature that is
+    lost no longer matters.
 
     Attributes:
-        center: pytree of float32 arrays, where the expansion is taken.
-        columns: b, of the structure of the center, leaves [K, ...].
-        gradient: at the center, of its structure.
-        constant: value at the center, scalar.
+        columns: b, of the structure of the parameters, leaves [K, ...].
 
     Example:
-        >>> one = LowRankQuadratic.zero(jnp.zeros(2), 1).replace(columns=jnp.asarray([[1.0, 2.0]]))
+        >>> curvature = LowRank(jnp.asarray([[1.0, 2.0]]))
+        >>> curvature.times(jnp.ones(2)).tolist(), float(curvature.along(jnp.ones(2)))
+        ([3.0, 6.0], 9.0)
+    """
+
+    columns: PyTree
+
+    sum_is_exact_about = "newest"
+
+    def times(self, direction: PyTree) -> PyTree:
+        """`H d = sum_k (b_k . d) b_k`."""
+        return _combined(self._coordinates([direction])[0], self.columns)
+
+    def along(self, direction: PyTree) -> Array:
+        """`d^T H d = sum_k (b_k . d)^2`, scalar: never negative."""
+        return jnp.sum(self._coordinates([direction]) ** 2)
+
+    def gram(self, directions: Sequence[PyTree]) -> Array:
+        """`d_i^T H d_j` for M directions, [M, M]."""
+        coordinates = self._coordinates(directions)
+        return jnp.matmul(coordinates, coordinates.T, precision="highest")
+
+    def plus(self, other: LowRank) -> LowRank:
+        """The leading part of the sum, of this one's rank."""
+        rank = len(jax.tree.leaves(self.columns)[0])
+        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), self.columns, other.columns)
+        vectors = jnp.linalg.eigh(_inner_products(both, both))[1]
+        return LowRank(_combined(vectors[:, -rank:], both))
+
+    def scaled(self, factor: Array | float) -> LowRank:
+        """The matrix times a number: its columns times the root."""
+        dtype = trees.compute_dtype(*jax.tree.leaves(self.columns))
+        root = trees.safe_sqrt(jnp.asarray(factor, dtype))
+        return LowRank(jax.tree.map(lambda x: root * x, self.columns))
+
+    def trace(self) -> Array:
+        """Trace of H, scalar."""
+        return trees.inner(self.columns, self.columns)
+
+    def _coordinates(self, directions: Sequence[PyTree]) -> Array:
+        """`d_m . b_k`, [M, K]."""
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *directions)
+        return _inner_products(stacked, self.columns)
+
+
+@flax.struct.dataclass
+class LowRankQuadratic(Quadratic):
+    """A quadratic with curvature of rank K.
+
+    Example:
+        >>> one = LowRankQuadratic.zero(jnp.zeros(2), 1)
+        >>> one = one.replace(curvature=LowRank(jnp.asarray([[1.0, 2.0]])))
         >>> float(one.value(jnp.ones(2)))  # 1/2 (1 + 2)^2
         4.5
     """
 
-    center: Params
-    columns: PyTree
-    gradient: PyTree
-    constant: Array
+    curvature: LowRank
 
     @classmethod
     def zero(cls, center: Params, rank: int) -> LowRankQuadratic:
         """The quadratic that is 0 everywhere, with room for some columns."""
-        center = jax.tree.map(jnp.asarray, center)
-        zero = task_vectors.difference(center, center)
-        columns = jax.tree.map(lambda x: jnp.zeros((rank, *x.shape), x.dtype), zero)
-        return cls(center, columns, zero, trees.inner(zero, zero))
+        columns = jax.tree.map(
+            lambda x: jnp.zeros((rank, *jnp.shape(x)), trees.compute_dtype(x)), center
+        )
+        return cls.at(center, LowRank(columns))
 
     @classmethod
     def of_products(cls, center: Params, tests: PyTree, products: PyTree) -> LowRankQuadratic:
@@ -66,62 +112,7 @@ class LowRankQuadratic(StoredQuadratic):
         values, vectors = jnp.linalg.eigh((core + core.T) / 2)
         kept = values > SMALLEST_EIGENVALUE * jnp.maximum(values[-1], 0)
         weights = vectors * jnp.where(kept, jnp.where(kept, values, 1) ** -0.5, 0)[None, :]
-        found = cls.zero(center, len(values))
-        return dataclasses.replace(found, columns=_combined(weights, products))
-
-    def products(self, lefts, rights) -> Array:
-        """`l_i^T H r_j`, [K, L]."""
-        left = [self._along_columns(each) for each in lefts]
-        right = left if lefts is rights else [self._along_columns(each) for each in rights]
-        return jnp.matmul(jnp.stack(left), jnp.stack(right).T, precision="highest")
-
-    def value(self, theta: Params) -> Array:
-        """`Q(theta)`, scalar."""
-        step = task_vectors.difference(theta, self.center)
-        along = self._along_columns(step)
-        return self.constant + trees.inner(self.gradient, step) + 0.5 * jnp.sum(along**2)
-
-    def gradient_along(self, theta: Params, direction: PyTree) -> Array:
-        """`direction . grad Q(theta)`, scalar."""
-        step = task_vectors.difference(theta, self.center)
-        return trees.inner(self.gradient, direction) + self.products([step], [direction])[0, 0]
-
-    def scaled(self, factor: Array | float) -> LowRankQuadratic:
-        """This function times a number, at least 0."""
-        root = trees.safe_sqrt(jnp.asarray(factor, self.constant.dtype))
-        return LowRankQuadratic(
-            self.center,
-            jax.tree.map(lambda x: root * x, self.columns),
-            jax.tree.map(lambda x: factor * x, self.gradient),
-            factor * self.constant,
-        )
-
-    def trace(self) -> Array:
-        """Trace of H, scalar."""
-        return trees.inner(self.columns, self.columns)
-
-    def plus(self, other: LowRankQuadratic) -> LowRankQuadratic:
-        """The sum with another one, about the other's center."""
-        rank = len(jax.tree.leaves(self.columns)[0])
-        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), self.columns, other.columns)
-        vectors = jnp.linalg.eigh(_inner_products(both, both))[1]
-        step = task_vectors.difference(other.center, self.center)
-        along = self._along_columns(step)
-        return LowRankQuadratic(
-            other.center,
-            _combined(vectors[:, -rank:], both),
-            jax.tree.map(
-                lambda mine, columns, new: mine + _weighted(along, columns) + new,
-                self.gradient,
-                self.columns,
-                other.gradient,
-            ),
-            self.value(other.center) + other.constant,
-        )
-
-    def _along_columns(self, direction: PyTree) -> Array:
-        """`b_k . d`, [K]."""
-        return _inner_products(self.columns, jax.tree.map(lambda x: x[None], direction))[:, 0]
+        return cls.at(center, LowRank(_combined(weights, products)))
 
 
 def gauss_newton_low_rank(logits_fn: LogitsFn, *, rank: int = 16) -> Measure:
@@ -163,14 +154,10 @@ def gauss_newton_low_rank(logits_fn: LogitsFn, *, rank: int = 16) -> Measure:
     def update(state: MeasureState, batch: Batch) -> MeasureState:
         weights = losses.weights_of(batch)
         tests, sums = state.total
-        products = matrix_products.gauss_newton_times(
-            logits_fn, state.params, tests, batch.inputs, weights
-        )
+        products = gauss_newton_times(logits_fn, state.params, tests, batch.inputs, weights)
         values = jnp.full(weights.shape, jnp.nan)
         if state.direction is not None:
-            values = matrix_products.gauss_newton_along(
-                logits_fn, state.params, state.direction, batch.inputs
-            )
+            values = gauss_newton_along(logits_fn, state.params, state.direction, batch.inputs)
         total = (tests, jax.tree.map(jnp.add, sums, products))
         return state._replace(total=total).plus(values, weights)
 
@@ -201,12 +188,12 @@ def _test_directions(
         rows.append(jax.tree.map(lambda x, z: (scale * x).astype(z.dtype), direction, zero))
     if key is not None:
         keys = [jax.random.fold_in(key, number) for number in range(count - given)]
-        rows += [trees.gaussian_like(each, zero) for each in keys]
+        rows += [trees.gaussian_like(one, zero) for one in keys]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
 
 
 def _inner_products(left: PyTree, right: PyTree) -> Array:
-    """Of stacked trees [K, ...] and [L, ...], [K, L]."""
+    """Inner products of stacked trees [K, ...] and [L, ...], [K, L]."""
 
     def of_leaf(a: Array, b: Array) -> Array:
         return jnp.matmul(a.reshape(len(a), -1), b.reshape(len(b), -1).T, precision="highest")
@@ -215,11 +202,7 @@ def _inner_products(left: PyTree, right: PyTree) -> Array:
 
 
 def _combined(weights: Array, stacked: PyTree) -> PyTree:
-    """`sum_k weights_kj x_k`, leaves [J, ...]."""
+    """`sum_k weights_kj x_k`, leaves [J, ...]; without the axis J for weights [K]."""
     return jax.tree.map(
         lambda x: jnp.tensordot(weights, x, ((0,), (0,)), precision="highest"), stacked
     )
-
-
-def _weighted(weights: Array, stacked: Array) -> Array:
-    return jnp.tensordot(weights, stacked, 1, precision="highest")

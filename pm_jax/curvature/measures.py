@@ -1,4 +1,4 @@
-"""The grammar of measures: what they find, and how they stream over batches.
+"""The grammar of measures: how curvature is measured while batches stream by.
 
 A `Measure` is a triple of pure functions in the manner of a gradient transformation:
 
@@ -22,15 +22,15 @@ from pm_jax.types import Array, Batch, Key, Params, PyTree
 
 
 class Measurement(NamedTuple):
-    """What a measure finds.
+    """The result of a measure.
 
     Attributes:
         quadratic: at the parameters; `None` for measures along a direction.
         along: `d^T H d` of the mean loss, scalar; NaN where no direction was given.
         standard_error: of `along`, over the examples (0 for a single one).
         examples: number of examples, the sum of their weights.
-        left_out: all of this without each of K groups of examples, stacked [K, ...], where they
-            were measured `in_groups`.
+        left_out: the same fields measured without each of K groups of examples, stacked [K, ...];
+            `None` unless the measure runs `in_groups`.
     """
 
     quadratic: Quadratic | None
@@ -41,7 +41,7 @@ class Measurement(NamedTuple):
 
 
 class MeasureState(NamedTuple):
-    """What a measure carries from batch to batch.
+    """Sums that a measure carries from batch to batch.
 
     Attributes:
         params: where the curvature is taken.
@@ -69,7 +69,7 @@ class MeasureState(NamedTuple):
     def start(
         cls, params: Params, direction: PyTree | None, key: Key | None, total: PyTree
     ) -> "MeasureState":
-        """Nothing seen yet."""
+        """The state before the first batch."""
         zero = jnp.zeros((), trees.compute_dtype(*jax.tree.leaves(params)))
         position, stride = jnp.zeros((), jnp.int32), jnp.ones((), jnp.int32)
         return cls(params, direction, key, total, zero, zero, zero, position, stride)
@@ -82,7 +82,7 @@ class MeasureState(NamedTuple):
         return jax.vmap(jax.random.fold_in, (None, 0))(self.key, index)
 
     def plus(self, values: Array, weights: Array) -> "MeasureState":
-        """With some examples' `d^T H_n d`, [N], by Chan's update: exact for any grouping."""
+        """Add `d^T H_n d` of some examples, [N], by Chan's update: exact for any grouping."""
         weights = weights.astype(self.mean.dtype)
         count = jnp.sum(weights)
         values = jnp.where(weights > 0, values, 0)
@@ -99,11 +99,11 @@ class MeasureState(NamedTuple):
         )
 
     def average(self, sums: PyTree) -> PyTree:
-        """Sums over the examples as means; 0 if all examples were padding."""
+        """Means from sums over the examples; 0 if all examples were padding."""
         return jax.tree.map(lambda total: total / jnp.maximum(self.examples, 1), sums)
 
     def measurement(self, quadratic: Quadratic | None) -> Measurement:
-        """What was found, with the quadratic that the total stands for."""
+        """The result so far, with the quadratic that the total stands for."""
         variance = self.squares / jnp.maximum(self.examples - 1, 1)
         error = jnp.sqrt(variance / jnp.maximum(self.examples, 1))
         return Measurement(quadratic, self.mean, error, self.examples)
@@ -124,14 +124,15 @@ class Measure(NamedTuple):
 
 
 SUMS = ("total", "examples", "mean", "squares")
-"""Fields of `MeasureState` that grow with the examples."""
+"""Fields of `MeasureState` that add up over the examples."""
 
 
 def in_groups(measure: Measure, groups: int) -> Measure:
-    """A measure that also finds what it would find without each of K groups of examples.
+    """Let a measure also report its result without each of K groups of examples.
 
-    The n-th example is of group n modulo K; they should come in random order. Each is measured
-    once, in batches a K-th as large, for K times the memory; what is found of all is the same.
+    The n-th example belongs to group n modulo K, so examples should come in random order. Every
+    example is measured once, in batches a K-th as large, and K sums are in memory instead of one.
+    The result over all examples stays the same.
 
     Args:
         measure: of any kind.
@@ -168,10 +169,10 @@ def in_groups(measure: Measure, groups: int) -> Measure:
 
         def of_group(given: tuple[dict[str, PyTree], Array]) -> dict[str, PyTree]:
             sums, rows = given
-            own = jax.tree.map(lambda leaf: leaf[jnp.minimum(rows, size - 1)], batch)
-            own = own._replace(weights=own.weights * (rows < size))
+            members = jax.tree.map(lambda leaf: leaf[jnp.minimum(rows, size - 1)], batch)
+            members = members._replace(weights=members.weights * (rows < size))
             index = {"position": state.position + rows[0], "stride": groups * state.stride}
-            return _sums(measure.update(state._replace(**sums, **index), own))
+            return _sums(measure.update(state._replace(**sums, **index), members))
 
         sums = jax.lax.map(of_group, (_sums(state), rows))
         return state._replace(**sums, position=state.position + size)
@@ -180,10 +181,10 @@ def in_groups(measure: Measure, groups: int) -> Measure:
         start = measure.init(state.params, state.direction, state.key).total
 
         def of_some(kept: Array) -> Measurement:
-            """Of the groups with weight 1, [K]."""
+            """The result for the groups whose weight in `kept` [K] is 1."""
 
             def total(first: Array, each: Array) -> Array:
-                # What does not grow, such as a key, is the same in all.
+                # Leaves that are not sums, such as a key, are the same for every group.
                 if not jnp.issubdtype(first.dtype, jnp.inexact):
                     return first
                 return first + jnp.tensordot(kept, each - first[None], 1, precision="highest")

@@ -1,337 +1,257 @@
-"""What a finished task leaves behind: a quadratic model of its loss.
-
-A `Quadratic` stands for
+"""The quadratic model of its loss that a finished task leaves behind.
 
     Q(theta) = constant + gradient . (theta - center) + 1/2 (theta - center)^T H (theta - center)
 
-    theta     point, pytree of the model's merging parameters
-    center    where the expansion is taken, `theta_i*` for one task
-    gradient  at the center; 0 for one task, whose expansion has no linear term in Perturb-and-Merge
-    H         curvature, positive semi-definite unless it is a Hessian
+    theta      a point: the leaves of the model that merge, a pytree of P numbers in all
+    center     the point about which Q is expanded, of the structure of theta; `theta_i*` for task i
+    gradient   slope of Q at the center, of the structure of theta; 0 for one task, whose expansion
+               has no linear term in Perturb-and-Merge
+    constant   value of Q at the center, a scalar
+    H          curvature [P, P], symmetric, positive semi-definite unless it is a Hessian; it is
+               never formed: a `Curvature` answers questions about it
+    d, Delta   a direction, of the structure of theta, such as a task vector
 
-and answers four questions: its value at a point, its slope along a direction, its curvature along
-a direction, and the Gram matrix of several directions. Quadratics add up. A `StoredQuadratic` needs
-no data, and its sum over the tasks seen is all the memory that a curvature-based merge rule needs.
+A `Curvature` has one verb for each question (`times`, `along`, `gram`, `by_leaf`, `trace`) and two
+that make a new one (`plus`, `scaled`). A `Quadratic` adds center, gradient and constant, which are
+the same for every kind. Quadratics of one kind add up to one of that kind, whose size does not grow
+with the tasks: that sum is all the memory that a curvature-based merge rule needs.
 """
 
 from __future__ import annotations
 
 import abc
+import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from pm_jax import losses, task_vectors, trees
-from pm_jax.curvature import matrix_products
-from pm_jax.types import Array, Batch, Params, PyTree
+from pm_jax import task_vectors, trees
+from pm_jax.types import Array, Params, PyTree
 
 
-class Quadratic(abc.ABC):
-    """Interface of all quadratics; a subclass gives `products`, `value` and `gradient_along`."""
+class Curvature(abc.ABC):
+    """The matrix H of a quadratic; a subclass is a `flax.struct` dataclass of the arrays it needs.
 
-    @abc.abstractmethod
-    def products(self, lefts: Sequence[PyTree], rights: Sequence[PyTree]) -> Array:
-        """`l_i^T H r_j` for K and L directions, [K, L]."""
+    A new kind gives `times`, `plus`, `scaled` and `trace`; the other verbs follow from `times`, and
+    are overridden where a kind has a cheaper or more precise answer.
 
-    @abc.abstractmethod
-    def value(self, theta: Params) -> Array:
-        """`Q(theta)`, scalar."""
+    Attributes:
+        leafwise: whether H has no entries between one leaf and another.
+        sum_is_exact_about: the center about which slopes of a sum are exact, although `plus` may
+            lose some of H: "any" where it loses nothing, "first" for the center of the left side,
+            "newest" for the center of the right side.
+    """
 
-    @abc.abstractmethod
-    def gradient_along(self, theta: Params, direction: PyTree) -> Array:
-        """`direction . grad Q(theta)`, scalar."""
-
-    def curvature_along(self, direction: PyTree) -> Array:
-        """`direction^T H direction`, scalar."""
-        directions = [direction]
-        return self.products(directions, directions)[0, 0]
-
-    def gram(self, directions: Sequence[PyTree]) -> Array:
-        """`d_i^T H d_j` for K directions, [K, K]."""
-        return self.products(directions, directions)
-
-    def __add__(self, other: Quadratic) -> Quadratic:
-        """The sum of two quadratics, as one where both are diagonal."""
-        return SumQuadratic((self, other))
-
-
-class StoredQuadratic(Quadratic):
-    """A quadratic that is kept when the data of its tasks are gone: the memory of a merge rule."""
+    leafwise = False
+    sum_is_exact_about = "any"
 
     @abc.abstractmethod
-    def plus(self, other: Any) -> StoredQuadratic:
+    def times(self, direction: PyTree) -> PyTree:
+        """`H d`, of the structure of d."""
+
+    @abc.abstractmethod
+    def plus(self, other: Any) -> Self:
         """The sum with another one of the same kind, in arrays of the same shapes as this one's."""
 
     @abc.abstractmethod
-    def scaled(self, factor: Array | float) -> StoredQuadratic:
-        """This function times a number, at least 0."""
+    def scaled(self, factor: Array | float) -> Self:
+        """`factor H`, for a factor of at least 0."""
 
     @abc.abstractmethod
     def trace(self) -> Array:
         """Trace of H, scalar."""
 
+    def along(self, direction: PyTree) -> Array:
+        """`d^T H d`, scalar."""
+        return trees.inner(direction, self.times(direction))
 
-class LeafwiseQuadratic(StoredQuadratic):
-    """A stored quadratic whose H has no entries between one leaf and another."""
+    def gram(self, directions: Sequence[PyTree]) -> Array:
+        """`d_i^T H d_j` for K directions, [K, K]."""
+        columns = [self.times(direction) for direction in directions]
+        return jnp.stack(
+            [jnp.stack([trees.inner(left, column) for column in columns]) for left in directions]
+        )
 
-    @abc.abstractmethod
-    def by_leaf(self, theta: Params, direction: PyTree) -> tuple[Array, Array]:
-        """The parts of L leaves in the slope and the curvature along a direction, both [L]."""
+    def by_leaf(self, direction: PyTree) -> Array:
+        """The parts of L leaves in `d^T H d`, [L]; their sum where H is leafwise."""
+        return _inner_by_leaf(direction, self.times(direction))
+
+    def joins(self, other: Curvature) -> bool:
+        """True if `plus` can add the other one."""
+        return isinstance(other, type(self))
 
 
 @flax.struct.dataclass
-class DiagonalQuadratic(LeafwiseQuadratic):
-    """A quadratic with diagonal curvature: two pytrees and a center, however many tasks it sums.
-
-    For the sum over tasks, `diagonal` is `S = sum_i F_i` and `gradient` is
-    `sum_i F_i (center - theta_i*)`: exact, and constant in the number of tasks.
+class Quadratic:
+    """A quadratic function of a model's parameters (see the module's docstring).
 
     Attributes:
-        center: pytree of float32 arrays, where the expansion is taken.
-        diagonal: the diagonal of H, of the same structure.
-        gradient: at the center, of the same structure.
-        constant: value at the center, scalar.
-
-    References:
-        Perturb-and-Merge, `arXiv 2505.22389 <https://arxiv.org/abs/2505.22389>`_, section 3.1;
-        the running sums equal its list of one Fisher and one model per task
+        center: pytree of arrays.
+        gradient: of the same structure, float32 (float64 for float64 leaves).
+        constant: scalar.
+        curvature: H.
 
     Example:
-        >>> import jax.numpy as jnp
-        >>> first = DiagonalQuadratic.at(jnp.zeros(2), diagonal=jnp.asarray([1.0, 3.0]))
-        >>> second = DiagonalQuadratic.at(jnp.ones(2), diagonal=jnp.asarray([1.0, 1.0]))
-        >>> both = first + second
-        >>> float(both.value(jnp.ones(2))), float(both.curvature_along(jnp.ones(2)))
-        (2.0, 6.0)
+        >>> from pm_jax.curvature.diagonal import Diagonal
+        >>> q = Quadratic.at(jnp.zeros(2), Diagonal(jnp.asarray([1.0, 3.0])))
+        >>> float(q.value(jnp.ones(2))), float(q.gradient_along(jnp.ones(2), jnp.ones(2)))
+        (2.0, 4.0)
     """
 
     center: Params
-    diagonal: PyTree
     gradient: PyTree
     constant: Array
+    curvature: Curvature
 
     @classmethod
-    def at(cls, center: Params, diagonal: PyTree) -> DiagonalQuadratic:
-        """The quadratic of one task, `1/2 sum_p diagonal_p (theta_p - center_p)^2`."""
+    def at(cls, center: Params, curvature: Curvature) -> Self:
+        """The quadratic of one task, `1/2 (theta - center)^T H (theta - center)`."""
         # A new tree: an nnx state is made of mutable variables, which go on training.
         center = jax.tree.map(jnp.asarray, center)
-        zero = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, trees.compute_dtype(leaf)), diagonal)
-        return cls(center, diagonal, zero, trees.inner(zero, zero))
+        zero = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, trees.compute_dtype(leaf)), center)
+        return cls(center, zero, trees.inner(zero, zero), curvature)
 
-    @classmethod
-    def zero(cls, center: Params) -> DiagonalQuadratic:
-        """The quadratic that is 0 everywhere: the memory before the first task."""
-        return cls.at(
-            center,
-            jax.tree.map(lambda leaf: jnp.zeros_like(leaf, trees.compute_dtype(leaf)), center),
-        )
-
-    def products(self, lefts: Sequence[PyTree], rights: Sequence[PyTree]) -> Array:
-        """`sum_p diagonal_p l_ip r_jp`, [K, L]."""
-        return jnp.stack(
-            [
-                jnp.stack([trees.inner(left, right, self.diagonal) for right in rights])
-                for left in lefts
-            ]
-        )
+    @property
+    def leafwise(self) -> bool:
+        """True if H has no entries between one leaf and another."""
+        return self.curvature.leafwise
 
     def value(self, theta: Params) -> Array:
         """`Q(theta)`, scalar."""
         step = task_vectors.difference(theta, self.center)
-        return (
-            self.constant
-            + trees.inner(self.gradient, step)
-            + 0.5 * trees.inner(step, step, self.diagonal)
-        )
+        slope = trees.inner(self.gradient, step)
+        return self.constant + slope + 0.5 * self.curvature.along(step)
+
+    def gradient_at(self, theta: Params) -> PyTree:
+        """`grad Q(theta)`, of the structure of theta."""
+        step = task_vectors.difference(theta, self.center)
+        return jax.tree.map(jnp.add, self.gradient, self.curvature.times(step))
 
     def gradient_along(self, theta: Params, direction: PyTree) -> Array:
-        """`direction . grad Q(theta)`, scalar."""
-        return trees.inner(self._gradient_at(theta), direction)
+        """`d . grad Q(theta)`, scalar."""
+        return trees.inner(self.gradient_at(theta), direction)
+
+    def curvature_along(self, direction: PyTree) -> Array:
+        """`d^T H d`, scalar."""
+        return self.curvature.along(direction)
+
+    def gram(self, directions: Sequence[PyTree]) -> Array:
+        """`d_i^T H d_j` for K directions, [K, K]."""
+        return self.curvature.gram(directions)
 
     def by_leaf(self, theta: Params, direction: PyTree) -> tuple[Array, Array]:
-        """The parts of L leaves in the slope and the curvature along a direction, both [L]."""
-        memory = (self.center, self.diagonal, self.gradient, theta, direction)
-        slopes, curvatures = [], []
-        for center, diagonal, gradient, point, step in zip(
-            *map(jax.tree.leaves, memory), strict=True
-        ):
-            own = DiagonalQuadratic(center, diagonal, gradient, self.constant)
-            slopes.append(own.gradient_along(point, step))
-            curvatures.append(own.curvature_along(step))
-        return jnp.stack(slopes), jnp.stack(curvatures)
+        """The parts of L leaves in the slope at theta and in the curvature along d, both [L]."""
+        slopes = _inner_by_leaf(self.gradient_at(theta), direction)
+        return slopes, self.curvature.by_leaf(direction)
 
-    def _gradient_at(self, theta: Params) -> PyTree:
-        step = task_vectors.difference(theta, self.center)
-        return jax.tree.map(lambda g, f, x: g + f * x, self.gradient, self.diagonal, step)
-
-    def recentered(self, center: Params) -> DiagonalQuadratic:
+    def recentered(self, center: Params) -> Self:
         """The same function of theta, expanded about another center."""
-        # What gradient and value share would be kept for all leaves at once.
-        same, point = jax.lax.optimization_barrier((self, center))
-        return DiagonalQuadratic(
-            center, self.diagonal, self._gradient_at(center), same.value(point)
+        # Without this barrier XLA shares the differences and products of gradient and value, and so
+        # keeps them for all leaves at the same time.
+        apart, point = jax.lax.optimization_barrier((self, center))
+        return dataclasses.replace(
+            self, center=center, gradient=self.gradient_at(center), constant=apart.value(point)
         )
 
-    def scaled(self, factor: Array | float) -> DiagonalQuadratic:
-        """This function times a number."""
-        diagonal, gradient = (
-            jax.tree.map(lambda leaf: factor * leaf, tree)
-            for tree in (self.diagonal, self.gradient)
+    def plus(self, other: Quadratic) -> Self:
+        """The sum with a quadratic of the same kind, about the center where it is exact.
+
+        A lossy sum of curvatures answers for slopes exactly at one center only. The gradient of the
+        side that has this center is used as it is, and the other side is moved there before
+        anything of its curvature is lost.
+        """
+        newest = self.curvature.sum_is_exact_about == "newest"
+        stays, moves = (other, self) if newest else (self, other)
+        moved = moves.recentered(stays.center)
+        return dataclasses.replace(
+            self,
+            center=stays.center,
+            gradient=jax.tree.map(jnp.add, stays.gradient, moved.gradient),
+            constant=stays.constant + moved.constant,
+            curvature=self.curvature.plus(other.curvature),
         )
-        return DiagonalQuadratic(self.center, diagonal, gradient, factor * self.constant)
+
+    def scaled(self, factor: Array | float) -> Self:
+        """This function times a number, at least 0."""
+        return dataclasses.replace(
+            self,
+            gradient=jax.tree.map(lambda leaf: factor * leaf, self.gradient),
+            constant=factor * self.constant,
+            curvature=self.curvature.scaled(factor),
+        )
 
     def trace(self) -> Array:
         """Trace of H, scalar."""
-        return trees.inner(self.diagonal, jax.tree.map(jnp.ones_like, self.diagonal))
+        return self.curvature.trace()
 
-    def __add__(self, other: Quadratic) -> Quadratic:
-        """The sum: diagonal, about this one's center, where the other is diagonal too."""
-        if isinstance(other, DiagonalQuadratic):
+    def __add__(self, other: Quadratic | SumQuadratic) -> Quadratic | SumQuadratic:
+        """The sum of two quadratics, as one where both are of the same kind."""
+        if isinstance(other, Quadratic) and self.curvature.joins(other.curvature):
             return self.plus(other)
         return SumQuadratic((self, other))
 
-    def plus(self, other: DiagonalQuadratic) -> DiagonalQuadratic:
-        """The sum of two diagonal quadratics, about this one's center."""
-        moved = other.recentered(self.center)
-        return DiagonalQuadratic(
-            self.center,
-            jax.tree.map(jnp.add, self.diagonal, moved.diagonal),
-            jax.tree.map(jnp.add, self.gradient, moved.gradient),
-            self.constant + moved.constant,
-        )
-
 
 @flax.struct.dataclass
-class ExactQuadratic(Quadratic):
-    """The quadratic of one task with its exact curvature on the examples kept in it.
-
-    Nothing is approximated or stored but the examples: every question streams over them with jvp
-    or hvp products. For a task whose data may be kept (the current one), or for analysis.
-
-    Attributes:
-        center: pytree of float32 arrays, where the curvature is taken.
-        examples: `Batch` of N examples.
-        model: static; the `LogitsFn` for Gauss-Newton, the `LossesFn` for the Hessian.
-        matrix: static; "gauss_newton" or "hessian".
-        batch_size: static; examples in memory at a time.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> examples = Batch(jnp.ones((3, 1)), jnp.zeros(3, int))
-        >>> q = ExactQuadratic(jnp.zeros(2), examples, lambda w, x: x * w[None])
-        >>> float(q.curvature_along(jnp.asarray([1.0, 3.0])))
-        1.0
-    """
-
-    center: Params
-    examples: Batch
-    model: Any = flax.struct.field(pytree_node=False)
-    matrix: str = flax.struct.field(pytree_node=False, default="gauss_newton")
-    batch_size: int = flax.struct.field(pytree_node=False, default=64)
-
-    def __post_init__(self):
-        if self.matrix not in ("gauss_newton", "hessian"):
-            raise ValueError(f"matrix={self.matrix!r}: must be 'gauss_newton' or 'hessian'")
-
-    def products(self, lefts: Sequence[PyTree], rights: Sequence[PyTree]) -> Array:
-        """`l_i^T H r_j`, [K, L]: one jvp per direction, or one hvp per right direction."""
-        if self.matrix == "gauss_newton":
-            return self._mean(self._gauss_newton_sums(lefts, rights), (len(lefts), len(rights)))
-        return self._mean(self._hessian_sums(lefts, rights), (len(lefts), len(rights)))
-
-    def curvature_along(self, direction: PyTree) -> Array:
-        """`direction^T H direction`, scalar; the Hessian's by forward-over-forward jvp."""
-        if self.matrix == "gauss_newton":
-            return super().curvature_along(direction)
-
-        def sums(batch: Batch) -> Array:
-            values = matrix_products.hessian_along(self.model, self.center, direction, batch)
-            return jnp.sum(losses.weights_of(batch) * values)
-
-        return self._mean(sums, ())
-
-    def value(self, theta: Params) -> Array:
-        """`Q(theta)`, scalar."""
-        return 0.5 * self.curvature_along(task_vectors.difference(theta, self.center))
-
-    def gradient_along(self, theta: Params, direction: PyTree) -> Array:
-        """`direction . grad Q(theta)`, scalar."""
-        return self.products([task_vectors.difference(theta, self.center)], [direction])[0, 0]
-
-    def _gauss_newton_sums(self, lefts, rights):
-        def sums(batch: Batch) -> Array:
-            values = matrix_products.gauss_newton_products(
-                self.model, self.center, lefts, rights, batch.inputs
-            )
-            return jnp.einsum("n,nkl->kl", losses.weights_of(batch), values, precision="highest")
-
-        return sums
-
-    def _hessian_sums(self, lefts, rights):
-        def sum_loss(params: Params, batch: Batch) -> Array:
-            return jnp.sum(losses.weights_of(batch) * self.model(params, batch))
-
-        def sums(batch: Batch) -> Array:
-            columns = []
-            for right in rights:
-                product = matrix_products.hessian_vector_product(
-                    sum_loss, self.center, right, batch
-                )
-                columns.append(jnp.stack([trees.inner(left, product) for left in lefts]))
-            return jnp.stack(columns, axis=1)
-
-        return sums
-
-    def _mean(self, sums, shape: tuple[int, ...]) -> Array:
-        """Sum over the batches of `sums(batch)`, divided by the sum of the weights."""
-        batches = losses.in_batches(self.examples, self.batch_size)
-        dtype = trees.compute_dtype(*jax.tree.leaves(self.center))
-
-        def step(carry, batch):
-            total, weight = carry
-            return (total + sums(batch), weight + jnp.sum(batch.weights)), None
-
-        start = (jnp.zeros(shape, dtype), jnp.zeros((), dtype))
-        (total, weight), _ = jax.lax.scan(step, start, batches)
-        return total / weight
-
-
-@flax.struct.dataclass
-class SumQuadratic(Quadratic):
-    """The sum of quadratics of different kinds.
+class SumQuadratic:
+    """The sum of quadratics of different kinds: every question is put to each of them.
 
     Attributes:
         terms: the quadratics.
 
     Example:
-        >>> import jax.numpy as jnp
+        >>> from pm_jax.curvature.diagonal import DiagonalQuadratic
         >>> one = DiagonalQuadratic.at(jnp.zeros(1), diagonal=jnp.ones(1))
         >>> float(SumQuadratic((one, one)).value(jnp.ones(1)))
         1.0
     """
 
-    terms: tuple[Quadratic, ...]
+    terms: tuple[Quadratic | SumQuadratic, ...]
 
-    def products(self, lefts: Sequence[PyTree], rights: Sequence[PyTree]) -> Array:
-        """`l_i^T H r_j`, [K, L]."""
-        return self._sum(term.products(lefts, rights) for term in self.terms)
+    @property
+    def leafwise(self) -> bool:
+        """True if no term has entries between one leaf and another."""
+        return all(term.leafwise for term in self.terms)
 
     def value(self, theta: Params) -> Array:
         """`Q(theta)`, scalar."""
-        return self._sum(term.value(theta) for term in self.terms)
+        return _sum(term.value(theta) for term in self.terms)
+
+    def gradient_at(self, theta: Params) -> PyTree:
+        """`grad Q(theta)`, of the structure of theta."""
+        return _sum(term.gradient_at(theta) for term in self.terms)
 
     def gradient_along(self, theta: Params, direction: PyTree) -> Array:
-        """`direction . grad Q(theta)`, scalar."""
-        return self._sum(term.gradient_along(theta, direction) for term in self.terms)
+        """`d . grad Q(theta)`, scalar."""
+        return _sum(term.gradient_along(theta, direction) for term in self.terms)
 
     def curvature_along(self, direction: PyTree) -> Array:
-        """`direction^T H direction`, scalar."""
-        return self._sum(term.curvature_along(direction) for term in self.terms)
+        """`d^T H d`, scalar."""
+        return _sum(term.curvature_along(direction) for term in self.terms)
 
-    @staticmethod
-    def _sum(answers) -> Array:
-        return functools.reduce(jnp.add, answers)
+    def gram(self, directions: Sequence[PyTree]) -> Array:
+        """`d_i^T H d_j` for K directions, [K, K]."""
+        return _sum(term.gram(directions) for term in self.terms)
+
+    def by_leaf(self, theta: Params, direction: PyTree) -> tuple[Array, Array]:
+        """The parts of L leaves in the slope at theta and in the curvature along d, both [L]."""
+        return _sum(term.by_leaf(theta, direction) for term in self.terms)
+
+    def trace(self) -> Array:
+        """Trace of H, scalar."""
+        return _sum(term.trace() for term in self.terms)
+
+    def __add__(self, other: Quadratic | SumQuadratic) -> SumQuadratic:
+        """The sum with one more quadratic."""
+        return SumQuadratic((*self.terms, other))
+
+
+def _inner_by_leaf(left: PyTree, right: PyTree) -> Array:
+    return jnp.stack(jax.tree.leaves(jax.tree.map(trees.inner, left, right)))
+
+
+def _sum(answers: Iterable[Any]) -> Any:
+    return functools.reduce(functools.partial(jax.tree.map, jnp.add), answers)

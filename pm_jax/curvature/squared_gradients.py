@@ -42,7 +42,7 @@ PassesFn = Callable[[Array, Key | None], Passes]
 
 
 class SquaredGradients(NamedTuple):
-    """What a batch adds to a diagonal.
+    """Sums of squared gradients over a batch.
 
     Attributes:
         total: sum over passes and examples, pytree of the parameters' structure.

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pm_jax.curvature.quadratics import DiagonalQuadratic
+from pm_jax.curvature.diagonal import DiagonalQuadratic
 from pm_jax.offline.requests import Inputs, Merge, listed, open_inputs, rules_by_settings
 from pm_jax.offline.tensor_files import FLOATS, TensorFile, check_output, writing
 from pm_jax.rules import Evidence, MergeRule, jit_merge
@@ -99,11 +99,11 @@ class _Pieces:
         run, size = self._run[id(rule)], self._inputs.base.entries[name].size
         # Draws depend on the tensor's name, not on its place among the others.
         place = zlib.crc32(name.encode())
-        if rule.scope == "element":
+        if rule.needs.scope == "element":
             for block, first in enumerate(range(0, size, BLOCK)):
                 stop = min(first + BLOCK, size)
                 yield run(self._block(name, first, stop), place, block)[: stop - first]
-        elif rule.scope == "tensor":
+        elif rule.needs.scope == "tensor":
             yield run(lambda file: self._tensor(file, name), place)
         else:
             if name not in self._merged:
@@ -154,9 +154,9 @@ def _runner(rule: MergeRule, inputs: Inputs, seed: int) -> Callable[..., Params]
     @jit_merge
     def update(state, previous, trained, fisher, place):
         evidence = Evidence()
-        if "quadratic" in rule.needs:
+        if "quadratic" in rule.needs.evidence:
             evidence = evidence._replace(quadratic=DiagonalQuadratic.at(trained, fisher))
-        if "key" in rule.needs:
+        if "key" in rule.needs.evidence:
             key = functools.reduce(jax.random.fold_in, place, jax.random.key(seed))
             evidence = evidence._replace(key=key)
         merged, state, _ = rule.update(state, previous=previous, trained=trained, evidence=evidence)
@@ -172,7 +172,7 @@ def _runner(rule: MergeRule, inputs: Inputs, seed: int) -> Callable[..., Params]
             state, merged = update(state, previous, trained, fisher, place)
             # Otherwise the next model is loaded while this one is still in memory.
             jax.block_until_ready(merged)
-            previous = merged if rule.next_task_from == "merged" else trained
+            previous = merged if rule.needs.next_task_from == "merged" else trained
         return jax.tree.map(_with_lost_bits, merged, trained)
 
     return run
@@ -249,6 +249,6 @@ def _report(merge: Merge, inputs: Inputs, of_tensor: dict[str, MergeRule]) -> st
         lines.append(f"of several types, written in the base's: {listed(mixed)}")
     if kept := [name for name, entry in entries.items() if entry.dtype not in FLOATS]:
         lines.append(f"not floating-point, left as the base's: {listed(kept)}")
-    if any(rule.scope == "model" for rule in of_tensor.values()):
+    if any(rule.needs.scope == "model" for rule in of_tensor.values()):
         lines.append(f"{merge.rule} looks at all tensors at once: they were held in memory")
     return "\n".join(lines)

@@ -119,21 +119,21 @@ def rules_by_settings(merge: Merge, inputs: Inputs) -> list[tuple[MergeRule, tup
         for text, group in names.items()
     ]
     for rule, _ in by_settings:
-        if rule.tasks_at_once:
+        if rule.needs.tasks_at_once:
             raise InvalidInput(
                 f"rule={merge.rule}: trains all tasks at once, which needs their data; use "
                 "experiments.train, or another rule"
             )
-        if beyond := rule.needs - OF_FISHERS - {"key"}:
+        if beyond := rule.needs.evidence - OF_FISHERS - {"key"}:
             raise InvalidInput(
                 f"rule={merge.rule}: needs {' and '.join(sorted(beyond))} from training, which "
                 "checkpoints do not hold; use experiments.train, or another rule"
             )
-        if rule.needs & OF_FISHERS and not merge.fishers:
+        if rule.needs.evidence & OF_FISHERS and not merge.fishers:
             raise InvalidInput(
                 f"rule={merge.rule}: needs curvature; give fishers, a file for each model"
             )
-    if merge.fishers and not any(rule.needs & OF_FISHERS for rule, _ in by_settings):
+    if merge.fishers and not any(rule.needs.evidence & OF_FISHERS for rule, _ in by_settings):
         raise InvalidInput(
             f"fishers={merge.fishers[0]}: rule={merge.rule} reads none; leave them out"
         )

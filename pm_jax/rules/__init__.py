@@ -1,23 +1,21 @@
 """Merge rules: one file per method, all with the signature of `MergeRule`."""
 
 from pm_jax.rules import preferences
-from pm_jax.rules.averaging import averaging
-from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, TrainingHook
+from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Requirements, TrainingHook
 from pm_jax.rules.became import became
+from pm_jax.rules.building import jit_merge
 from pm_jax.rules.cofima import cofima
-from pm_jax.rules.coma import coma
-from pm_jax.rules.compilation import jit_merge
 from pm_jax.rules.dare import dare
 from pm_jax.rules.exact_curvature import exact_curvature
 from pm_jax.rules.fisher_averaging import fisher_averaging
-from pm_jax.rules.joint import joint
+from pm_jax.rules.jackknife import jackknifed
 from pm_jax.rules.magmax import magmax
 from pm_jax.rules.oracle import oracle
 from pm_jax.rules.pam import pam
 from pm_jax.rules.perturb_and_merge import perturb_and_merge
 from pm_jax.rules.random_mix import random_mix
 from pm_jax.rules.registry import REGISTRY, make
-from pm_jax.rules.sequential import sequential
+from pm_jax.rules.simple import averaging, coma, joint, sequential
 from pm_jax.rules.task_arithmetic import task_arithmetic
 from pm_jax.rules.ties import ties
 from pm_jax.rules.trm import trm
@@ -28,6 +26,7 @@ __all__ = [
     "Evidence",
     "MergeInfo",
     "MergeRule",
+    "Requirements",
     "TrainingHook",
     "averaging",
     "became",
@@ -36,6 +35,7 @@ __all__ = [
     "dare",
     "exact_curvature",
     "fisher_averaging",
+    "jackknifed",
     "jit_merge",
     "joint",
     "magmax",

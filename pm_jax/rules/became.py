@@ -1,8 +1,7 @@
 """BECAME: a stage of training with projected gradients, a free stage, and their Bayesian mix."""
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,22 +9,16 @@ import jax.numpy as jnp
 from pm_jax import task_vectors, trees
 from pm_jax.coefficients import predicted_loss_change
 from pm_jax.curvature.dense_layers import kernel_paths
-from pm_jax.curvature.quadratics import DiagonalQuadratic, StoredQuadratic
+from pm_jax.curvature.diagonal import DiagonalQuadratic
+from pm_jax.curvature.quadratics import Curvature, Quadratic
 from pm_jax.lora import Adapter
 from pm_jax.rules import gradient_projection
-from pm_jax.rules.base import (
-    Evidence,
-    MergeInfo,
-    MergeRule,
-    Moving,
-    TrainingHook,
-    quadratic_of,
-    require,
-)
-from pm_jax.types import Array, Params, PyTree
+from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Moving, Requirements, TrainingHook
+from pm_jax.rules.building import quadratic_of, require
+from pm_jax.types import Array, Params
 
 LARGEST_THRESHOLD = 0.999
-"""Beyond it rounding errors would count as inputs."""
+"""A larger share of the energy would take rounding errors for inputs."""
 
 
 class BecameState(NamedTuple):
@@ -33,13 +26,12 @@ class BecameState(NamedTuple):
 
     Attributes:
         tasks: int32 scalar, tasks merged so far.
-        precision: Lam, the curvature of the tasks so far; without center and gradient, which the
-            coefficient does not ask for.
+        precision: Lam, the curvature of the tasks so far; the coefficient asks for no slope.
         projectors: `{path of a dense kernel: [in, in]}`, see `gradient_projection`.
     """
 
     tasks: Array
-    precision: StoredQuadratic
+    precision: Curvature
     projectors: dict[str, Array]
 
 
@@ -49,7 +41,7 @@ def became(
     threshold: float = 0.97,
     threshold_growth: float = 0.003,
     decay: float = 1.0,
-    memory: Callable[[Params], StoredQuadratic] = DiagonalQuadratic.zero,
+    memory: Callable[[Params], Quadratic] = DiagonalQuadratic.zero,
 ) -> MergeRule:
     """Mix the model after the projected stage with that after the free stage.
 
@@ -62,7 +54,7 @@ def became(
     in the paper, here of the memory's kind. One of low rank is measured along the task vector, of
     which d is a part, and may be too small along d.
 
-    What is ours, where the paper's text was not at hand:
+    These details are ours, as the paper's text was not at hand:
 
     - The stages share the task's steps, schedule and optimiser state.
     - The optimiser's updates are projected like the gradients: Adam rescales element by element,
@@ -101,7 +93,7 @@ def became(
 
     Example:
         >>> rule = became()
-        >>> rule.snapshots, rule.hook.project_until
+        >>> rule.needs.snapshots, rule.needs.hook.project_until
         ((0.5,), 0.5)
     """
     require("projected", projected, 0 <= projected < 1, "in [0, 1)")
@@ -112,7 +104,7 @@ def became(
     def init(params: Params) -> BecameState:
         sizes = trees.select(params, kernel_paths(params))
         projectors = {path: jnp.zeros((x.shape[0],) * 2) for path, x in sizes.items()}
-        return BecameState(jnp.zeros((), jnp.int32), _curvature_only(memory(params)), projectors)
+        return BecameState(jnp.zeros((), jnp.int32), memory(params).curvature, projectors)
 
     def update(state: BecameState, *, previous: Params, trained: Params, evidence: Evidence):
         del previous
@@ -122,28 +114,26 @@ def became(
         tasks = state.tasks + 1
         projected_model = jax.tree.map(lambda stack: stack[0], evidence.trajectory)
         free_step = task_vectors.difference(trained, projected_model)
-        own = quadratic.curvature_along(free_step)
-        total = own + state.precision.curvature_along(free_step)
+        current = quadratic.curvature_along(free_step)
+        total = current + state.precision.along(free_step)
         solvable = jnp.isfinite(total) & (total > jnp.finfo(total.dtype).tiny)
-        quotient = jnp.where(solvable, own / jnp.where(solvable, total, 1.0), 1 / tasks)
+        quotient = jnp.where(solvable, current / jnp.where(solvable, total, 1.0), 1 / tasks)
         alpha = jnp.where(tasks <= 1, 1.0, quotient)
         info = MergeInfo.of(alpha, (tasks > 1) & ~solvable)._replace(
-            numerator=own,
+            numerator=current,
             denominator=total,
-            predicted_loss_change=predicted_loss_change(alpha, own),
+            predicted_loss_change=predicted_loss_change(alpha, current),
             figures={"memory_share": _share(state.projectors)},
         )
         merged = trees.lerp(projected_model, trained, alpha)
         return merged, state._replace(tasks=tasks), info
 
     def absorb(state: BecameState, evidence: Evidence) -> BecameState:
-        quadratic: Any = quadratic_of(evidence, type(state.precision))
+        quadratic = quadratic_of(evidence, type(state.precision))
         moments = evidence.input_moments
         if moments is None:
             raise ValueError("evidence.input_moments=None: became absorbs them with a merge")
-        # About the new center nothing has to be moved, and no slope matters.
-        earlier = _about(quadratic.center, quadratic.gradient, state.precision)
-        precision = _curvature_only(earlier.scaled(decay).plus(quadratic))
+        precision = state.precision.scaled(decay).plus(quadratic.curvature)
         share = jnp.minimum(threshold + threshold_growth * (state.tasks - 1), LARGEST_THRESHOLD)
         projectors = {
             path: gradient_projection.grown(projector, moments[path], share)
@@ -151,29 +141,19 @@ def became(
         }
         return BecameState(state.tasks, precision, projectors)
 
-    needs = frozenset({"quadratic", "trajectory", "input_moments"})
     hook = TrainingHook(onset=_fresh_outside, project=_outside, project_until=projected)
-    return MergeRule(
-        init,
-        update,
-        needs,
+    needs = Requirements(
+        evidence=frozenset({"quadratic", "trajectory", "input_moments"}),
         snapshots=(projected,),
         figures=("memory_share",),
         hook=hook if projected else None,
         absorb=absorb,
     )
-
-
-def _curvature_only(quadratic: StoredQuadratic) -> StoredQuadratic:
-    return _about(None, None, quadratic)
-
-
-def _about(center: Params, gradient: PyTree, quadratic: Any) -> StoredQuadratic:
-    return dataclasses.replace(quadratic, center=center, gradient=gradient)
+    return MergeRule(init, update, needs)
 
 
 def _outside(state: BecameState, moving: Moving) -> Moving:
-    """Gradients or updates without what acts on the inputs of earlier tasks."""
+    """Remove from gradients or updates all that acts on the inputs of earlier tasks."""
 
     def leaf(path: str, change: Array | Adapter) -> Array | Adapter:
         if isinstance(change, Adapter):
@@ -187,7 +167,7 @@ def _outside(state: BecameState, moving: Moving) -> Moving:
 
 
 def _fresh_outside(state: BecameState, moving: Moving) -> Moving:
-    """What trains at the onset of a task: adapters start outside the memory."""
+    """Leaves to train at the onset of a task: adapters start outside the memory."""
     adapters: Moving = {path: x for path, x in moving.items() if isinstance(x, Adapter)}
     return {**moving, **_outside(state, adapters)}
 

@@ -6,15 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from pm_jax import trees
-from pm_jax.curvature.quadratics import DiagonalQuadratic
-from pm_jax.rules.base import (
-    Evidence,
-    MergeInfo,
-    MergeRule,
-    diagonal_of,
-    mean_of_entries,
-    require,
-)
+from pm_jax.curvature.diagonal import DiagonalQuadratic
+from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Requirements
+from pm_jax.rules.building import diagonal_of, mean_of_entries, require
 from pm_jax.types import Array, Params, PyTree
 
 
@@ -74,7 +68,7 @@ def cofima(*, step: float = 0.4, cap: float = 0.0) -> MergeRule:
         return CofimaState(jnp.zeros((), jnp.int32), DiagonalQuadratic.zero(params).diagonal)
 
     def update(state: CofimaState, *, previous: Params, trained: Params, evidence: Evidence):
-        tasks, fisher = state.tasks + 1, diagonal_of(evidence).diagonal
+        tasks, fisher = state.tasks + 1, diagonal_of(evidence)
         if cap:
             fisher = jax.tree.map(lambda f: jnp.minimum(f, cap), fisher)
 
@@ -90,4 +84,4 @@ def cofima(*, step: float = 0.4, cap: float = 0.0) -> MergeRule:
         info = MergeInfo.of(mean_of_entries(weights), mean_of_entries(without))
         return merged, CofimaState(tasks, fisher), info
 
-    return MergeRule(init, update, frozenset({"quadratic"}), scope="element")
+    return MergeRule(init, update, Requirements(frozenset({"quadratic"}), scope="element"))

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from pm_jax import trees
-from pm_jax.rules.averaging import averaging
-from pm_jax.rules.base import Evidence, MergeRule, key_of, require
+from pm_jax.rules.base import Evidence, MergeRule
+from pm_jax.rules.building import key_of, require
+from pm_jax.rules.simple import averaging
 from pm_jax.rules.task_arithmetic import task_arithmetic
 from pm_jax.rules.ties import ties
 from pm_jax.types import Array, Params
@@ -54,12 +55,14 @@ def dare(*, on: str = "averaging", drop: float = 0.5, scale: float = 0.0) -> Mer
     rule = MERGED_BY[on](**({"scale": scale} if scale else {}))
 
     def update(state, *, previous: Params, trained: Params, evidence: Evidence):
-        base = previous if rule.next_task_from == "merged" else state.origin
+        base = previous if rule.needs.next_task_from == "merged" else state.origin
         sparse = _sparsified(key_of(evidence), base, trained, drop)
-        merged, state, info = rule.update(state, previous=previous, trained=sparse)
+        merged, state, info = rule.update(
+            state, previous=previous, trained=sparse, evidence=evidence
+        )
         return jax.tree.map(lambda x, y: x.astype(y.dtype), merged, trained), state, info
 
-    return rule._replace(update=update, needs=frozenset({"key"}))
+    return rule._replace(update=update, needs=rule.needs._replace(evidence=frozenset({"key"})))
 
 
 def _sparsified(key: Array, base: Params, trained: Params, drop: float) -> Params:

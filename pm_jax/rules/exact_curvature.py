@@ -7,8 +7,9 @@ import jax.numpy as jnp
 
 from pm_jax import losses, task_vectors, trees
 from pm_jax.coefficients import merge_coefficient_of, predicted_loss_change
-from pm_jax.curvature import matrix_products
-from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, require
+from pm_jax.curvature.exact import ExactQuadratic
+from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Requirements
+from pm_jax.rules.building import require
 from pm_jax.types import Array, Params
 
 
@@ -49,7 +50,7 @@ def exact_curvature(*, clip: bool = True, max_tasks: int = 10) -> MergeRule:
         with the Hessian that its Fisher stands for
 
     Example:
-        >>> exact_curvature().analysis_only
+        >>> exact_curvature().needs.analysis_only
         True
     """
     require("max_tasks", max_tasks, max_tasks >= 1, "at least 1")
@@ -72,46 +73,38 @@ def exact_curvature(*, clip: bool = True, max_tasks: int = 10) -> MergeRule:
         delta = task_vectors.difference(trained, previous)
 
         def of_task(number: Array) -> Array:
-            """Slope at the previous model and curvature, both along Delta."""
+            """One task's term of the sum: its slope at the previous model and its curvature."""
             objective = objectives.task(number)
             model = jax.tree.map(lambda stack: stack[number], models)
-            offset = task_vectors.difference(previous, model)
 
             def logits_fn(leaves: Params, inputs: Array) -> Array:
                 logits = objective.logits(leaves, inputs) / objective.temperature
                 return losses.mask_logits(logits, objective.classes)
 
-            def of_batch(index: Array) -> Array:
-                batch = objective.batch(index)
-                weights = losses.weights_of(batch)
-                values = matrix_products.gauss_newton_products(
-                    logits_fn, model, [offset, delta], [delta], batch.inputs
-                )
-                total = jnp.tensordot(weights, values[:, :, 0], 1, precision="highest")
-                return total / jnp.maximum(jnp.sum(weights), 1)
+            size = objective.batches.labels.shape[1]
+            examples = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), objective.batches)
+            term = ExactQuadratic.at(model, examples, logits_fn, batch_size=size)
+            return jnp.stack([term.gradient_along(previous, delta), term.curvature_along(delta)])
 
-            return objective.mean_over_batches(of_batch)
-
-        each = jax.lax.map(
+        terms = jax.lax.map(
             lambda number: jax.lax.cond(
                 number <= state.tasks, of_task, lambda _: jnp.zeros(2), number
             ),
             jnp.arange(min(max_tasks, len(objectives.classes))),
         )
-        slope, curvature = jnp.sum(each, axis=0)
+        slope, curvature = jnp.sum(terms, axis=0)
         tasks = state.tasks + 1
         overflow = jnp.where(tasks > max_tasks, jnp.nan, 0.0)
-        found = merge_coefficient_of(-slope, curvature, task=tasks, clip=clip)
-        own = each[jnp.minimum(state.tasks, len(each) - 1), 1]
-        info = MergeInfo.of(found.alpha + overflow, found.degenerate)._replace(
-            alpha_raw=found.alpha_raw,
-            numerator=found.numerator,
-            denominator=found.denominator,
-            predicted_loss_change=predicted_loss_change(found.alpha, own),
+        coefficient = merge_coefficient_of(-slope, curvature, task=tasks, clip=clip)
+        current = terms[jnp.minimum(state.tasks, len(terms) - 1), 1]
+        info = MergeInfo.of(coefficient.alpha + overflow, coefficient.degenerate)._replace(
+            alpha_raw=coefficient.alpha_raw,
+            numerator=coefficient.numerator,
+            denominator=coefficient.denominator,
+            predicted_loss_change=predicted_loss_change(coefficient.alpha, current),
         )
         merged = trees.lerp(previous, trained, info.alpha)
         return merged, ExactCurvatureState(tasks, models), info
 
-    return MergeRule(
-        init, update, frozenset({"all_objectives"}), keeps_tasks=True, analysis_only=True
-    )
+    needs = Requirements(frozenset({"all_objectives"}), keeps_tasks=True, analysis_only=True)
+    return MergeRule(init, update, needs)

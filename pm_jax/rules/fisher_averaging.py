@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from pm_jax.curvature.quadratics import DiagonalQuadratic
-from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, diagonal_of, mean_of_entries
+from pm_jax.curvature.diagonal import Diagonal, DiagonalQuadratic
+from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Requirements
+from pm_jax.rules.building import diagonal_of, mean_of_entries, quadratic_of
 from pm_jax.types import Params
 
 NEGLIGIBLE = 1e-30
@@ -41,8 +42,7 @@ def fisher_averaging() -> MergeRule:
     """
 
     def update(state: DiagonalQuadratic, *, previous: Params, trained: Params, evidence: Evidence):
-        quadratic = diagonal_of(evidence)
-        memory = state.plus(quadratic)
+        memory = state.plus(quadratic_of(evidence, Diagonal))
 
         def minimum(center, total, gradient, last, new):
             step = jnp.where(total > NEGLIGIBLE, gradient / total, jnp.nan)
@@ -51,16 +51,17 @@ def fisher_averaging() -> MergeRule:
 
         total = memory.diagonal
         merged = jax.tree.map(minimum, memory.center, total, memory.gradient, previous, trained)
-        known = jax.tree.map(lambda curvature: (curvature > NEGLIGIBLE) & jnp.isfinite(curvature),
+        curved = jax.tree.map(lambda curvature: (curvature > NEGLIGIBLE) & jnp.isfinite(curvature),
                              total)  # fmt: skip
         shares = jax.tree.map(
-            lambda own, all_tasks, usable: jnp.where(usable, own / all_tasks, 0.0),
-            quadratic.diagonal,
+            lambda current, all_tasks, usable: jnp.where(usable, current / all_tasks, 0.0),
+            diagonal_of(evidence),
             total,
-            known,
+            curved,
         )
-        without = jax.tree.map(jnp.logical_not, known)
+        without = jax.tree.map(jnp.logical_not, curved)
         info = MergeInfo.of(mean_of_entries(shares), mean_of_entries(without))
         return merged, memory, info
 
-    return MergeRule(DiagonalQuadratic.zero, update, frozenset({"quadratic"}), scope="element")
+    needs = Requirements(frozenset({"quadratic"}), scope="element")
+    return MergeRule(DiagonalQuadratic.zero, update, needs)

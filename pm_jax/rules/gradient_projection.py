@@ -1,7 +1,7 @@
 """Gradient projection memory: directions of a layer's inputs that earlier tasks have used.
 
-Of a dense kernel [in, out] a change D alters the outputs `x W` of an earlier input x by `x D`. Kept
-are orthonormal directions that hold most of the energy of the earlier inputs; a D without a
+A change D of a dense kernel [in, out] alters the outputs `x W` of an earlier input x by `x D`. The
+memory keeps orthonormal directions with most of the energy of the earlier inputs; a D without a
 component in them leaves those outputs nearly as they were. The memory of a kernel is the projector
 `P = U U^T` [in, in], whose shape does not grow with the tasks.
 
@@ -41,8 +41,8 @@ def removed(projector: Array, change: Array) -> Array:
 def grown(projector: Array, moments: Array, threshold: Array | float) -> Array:
     """The memory with the directions that a task's inputs need beyond it.
 
-    Of the part of the inputs outside the memory, the fewest principal directions are added with
-    which the memory holds the share `threshold` of the inputs' energy.
+    The principal directions of the part of the inputs outside the memory are added, as few as are
+    needed for the memory to hold the share `threshold` of the inputs' energy.
 
     Args:
         projector: P [in, in].
@@ -65,8 +65,8 @@ def grown(projector: Array, moments: Array, threshold: Array | float) -> Array:
     # Energy that is held before a direction is added.
     before = total - jnp.sum(values) + jnp.cumsum(values) - values
     needed = (before < threshold * total) & (values > 0)
-    own = vectors * needed[None, :]
-    return projector + jnp.matmul(own, own.T, precision="highest")
+    added = vectors * needed[None, :]
+    return projector + jnp.matmul(added, added.T, precision="highest")
 
 
 def input_moments(objective: Objective, leaves: Params, paths: Collection[str]) -> dict[str, Array]:

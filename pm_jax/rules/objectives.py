@@ -57,7 +57,7 @@ class Objective(NamedTuple):
         return self._replace(batches=batches, classes=classes, old_classes=old_classes)
 
     def old_log_probabilities(self, logits: Array, temperature: float) -> Array:
-        """Of the old classes among themselves, [N, C]; hugely negative for the others."""
+        """Log-probabilities among the old classes, [N, C]; hugely negative for the others."""
         return jax.nn.log_softmax(losses.mask_logits(logits, self.old_classes) / temperature)
 
     def mean_over_batches(self, figures: Callable[[Array], Array]) -> Array:
@@ -102,7 +102,7 @@ def stack(objectives: Sequence[Objective], seen: Array) -> Objective:
         >>> stack([one, one], jnp.asarray([True, False])).batches.weights.tolist()
         [[[1.0, 1.0]], [[0.0, 0.0]]]
     """
-    parts = [(each.batches, each.classes, each.old_classes) for each in objectives]
+    parts = [(one.batches, one.classes, one.old_classes) for one in objectives]
     batches, classes, old_classes = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
     batches = batches._replace(weights=losses.weights_of(batches) * seen[:, None, None])
     return objectives[0]._replace(batches=batches, classes=classes, old_classes=old_classes)

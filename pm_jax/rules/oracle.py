@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from pm_jax import losses, trees
-from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, TaskCount, require
+from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Requirements
+from pm_jax.rules.building import TaskCount, require
 from pm_jax.rules.objectives import Objective
 from pm_jax.types import Array, Params
 
@@ -33,7 +34,7 @@ def oracle(*, criterion: str = "loss", points: int = 21) -> MergeRule:
         ValueError: a setting out of range.
 
     Example:
-        >>> oracle(criterion="accuracy").next_task_from
+        >>> oracle(criterion="accuracy").needs.next_task_from
         'merged'
     """
     require("criterion", criterion, criterion in CRITERIA, f"one of {', '.join(CRITERIA)}")
@@ -60,9 +61,8 @@ def oracle(*, criterion: str = "loss", points: int = 21) -> MergeRule:
         merged = trees.lerp(previous, trained, info.alpha)
         return merged, TaskCount(state.tasks + 1), info
 
-    return MergeRule(
-        init, update, frozenset({"all_objectives"}), figures=("total_loss",), analysis_only=True
-    )
+    needs = Requirements(frozenset({"all_objectives"}), figures=("total_loss",), analysis_only=True)
+    return MergeRule(init, update, needs)
 
 
 def _loss_and_error(objectives: Objective, leaves: Params) -> tuple[Array, Array]:
@@ -82,11 +82,11 @@ def _loss_and_error(objectives: Objective, leaves: Params) -> tuple[Array, Array
 
         return objective.mean_over_batches(of_batch)
 
-    each = jax.lax.map(
+    by_task = jax.lax.map(
         lambda number: jax.lax.cond(
             counts[number] > 0, of_task, lambda _: jnp.zeros(2, jnp.float32), number
         ),
         jnp.arange(counts.shape[0]),
     )
-    total, error = jnp.sum(each, axis=0)
+    total, error = jnp.sum(by_task, axis=0)
     return total, error

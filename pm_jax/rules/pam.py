@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from pm_jax import lora, task_vectors, trees
 from pm_jax.lora import Adapter, Adapters
-from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Moving, TrainingHook, require
+from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Moving, Requirements, TrainingHook
+from pm_jax.rules.building import require
 from pm_jax.types import Array, Key, Params
 
 
@@ -35,7 +36,7 @@ def pam(*, share: float = 0.5, every: int = 1) -> MergeRule:
 
     Details that are ours, where the paper's text was not at hand:
 
-    - Every task starts from theta_0 with a fresh R, and G takes no part in its training but here.
+    - Every task starts from theta_0 with a fresh R; G enters its training only in this way.
     - Entries start anew every `every` epochs: those of B at 0, those of A at a fresh draw; their
       moments in the optimiser are cleared. `|G|` is large if among the `share` largest of its
       matrix, ties included.
@@ -80,7 +81,7 @@ def pam(*, share: float = 0.5, every: int = 1) -> MergeRule:
         adapters = (evidence.adapters if evidence else None) or {}
         leaves = trees.leaves_by_path(trained)
         own: Moving = {**task_vectors.difference(leaves, state.origin), **adapters}
-        # A fresh adapter is not 0, its product is.
+        # A fresh adapter has an A that is not 0, but its product A B is 0.
         still = [jnp.all(_moved(shared) == 0) for shared in state.shared.values()]
         first = jnp.all(jnp.stack(still))
         shared: Moving = jax.tree.map(
@@ -98,11 +99,12 @@ def pam(*, share: float = 0.5, every: int = 1) -> MergeRule:
         )
 
     hook = TrainingHook(refresh=functools.partial(_realigned, share), refresh_every=every)
-    return MergeRule(init, update, frozenset({"adapters"}), "initial", hook=hook)
+    needs = Requirements(frozenset({"adapters"}), next_task_from="initial", hook=hook)
+    return MergeRule(init, update, needs)
 
 
 def _moved(displacement: Array | Adapter) -> Array:
-    """What is 0 where a displacement is."""
+    """An array that is 0 exactly where the displacement is 0."""
     return displacement.b if isinstance(displacement, Adapter) else displacement
 
 
@@ -113,7 +115,7 @@ def _at(origin: Array, displacement: Array | Adapter) -> Array:
 
 
 def _realigned(share: float, state: PamState, key: Key, moving: Moving) -> tuple[Moving, Moving]:
-    """What trains with entries of the wrong sign renewed, and which ones (bool)."""
+    """Renew the entries of the wrong sign; returns the leaves and which entries (bool)."""
     keys = trees.leaf_keys(key, dict.fromkeys(moving, 0))
     opposed_to = functools.partial(opposed_entries, share=share)
     moved = dict(moving)

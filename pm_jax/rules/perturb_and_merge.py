@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +10,16 @@ import jax.numpy as jnp
 from pm_jax import task_vectors, trees
 from pm_jax.coefficients import (
     MergeCoefficient,
-    jackknife_error,
     merge_coefficient,
     merge_coefficients,
-    predicted_loss_change,
 )
-from pm_jax.curvature.measures import Measurement
-from pm_jax.curvature.quadratics import DiagonalQuadratic, StoredQuadratic
-from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, quadratic_of, require
-from pm_jax.types import Array, InvalidInput, Params, PyTree
+from pm_jax.curvature.diagonal import DiagonalQuadratic
+from pm_jax.curvature.exact import AlongDirection
+from pm_jax.curvature.quadratics import Quadratic, SumQuadratic
+from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Requirements
+from pm_jax.rules.building import quadratic_of, require
+from pm_jax.rules.jackknife import jackknifed
+from pm_jax.types import Array, InvalidInput, Params
 
 
 class PerturbAndMergeState(NamedTuple):
@@ -27,13 +28,10 @@ class PerturbAndMergeState(NamedTuple):
     Attributes:
         tasks: int32 scalar, tasks merged so far.
         memory: the sum of the quadratics of all tasks; its size does not grow with the tasks.
-        left_out: the same sum of quadratics without each group of examples, stacked [K, ...], for
-            the jackknife.
     """
 
     tasks: Array
-    memory: StoredQuadratic
-    left_out: StoredQuadratic | None = None
+    memory: Quadratic
 
 
 def perturb_and_merge(
@@ -42,7 +40,7 @@ def perturb_and_merge(
     normalize: str = "none",
     per: str = "model",
     jackknife: int = 0,
-    memory: Callable[[Params], StoredQuadratic] = DiagonalQuadratic.zero,
+    memory: Callable[[Params], Quadratic] = DiagonalQuadratic.zero,
 ) -> MergeRule:
     """Merge with the coefficient that minimises the quadratic losses of all tasks seen.
 
@@ -99,76 +97,48 @@ def perturb_and_merge(
 
     def init(params: Params) -> PerturbAndMergeState:
         group_names(list(trees.leaves_by_path(params)), per)
-        left_out = None
-        if jackknife:
-            left_out = jax.tree.map(lambda x: jnp.stack([x] * jackknife), memory(params))
-        return PerturbAndMergeState(jnp.zeros((), jnp.int32), memory(params), left_out)
+        return PerturbAndMergeState(jnp.zeros((), jnp.int32), memory(params))
 
     def update(
         state: PerturbAndMergeState, *, previous: Params, trained: Params, evidence: Evidence
-    ):
-        quadratic = quadratic_of(evidence, type(state.memory))
+    ) -> tuple[Params, PerturbAndMergeState, MergeInfo]:
+        quadratic = quadratic_of(evidence, type(state.memory.curvature))
         tasks = state.tasks + 1
         delta = task_vectors.difference(trained, previous)
+        counted, scale = quadratic, jnp.ones(())
+        if normalize == "trace":
+            scale = _inverse(quadratic.trace())
+            counted = quadratic.scaled(scale)
+        remembered = state.memory.plus(counted)
+        total: Quadratic | SumQuadratic = remembered
         along = evidence.curvature_along if per == "model" else None
-        counted, scale, correction = _weighed(quadratic, along, delta, normalize)
-        total = state.memory.plus(counted)
+        if along is not None:
+            # The task's own curvature is known exactly along Delta: this term takes the place of
+            # the stored one in the sum that is minimised, but not in the memory.
+            quadratic = Quadratic.at(trained, AlongDirection(delta, along))
+            total = state.memory + quadratic.scaled(scale)
         names = group_names(list(trees.leaves_by_path(delta)), per)
         groups = tuple(sorted(set(names)).index(name) for name in names)
         if max(groups) == 0:
-            found = merge_coefficient(
-                total,
-                previous,
-                delta,
-                task=tasks,
-                curvature_error=scale * jnp.asarray(evidence.curvature_error),
-                correction=scale * correction,
-                clip=clip,
+            error = scale * jnp.asarray(evidence.curvature_error)
+            coefficient = merge_coefficient(
+                total, previous, delta, task=tasks, curvature_error=error, clip=clip
             )
-            found = jax.tree.map(lambda x: x[None], found)
+            coefficient = jax.tree.map(lambda x: x[None], coefficient)
         else:
-            found = merge_coefficients(total, previous, delta, groups, task=tasks, clip=clip)
+            coefficient = merge_coefficients(total, previous, delta, groups, task=tasks, clip=clip)
         structure = jax.tree.structure(delta)
-        alphas = jax.tree.unflatten(structure, [found.alpha[group] for group in groups])
+        alphas = jax.tree.unflatten(structure, [coefficient.alpha[group] for group in groups])
         rest = jax.tree.map(lambda alpha, step: (1 - alpha) * step, alphas, delta)
         change = 0.5 * quadratic.curvature_along(rest)
-        change += predicted_loss_change(found.alpha[0], correction)
         sizes = [leaf.size for leaf in jax.tree.leaves(delta)]
-        info = _info(found, groups, sizes)._replace(predicted_loss_change=change)
+        info = _info(coefficient, groups, sizes)._replace(predicted_loss_change=change)
         merged = jax.tree.map(trees.lerp, previous, trained, alphas)
-        if not jackknife:
-            return merged, PerturbAndMergeState(tasks, total), info
+        return merged, PerturbAndMergeState(tasks, remembered), info
 
-        def coefficient_of(memory: StoredQuadratic, measured: Measurement):
-            known = None if along is None else measured.along
-            counted, scale, correction = _weighed(measured.quadratic, known, delta, normalize)
-            total = memory.plus(counted)
-            return total, merge_coefficient(
-                total, previous, delta, task=tasks, correction=scale * correction
-            )
-
-        measured = _left_out(evidence, jackknife)
-        left_out, error = _jackknifed(coefficient_of, state.left_out, measured)
-        error = jnp.where(jnp.any(found.degenerate), jnp.nan, error)
-        info = info._replace(figures={"jackknife_error": error})
-        return merged, PerturbAndMergeState(tasks, total, left_out), info
-
-    needs = {"quadratic", "curvature_error"}
-    needs |= {"curvature_along"} if per == "model" else set()
-    needs |= {"left_out"} if jackknife else set()
-    figures = ("jackknife_error",) if jackknife else ()
-    return MergeRule(init, update, frozenset(needs), figures=figures, example_groups=jackknife)
-
-
-def _jackknifed(
-    coefficient_of: Callable[..., tuple[StoredQuadratic, MergeCoefficient]],
-    memories: StoredQuadratic | None,
-    measured: Measurement,
-) -> tuple[StoredQuadratic, Array]:
-    """The next memories without each group of examples, and the error of the coefficient."""
-    memories, each = jax.lax.map(lambda given: coefficient_of(*given), (memories, measured))
-    error = jackknife_error(each.alpha_raw)
-    return memories, jnp.where(jnp.any(each.degenerate), jnp.nan, error)
+    reads = {"quadratic", "curvature_error"} | ({"curvature_along"} if per == "model" else set())
+    rule = MergeRule(init, update, Requirements(evidence=frozenset(reads)))
+    return jackknifed(rule, jackknife) if jackknife else rule
 
 
 def group_names(paths: Sequence[str], per: str) -> list[str]:
@@ -211,33 +181,14 @@ def group_names(paths: Sequence[str], per: str) -> list[str]:
     return names
 
 
-def _weighed(quadratic: Any, along: Array | None, delta: PyTree, normalize: str):
-    """A task's quadratic as it counts, its factor, and what is known beyond it along Delta."""
-    correction = 0.0 if along is None else along - quadratic.curvature_along(delta)
-    if normalize == "none":
-        return quadratic, 1.0, correction
-    scale = _inverse(quadratic.trace())
-    return quadratic.scaled(scale), scale, correction
-
-
-def _left_out(evidence: Evidence, groups: int) -> Measurement:
-    measured = evidence.left_out
-    given = 0 if measured is None else len(measured.examples)
-    if measured is None or given != groups:
-        raise ValueError(
-            f"evidence.left_out: has {given} groups and jackknife={groups} needs as many; measure "
-            f"by measures.in_groups(measure, {groups})"
-        )
-    return measured
-
-
 def _inverse(value: Array) -> Array:
+    """`1 / value`, or 1 where that is not a number to divide by."""
     sound = jnp.isfinite(value) & (value > jnp.finfo(value.dtype).tiny)
     return jnp.where(sound, 1 / jnp.where(sound, value, 1.0), 1.0)
 
 
 def _info(found: MergeCoefficient, groups: Sequence[int], sizes: Sequence[int]) -> MergeInfo:
-    """Of one coefficient, or of several as the mean over all entries."""
+    """The info of one coefficient, or of several as their mean over all entries."""
     entries = jnp.bincount(
         jnp.asarray(groups), jnp.asarray(sizes, jnp.float32), length=max(groups) + 1
     )

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 SHARPNESS = 100.0
 """Factor of the distances in `weights_of_distances`, as in the paper's code."""
 REGULARIZATION, ITERATIONS = 0.1, 100
-"""Of Sinkhorn's algorithm, as in the paper's code."""
+"""Settings of Sinkhorn's algorithm, as in the paper's code."""
 
 
 def label_counts(labels: ArrayLike, class_masks: ArrayLike) -> tuple[float, ...]:

@@ -6,21 +6,18 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from pm_jax.rules.averaging import averaging
 from pm_jax.rules.base import MergeRule
 from pm_jax.rules.became import became
 from pm_jax.rules.cofima import cofima
-from pm_jax.rules.coma import coma
 from pm_jax.rules.dare import dare
 from pm_jax.rules.exact_curvature import exact_curvature
 from pm_jax.rules.fisher_averaging import fisher_averaging
-from pm_jax.rules.joint import joint
 from pm_jax.rules.magmax import magmax
 from pm_jax.rules.oracle import oracle
 from pm_jax.rules.pam import pam
 from pm_jax.rules.perturb_and_merge import perturb_and_merge
 from pm_jax.rules.random_mix import random_mix
-from pm_jax.rules.sequential import sequential
+from pm_jax.rules.simple import averaging, coma, joint, sequential
 from pm_jax.rules.task_arithmetic import task_arithmetic
 from pm_jax.rules.ties import ties
 from pm_jax.rules.trm import trm
@@ -68,7 +65,7 @@ def make(name: str, settings: str = "", **given: Any) -> MergeRule:
             names the rule's settings.
 
     Example:
-        >>> make("perturb_and_merge", "clip=false").next_task_from
+        >>> make("perturb_and_merge", "clip=false").needs.next_task_from
         'merged'
     """
     if name not in REGISTRY:

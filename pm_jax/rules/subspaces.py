@@ -71,11 +71,11 @@ def combination(directions: PyTree, weights: Array) -> PyTree:
     """
     leaves, structure = jax.tree.flatten(directions)
     weights = jnp.broadcast_to(weights, (len(leaves), weights.shape[1]))
-    found = [
-        jnp.tensordot(own, leaf, 1, precision="highest")
-        for own, leaf in zip(weights, leaves, strict=True)
+    sums = [
+        jnp.tensordot(row, leaf, 1, precision="highest")
+        for row, leaf in zip(weights, leaves, strict=True)
     ]
-    return jax.tree.unflatten(structure, found)
+    return jax.tree.unflatten(structure, sums)
 
 
 def stacked_from(base: PyTree, points: PyTree) -> PyTree:

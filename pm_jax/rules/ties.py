@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from pm_jax import task_vectors
-from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, origin_of, require
+from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Requirements
+from pm_jax.rules.building import origin_of, require
 from pm_jax.rules.selection import kth_largest
 from pm_jax.types import Params, PyTree
 
@@ -34,7 +35,7 @@ class TiesState(NamedTuple):
 def ties(*, scale: float = 0.55, keep: float = 0.2, trim: str = "global") -> MergeRule:
     """Merge the large entries of all task vectors that agree in sign.
 
-    Of each `tau_i = theta_i* - theta_0` the largest magnitudes are kept, and those that equal the
+    Each `tau_i = theta_i* - theta_0` keeps its largest magnitudes, and those that equal the
     smallest of them. An entry's sign is that of the sum over tasks; where that is 0, of the sum of
     all elected signs, and negative where that is 0 too. `theta_0` moves by `scale` times the mean
     of the entries that are not zero and have the elected sign. Merging is for inference.
@@ -75,7 +76,7 @@ def ties(*, scale: float = 0.55, keep: float = 0.2, trim: str = "global") -> Mer
 
     def init(params: Params) -> TiesState:
         origin = origin_of(params)
-        # Trees of their own, as the buffers may be donated.
+        # Separate trees for the two sums, because merging donates their buffers.
         sums = [task_vectors.difference(origin, origin) for _ in range(2)]
         counts = [jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.uint16), s) for s in sums]
         return TiesState(origin, *sums, *counts)
@@ -90,21 +91,21 @@ def ties(*, scale: float = 0.55, keep: float = 0.2, trim: str = "global") -> Mer
         state: TiesState, *, previous: Params, trained: Params, evidence: Evidence | None = None
     ):
         del previous, evidence
-        own = task_vectors.difference(trained, state.origin)
-        own = by_group(functools.partial(_trimmed, keep=keep), own)
+        task_vector = task_vectors.difference(trained, state.origin)
+        task_vector = by_group(functools.partial(_trimmed, keep=keep), task_vector)
         state = TiesState(
             state.origin,
-            jax.tree.map(lambda s, x: s + jnp.maximum(x, 0), state.positive, own),
-            jax.tree.map(lambda s, x: s + jnp.minimum(x, 0), state.negative, own),
-            jax.tree.map(lambda c, x: c + (x > 0), state.positive_count, own),
-            jax.tree.map(lambda c, x: c + (x < 0), state.negative_count, own),
+            jax.tree.map(lambda s, x: s + jnp.maximum(x, 0), state.positive, task_vector),
+            jax.tree.map(lambda s, x: s + jnp.minimum(x, 0), state.negative, task_vector),
+            jax.tree.map(lambda c, x: c + (x > 0), state.positive_count, task_vector),
+            jax.tree.map(lambda c, x: c + (x < 0), state.negative_count, task_vector),
         )
         elected = by_group(_elected, jax.tree.map(jnp.add, state.positive, state.negative))
         merged = jax.tree.map(_mean_of_elected, elected, *state[1:])
         return task_vectors.apply(state.origin, merged, scale), state, MergeInfo.of(scale)
 
     scope = "model" if trim == "global" else "tensor"
-    return MergeRule(init, update, next_task_from="trained", scope=scope)
+    return MergeRule(init, update, Requirements(next_task_from="trained", scope=scope))
 
 
 def _trimmed(leaves: list, keep: float) -> list:
@@ -120,7 +121,7 @@ def _trimmed(leaves: list, keep: float) -> list:
 
 
 def _elected(totals: list) -> list:
-    """Whether the elected sign of an entry is positive."""
+    """True where the elected sign of an entry is positive."""
     balance = sum(jnp.sum(jnp.sign(total), dtype=jnp.int32) for total in totals)
     return [(total > 0) | ((total == 0) & (balance > 0)) for total in totals]
 

@@ -14,7 +14,8 @@ import optax
 
 from pm_jax import losses, task_vectors, trees
 from pm_jax.rules import subspaces
-from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, origin_of, require
+from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Requirements
+from pm_jax.rules.building import origin_of, require
 from pm_jax.rules.objectives import Objective
 from pm_jax.types import Array, Params, PyTree
 
@@ -106,7 +107,7 @@ def trm(
         `Trajectory Regularized Merging <https://arxiv.org/abs/2605.08311>`_, abstract only
 
     Example:
-        >>> trm(snapshots=2).snapshots
+        >>> trm(snapshots=2).needs.snapshots
         (0.5, 1.0)
     """
     settings = _Settings(
@@ -130,27 +131,32 @@ def trm(
             directions = jax.tree.map(
                 lambda leaf, own: jnp.concatenate([leaf, own[None]]), directions, past
             )
-        found = _search(
+        end = _search(
             settings, snapshots - 1, tasks, previous, directions, evidence.objective,
             jnp.asarray(evidence.onset_gradient_norm, jnp.float32),
         )  # fmt: skip
-        sound, later = jnp.isfinite(found.share), tasks > 1
+        sound, later = jnp.isfinite(end.share), tasks > 1
         merged = jax.tree.map(
             lambda low, step, plain: jnp.where(
                 later & sound, (low + step).astype(plain.dtype), plain
             ),
             previous,
-            subspaces.combination(directions, found.weights),
+            subspaces.combination(directions, end.weights),
             trees.lerp(previous, trained, 1 / tasks),
         )
-        alpha = jnp.where(later & sound, found.share, 1 / tasks)
-        degenerate = later & ((found.degenerate > 0) | ~sound)
-        info = MergeInfo.of(alpha, degenerate)._replace(figures=found.figures)
+        alpha = jnp.where(later & sound, end.share, 1 / tasks)
+        degenerate = later & ((end.degenerate > 0) | ~sound)
+        info = MergeInfo.of(alpha, degenerate)._replace(figures=end.figures)
         return merged, TrmState(tasks, state.origin), info
 
-    needs = frozenset({"trajectory", "objective", "onset_gradient_norm"})
     fractions = tuple((number + 1) / snapshots for number in range(snapshots))
-    return MergeRule(init, update, needs, next_task_from, snapshots=fractions, figures=FIGURES)
+    needs = Requirements(
+        evidence=frozenset({"trajectory", "objective", "onset_gradient_norm"}),
+        next_task_from=next_task_from,
+        snapshots=fractions,
+        figures=FIGURES,
+    )
+    return MergeRule(init, update, needs)
 
 
 class _Found(NamedTuple):
@@ -189,7 +195,7 @@ class _Subspace(NamedTuple):
         return along / jnp.maximum(self.lengths, 1e-30)
 
     def weights(self, place: Array) -> Array:
-        """Of the displacements at a place, [G, K]."""
+        """Weights of the displacements at a place, [G, K]."""
         steps = self.lengths * place
         return jnp.einsum("gkj,gj->gk", self.coordinates, steps, precision="highest")
 
@@ -232,15 +238,15 @@ class _Losses(NamedTuple):
         (alignment, logits), slope = jax.value_and_grad(self.objective.loss, has_aux=True)(
             leaves, batch
         )
-        norm, known = trees.norm(slope), self.reference > 0
-        lack = jnp.maximum(0.0, 1 - norm / jnp.where(known, self.reference, 1.0))
+        norm, has_reference = trees.norm(slope), self.reference > 0
+        lack = jnp.maximum(0.0, 1 - norm / jnp.where(has_reference, self.reference, 1.0))
         old = self.old[number % len(self.old)]
         new = self.objective.old_log_probabilities(logits, self.settings.temperature)
         divergence = jnp.sum(jnp.exp(old) * (old - new), axis=-1)
-        own = losses.weights_of(batch)
-        consistency = jnp.sum(own * divergence) / jnp.maximum(jnp.sum(own), 1.0)
+        weights = losses.weights_of(batch)
+        consistency = jnp.sum(weights * divergence) / jnp.maximum(jnp.sum(weights), 1.0)
         consistency *= self.settings.temperature**2
-        return jnp.stack([alignment, consistency, jnp.where(known, lack**2, 0.0), norm])
+        return jnp.stack([alignment, consistency, jnp.where(has_reference, lack**2, 0.0), norm])
 
     def total(self, number: Array, leaves: Params) -> Array:
         """J; a loss without weight is not differentiated."""

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pm_jax import task_vectors, trees
-from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, key_of, origin_of, require
+from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Requirements
+from pm_jax.rules.building import key_of, origin_of, require
 from pm_jax.rules.selection import random_members
 from pm_jax.types import Array, Key, Params, PyTree
 
@@ -79,28 +80,24 @@ def tunable_magmax(
     def update(state: TunableMagmaxState, *, previous: Params, trained: Params, evidence: Evidence):
         del previous
         tasks = state.tasks + 1
-        own = task_vectors.difference(trained, state.origin)
-        every = jax.tree.map(lambda s, x: s.at[tasks - 1].set(x), state.task_vectors, own)
+        task_vector = task_vectors.difference(trained, state.origin)
+        every = jax.tree.map(lambda s, x: s.at[tasks - 1].set(x), state.task_vectors, task_vector)
 
         def leaf(key, stacked):
             table = np.stack([quotas(stacked[0].size, row) for row in weights])
             owners = assigned(key, stacked, jnp.asarray(table, jnp.int32)[tasks - 1])
             return _entries_of(stacked, owners)
 
-        chosen = _map_by_shape(leaf, trees.leaf_keys(key_of(evidence), own), every)
+        chosen = _map_by_shape(leaf, trees.leaf_keys(key_of(evidence), task_vector), every)
         # A traced count cannot raise.
         factor = jnp.where(tasks <= max_tasks, scale, jnp.nan)
         merged = task_vectors.apply(state.origin, chosen, factor)
         return merged, TunableMagmaxState(tasks, state.origin, every), MergeInfo.of(factor)
 
-    return MergeRule(
-        init,
-        update,
-        frozenset({"key"}),
-        next_task_from="trained",
-        scope="tensor",
-        keeps_tasks=True,
+    needs = Requirements(
+        frozenset({"key"}), next_task_from="trained", scope="tensor", keeps_tasks=True
     )
+    return MergeRule(init, update, needs)
 
 
 def _map_by_shape(function: Callable[..., Array], keys: PyTree, tree: PyTree) -> PyTree:
@@ -112,7 +109,7 @@ def _map_by_shape(function: Callable[..., Array], keys: PyTree, tree: PyTree) ->
     alike: dict[Any, list[int]] = {}
     for number, leaf in enumerate(leaves):
         alike.setdefault((leaf.shape, leaf.dtype), []).append(number)
-    of_leaves, found = jax.tree.leaves(keys), dict[int, Array]()
+    of_leaves, by_number = jax.tree.leaves(keys), dict[int, Array]()
     for group in alike.values():
         # Not stacked, which would be a copy of all of them.
         picks = [functools.partial(lambda n: (of_leaves[n], leaves[n]), number) for number in group]
@@ -120,8 +117,8 @@ def _map_by_shape(function: Callable[..., Array], keys: PyTree, tree: PyTree) ->
             lambda place, picks=picks: function(*jax.lax.switch(place, picks)),
             jnp.arange(len(group)),
         )
-        found.update(zip(group, results, strict=True))
-    return jax.tree.unflatten(structure, [found[number] for number in range(len(leaves))])
+        by_number.update(zip(group, results, strict=True))
+    return jax.tree.unflatten(structure, [by_number[number] for number in range(len(leaves))])
 
 
 def _weights_by_task(preference: tuple[float, ...], max_tasks: int) -> np.ndarray:
@@ -159,9 +156,9 @@ def quotas(size: int, weights: np.ndarray) -> np.ndarray:
         >>> quotas(8, np.asarray([1 / 3, 1 / 3, 1 / 3])).tolist()
         [3, 3, 2]
     """
-    found = np.floor(size * np.asarray(weights, np.float64) + 1e-6).astype(np.int64)
-    found[: size - found.sum()] += 1
-    return found
+    counts = np.floor(size * np.asarray(weights, np.float64) + 1e-6).astype(np.int64)
+    counts[: size - counts.sum()] += 1
+    return counts
 
 
 @jax.jit
@@ -228,11 +225,11 @@ def assigned(key: Key, stacked: Array, quotas: Array) -> Array:
 def _largest(stacked: Array, allowed: Array) -> Array:
     """The allowed task of largest magnitude, the later one of equals; 0 where none is allowed."""
 
-    def later(task, found):
-        magnitude, owners = found
-        own = jnp.abs(stacked[task])
-        wins = allowed[task] & (own >= magnitude)
-        return jnp.where(wins, own, magnitude), jnp.where(wins, task, owners)
+    def later(task, best):
+        magnitude, owners = best
+        candidate = jnp.abs(stacked[task])
+        wins = allowed[task] & (candidate >= magnitude)
+        return jnp.where(wins, candidate, magnitude), jnp.where(wins, task, owners)
 
     start = (jnp.full_like(stacked[0], -1.0), jnp.zeros(stacked.shape[1:], jnp.int32))
     return jax.lax.fori_loop(0, len(stacked), later, start)[1]
@@ -242,7 +239,7 @@ def _largest(stacked: Array, allowed: Array) -> Array:
 def _entries_of(stacked: Array, owners: Array) -> Array:
     """Entries [...] of the tasks that own them."""
 
-    def take(task, found):
-        return jnp.where(owners == task, stacked[task], found)
+    def take(task, entries):
+        return jnp.where(owners == task, stacked[task], entries)
 
     return jax.lax.fori_loop(0, len(stacked), take, jnp.zeros_like(stacked[0]))

@@ -175,10 +175,13 @@ def test_a_checkpoint_without_checksums_is_used_if_it_can_be_read(left, straight
 
 
 def test_a_whole_checkpoint_that_does_not_fit_is_refused_and_stays(left):
-    """As one of another version of the program would be."""
+    """A checkpoint of another version of the program, whose state has another form."""
     checkpoints, (_, newest) = left
     before = manifest.checksums(checkpoints, "")
-    message = f"checkpoint {newest} cannot be read .*move the folder"
+    message = (
+        f"checkpoint {newest} cannot be read .*: another version of pm_jax saved it, whose state "
+        "has another form; use another workdir, or go on with that version"
+    )
     with Checkpoints(checkpoints) as opened, pytest.raises(InvalidInput, match=message):
         opened.newest(lambda step: opened.restore(step, {"more": jnp.zeros(3)}))
     assert manifest.checksums(checkpoints, "") == before

@@ -181,7 +181,7 @@ def test_a_rule_that_merges_for_inference_only_keeps_training_from_the_trained_m
 
     sequential = Learner(dataclasses.replace(plain, rule="sequential"), 0, options=QUIET)
     wanted = models_of(sequential, "sequential")
-    rule = rules.averaging()._replace(next_task_from="trained")
+    rule = rules.averaging()._replace(needs=rules.Requirements(next_task_from="trained"))
     monkeypatch.setattr(Config, "merge_rule", rule)
     forget_programs()
     config = dataclasses.replace(plain, rule="averaging")

@@ -31,7 +31,7 @@ def results(rule):
             return json.load(found), [line["loss"] for line in lines]
 
 
-ONE_BY_ONE = [name for name in rules.REGISTRY if not rules.make(name).tasks_at_once]
+ONE_BY_ONE = [name for name in rules.REGISTRY if not rules.make(name).needs.tasks_at_once]
 FAST = ("perturb_and_merge", "sequential", "averaging")
 
 
@@ -41,11 +41,13 @@ def test_a_run_trains_as_the_rule_says_and_is_measured_on_the_merged_model(name)
     sequential, its_losses = results("sequential")
     rule = rules.make(name)
     # Rules that take part in training, or cut it at snapshots, have losses of their own.
-    if not (rule.hook or rule.snapshots):
+    if not (rule.needs.hook or rule.needs.snapshots):
         # From scratch the first task is the pre-training, so the second starts alike in all.
         assert losses[:2] == its_losses[:2]
         stays = found["merges"][1]["alpha"] == 1.0  # where the merge is the trained model
-        goes_on = rule.next_task_from == "trained" or (stays and rule.next_task_from == "merged")
+        goes_on = rule.needs.next_task_from == "trained" or (
+            stays and rule.needs.next_task_from == "merged"
+        )
         assert (losses[2] == its_losses[2]) == goes_on
     accuracies, its_accuracies = found["accuracy_matrix"], sequential["accuracy_matrix"]
     assert accuracies[0] == its_accuracies[0]
@@ -62,7 +64,7 @@ def test_a_rule_whose_state_grows_with_the_tasks_says_so():
     takes = [name for name, make in rules.REGISTRY.items()
              if "max_tasks" in inspect.signature(make).parameters]  # fmt: skip
     growing = {name for name in takes if state_bytes(name, 6) >= state_bytes(name, 3) + 3 * 200}
-    assert growing == {name for name in rules.REGISTRY if rules.make(name).keeps_tasks}
+    assert growing == {name for name in rules.REGISTRY if rules.make(name).needs.keeps_tasks}
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ LORA = dataclasses.replace(BY_CLASS, adapter="lora", lora_rank=2)
 @pytest.fixture
 def inference_only(monkeypatch):
     """The name of a rule that starts each task from the trained model and merges into another."""
-    rule = rules.averaging()._replace(next_task_from="trained")
+    rule = rules.averaging()._replace(needs=rules.Requirements(next_task_from="trained"))
     monkeypatch.setitem(rules.REGISTRY, "averaging", lambda: rule)
     forget_programs()
     yield "averaging"

@@ -166,8 +166,8 @@ def poison(stage):
         def evidence(data, key, trained, start, task):
             found = run.evidence(data, key, trained, start, task)
             if task == 1 and stage == "curvature":
-                diagonal = poisoned(found.quadratic.diagonal)
-                found = found._replace(quadratic=found.quadratic.replace(diagonal=diagonal))
+                curvature = poisoned(found.quadratic.curvature)
+                found = found._replace(quadratic=found.quadratic.replace(curvature=curvature))
             return found
 
         def merge(state, *arguments):

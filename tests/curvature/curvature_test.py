@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pm_jax import curvature, losses, trees
-from pm_jax.curvature import matrix_products, measures
+from pm_jax.curvature import measures, products
 from pm_jax.types import Batch
 from tests import oracles
 from tests.small_runs import slow
@@ -230,10 +230,10 @@ def test_padding_in_the_last_batch_changes_nothing():
 def test_products_of_single_examples_against_dense_matrices():
     params, direction, batch = oracles.problem(EXAMPLES)
     for name, got in {
-        "gauss_newton": matrix_products.gauss_newton_along(
+        "gauss_newton": products.gauss_newton_along(
             oracles.network, params, direction, batch.inputs
         ),
-        "hessian": matrix_products.hessian_along(oracles.losses, params, direction, batch),
+        "hessian": products.hessian_along(oracles.losses, params, direction, batch),
     }.items():
         values = per_example_along(name, params, direction, batch)
         np.testing.assert_allclose(got, values, rtol=1e-5, atol=1e-6 * abs(values).max())
@@ -241,7 +241,7 @@ def test_products_of_single_examples_against_dense_matrices():
 
 def test_hessian_vector_product_is_the_dense_one():
     params, direction, batch = oracles.problem(EXAMPLES)
-    got = matrix_products.hessian_vector_product(
+    got = products.hessian_vector_product(
         lambda p, b: oracles.losses(p, b).mean(), params, direction, batch
     )
     wanted = oracles.dense_hessian(params, batch) @ oracles.flat(direction)
@@ -251,7 +251,7 @@ def test_hessian_vector_product_is_the_dense_one():
 def test_gauss_newton_is_never_negative_for_confident_models():
     params, direction, batch = oracles.problem(EXAMPLES)
     confident = {**params, "v": 200 * params["v"]}
-    got = matrix_products.gauss_newton_along(oracles.network, confident, direction, batch.inputs)
+    got = products.gauss_newton_along(oracles.network, confident, direction, batch.inputs)
     assert float(got.min()) >= 0.0
 
 

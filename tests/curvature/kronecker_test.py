@@ -8,7 +8,8 @@ import pytest
 
 from pm_jax import losses, trees
 from pm_jax.curvature import kronecker
-from pm_jax.curvature.diagonal import fisher_exact, gauss_newton
+from pm_jax.curvature.diagonal import fisher_exact
+from pm_jax.curvature.exact import gauss_newton
 from pm_jax.curvature.kronecker import KroneckerQuadratic
 from pm_jax.curvature.measures import measure_all
 from pm_jax.curvature.squared_gradients import Passes
@@ -117,15 +118,15 @@ def test_beyond_the_slots_the_last_one_is_the_nearest_product_to_the_sum():
         rearranged = sum(rest).reshape(m, n, m, n).transpose(0, 2, 1, 3).reshape(m * m, n * n)
         u, singular, v = np.linalg.svd(rearranged)
         nearest = np.kron((singular[0] * u[:, 0]).reshape(m, m), v[0].reshape(n, n))
-        found = np.kron(memory.inputs[name][1], memory.outputs[name][1])
+        found = np.kron(memory.curvature.inputs[name][1], memory.curvature.outputs[name][1])
         np.testing.assert_allclose(found, nearest, atol=1e-5 * abs(nearest).max())
         assert abs(nearest - sum(rest)).max() > 0.01 * abs(nearest).max()
-        kept = np.kron(memory.inputs[name][0], memory.outputs[name][0])
+        kept = np.kron(memory.curvature.inputs[name][0], memory.curvature.outputs[name][0])
         np.testing.assert_allclose(kept, first, rtol=1e-5, atol=1e-6)
     steps = [minus(origin, center) for _, _, center in tasks]
     slope = sum(by_hand(m, s, direction) for (_, m, _), s in zip(tasks, steps, strict=True))
     np.testing.assert_allclose(memory.gradient_along(origin, direction), slope, rtol=1e-5)
-    assert int(memory.tasks) == 3 and np.isfinite(memory.value(theta))
+    assert int(memory.curvature.tasks) == 3 and np.isfinite(memory.value(theta))
 
 
 class Network(nn.Module):
@@ -238,16 +239,18 @@ def test_the_measure_is_a_mean_of_factors_and_of_the_other_leaves_diagonal(num_s
             weights=jnp.full(7, 1 / 7),
         )  # fmt: skip
         for path in KERNELS:
-            np.testing.assert_allclose(quadratic.inputs[path][0], sums.inputs[path], rtol=1e-5)
             np.testing.assert_allclose(
-                quadratic.outputs[path][0], sums.outputs[path], rtol=1e-5, atol=1e-7
+                quadratic.curvature.inputs[path][0], sums.inputs[path], rtol=1e-5
+            )
+            np.testing.assert_allclose(
+                quadratic.curvature.outputs[path][0], sums.outputs[path], rtol=1e-5, atol=1e-7
             )
     rest = {path: x for path, x in leaves.items() if path not in KERNELS}
     exact = fisher_exact(lambda p, x: logits_fn({**leaves, **p}, x), num_samples=num_samples)
     wanted = measure_all(exact, rest, batch, 7, key=key).quadratic.diagonal
-    assert list(quadratic.diagonal) == list(rest)
+    assert list(quadratic.curvature.diagonal) == list(rest)
     for path in rest:
-        np.testing.assert_allclose(quadratic.diagonal[path], wanted[path], rtol=1e-5)
+        np.testing.assert_allclose(quadratic.curvature.diagonal[path], wanted[path], rtol=1e-5)
     along = measure_all(gauss_newton(logits_fn), leaves, batch, 7, direction)
     np.testing.assert_allclose(found[0].along, along.along, rtol=1e-5)
     np.testing.assert_allclose(found[0].standard_error, along.standard_error, rtol=1e-5)

@@ -25,7 +25,7 @@ def measured(rank, batch_size=5, seed=0, dtype=np.float64, examples=EXAMPLES):
 
 
 def dense(quadratic):
-    columns = jax.vmap(lambda column: ravel_pytree(column)[0])(quadratic.columns)
+    columns = jax.vmap(lambda column: ravel_pytree(column)[0])(quadratic.curvature.columns)
     return np.asarray(columns).T @ np.asarray(columns)
 
 

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from pm_jax import trees
-from pm_jax.curvature.quadratics import DiagonalQuadratic, ExactQuadratic, SumQuadratic
+from pm_jax.curvature import DiagonalQuadratic, ExactQuadratic, Quadratic, SumQuadratic
+from pm_jax.curvature.exact import AlongDirection
 from pm_jax.types import Batch
 from tests import oracles
 
@@ -86,7 +87,7 @@ def test_exact_quadratic_answers_as_the_dense_matrix(matrix, batch_size):
     center, direction, batch = oracles.problem()
     other = oracles.problem(seed=5)[1]
     model = oracles.network if matrix == "gauss_newton" else oracles.losses
-    quadratic = ExactQuadratic(center, batch, model, matrix=matrix, batch_size=batch_size)
+    quadratic = ExactQuadratic.at(center, batch, model, matrix=matrix, batch_size=batch_size)
     dense = dense_matrix(matrix, center, batch)
     directions = [direction, other]
     flats = np.stack([oracles.flat(d) for d in directions])
@@ -110,17 +111,70 @@ def test_weights_of_zero_leave_examples_out():
     weights = jnp.asarray([1.0] * 9 + [0.0] * 4)
     part = Batch(batch.inputs[:9], batch.labels[:9])
     for model, matrix in ((oracles.network, "gauss_newton"), (oracles.losses, "hessian")):
-        weighted = ExactQuadratic(center, batch._replace(weights=weights), model, matrix, 4)
+        weighted = ExactQuadratic.at(center, batch._replace(weights=weights), model, matrix, 4)
         np.testing.assert_allclose(
             weighted.curvature_along(direction),
-            ExactQuadratic(center, part, model, matrix, 4).curvature_along(direction),
+            ExactQuadratic.at(center, part, model, matrix, 4).curvature_along(direction),
             rtol=1e-5,
         )
 
 
+@pytest.mark.parametrize("matrix", ["gauss_newton", "hessian"])
+def test_exact_curvatures_of_one_model_add_up_to_one_that_keeps_both_tasks(matrix):
+    model = oracles.network if matrix == "gauss_newton" else oracles.losses
+    problems = [oracles.problem(seed=seed) for seed in (0, 1)]
+    first, second = (
+        ExactQuadratic.at(center, batch, model, matrix=matrix, batch_size=5)
+        for center, _, batch in problems
+    )
+    both, direction = first + second.scaled(3.0), problems[0][1]
+    assert isinstance(both, ExactQuadratic)
+    dense = [dense_matrix(matrix, center, batch) for center, _, batch in problems]
+    total, d = dense[0] + 3 * dense[1], oracles.flat(direction)
+    found = oracles.flat(both.curvature.times(direction))
+    np.testing.assert_allclose(found, total @ d, rtol=1e-4, atol=1e-5 * abs(total @ d).max())
+    np.testing.assert_allclose(both.curvature_along(direction), d @ total @ d, rtol=1e-5)
+    step = oracles.flat(problems[0][0]) - oracles.flat(problems[1][0])
+    at_first = 1.5 * step @ dense[1] @ step
+    np.testing.assert_allclose(both.value(problems[0][0]), at_first, rtol=1e-4)
+    if matrix == "gauss_newton":
+        np.testing.assert_allclose(both.trace(), np.trace(total), rtol=1e-5)
+    else:
+        with pytest.raises(ValueError, match="matrix='hessian': its trace takes a product"):
+            both.trace()
+
+
+def test_exact_curvatures_of_different_models_stay_apart():
+    center, _, batch = oracles.problem()
+    one, other = (ExactQuadratic.at(center, batch, oracles.network, batch_size=n) for n in (5, 6))
+    assert isinstance(one + other, SumQuadratic)
+    with pytest.raises(ValueError, match="must have the same model, matrix and batch size"):
+        one.plus(other)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-15, 0.0])
+def test_a_curvature_along_one_direction_has_its_value_there_and_nothing_across(size):
+    """Also where the square of the direction's square underflows, and 0 for no direction."""
+    rng = np.random.default_rng(4)
+    d, other = jax.tree.map(lambda x: size * x, random_tree(rng)), random_tree(rng)
+    quadratic = Quadratic.at(d, AlongDirection(d, jnp.asarray(2.0))).scaled(3.0)
+    value = 6.0 if size else 0.0
+    np.testing.assert_allclose(quadratic.curvature_along(d), value, rtol=1e-5)
+    # The center is one whole direction away from the origin.
+    origin = jax.tree.map(jnp.zeros_like, d)
+    np.testing.assert_allclose(quadratic.gradient_along(origin, d), -value, rtol=1e-5)
+    np.testing.assert_allclose(quadratic.value(origin), value / 2, rtol=1e-5)
+    share = float(trees.inner(d, other) / trees.inner(d, d)) if size else 0.0
+    square = value * share**2
+    np.testing.assert_allclose(quadratic.curvature_along(other), square, rtol=1e-4)
+    across = jax.tree.map(lambda x, y: x - share * y, other, d)
+    np.testing.assert_allclose(quadratic.curvature_along(across), 0, atol=1e-9 * max(1.0, square))
+    assert not (quadratic + DiagonalQuadratic.zero(d)).leafwise
+
+
 def test_sum_of_different_kinds_adds_their_answers():
     center, direction, batch = oracles.problem()
-    exact = ExactQuadratic(center, batch, oracles.network)
+    exact = ExactQuadratic.at(center, batch, oracles.network)
     diagonal = DiagonalQuadratic.at(
         jax.tree.map(jnp.zeros_like, center), jax.tree.map(jnp.ones_like, center)
     )
@@ -132,6 +186,7 @@ def test_sum_of_different_kinds_adds_their_answers():
         lambda q: q.gradient_along(theta, direction),
         lambda q: q.curvature_along(direction),
         lambda q: q.gram([direction, theta])[0, 1],
+        lambda q: q.trace(),
     ):
         np.testing.assert_allclose(ask(both), ask(diagonal) + ask(exact), rtol=1e-6)
     np.testing.assert_allclose((exact + diagonal).value(theta), both.value(theta), rtol=1e-6)
@@ -157,7 +212,7 @@ def test_memory_is_not_changed_by_training_an_nnx_model_further():
 
 def test_an_unknown_matrix_is_refused():
     with pytest.raises(ValueError, match="matrix='fisher'"):
-        ExactQuadratic(jnp.zeros(1), oracles.problem()[2], oracles.network, matrix="fisher")
+        ExactQuadratic.at(jnp.zeros(1), oracles.problem()[2], oracles.network, matrix="fisher")
 
 
 def test_leaves_of_a_diagonal_quadratic_keep_full_precision_for_bfloat16_models():

@@ -16,9 +16,9 @@ from safetensors.numpy import load_file, save_file
 from pm_jax import rules, trees
 from pm_jax.continual import Learner, RunOptions
 from pm_jax.continual.run import run_seeds
-from pm_jax.curvature.quadratics import DiagonalQuadratic
+from pm_jax.curvature import DiagonalQuadratic
 from pm_jax.offline import merging, requests, tensor_files
-from pm_jax.rules import Evidence, MergeRule
+from pm_jax.rules import Evidence, MergeRule, Requirements
 from tests import small_runs
 from tests.binaries import call, refused
 from tests.small_runs import QUIET
@@ -97,7 +97,7 @@ def in_memory(rule, base, models, fishers):
         key = jax.random.fold_in(jax.random.key(0), task)
         evidence = Evidence(quadratic=DiagonalQuadratic.at(trained, fisher), key=key)
         params, state, _ = update(state, previous=previous, trained=trained, evidence=evidence)
-        previous = params if rule.next_task_from == "merged" else trained
+        previous = params if rule.needs.next_task_from == "merged" else trained
     return params
 
 
@@ -110,18 +110,18 @@ def test_every_rule_merges_in_pieces_as_in_memory(name, settings, tmp_path, caps
     rule = rules.make(name, settings, max_tasks=3)
     models = [tensors(1 + n) for n in range(3)]
     fishers = [tensors(11 + n, positive=True) for n in range(3)]
-    given = {"fishers": fishers} if rule.needs & requests.OF_FISHERS else {}
-    if rule.analysis_only:
+    given = {"fishers": fishers} if rule.needs.evidence & requests.OF_FISHERS else {}
+    if rule.needs.analysis_only:
         line = refused(capsys, "merge", *arguments_of(tmp_path, models, f"--rule={name}"))
         assert re.search(f"--rule={name}: .* all", line)
         return
-    if rule.needs - requests.OF_FISHERS - {"key"}:
+    if rule.needs.evidence - requests.OF_FISHERS - {"key"}:
         line = refused(capsys, "merge", *arguments_of(tmp_path, models, f"--rule={name}", **given))
         assert re.search(f"--rule={name}: needs .* from training", line)
         return
     found = merged(tmp_path, models, f"--rule={name}", f"--rule_settings={settings}", **given)
     assert {key: value.shape for key, value in found.items()} == SHAPES
-    if "key" in rule.needs and rule.scope != "model":
+    if "key" in rule.needs.evidence and rule.needs.scope != "model":
         return  # draws block by block, from other keys
     wanted = in_memory(rule, tensors(0), models, fishers)
     for tensor in SHAPES:
@@ -136,7 +136,8 @@ def moving(*, step: float = 0.5, start: str = "trained") -> MergeRule:
         merged = jax.tree.map(lambda n, x: n + x, trees.lerp(previous, trained, step), noise)
         return merged, state, None
 
-    return MergeRule(lambda params: (), update, frozenset({"key"}), start, "element")
+    needs = Requirements(frozenset({"key"}), start, "element")
+    return MergeRule(lambda params: (), update, needs)
 
 
 def without_noise(monkeypatch):

@@ -11,8 +11,7 @@ import pytest
 from pm_jax import rules, trees
 from pm_jax.continual import Config, Learner
 from pm_jax.continual.merging.programs import programs_of
-from pm_jax.curvature import dense_layers
-from pm_jax.curvature.quadratics import DiagonalQuadratic
+from pm_jax.curvature import DiagonalQuadratic, dense_layers
 from pm_jax.lora import Adapter
 from pm_jax.rules import Evidence, gradient_projection, objectives
 from pm_jax.types import Batch, InvalidInput
@@ -120,7 +119,9 @@ def evidence(trained, fisher, projected_model):
 
 def absorbed(rule, state, merged, fisher):
     moments = {"kernel": jnp.eye(3)}
-    return rule.absorb(state, Evidence(DiagonalQuadratic.at(merged, fisher), input_moments=moments))
+    return rule.needs.absorb(
+        state, Evidence(DiagonalQuadratic.at(merged, fisher), input_moments=moments)
+    )
 
 
 def test_coefficient_and_precision_on_three_tasks_by_hand():
@@ -163,7 +164,7 @@ def test_coefficient_and_precision_on_three_tasks_by_hand():
 def test_without_the_projected_stage_the_second_coefficient_is_that_of_perturb_and_merge():
     fishers = [model(10, positive=True), model(11, positive=True)]
     ours, theirs = rules.became(projected=0.0), rules.perturb_and_merge()
-    assert ours.hook is None and ours.snapshots == (0.0,)
+    assert ours.needs.hook is None and ours.needs.snapshots == (0.0,)
     first, second = model(1), model(2)
     state, other = ours.init(model(0)), theirs.init(model(0))
     for trained, previous, fisher in ((first, model(0), fishers[0]), (second, first, fishers[1])):
@@ -200,7 +201,7 @@ def test_every_kind_of_memory_follows_the_formula_with_dense_matrices(float64, k
         alpha = d @ matrix @ d / (d @ (matrix + precision) @ d)
         np.testing.assert_allclose(info.alpha, alpha, rtol=1e-6)
         evidence = Evidence(dataclasses.replace(other, center=merged), input_moments={})
-        state = rule.absorb(state, evidence)
+        state = rule.needs.absorb(state, evidence)
         precision = at_merged + decay * precision
     assert alpha < 0.99
 
@@ -219,7 +220,7 @@ def test_the_second_coefficient_is_that_of_perturb_and_merge_for_correlated_curv
         models = {"previous": previous, "trained": trained, "evidence": evidence}
         merged, state, info = ours.update(state, **models)
         previous, other, wanted = theirs.update(other, **models)
-        state = ours.absorb(state, evidence)
+        state = ours.needs.absorb(state, evidence)
     assert 0 < float(info.alpha) < 1
     np.testing.assert_allclose(info.alpha, wanted.alpha, rtol=1e-6)
     np.testing.assert_allclose(oracles.flat(merged), oracles.flat(previous), rtol=1e-9)
@@ -240,15 +241,15 @@ def test_the_hook_keeps_adapters_outside_and_rests_what_is_no_kernel():
     state = rule.init({"fc/kernel": jnp.zeros((3, 2)), "fc/bias": jnp.zeros(2)})
     adapter = Adapter(jnp.ones((3, 1)), jnp.ones((1, 2)))
     moving = {"fc/kernel": adapter, "fc/bias": jnp.ones(2)}
-    free = rule.hook.project(state, moving)
+    free = rule.needs.hook.project(state, moving)
     assert leaves_equal(free, moving)  # nothing is remembered before the first merge
     state = state._replace(
         tasks=jnp.asarray(1), projectors={"fc/kernel": jnp.diag(jnp.asarray([1.0, 0, 0]))}
     )
-    got = rule.hook.project(state, moving)
+    got = rule.needs.hook.project(state, moving)
     assert got["fc/kernel"].a.ravel().tolist() == [0.0, 1.0, 1.0]
     assert got["fc/kernel"].b.tolist() == [[1.0, 1.0]] and got["fc/bias"].tolist() == [0.0, 0.0]
-    fresh = rule.hook.onset(state, moving)
+    fresh = rule.needs.hook.onset(state, moving)
     assert fresh["fc/kernel"].a.ravel().tolist() == [0.0, 1.0, 1.0]
     assert fresh["fc/bias"].tolist() == [1.0, 1.0]
 
@@ -280,7 +281,7 @@ def test_the_memory_grows_by_the_threshold_of_each_task():
             state, previous=merged, trained=merged, evidence=evidence(merged, model(2), merged)
         )
         quadratic = DiagonalQuadratic.at(merged, model(3, positive=True))
-        state = rule.absorb(state, Evidence(quadratic, input_moments=moments))
+        state = rule.needs.absorb(state, Evidence(quadratic, input_moments=moments))
         held = np.diag(state.projectors["kernel"])
         np.testing.assert_allclose(held, np.arange(3) < directions, atol=1e-6)
 
@@ -352,7 +353,7 @@ def test_a_run_keeps_and_asks_the_curvature_of_its_settings(kind):
     # The first merge keeps the trained model, where the run measures again.
     old = run.evidence(learner.training_data, learner.key, first, first, np.asarray(0, np.int32))
     own, earlier = (q.curvature_along(d) for q in (evidence.quadratic, old.quadratic))
-    np.testing.assert_allclose(state.precision.curvature_along(d), earlier, rtol=1e-5)
+    np.testing.assert_allclose(state.precision.along(d), earlier, rtol=1e-5)
     np.testing.assert_allclose(alpha, own / (own + earlier), rtol=1e-5)
     assert 0 < alpha < 1
     programs_of.cache_clear()

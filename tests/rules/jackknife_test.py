@@ -11,9 +11,8 @@ from pm_jax import curvature, rules, task_vectors, trees
 from pm_jax.coefficients import jackknife_error
 from pm_jax.continual import Config, Learner
 from pm_jax.continual.merging.programs import programs_of
-from pm_jax.curvature import kronecker, low_rank, measures
+from pm_jax.curvature import DiagonalQuadratic, kronecker, low_rank, measures
 from pm_jax.curvature.measures import Measurement
-from pm_jax.curvature.quadratics import DiagonalQuadratic
 from pm_jax.types import Batch, InvalidInput
 from tests import oracles
 from tests.coefficients_test import dense_tasks
@@ -251,6 +250,8 @@ def test_what_a_jackknife_cannot_do_is_refused():
             Config(rule_settings=wrong)
     with pytest.raises(ValueError, match="groups=1: must be at least 2"):
         measures.in_groups(curvature.identity(), 1)
+    with pytest.raises(ValueError, match="rule: needs no quadratic"):
+        rules.jackknifed(rules.averaging(), 3)
     rule, params = rules.perturb_and_merge(jackknife=3), jnp.zeros(2)
     quadratic, ones = DiagonalQuadratic.at(params, params), jnp.ones(2)
     for groups, left_out in ((0, None), (2, Measurement(quadratic, ones, ones, ones))):

@@ -48,7 +48,7 @@ def test_refreshing_renews_what_is_opposed_and_nothing_else():
         "fc/bias": jnp.asarray([9.0, 19.0]),
     }
     key = jax.random.key(0)
-    moved, renewed = rule.hook.refresh(state, key, moving)
+    moved, renewed = rule.needs.hook.refresh(state, key, moving)
     # Two of three entries of A are large, one of them opposed; of B and the bias, one each.
     assert renewed["fc/kernel"].a.ravel().tolist() == [True, False, False]
     assert renewed["fc/kernel"].b.tolist() == [[False, True]]

@@ -66,15 +66,17 @@ def test_unknown_rules_and_rules_without_settings():
 def test_a_configuration_refuses_settings_that_its_rule_does_not_have():
     with pytest.raises(InvalidInput, match="rule_settings=clip=false: .*averaging takes no"):
         Config(rule="averaging", rule_settings="clip=false")
-    assert Config(rule_settings="clip=false").merge_rule.needs
+    assert Config(rule_settings="clip=false").merge_rule.needs.evidence
     exact = functools.partial(Config, curvature="exact_current", perturbation="none")
     for settings in ({"rule": "cofima"}, {"rule_settings": "per=block"}):
         with pytest.raises(InvalidInput, match="curvature=exact_current: rule=.* takes no curvat"):
             exact(**settings)
-    assert exact().merge_rule.needs and not exact(rule="sequential").merge_rule.needs
+    assert (
+        exact().merge_rule.needs.evidence and not exact(rule="sequential").merge_rule.needs.evidence
+    )
     for kind in ({"curvature": "kronecker"}, {"stored_curvature": "low_rank"}):
         settings = {"curvature": "exact_current", **kind}
-        assert exact(**settings).merge_rule.needs
+        assert exact(**settings).merge_rule.needs.evidence
         with pytest.raises(InvalidInput, match="curvature=.*: rule=cofima takes curvature entry"):
             exact(**settings, rule="cofima")
     for name in ("curvature_rank", "curvature_slots"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pm_jax import rules
-from pm_jax.curvature.quadratics import DiagonalQuadratic
+from pm_jax.curvature import DiagonalQuadratic
 from pm_jax.rules import Evidence
 from pm_jax.rules.tunable_magmax import assigned, quotas
 
@@ -27,7 +27,7 @@ def stream(rule, origin, trained_models, fishers=None):
             state, previous=previous, trained=trained, evidence=evidence
         )
         merged.append(params)
-        previous = params if rule.next_task_from == "merged" else trained
+        previous = params if rule.needs.next_task_from == "merged" else trained
     return merged, info
 
 
@@ -137,7 +137,7 @@ def test_equal_fishers_make_cofima_coma():
 @pytest.mark.parametrize("on", ["averaging", "task_arithmetic", "ties"])
 def test_dare_that_drops_nothing_is_the_rule_it_is_on(on):
     dropping, inner = rules.dare(on=on, drop=0.0), rules.REGISTRY[on]()
-    assert dropping.next_task_from == inner.next_task_from
+    assert dropping.needs.next_task_from == inner.needs.next_task_from
     trained = np.random.default_rng(0).normal(size=(3, 8))
     mine, plain = (stream(rule, np.ones(8), trained)[0] for rule in (dropping, inner))
     assert np.array_equal(mine, plain)

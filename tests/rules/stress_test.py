@@ -13,9 +13,8 @@ import pytest
 from pm_jax import coefficients, curvature, losses, trees
 from pm_jax.continual.training.partition import Trainable
 from pm_jax.continual.training.task_program import training_loss
-from pm_jax.curvature import kronecker, low_rank
+from pm_jax.curvature import DiagonalQuadratic, ExactQuadratic, kronecker, low_rank
 from pm_jax.curvature.measures import in_groups, measure_all
-from pm_jax.curvature.quadratics import DiagonalQuadratic, ExactQuadratic
 from pm_jax.models import MLP, VisionTransformer
 from pm_jax.perturbation import symmetric
 from pm_jax.rules import Evidence, objectives, perturb_and_merge
@@ -177,7 +176,7 @@ def exact(center, factor=1.0):
     def logits_fn(leaves, inputs):
         return factor * jnp.matmul(inputs, leaves["w"]) + jnp.sum(leaves["v"])
 
-    return ExactQuadratic(center, Batch(jnp.eye(2), jnp.zeros(2, int)), logits_fn)
+    return ExactQuadratic.at(center, Batch(jnp.eye(2), jnp.zeros(2, int)), logits_fn)
 
 
 KINDS = {

@@ -68,11 +68,11 @@ def second_merge(**settings):
     previous, trained = leaves(1), leaves(2)
     _, state, _ = rule.update(
         state, previous=leaves(0), trained=previous,
-        evidence=evidence(leaves(0), previous, len(rule.snapshots)),
+        evidence=evidence(leaves(0), previous, len(rule.needs.snapshots)),
     )  # fmt: skip
     merged, _, info = rule.update(
         state, previous=previous, trained=trained,
-        evidence=evidence(previous, trained, len(rule.snapshots)),
+        evidence=evidence(previous, trained, len(rule.needs.snapshots)),
     )  # fmt: skip
     return previous, trained, merged, info
 

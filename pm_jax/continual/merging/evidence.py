@@ -55,10 +55,10 @@ class EvidencePass(DataPass):
         devices = devices_of(config)
         chunk = curvature.chunk_for_memory(leaves, _memory_bytes(config)) * devices.count
         # Each group of examples is measured by itself, and each device has as many of a group.
-        step = devices.count * max(1, rule.example_groups)
+        step = devices.count * max(1, rule.needs.example_groups)
         chunk = -(-min(chunk, largest_task) // step) * step
         super().__init__(devices, chunk, evaluation_transform(config))
-        self._config, self._model, self._groups = config, model, rule.example_groups
+        self._config, self._model, self._groups = config, model, rule.needs.example_groups
         self._merging, self._dense_layers = tuple(leaves), dense_layers
         self._task_classes = task_classes
 

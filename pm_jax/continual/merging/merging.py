@@ -81,7 +81,9 @@ class Merging:
         validation: DeviceData | HostData,
     ):
         self.rule = config.merge_rule
-        self.wants_onset = config.onset_gradients or "onset_gradient_norm" in self.rule.needs
+        self.wants_onset = (
+            config.onset_gradients or "onset_gradient_norm" in self.rule.needs.evidence
+        )
         self._config, self._key, self._stream = config, key, stream
         self._devices = devices_of(config)
         self.programs, self._train, self._validation = programs, train, validation
@@ -95,7 +97,7 @@ class Merging:
             statistics = self._devices.place(ClassStatistics.zero(classes, width))
         return RunState(
             params,
-            merging if self.rule.next_task_from != "merged" else {},
+            merging if self.rule.needs.next_task_from != "merged" else {},
             self._initial_rule_state(params),
             statistics,
             jax.tree.map(jnp.zeros_like, merging) if self._config.plane_points else {},
@@ -117,7 +119,7 @@ class Merging:
 
     def tasks_seen(self, task: int) -> int:
         """Number of tasks whose data have been trained on after a task."""
-        return self._stream.num_tasks if self.rule.tasks_at_once else task + 1
+        return self._stream.num_tasks if self.rule.needs.tasks_at_once else task + 1
 
     def held_out_loss(self, params: Params, task: int) -> float:
         """Mean loss of a model over a task's validation data and own classes."""
@@ -152,9 +154,9 @@ class Merging:
                 state.rule, found.start, found.trained, evidence
             )
             merged = jax.block_until_ready(trees.replace(found.trained, leaves))
-            if self.rule.keeps_tasks:
+            if self.rule.needs.keeps_tasks:
                 rule_state = self._devices.whole(rule_state)
-        if self.rule.absorb:
+        if self.rule.needs.absorb:
             with records.timed("curvature"):
                 rule_state = self._absorbed(rule_state, merged, found.start, task)
         merged, info, change = self._trusted(task, found, merged, info, loss)
@@ -171,7 +173,7 @@ class Merging:
                 statistics = self._with_features(statistics, merged, task)
         start = state.start
         # A rule that starts every task from theta_0 has to follow when theta_0 becomes theta_1*.
-        if self.rule.next_task_from == "trained" or (start and is_origin):
+        if self.rule.needs.next_task_from == "trained" or (start and is_origin):
             start = trees.select(found.trained, self.programs.merging)
         state = RunState(merged, start, rule_state, statistics, task_vector)
         return state, records.add_merge(task, info, **figures)
@@ -179,10 +181,10 @@ class Merging:
     def _initial_rule_state(self, theta_0: Params) -> PyTree:
         """The rule's state before any merge, in buffers of its own: merging donates them."""
         leaves = trees.select(theta_0, self.programs.merging)
-        takes = "adapters" in self.rule.needs
+        takes = "adapters" in self.rule.needs.evidence
         given = {"adapters": self.blank_adapters(theta_0)} if takes else {}
         state = self.rule.init(jax.tree.map(jnp.copy, leaves), **given)
-        place = self._devices.whole if self.rule.keeps_tasks else self._devices.place
+        place = self._devices.whole if self.rule.needs.keeps_tasks else self._devices.place
         return place(state)
 
     def _onset_gradient_norm(self, task: int, found: TrainedTask) -> float:
@@ -200,7 +202,7 @@ class Merging:
 
     def _evidence(self, task: int, found: TrainedTask, onset: float) -> Evidence:
         """All that the rule needs, and the onset's gradient norm where it was measured."""
-        needs = self.rule.needs
+        needs = self.rule.needs.evidence
         evidence = self.programs.evidence(
             self._train, self._key, found.trained, found.start, number(task)
         )

@@ -110,7 +110,7 @@ class Programs:
         self.devices, self._rule = devices_of(config), config.merge_rule
         # Sharing must not depend on settings of merging, nor on the classes of a single task.
         self.training = training_programs(
-            config.without_merging(), shape._replace(task_classes=0), self._rule.hook
+            config.without_merging(), shape._replace(task_classes=0), self._rule.needs.hook
         )
         model = self.training.model
         self.merging, self.adapted = (
@@ -128,7 +128,7 @@ class Programs:
         self._objectives = Objectives(config, model, shape.input_shape, shape.largest_task)
         self.statistics = StatisticsPass(config, model)
         self.snapshots = Snapshots(
-            self._rule.snapshots, self.merging, resident_bytes(config), self.devices
+            self._rule.needs.snapshots, self.merging, resident_bytes(config), self.devices
         )
 
     def evidence(
@@ -140,7 +140,7 @@ class Programs:
         task: ArrayLike,
     ) -> Evidence:
         """The curvature that the rule needs of a task, and the key of its merge."""
-        needs = self._rule.needs
+        needs = self._rule.needs.evidence
         evidence = Evidence()
         if needs & {"quadratic", "curvature_error"}:
             evidence = self.evidence_pass(data, key, trained, previous, task)
@@ -175,11 +175,11 @@ class Programs:
         self, rule_state: PyTree, merged: Params, objective: Objective, evidence: Evidence
     ) -> PyTree:
         """The state of a rule that takes something in at the merged model."""
-        assert self._rule.absorb
+        assert self._rule.needs.absorb
         leaves = trees.select(merged, self.merging)
         kernels = kernel_paths(leaves)
         moments = gradient_projection.input_moments(objective, leaves, kernels)
-        return self._rule.absorb(rule_state, evidence._replace(input_moments=moments))
+        return self._rule.needs.absorb(rule_state, evidence._replace(input_moments=moments))
 
     @compiled()
     def between(self, previous: Params, trained: Params, alpha: Array) -> Params:

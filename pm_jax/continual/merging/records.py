@@ -67,7 +67,7 @@ class Records:
     ):
         self._fields = (
             *MERGE_FIELDS,
-            *rule.figures,
+            *rule.needs.figures,
             *(("onset_gradient_norm",) if onset else ()),
             *(landscape.FIGURES if landscape_points else ()),
         )

@@ -127,7 +127,7 @@ def check_rule(settings: Settings, rule: MergeRule) -> None:
     Raises:
         InvalidInput: it cannot, or has no coefficient that `trust` could shrink.
     """
-    s, needs = settings, rule.needs
+    s, needs = settings, rule.needs.evidence
     named = f"rule={s.rule} with rule_settings={s.rule_settings}"
     if s.trust == "shrink" and "curvature_along" not in needs:
         raise InvalidInput(

@@ -13,9 +13,10 @@ from pm_jax import models, perturbation, rules
 from pm_jax.continual.settings import conditions
 from pm_jax.continual.settings.settings import PUBLIC_SIZES, Settings, names_of
 from pm_jax.curvature.dense_layers import kernel_paths
+from pm_jax.curvature.diagonal import DiagonalQuadratic
 from pm_jax.curvature.kronecker import KroneckerQuadratic
 from pm_jax.curvature.low_rank import LowRankQuadratic
-from pm_jax.curvature.quadratics import DiagonalQuadratic, StoredQuadratic
+from pm_jax.curvature.quadratics import Quadratic
 from pm_jax.data import digits, sources, stream, texts
 from pm_jax.perturbation import Perturbation
 from pm_jax.rules import MergeRule
@@ -32,7 +33,7 @@ class Config(Settings):
         InvalidInput: a value out of range; the message names the field, the value and the remedy.
 
     Example:
-        >>> Config(rule="averaging", perturbation="none").merge_rule.needs
+        >>> Config(rule="averaging", perturbation="none").merge_rule.needs.evidence
         frozenset()
         >>> Config(num_tasks=0)
         Traceback (most recent call last):
@@ -72,7 +73,7 @@ class Config(Settings):
             memory=self._memory,
         )
 
-    def _memory(self, params: Params) -> StoredQuadratic:
+    def _memory(self, params: Params) -> Quadratic:
         """The quadratic that is 0 everywhere, of the kind that tasks leave behind."""
         match self.kept_curvature:
             case "kronecker":

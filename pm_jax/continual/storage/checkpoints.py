@@ -163,9 +163,15 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=orbax.args.StandardRestore(abstract))
         except Exception as error:  # Orbax and TensorStore raise many types for damaged files.
-            damaged = self._damaged(step, type(error).__name__)
-            # The manifest has just confirmed every byte: then the damage is not in the files.
-            raise (InvalidInput(str(damaged)) if saved else damaged) from error
+            why = type(error).__name__
+            if not saved:
+                raise self._damaged(step, why) from error
+            # The manifest has just confirmed every byte, so the files are as they were saved.
+            raise InvalidInput(
+                f"workdir={self._directory}: checkpoint {step} cannot be read ({why}): another "
+                "version of pm_jax saved it, whose state has another form; use another workdir, or "
+                "go on with that version"
+            ) from error
 
     def _checksums(self, step: int) -> dict[str, manifest.Entry]:
         """Measure the files of a step once they are all written."""

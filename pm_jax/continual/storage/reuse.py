@@ -115,7 +115,7 @@ def check_branch(config: Config, seeds: Sequence[int]) -> None:
     source = config.branch_from
     if not source:
         return
-    if config.merge_rule.takes_part_in_training:
+    if config.merge_rule.needs.takes_part_in_training:
         raise InvalidInput(
             f"branch_from={source}: rule={config.rule} has to be there in training; use another "
             "rule, or train from the beginning"

@@ -88,7 +88,7 @@ class Trainer:
         self._first, self._later, self._snapshots = first, later, snapshots
         self._data, self._steps = data, steps
         self._every, self._stop = checkpoint_every, stop
-        self._hook = config.merge_rule.hook
+        self._hook = config.merge_rule.needs.hook
 
     def begin(self, task: int, start: Params, rule_state: PyTree) -> TrainingState:
         """The state before the first step of a task."""

@@ -4,7 +4,7 @@ The Gauss-Newton matrix is that of softmax cross-entropy, `G = mean_n J_n^T (dia
 J_n` with `J_n = d logits_n / d params` and `p_n` the softmax of the logits that the loss sees.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -134,42 +134,6 @@ def gauss_newton_along(
     """
     probabilities, tangents = centred_logit_tangents(logits_fn, params, direction, inputs)
     return jnp.sum(probabilities * tangents**2, axis=-1)
-
-
-def gauss_newton_products(
-    logits_fn: LogitsFn,
-    params: Params,
-    lefts: Sequence[PyTree],
-    rights: Sequence[PyTree],
-    inputs: PyTree,
-) -> Array:
-    """`l_i^T G_n r_j` of every example, one jvp per direction.
-
-    Args:
-        logits_fn: `logits_fn(params, inputs) -> [N, C]`.
-        params: pytree of floating-point arrays.
-        lefts: K directions.
-        rights: L directions; the same object as `lefts` where they are the same.
-        inputs: of N examples.
-
-    Returns:
-        float32 [N, K, L].
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> directions, x = [jnp.asarray([1.0, 3.0])], jnp.ones((1, 1))
-        >>> gauss_newton_products(
-        ...     lambda w, x: x * w[None], jnp.zeros(2), directions, directions, x).tolist()
-        [[[1.0]]]
-    """
-
-    def tangents_of(directions):
-        pairs = [centred_logit_tangents(logits_fn, params, d, inputs) for d in directions]
-        return pairs[0][0], jnp.stack([tangents for _, tangents in pairs], axis=1)
-
-    probabilities, left = tangents_of(lefts)
-    right = left if lefts is rights else tangents_of(rights)[1]
-    return jnp.einsum("nc,nkc,nlc->nkl", probabilities, left, right, precision="highest")
 
 
 def gauss_newton_times(

@@ -1,0 +1,318 @@
+"""Exact curvature of a loss on examples that are kept: Gauss-Newton matrix or Hessian.
+
+Nothing is approximated and nothing but the examples is stored: every question streams over them
+with jvp, vjp or hvp products. It serves tasks whose data may be kept (the current one), analysis,
+and tests. `gauss_newton` and `hessian` measure the same matrices along one direction while the
+examples go by.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from pm_jax import losses, trees
+from pm_jax.curvature import products, squared_gradients
+from pm_jax.curvature.measures import Measure, MeasureState
+from pm_jax.curvature.quadratics import Curvature, Quadratic
+from pm_jax.types import Array, Batch, Key, LogitsFn, LossesFn, Params, PyTree
+
+
+class Point(NamedTuple):
+    """Where and on what an exact curvature is taken.
+
+    Attributes:
+        center: the parameters.
+        examples: `Batch` of N examples; the matrix is a mean over them, by their weights.
+        factor: scalar that the matrix is multiplied by.
+    """
+
+    center: Params
+    examples: Batch
+    factor: Array | float = 1.0
+
+
+@flax.struct.dataclass
+class Exact(Curvature):
+    """Sum over points of `factor mean_n H_n`, with the matrix H_n of example n's loss.
+
+    Attributes:
+        points: one for each task that is summed.
+        model: static; the `LogitsFn` for Gauss-Newton, the `LossesFn` for the Hessian.
+        matrix: static; "gauss_newton" or "hessian".
+        batch_size: static; examples in memory at a time.
+
+    Example:
+        >>> examples = Batch(jnp.ones((3, 1)), jnp.zeros(3, int))
+        >>> exact = Exact((Point(jnp.zeros(2), examples),), lambda w, x: x * w[None])
+        >>> exact.times(jnp.asarray([1.0, 3.0])).tolist(), float(exact.trace())
+        ([-0.5, 0.5], 0.5)
+    """
+
+    points: tuple[Point, ...]
+    model: Any = flax.struct.field(pytree_node=False)
+    matrix: str = flax.struct.field(pytree_node=False, default="gauss_newton")
+    batch_size: int = flax.struct.field(pytree_node=False, default=64)
+
+    def __post_init__(self):
+        if self.matrix not in ("gauss_newton", "hessian"):
+            raise ValueError(f"matrix={self.matrix!r}: must be 'gauss_newton' or 'hessian'")
+
+    def times(self, direction: PyTree) -> PyTree:
+        """`H d`: a jvp and a vjp for each batch, of the gradient for the Hessian."""
+
+        def of_batch(center: Params, batch: Batch) -> PyTree:
+            weights = losses.weights_of(batch)
+            if self.matrix == "hessian":
+
+                def sum_loss(params: Params, batch: Batch) -> Array:
+                    return jnp.sum(weights * self.model(params, batch))
+
+                return products.hessian_vector_product(sum_loss, center, direction, batch)
+            one = jax.tree.map(lambda d, p: jnp.asarray(d, p.dtype)[None], direction, center)
+            product = products.gauss_newton_times(self.model, center, one, batch.inputs, weights)
+            return jax.tree.map(lambda leaf: leaf[0], product)
+
+        return self._sum_of_means(of_batch)
+
+    def along(self, direction: PyTree) -> Array:
+        """`d^T H d`, scalar: one jvp for each batch, two nested ones for the Hessian."""
+
+        def of_batch(center: Params, batch: Batch) -> Array:
+            if self.matrix == "hessian":
+                values = products.hessian_along(self.model, center, direction, batch)
+            else:
+                values = products.gauss_newton_along(self.model, center, direction, batch.inputs)
+            return jnp.sum(losses.weights_of(batch) * values)
+
+        return self._sum_of_means(of_batch)
+
+    def joins(self, other: Curvature) -> bool:
+        """True for the same matrix of the same model."""
+        return isinstance(other, Exact) and self._static() == other._static()
+
+    def plus(self, other: Exact) -> Exact:
+        """The sum, which keeps the examples of both.
+
+        Raises:
+            ValueError: the other one is of another model, matrix or batch size.
+        """
+        if not self.joins(other):
+            raise ValueError(
+                f"other={type(other).__name__}: must have the same model, matrix and batch size; "
+                "make a SumQuadratic of them"
+            )
+        return dataclasses.replace(self, points=self.points + other.points)
+
+    def scaled(self, factor: Array | float) -> Exact:
+        """The matrix times a number."""
+        points = tuple(p._replace(factor=factor * p.factor) for p in self.points)
+        return dataclasses.replace(self, points=points)
+
+    def trace(self) -> Array:
+        """Trace of the Gauss-Newton matrix, scalar, from the gradients of every label.
+
+        Raises:
+            ValueError: the matrix is a Hessian.
+        """
+        if self.matrix == "hessian":
+            raise ValueError(
+                "matrix='hessian': its trace takes a product for every parameter; use "
+                "matrix='gauss_newton'"
+            )
+
+        def of_batch(center: Params, batch: Batch) -> Array:
+            squares = squared_gradients.by_vmap(
+                lambda params, some: self.model(params, some.inputs),
+                squared_gradients.label_passes(None),
+                center,
+                batch,
+                weights=losses.weights_of(batch),
+            ).total
+            return functools.reduce(jnp.add, map(jnp.sum, jax.tree.leaves(squares)))
+
+        return self._sum_of_means(of_batch)
+
+    def _static(self) -> tuple[Any, ...]:
+        return self.model, self.matrix, self.batch_size
+
+    def _sum_of_means(self, of_batch: Callable[[Params, Batch], PyTree]) -> PyTree:
+        """`sum_points factor sum_batches of_batch(center, batch) / sum of the weights`."""
+
+        def of_point(point: Point) -> PyTree:
+            batches = losses.in_batches(point.examples, self.batch_size)
+            first = jax.tree.map(lambda leaf: leaf[0], batches)
+            shapes = jax.eval_shape(of_batch, point.center, first)
+            zeros = jax.tree.map(
+                lambda x: jnp.zeros(x.shape, jnp.promote_types(jnp.float32, x.dtype)), shapes
+            )
+
+            def add(carry, batch):
+                total, weight = carry
+                total = jax.tree.map(jnp.add, total, of_batch(point.center, batch))
+                return (total, weight + jnp.sum(batch.weights)), None
+
+            start = (zeros, jnp.zeros((), trees.compute_dtype(losses.weights_of(batches))))
+            (total, weight), _ = jax.lax.scan(add, start, batches)
+            # Points without examples have no curvature, rather than an undefined one.
+            factor = point.factor / jnp.where(weight > 0, weight, 1)
+            return jax.tree.map(lambda leaf: (factor * leaf).astype(leaf.dtype), total)
+
+        terms = [of_point(point) for point in self.points]
+        return functools.reduce(functools.partial(jax.tree.map, jnp.add), terms)
+
+
+@flax.struct.dataclass
+class ExactQuadratic(Quadratic):
+    """The quadratic of tasks with their exact curvature, on examples that are kept in it.
+
+    Example:
+        >>> examples = Batch(jnp.ones((3, 1)), jnp.zeros(3, int))
+        >>> q = ExactQuadratic.at(jnp.zeros(2), examples, lambda w, x: x * w[None])
+        >>> float(q.curvature_along(jnp.asarray([1.0, 3.0])))
+        1.0
+    """
+
+    curvature: Exact
+
+    @classmethod
+    def at(  # type: ignore[override]
+        cls,
+        center: Params,
+        examples: Batch,
+        model: LogitsFn | LossesFn,
+        matrix: str = "gauss_newton",
+        batch_size: int = 64,
+    ) -> ExactQuadratic:
+        """The quadratic of one task; the arguments are explained at `Exact` and `Point`."""
+        points = (Point(jax.tree.map(jnp.asarray, center), examples),)
+        return super().at(center, Exact(points, model, matrix, batch_size))
+
+
+@flax.struct.dataclass
+class AlongDirection(Curvature):
+    """Curvature along one direction only: `H = value d d^T / (d^T d)^2`, with `d^T H d = value`.
+
+    It stands for the exact curvature of a task along the task vector, where only this counts.
+
+    Attributes:
+        direction: d; where it is 0, so is H.
+        value: `d^T H d`, scalar.
+
+    Example:
+        >>> curvature = AlongDirection(jnp.asarray([3.0, 4.0]), jnp.asarray(2.0))
+        >>> round(float(curvature.along(jnp.asarray([6.0, 8.0]))), 5)
+        8.0
+    """
+
+    direction: PyTree
+    value: Array
+
+    def times(self, direction: PyTree) -> PyTree:
+        """`H x` for a direction x."""
+        # Divided twice by d^T d: its square would underflow for short directions.
+        weight = self._share(direction) * self.value / self._square()
+        return jax.tree.map(lambda leaf: weight * leaf, self.direction)
+
+    def along(self, direction: PyTree) -> Array:
+        """`x^T H x`, scalar."""
+        return self.value * self._share(direction) ** 2
+
+    def joins(self, other: Curvature) -> bool:
+        """Two directions have no sum of this form."""
+        return False
+
+    def plus(self, other: AlongDirection) -> AlongDirection:
+        """Raise ValueError: two directions have no sum of this form."""
+        raise ValueError("AlongDirection: two of them have no sum; make a SumQuadratic of them")
+
+    def scaled(self, factor: Array | float) -> AlongDirection:
+        """The same direction with another value."""
+        return AlongDirection(self.direction, factor * self.value)
+
+    def trace(self) -> Array:
+        """Trace of H, scalar."""
+        square = trees.inner(self.direction, self.direction)
+        return jnp.where(square > 0, self.value / self._square(), 0.0)
+
+    def _share(self, direction: PyTree) -> Array:
+        """`d . x / d . d`, the component of x along d."""
+        return trees.inner(self.direction, direction) / self._square()
+
+    def _square(self) -> Array:
+        """`d . d`, or 1 where that is 0 and H is 0 as well."""
+        square = trees.inner(self.direction, self.direction)
+        return jnp.where(square > 0, square, 1.0)
+
+
+def gauss_newton(logits_fn: LogitsFn) -> Measure:
+    """Exact Gauss-Newton curvature along a direction, one jvp per batch.
+
+    Args:
+        logits_fn: `logits_fn(params, inputs) -> [N, C]`.
+
+    Returns:
+        A `Measure` whose `init` needs a direction and whose quadratic is `None`.
+
+    References:
+        Schraudolph, `Fast Curvature Matrix-Vector Products
+        <https://doi.org/10.1162/08997660260028683>`_, 2002
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from pm_jax.curvature.measures import measure_all
+        >>> examples = Batch(jnp.ones((1, 1)), jnp.zeros(1, int))
+        >>> measure = gauss_newton(lambda w, x: x * w[None])
+        >>> float(measure_all(measure, jnp.zeros(2), examples, 1, jnp.asarray([1.0, 3.0])).along)
+        1.0
+    """
+
+    def along(params: Params, direction: PyTree, batch: Batch) -> Array:
+        return products.gauss_newton_along(logits_fn, params, direction, batch.inputs)
+
+    return _directional_measure(along)
+
+
+def hessian(losses_fn: LossesFn) -> Measure:
+    """Exact Hessian curvature along a direction, forward-over-forward.
+
+    Args:
+        losses_fn: `losses_fn(params, batch) -> [N]`.
+
+    Returns:
+        A `Measure` whose `init` needs a direction and whose quadratic is `None`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from pm_jax.curvature.measures import measure_all
+        >>> examples = Batch(jnp.asarray([1.0, 3.0]), jnp.zeros(2, int))
+        >>> measure = hessian(lambda w, batch: batch.inputs * w**2)
+        >>> float(measure_all(measure, 5.0, examples, 2, 1.0).along)
+        4.0
+    """
+
+    def along(params: Params, direction: PyTree, batch: Batch) -> Array:
+        return products.hessian_along(losses_fn, params, direction, batch)
+
+    return _directional_measure(along)
+
+
+def _directional_measure(along: Callable[[Params, PyTree, Batch], Array]) -> Measure:
+    """Accumulate `along(params, direction, batch)`, one value per example."""
+
+    def init(params: Params, direction: PyTree | None = None, key: Key | None = None):
+        if direction is None:
+            raise ValueError("direction=None: this measure needs the direction to measure along")
+        return MeasureState.start(params, direction, key, None)
+
+    def update(state: MeasureState, batch: Batch) -> MeasureState:
+        values = along(state.params, state.direction, batch)
+        return state.plus(values, losses.weights_of(batch))
+
+    return Measure(init, update, lambda state: state.measurement(None))
