@@ -1,8 +1,8 @@
-"""Say what a work directory holds, and whether every file in it is as it was saved.
+"""Show the content of a work directory, and whether every file in it is as it was saved.
 
 python -m experiments.inspect runs/digits
 
-Ends with code 1 where something is damaged or missing.
+The process ends with code 1 if something is damaged or missing.
 """
 
 import functools
@@ -17,13 +17,13 @@ from pm_jax.types import InvalidInput
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print what is found."""
+    """Print the inspection; return 1 if something is damaged."""
     with experiment_flags.exits():
         if len(argv) != 2:
             raise InvalidInput("DIR: is missing; name one, as experiments.inspect runs/digits")
-        found = inspection.inspect(Path(argv[1]))
-    print(found.text())
-    return 1 if found.damaged else 0
+        inspected = inspection.inspect(Path(argv[1]))
+    print(inspected.text())
+    return 1 if inspected.damaged else 0
 
 
 if __name__ == "__main__":

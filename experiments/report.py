@@ -14,7 +14,7 @@ from pm_jax.types import InvalidInput
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-    """Define the flag; not on import, because experiments.train has it too."""
+    """Define the flag; an import must not, because experiments.train has the same one."""
     flags.DEFINE_string("workdir", None, "Of a run of experiments.train.", values)
 
 

@@ -1,1 +1,1 @@
-"""Benchmarks: each prints ratios measured in one run."""
+"""Benchmarks: each prints ratios of times or sizes that it measures in one run."""

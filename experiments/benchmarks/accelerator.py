@@ -1,10 +1,11 @@
-"""What a GPU makes of LoRA-P&M: one command, under 8 minutes, no network, no data.
+"""The speed of LoRA-P&M on a GPU: one command, under 8 minutes, no network, no data.
 
 python -m experiments.benchmarks.accelerator --json=table.json
 
 Random uint8 images and random weights; needs jax, flax, optax, orbax and absl, and for the peer's
-rows torch, transformers and peft. Rows are printed as they are measured; what no longer fits the
-budget is skipped. `--tiny` goes through all of it on any machine; its figures mean nothing.
+rows torch, transformers and peft. Rows are printed as they are measured, and skipped
+once they no longer fit the budget. `--tiny` runs everything on any machine; its figures mean
+nothing.
 """
 
 import dataclasses
@@ -40,18 +41,7 @@ GOALS = {SHARE: "50", EAGER: "2", COMPILED: "2", WHOLE_RUN: "120"}
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How much is measured.
-
-    Attributes:
-        config: of the run.
-        image_size: side of the images in pixels.
-        steps: of the timed epoch.
-        repeats: of each timing.
-        matrix_side: of the matrices whose product gives the card's rate.
-        classes: of the whole run.
-        train_per_class: of it, one more than is trained on: that one is held out.
-        test_per_class: of it.
-    """
+    """The sizes of what is measured."""
 
     config: Config
     image_size: int
@@ -59,6 +49,7 @@ class Sizes:
     repeats: int
     matrix_side: int
     classes: int
+    # One more than is trained on: that one is held out.
     train_per_class: int
     test_per_class: int
 
@@ -96,13 +87,9 @@ TINY = Sizes(
 
 
 class Table:
-    """Rows, printed as soon as they are known, within a budget of time.
+    """Rows by name, printed as soon as they are measured, within a budget of seconds from now on.
 
-    Args:
-        seconds: the budget, from now on.
-
-    Attributes:
-        rows: `{name: value}`, a number or the reason why there is none.
+    A row is a number, or the reason why there is none.
     """
 
     def __init__(self, seconds: float):
@@ -110,11 +97,11 @@ class Table:
         self._end = time.monotonic() + seconds
 
     def remaining(self) -> float:
-        """Seconds left."""
+        """Return the seconds left."""
         return self._end - time.monotonic()
 
     def number(self, name: str) -> float:
-        """The value of a row, NaN where there is no number."""
+        """Return the value of a row, NaN if there is no number."""
         value = self.rows.get(name)
         return value if isinstance(value, float) else math.nan
 
@@ -130,7 +117,7 @@ class Table:
     def stage(
         self, names: Sequence[str], seconds: float, measure: Callable[[], Sequence[float | str]]
     ) -> None:
-        """Rows that are measured together, if what they are expected to take is left."""
+        """Measure some rows together, if the seconds that they are expected to take are left."""
         if self.remaining() < seconds:
             values: Sequence[float | str] = ["skipped: out of time"] * len(names)
         else:
@@ -145,7 +132,7 @@ class Table:
 
 
 def step_flops(config: Config, image_size: int) -> float:
-    """Floating-point operations per image, forward and backward, that a step with LoRA needs.
+    """Count the floating-point operations per image of a step with LoRA, forward and backward.
 
     With T tokens, width D, L blocks, MLP ratio m, rank r, patches of p x p pixels and C classes:
 
@@ -169,7 +156,7 @@ def step_flops(config: Config, image_size: int) -> float:
 
 
 def matrix_rate(side: int, repeats: int) -> float:
-    """Operations/s of a chain of bfloat16 products of square matrices."""
+    """Measure the operations/s of a chain of bfloat16 products of square matrices."""
     length = 16
     matrix = jax.random.normal(jax.random.key(0), (side, side), jnp.bfloat16) * side**-0.5
 
@@ -182,7 +169,7 @@ def matrix_rate(side: int, repeats: int) -> float:
 
 
 def peer_rate(sizes: Sizes, seconds: float, *, compiled: bool) -> float | str:
-    """Images/s of transformers and peft in a process of its own, or why there are none."""
+    """Measure the images/s of transformers and peft in a process of its own, or say why not."""
     if name := peer.missing_package():
         return f"not measured: {name} is not installed"
     config = sizes.config
@@ -195,7 +182,7 @@ def peer_rate(sizes: Sizes, seconds: float, *, compiled: bool) -> float | str:
         *(f"--steps={sizes.steps}", f"--repeats={sizes.repeats}", f"--compiled={compiled}"),
         f"--device={'cpu' if jax.default_backend() == 'cpu' else 'cuda'}",
     ]
-    # A session of its own, so that workers of torch.compile end with it.
+    # A session of its own: then the workers of torch.compile can be killed with the process.
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -216,7 +203,7 @@ def peer_rate(sizes: Sizes, seconds: float, *, compiled: bool) -> float | str:
 
 
 def peak_memory() -> float | str:
-    """Gigabytes of device memory at most in use so far."""
+    """Return the most device memory in use so far, in gigabytes."""
     statistics = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" not in statistics:
         return "not measured: the device does not tell"
@@ -224,7 +211,7 @@ def peak_memory() -> float | str:
 
 
 def run_seconds(sizes: Sizes) -> tuple[float, ...]:
-    """Seconds of a whole run through `Learner`, compilation included, and of its phases."""
+    """Time a whole run through `Learner`, compilation included, and its phases."""
     rng, shape = np.random.default_rng(0), (sizes.image_size, sizes.image_size, 3)
     train, test = (
         (rng.integers(256, size=(count * sizes.classes, *shape), dtype=np.uint8), labels)
@@ -284,7 +271,7 @@ def measure(sizes: Sizes, table: Table) -> None:
     names = [compilation, rate, SHARE, EAGER, "peak device memory, GB"]
     table.stage(names, 60 if size > 100 else 0, epoch)
     seconds = images / table.number(rate)
-    # NaN, where the epoch was not measured, compares as false: what follows is then tried.
+    # If the epoch was not measured, the row is NaN, which compares as false: the run is tried.
     expected = table.number(compilation) + 3 * repeats * seconds
 
     def ratios() -> Sequence[float]:
@@ -315,7 +302,7 @@ def measure(sizes: Sizes, table: Table) -> None:
 def main(argv: Sequence[str]) -> None:
     """Print the table, and write it if asked."""
     del argv
-    # The peer's process needs memory of the same card.
+    # The peer's process needs memory of the same card, of which JAX takes most by default.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     values = flags.FLAGS
     if not values.tiny and jax.default_backend() == "cpu":

@@ -1,4 +1,4 @@
-"""Time of an epoch with each augmentation over that without, and of a streamed over a resident one.
+"""Time of an epoch with each augmentation over one without, and of a streamed over a resident one.
 
 python -m experiments.benchmarks.augmentation
 
@@ -33,7 +33,7 @@ flags.DEFINE_string("model", "vit_tiny_patch16", "Architecture.")
 def epoch(
     config: Config, examples: int, stored_size: int, *, streamed: bool = False
 ) -> Callable[[], object]:
-    """A call that trains one epoch of one task; streamed, every batch is a window of its own."""
+    """Make a call that trains one epoch of a task; if streamed, every batch is its own window."""
     shape = (stored_size, stored_size, 3)
     data, key = random_data(shape, examples), jax.random.key(0)
     model = config.network(10)

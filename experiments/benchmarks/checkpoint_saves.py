@@ -1,10 +1,10 @@
-"""What a checkpoint costs the training that goes on beside it, for a model of 20 M parameters.
+"""Cost of a checkpoint for the training that goes on beside it, for a model of 20 M parameters.
 
 python -m experiments.benchmarks.checkpoint_saves --steps=100
 
-Runs of some training steps in one process, in turns: without a checkpoint, with one that is written
-while they are made, and with one that they wait for. The time of the second includes what of the
-writing is left at the end of the steps.
+Some training steps run in one process, in turns: without a checkpoint, with one that is written
+meanwhile, and with one that they wait for. The second time includes the writing that is left when
+the steps are done.
 """
 
 import tempfile
@@ -30,7 +30,7 @@ flags.DEFINE_integer("repeats", 5, "Turns of each measurement.")
 
 
 def table(config: Config, steps: int, repeats: int, directory: Path) -> dict[str, float]:
-    """Seconds of so many steps with and without a checkpoint, and their ratios."""
+    """Time some training steps with and without a checkpoint, in seconds, and their ratios."""
     work = Workload(config, (8, 8, 1), steps * config.batch_size)
     program, segment = work.run.training.later, Segment.of(1, 0, 0, steps, 1)
     state = list(program.begin(work.key, work.params, work.task))

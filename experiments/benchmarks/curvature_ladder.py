@@ -28,7 +28,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "low_rank": {},
     "exact_current": {"stored_curvature": "identity"},
 }
-"""Each with what else it is measured with; exact_current by itself, with nothing stored."""
+"""Kinds of curvature, with further settings; exact_current is measured with nothing stored."""
 
 flags.DEFINE_enum(
     "model", "vit_tiny_patch16", ["vit", "vit_tiny_patch16", "vit_base_patch16"], "Architecture."
@@ -44,7 +44,7 @@ flags.DEFINE_multi_enum("kind", list(KINDS), list(KINDS), "Kinds to time.")
 def ladder(
     config: Config, kinds: Sequence[str], shape: tuple[int, ...], examples: int, repeats: int
 ) -> dict[str, dict[str, float]]:
-    """By kind of curvature: seconds, forward passes, and MB that one task leaves behind."""
+    """Measure each kind: seconds, forward passes, and MB that one task leaves behind."""
     plain = Workload(config, shape, examples)
     calls: dict[str, Callable[[], object]] = {"evaluation of two tasks": plain.accuracy}
     kept = {}

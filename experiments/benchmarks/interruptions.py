@@ -53,12 +53,12 @@ def main(argv: Sequence[str]) -> None:
 def _killed(
     workdir: Path, arguments: Sequence[str], kills: int, seconds: float, moments: random.Random
 ) -> list[str]:
-    """Run to the end with some kills on the way; what was sent, and when."""
+    """Run to the end with some kills on the way; return what was sent, and when."""
     sent = []
     for _ in range(kills):
         process = _started(workdir, arguments)
         wanted = moments.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
-        # Late enough to have begun, and early enough for another one to come.
+        # Late enough for the run to have begun, and early enough for further kills.
         moment = seconds * moments.uniform(0.2, 0.6)
         try:
             process.wait(moment)
@@ -77,14 +77,14 @@ def _started(workdir: Path, arguments: Sequence[str]) -> subprocess.Popen:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Wait for a run that is to end well."""
+    """Wait for a run that should end well."""
     _, said = process.communicate()
     if process.returncode:
         raise SystemExit(f"error: training ended with code {process.returncode}: {said[-500:]}")
 
 
 def _results(workdir: Path) -> dict[str, Any]:
-    """Every results.json below a work directory, without its seconds."""
+    """Read every results.json below a work directory, without its seconds."""
     found = {}
     for path in sorted(workdir.rglob("results.json")):
         content = json.loads(path.read_text())

@@ -20,7 +20,7 @@ BASE_IMPORT = "import jax, flax.linen, optax, chex"
 
 
 def run(arguments: Sequence[str]) -> tuple[float, float]:
-    """Seconds and peak resident megabytes of a Python process."""
+    """Run a Python process; return seconds and peak resident megabytes."""
     clock = time.perf_counter()
     process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)

@@ -1,11 +1,11 @@
-"""What grows with the number of tasks: memory, checkpoints, time and compilations, task by task.
+"""Growth with the number of tasks: memory, checkpoints, time and compilations, task by task.
 
 python -m experiments.benchmarks.many_tasks
 python -m experiments.benchmarks.many_tasks --run_rules=perturb_and_merge,magmax
 
 Rotated digits, turned a little more in every task, learned by a small network. The slopes are least
-squares over the tasks from the fourth on; beside each, what it makes of the mean over 100 tasks.
-Evaluation is of all domains after every task, for the forward transfer; with
+squares over the tasks from the fourth on; beside each stands the growth over 100 tasks, relative
+to the mean. Evaluation is of all domains after every task, for the forward transfer; with
 --scenario=class_incremental it is of the tasks seen, and grows with them.
 """
 
@@ -35,7 +35,7 @@ SMALL: dict[str, Any] = {
     **{"num_tasks": 100, "rotation_step": 3.6, "epochs": 1, "first_task_epochs": 1},
     "hidden_sizes": (256, 256),
 }
-"""The stream and its model, but for flags that are given."""
+"""Settings of the stream and the model, unless flags say otherwise."""
 WARM_UP = 3
 MEGABYTE = 1e6
 COMPILATION = "/jax/core/compile/backend_compile_duration"
@@ -43,7 +43,7 @@ COMPILATION = "/jax/core/compile/backend_compile_duration"
 
 @contextlib.contextmanager
 def compilations() -> Iterator[list[float]]:
-    """Seconds of each compilation, as they come."""
+    """Collect the seconds of each compilation, as they come."""
     found: list[float] = []
 
     def listen(event: str, duration_secs: float, **_: str | int) -> None:
@@ -58,7 +58,7 @@ def compilations() -> Iterator[list[float]]:
 
 
 def resident_bytes() -> int:
-    """Memory of this process; where the system does not say, the most that it has been."""
+    """Return this process's memory, or its peak if the system does not say."""
     with contextlib.suppress(OSError):
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * resource.getpagesize()
@@ -67,11 +67,7 @@ def resident_bytes() -> int:
 
 
 class WatchedLearner(Learner):
-    """A learner that measures what it takes after every task.
-
-    Attributes:
-        rows: a row of figures for each task.
-    """
+    """A learner that measures memory, time and compilations after every task, a row each."""
 
     def run(self) -> dict[str, Any]:
         """As `Learner.run`."""
@@ -86,7 +82,7 @@ class WatchedLearner(Learner):
         counted, clock = len(self._compiled), time.perf_counter()
         super()._learn(task, step, *rest)
         whole = time.perf_counter() - clock
-        # That of the task before is whole now; this task's is being written.
+        # The checkpoint of the task before is whole now; this task's is being written.
         self._measure_checkpoint(step)
         spent = dict(zip(PHASES, self._records.arrays["seconds"] - before, strict=True))
         phases = {name: spent[name] for name in ("train", "curvature", "merge", "evaluate")}
@@ -113,13 +109,7 @@ def _bytes_of(tree: Any) -> int:
 
 
 class Trend(NamedTuple):
-    """Least squares over the tasks after the warm-up.
-
-    Attributes:
-        mean: of the figure.
-        slope: a task.
-        error: standard error of the slope.
-    """
+    """A line fitted by least squares to the tasks after the warm-up."""
 
     mean: float
     slope: float
@@ -127,13 +117,7 @@ class Trend(NamedTuple):
 
 
 def trends(rows: Sequence[dict[str, float]]) -> dict[str, Trend]:
-    """The trend of every figure.
-
-    Args:
-        rows: of each task, more than the warm-up and two.
-
-    Returns:
-        By the figure's name.
+    """Fit the trend of every figure to rows, one a task: more than the warm-up and two.
 
     Example:
         >>> trends([{"MB": 9.0}] * 3 + [{"MB": float(size)} for size in (1, 2, 3)])
@@ -152,7 +136,7 @@ def trends(rows: Sequence[dict[str, float]]) -> dict[str, Trend]:
 
 
 def measured(config: Config, directory: Path) -> list[dict[str, float]]:
-    """The figures of each task of a run."""
+    """Run a configuration and return the figures of each task."""
     learner = WatchedLearner(config, 0, directory, RunOptions(quiet=True))
     learner.run()
     return learner.rows

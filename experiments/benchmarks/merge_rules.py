@@ -30,12 +30,12 @@ TASKS = 3
 
 
 def without_training(rule: MergeRule) -> bool:
-    """Whether two models and curvature are all that a rule looks at."""
+    """Tell whether a rule needs nothing but two models and curvature."""
     return rule.needs.evidence <= GIVEN and not rule.needs.hook and not rule.needs.analysis_only
 
 
 def measure(rule: MergeRule, shapes: Params) -> tuple[float, float, float]:
-    """Seconds of the last merge, and bytes of its memory and of the state."""
+    """Measure the seconds of the last merge, and the bytes of its memory and of the state."""
 
     def model(number: int, positive: bool = False) -> Params:
         leaves, structure = jax.tree.flatten(shapes)

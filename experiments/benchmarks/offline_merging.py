@@ -28,7 +28,7 @@ SMALL = {"w": (100, 100)}
 
 
 def transformer(depth: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a vision transformer, with ten blocks 286 MB in float32."""
+    """List names and shapes of a vision transformer; ten blocks have 286 MB in float32."""
     shapes: dict[str, tuple[int, ...]] = {
         "patch_embed.weight": (WIDTH, 3, 16, 16),
         "pos_embed": (1, 197, WIDTH),
@@ -47,16 +47,14 @@ def transformer(depth: int) -> dict[str, tuple[int, ...]]:
 
 
 def write_models(folder: Path, shapes: Mapping[str, tuple[int, ...]], count: int) -> list[Path]:
-    """Write a base and some models of normally distributed numbers; returns their paths.
-
-    Tensor by tensor: a process counts the memory of the one that started it as its own peak.
-    """
+    """Write a base and some models of normally distributed numbers; return their paths."""
     sizes = [math.prod(shape) for shape in shapes.values()]
     ends = np.cumsum(sizes).tolist()
     entries = {
         name: Entry("F32", shape, 4 * (end - size), 4 * end)
         for (name, shape), size, end in zip(shapes.items(), sizes, ends, strict=True)
     }
+    # Tensor by tensor: a new process counts the memory of its parent as its own peak.
     paths = [folder / f"{number}.safetensors" for number in range(count + 1)]
     for seed, path in enumerate(paths):
         rng = np.random.default_rng(seed)
@@ -67,7 +65,7 @@ def write_models(folder: Path, shapes: Mapping[str, tuple[int, ...]], count: int
 
 
 def measure(paths: Sequence[Path]) -> tuple[float, float, float]:
-    """Seconds, processor seconds and peak resident MB of a process that merges files."""
+    """Run a process that merges files; return seconds, processor seconds and peak MB."""
     output = paths[0].with_name("merged.safetensors")
     values = flags.FLAGS
     arguments = [

@@ -25,24 +25,17 @@ DEFAULT_SIZES = {"vit_base_patch16": 224, "vit_tiny_patch16": 160, "vit": 32}
 
 
 def missing_package() -> str:
-    """Name of a package that the peer needs and that is not installed, or nothing."""
+    """Name a package that the peer needs and that is not installed; empty for none."""
     return next((name for name in PACKAGES if importlib.util.find_spec(name) is None), "")
 
 
 def peer_epoch(
     config: Config, image_size: int, steps: int, *, device: str = "cpu", compiled: bool = False
 ) -> Callable[[], float]:
-    """Training steps of transformers and peft on images that lie on the device as bytes.
+    """Make a call that trains some steps with transformers and peft, and returns the last loss.
 
-    Args:
-        config: settings with adapters and a ViT; bfloat16 computation is `torch.autocast`.
-        image_size: side of the images in pixels.
-        steps: of an epoch.
-        device: cpu or cuda.
-        compiled: whether through `torch.compile`.
-
-    Returns:
-        A call that makes the steps, and returns the last loss when the device is done.
+    Images lie on the device as bytes. Computation in bfloat16 is `torch.autocast`; `compiled` uses
+    `torch.compile`. The call returns when the device is done.
     """
     import peft
     import torch
@@ -90,7 +83,7 @@ def peer_epoch(
 
 
 def compare(config: Config, image_size: int, steps: int, repeats: int) -> dict[str, float]:
-    """Images/s of both, in turns, and their ratio."""
+    """Measure the images/s of both sides in turns, and their ratio."""
     from experiments.benchmarks.workloads import Workload, interleaved
 
     images = config.batch_size * steps
@@ -106,7 +99,7 @@ def compare(config: Config, image_size: int, steps: int, repeats: int) -> dict[s
 
 
 def median_rate(call: Callable[[], object], images: int, repeats: int) -> float:
-    """Images/s of a call after a warm-up."""
+    """Measure the images/s of a call after a warm-up."""
     call()
     seconds = []
     for _ in range(repeats):

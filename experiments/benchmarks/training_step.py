@@ -32,7 +32,7 @@ flags.DEFINE_float("curvature_memory_mb", 0.0, "As for a run.")
 
 
 def ratios(config: Config, shape: tuple[int, ...], examples: int, repeats: int) -> dict[str, float]:
-    """Perturbed over plain epoch, and Fisher over two plain epochs, of one task."""
+    """Compare a perturbed with a plain epoch, and the Fisher with two plain epochs, of one task."""
     work = Workload(config, shape, examples)
     seconds = interleaved(
         {"plain": work.epoch("none"), "perturbed": work.epoch(), "fisher": work.fisher}, repeats
@@ -45,7 +45,7 @@ def ratios(config: Config, shape: tuple[int, ...], examples: int, repeats: int) 
 
 
 def adapter_forms(config: Config, shape: tuple[int, ...], repeats: int) -> dict[str, float]:
-    """Gradient of one batch's loss in the adapters: as a branch, and through folded weights."""
+    """Time the gradient in the adapters: through a branch, and through folded weights."""
     data, key = random_data(shape, config.batch_size), jax.random.key(0)
     model = config.network(10)
     params = model.init(key, jnp.zeros((1, *shape)))["params"]

@@ -1,4 +1,4 @@
-"""What the benchmarks time: the compiled functions of a run on one task of random images."""
+"""Calls that the benchmarks time: the compiled functions of a run on one task of random images."""
 
 import dataclasses
 import statistics
@@ -27,7 +27,7 @@ VIT = Config(
 
 
 def interleaved(candidates: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each candidate, measured in turns after one warm-up call."""
+    """Measure the median seconds of each candidate, in turns after one warm-up call."""
     for call in candidates.values():
         jax.block_until_ready(call())
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
@@ -40,7 +40,7 @@ def interleaved(candidates: Mapping[str, Callable[[], object]], repeats: int) ->
 
 
 def random_data(shape: tuple[int, ...], examples: int, num_classes: int = 10) -> DeviceData:
-    """One task of random images after another that is empty of meaning: task 1 is perturbed."""
+    """Make two tasks of the same random images; timings use the second, which is perturbed."""
     rng = np.random.default_rng(0)
     return DeviceData(
         jnp.asarray(rng.integers(256, size=(examples, *shape), dtype=np.uint8)),
@@ -52,12 +52,9 @@ def random_data(shape: tuple[int, ...], examples: int, num_classes: int = 10) ->
 
 
 class Workload:
-    """One task of random images, and calls on it that are the real, compiled functions of a run.
+    """Calls on one task of random images, which are the real, compiled functions of a run.
 
-    Args:
-        config: settings; of a run with adapters, what trains is what trains after the first task.
-        shape: of one image.
-        examples: of the task.
+    If the run has adapters, the calls train what trains after the first task.
     """
 
     def __init__(self, config: Config, shape: tuple[int, ...], examples: int):
@@ -92,7 +89,7 @@ class Workload:
         """The merge of the task, again and again, with what `fisher` finds."""
         evidence = self.fisher()
         leaves = trees.select(self.params, self.run.merging)
-        # Copies: the merge donates its state.
+        # Copies, because the merge donates its state.
         state = self.config.merge_rule.init(jax.tree.map(jnp.copy, leaves))
 
         def call():

@@ -39,7 +39,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "perturb and merge per example": {"perturb_per": "example"},
     "perturb and merge with exact Fisher": {"curvature": "fisher_exact"},
 }
-"""Those of the perturbation and the coefficient; every other rule, not perturbed, is an arm too."""
+"""Arms about perturbation and coefficient; every other rule, not perturbed, is an arm too."""
 DEFAULT_ARMS = [arm for arm in ARMS if "Gaussian" not in arm and "per example" not in arm]
 ARMS |= {
     rule: {"rule": rule, "perturbation": "none"}
@@ -59,7 +59,7 @@ flags.DEFINE_string("workdir", "runs/ablation", "Where the runs go; finished one
 
 
 def alphas(directory: Path) -> str:
-    """Merge coefficients of the tasks, mean over the seeds in a work directory."""
+    """Average the merge coefficients of the tasks over the seeds in a work directory."""
     results = [json.loads(path.read_text()) for path in directory.glob("seed_*/results.json")]
     found = [[merge["alpha"] for merge in result["merges"]] for result in results]
     return " ".join(f"{value:.2f}" for value in np.mean(np.asarray(found, float), axis=0))
@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _grid(config: Config) -> list[Config]:
-    """The settings that an arm is tried with."""
+    """List the settings that an arm is tried with."""
     values = flags.FLAGS
     grid = itertools.product(values.learning_rates, values.grid_epochs or (config.epochs,))
     return [
