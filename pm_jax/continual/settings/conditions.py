@@ -22,7 +22,7 @@ LIMITS = (
     ("at_least", 0, "must not be negative"),
     ("above", 0, "must be above 0"),
 )
-"""Limits that fields state, and what is said where one is not kept."""
+"""Limits that fields may state, in the order in which they are checked, and the remedies."""
 Condition = tuple[str, bool, str]
 """Name of a setting, whether its value is allowed, and the remedy if it is not."""
 

@@ -1,4 +1,4 @@
-"""What the settings of a run stand for: its model, merge rule, perturbation and task stream."""
+"""The configuration of a run: its settings, and what they make: model, rule, law and stream."""
 
 import dataclasses
 import functools
@@ -23,11 +23,12 @@ from pm_jax.rules import MergeRule
 from pm_jax.types import InvalidInput, Params
 
 MLP_KERNELS, ATTENTION_KERNELS = r"hidden_\d+/kernel", r".*/attn/(key|value)/kernel"
+"""Kernels that get adapters by default."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(Settings):
-    """Settings of a run, and what is made from them, each once.
+    """Settings of a run, and the law and the rule that they make, which are built once.
 
     Raises:
         InvalidInput: a value out of range; the message names the field, the value and the remedy.
@@ -43,14 +44,15 @@ class Config(Settings):
     def __post_init__(self):
         conditions.check(self)
         try:
-            _ = self.perturbation_law  # is built here, so that its numbers are checked at once
+            # Building the law checks its numbers.
+            _ = self.perturbation_law
         except ValueError as error:
             raise InvalidInput(str(error)) from None
         conditions.check_rule(self, self.merge_rule)
 
     @functools.cached_property
     def perturbation_law(self) -> Perturbation:
-        """The perturbation of the training loss."""
+        """Law of the perturbation of the training loss."""
         match self.perturbation:
             case "symmetric":
                 return perturbation.symmetric(self.epsilon, self.probabilities)
@@ -64,7 +66,7 @@ class Config(Settings):
 
     @functools.cached_property
     def merge_rule(self) -> MergeRule:
-        """The merge rule with its settings."""
+        """Merge rule with its settings."""
         replays = self.rule == "perturb_and_merge" and self.curvature == "exact_all"
         return rules.make(
             "exact_curvature" if replays else self.rule,
@@ -74,7 +76,7 @@ class Config(Settings):
         )
 
     def _memory(self, params: Params) -> Quadratic:
-        """The quadratic that is 0 everywhere, of the kind that tasks leave behind."""
+        """Return the quadratic that is 0 everywhere, of the kind that tasks leave behind."""
         match self.kept_curvature:
             case "kronecker":
                 kernels = kernel_paths(params)
@@ -85,14 +87,14 @@ class Config(Settings):
         return DiagonalQuadratic.zero(params)
 
     def without_merging(self) -> "Config":
-        """The same settings for training and evaluation, with the defaults of merging."""
+        """Return settings that train and evaluate alike, with the defaults of merging."""
         default = Config()
         return dataclasses.replace(
             self, **{name: getattr(default, name) for name in names_of("merging")}
         )
 
     def network(self, num_classes: int) -> nn.Module:
-        """The model for a number of classes."""
+        """Make the model for a number of classes."""
         dtype = jnp.dtype(self.compute_dtype)
         if self.model == "mlp":
             return models.MLP(num_classes, self.hidden_sizes, dtype)
@@ -108,7 +110,7 @@ class Config(Settings):
             )
         return models.VisionTransformer(
             num_classes,
-            16 if self.model in PUBLIC_SIZES else self.patch_size,
+            16 if self.model in PUBLIC_SIZES else self.patch_size,  # as the names of these say
             self.image_size or None,
             *sizes,
             layer_norm_epsilon=self.layer_norm_epsilon or 1e-6,
@@ -117,16 +119,16 @@ class Config(Settings):
 
     @property
     def kernel_pattern(self) -> str:
-        """Pattern of the kernels that get adapters."""
+        """Regular expression over the paths of the kernels that get adapters."""
         return self.lora_pattern or (MLP_KERNELS if self.model == "mlp" else ATTENTION_KERNELS)
 
     def epochs_of(self, task: int) -> int:
-        """Passes over the data of a task, counted from 0."""
+        """Return the passes over the data of a task, which counts from 0."""
         longer = task == 0 and self.from_scratch and self.first_task_epochs
         return self.epoch_repeats * (self.first_task_epochs if longer else self.epochs)
 
     def task_stream(self, seed: int) -> stream.TaskStream:
-        """The tasks, split by a seed; raises `InvalidInput` where they cannot be formed."""
+        """Load the tasks, split by a seed; raises `InvalidInput` where they cannot be formed."""
         if self.scenario == "class_incremental":
             tasks = stream.class_incremental(
                 self._texts() if self.reads_text else self._images(),

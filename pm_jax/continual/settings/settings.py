@@ -38,7 +38,7 @@ def _option(
     above: int | None = None,
     identity: bool = True,
 ) -> Any:
-    """A field; one without identity may differ between calls on the same work directory."""
+    """Make a field; one without identity may differ between calls on the same work directory."""
     limits = {"at_least": at_least, "above": above}
     about = {"description": description, "choices": choices, "stage": stage, "identity": identity}
     return dataclasses.field(default=default, metadata=about | limits)
@@ -366,7 +366,7 @@ class Settings:
 
     @property
     def kept_curvature(self) -> str:
-        """The kind of curvature that tasks leave behind."""
+        """Kind of curvature that tasks leave behind."""
         exact = self.curvature == "exact_current"
         return self.stored_curvature if exact else self.curvature
 
@@ -377,7 +377,7 @@ class Settings:
 
 
 def names_of(*stages: str, identity: bool = False) -> tuple[str, ...]:
-    """Names of the settings of some stages; with `identity`, only of those that have it."""
+    """Return the names of settings of some stages; with `identity`, of those that have it."""
     return tuple(
         field.name
         for field in dataclasses.fields(Settings)
