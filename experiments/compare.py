@@ -63,9 +63,7 @@ def main(argv: Sequence[str]) -> None:
         workdir = Path(values.workdir)
         with stop:
             results = run_rules(configs, base, values.seeds, workdir, options)
-        bounds = [
-            label for label, config in configs.items() if config.merge_rule.needs.analysis_only
-        ]
+        bounds = [label for label, one in configs.items() if one.merge_rule.needs.analysis_only]
         rows = comparison.compare(results, bounds)
         print(comparison.as_text(rows))
         files = write_tables(rows, values.seeds, workdir)
