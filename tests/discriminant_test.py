@@ -9,6 +9,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from pm_jax.continual import Config, Learner
 from pm_jax.continual.merging.statistics import features_of
+from pm_jax.continual.training.logits import logits_of
 from pm_jax.discriminant import ClassStatistics
 from pm_jax.types import InvalidInput
 from tests.small_runs import BY_CLASS, QUIET
@@ -106,7 +107,7 @@ def test_run_predicts_with_the_classes_of_all_tasks_and_trains_as_before():
         logits = features_of(model, merged, inputs) @ kernel + np.asarray(bias)[None]
         accuracy = np.mean(np.argmax(logits, axis=1) == stream.labels[rows])
         np.testing.assert_allclose(found["accuracy_matrix"][-1][task], accuracy, atol=1e-6)
-        predicted = logits.logits_of(model, learner.params, inputs, seen)
+        predicted = logits_of(model, learner.params, inputs, seen)
         np.testing.assert_array_equal(np.argmax(predicted, axis=1), np.argmax(logits, axis=1))
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from pm_jax import trees
 from pm_jax.continual import Config
 from pm_jax.continual.merging.programs import StreamShape, programs_of
+from pm_jax.continual.placement.compiled import number
 from pm_jax.continual.placement.data import DeviceData
 from pm_jax.continual.training.task_program import Segment
 
@@ -61,7 +62,7 @@ class Workload:
         self.config, self.data = config, random_data(shape, examples)
         self._build = lambda settings: programs_of(settings, StreamShape(10, shape, examples, 10))
         self.run, self.key = self._build(config), jax.random.key(0)
-        self.task = np.asarray(1, np.int32)
+        self.task = number(1)
         self.params = self.run.training.init(self.key)
         self.trained = self.run.training.trained(
             self.params, self.run.training.later.begin(self.key, self.params, self.task)[0]
@@ -101,6 +102,4 @@ class Workload:
 
     def accuracy(self) -> object:
         """Evaluation of the task's examples, twice: there are two tasks with the same ones."""
-        return self.run.training.scores(
-            self.data, self.params, jnp.ones(10, bool), np.asarray(2, np.int32)
-        )
+        return self.run.training.scores(self.data, self.params, jnp.ones(10, bool), number(2))

@@ -1,7 +1,7 @@
 """Accuracy and loss of a model on the tasks of a stream, per example and in one compiled call."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -37,12 +37,8 @@ class Scores(NamedTuple):
     loss: Array
 
 
-class ScoresPass(DataPass):
-    """Scores of a model: `scores(data, params, seen_mask, count)`.
-
-    The first accuracy is over the classes in `seen_mask` (bool [C]). Tasks from `count` (int32
-    scalar) on are not looked at and have 0.
-    """
+class ModelPass(DataPass):
+    """A pass that applies a model, whose logits the loss divides by a temperature."""
 
     def __init__(
         self,
@@ -56,11 +52,19 @@ class ScoresPass(DataPass):
         super().__init__(devices or Devices.of(), batch_size, transform)
         self._model, self._temperature = model, temperature
 
-    def begin(
-        self, data: DeviceData, params: Params, seen_mask: Array, count: Array
-    ) -> tuple[PyTree, Order]:
+
+class ScoresPass(ModelPass):
+    """Scores of a model: `scores(data, params, seen_mask, count)`.
+
+    The first accuracy is over the classes in `seen_mask` (bool [C]). Tasks from `count` (int32
+    scalar) on are not looked at and have 0.
+    """
+
+    Given: TypeAlias = tuple[Params, Array, Array]
+
+    def begin(self, data: DeviceData, given: Given) -> tuple[PyTree, Order]:
         """Nothing counted yet; the examples of all tasks, one task after the other."""
-        del params, seen_mask
+        _, _, count = given
         tasks, largest = data.positions.shape
         places = jnp.arange(tasks * largest)
         real = (places % largest < data.sizes[places // largest]) & (places < count * largest)
@@ -68,30 +72,22 @@ class ScoresPass(DataPass):
         # The first number counts batches, which tells the tasks of a batch's examples.
         return (jnp.zeros((), jnp.int32), jnp.zeros((2, tasks), jnp.int32), jnp.zeros(tasks)), order
 
-    def update(
-        self,
-        carry: PyTree,
-        batch: Batch,
-        data: DeviceData,
-        params: Params,
-        seen_mask: Array,
-        count: Array,
-    ) -> PyTree:
+    def update(self, carry: PyTree, batch: Batch, data: DeviceData, given: Given) -> PyTree:
         """Add the hits and losses of a batch to those of its examples' tasks."""
-        del count
+        params, seen_mask, _ = given
         number, correct, losses = carry
         tasks, largest = data.positions.shape
         places = number * self.batches.size + jnp.arange(self.batches.size)
         task = jnp.minimum(places // largest, tasks - 1)
         real = weights_of(batch) > 0
         logits = logits_of(self._model, params, batch.inputs, jnp.ones_like(seen_mask))
-        own = data.class_masks[task]
+        task_mask = data.class_masks[task]
         hits = [
             real & (jnp.argmax(jnp.where(mask, logits, -jnp.inf), axis=-1) == batch.labels)
-            for mask in (seen_mask[None, :], own)
+            for mask in (seen_mask[None, :], task_mask)
         ]
         values = optax.softmax_cross_entropy_with_integer_labels(
-            jnp.where(own, logits / self._temperature, MASKED_LOGIT), batch.labels
+            jnp.where(task_mask, logits / self._temperature, MASKED_LOGIT), batch.labels
         )
         return (
             number + 1,
@@ -99,49 +95,34 @@ class ScoresPass(DataPass):
             losses.at[task].add(jnp.where(real, values, 0.0)),
         )
 
-    def finish(
-        self, carry: PyTree, data: DeviceData, params: Params, seen_mask: Array, count: Array
-    ) -> Scores:
+    def finish(self, carry: PyTree, data: DeviceData, given: Given) -> Scores:
         """Means over the examples of each task."""
-        del params, seen_mask, count
+        del given
         _, correct, losses = carry
         accuracy, task_aware = correct / data.sizes[None, :]
         return Scores(accuracy, task_aware, losses / data.sizes)
 
 
-class MeanLossPass(DataPass):
+class MeanLossPass(ModelPass):
     """Mean cross-entropy on one task: `mean_loss(data, params, task)`, float32 scalar.
 
     It is over the task's own classes and without perturbation.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        batch_size: int = BATCH_SIZE,
-        *,
-        temperature: float = 1.0,
-        transform: Callable[[Array], Array] = unchanged,
-        devices: Devices | None = None,
-    ):
-        super().__init__(devices or Devices.of(), batch_size, transform)
-        self._model, self._temperature = model, temperature
+    Given: TypeAlias = tuple[Params, Array]
 
-    def begin(self, data: DeviceData, params: Params, task: Array) -> tuple[Array, Order]:
+    def begin(self, data: DeviceData, given: Given) -> tuple[Array, Order]:
         """No loss yet; the examples of the task."""
-        del params
-        return jnp.zeros((), jnp.float32), data.order(task)
+        return jnp.zeros((), jnp.float32), data.order(given[1])
 
-    def update(
-        self, total: Array, batch: Batch, data: DeviceData, params: Params, task: Array
-    ) -> Array:
+    def update(self, total: Array, batch: Batch, data: DeviceData, given: Given) -> Array:
         """Add the losses of a batch."""
+        params, task = given
         mask = data.class_masks[task]
         logits = logits_of(self._model, params, batch.inputs, mask, self._temperature)
         values = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
         return total + jnp.sum(jnp.where(weights_of(batch) > 0, values, 0.0))
 
-    def finish(self, total: Array, data: DeviceData, params: Params, task: Array) -> Array:
+    def finish(self, total: Array, data: DeviceData, given: Given) -> Array:
         """The sum over the number of examples."""
-        del params
-        return total / data.sizes[task]
+        return total / data.sizes[given[1]]

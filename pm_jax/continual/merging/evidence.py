@@ -1,6 +1,6 @@
 """What a finished task offers to the merge rule: its curvature at the trained model."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -22,6 +22,22 @@ from pm_jax.types import Array, Batch, Key, LogitsFn, Params
 
 FEWEST_EXAMPLES = 32
 """Examples from which a standard error is believed."""
+
+
+class Given(NamedTuple):
+    """What evidence is measured from, beside the data.
+
+    Attributes:
+        key: PRNG key of the run.
+        trained: trained model, full parameter tree.
+        previous: model that the task started from.
+        task: number of the task, int32 scalar.
+    """
+
+    key: Key
+    trained: Params
+    previous: Params
+    task: Array
 
 
 class EvidencePass(DataPass):
@@ -62,31 +78,21 @@ class EvidencePass(DataPass):
         self._merging, self._dense_layers = tuple(leaves), dense_layers
         self._task_classes = task_classes
 
-    def begin(
-        self, data: DeviceData, key: Key, trained: Params, previous: Params, task: Array
-    ) -> tuple[tuple[MeasureState, ...], Order]:
+    def begin(self, data: DeviceData, given: Given) -> tuple[tuple[MeasureState, ...], Order]:
         """Nothing measured yet; the examples to measure on."""
+        key, trained, previous, task = given
         key = purpose_key(key, CURVATURE, task)
         leaves = trees.select(trained, self._merging)
         delta = task_vectors.difference(leaves, trees.select(previous, self._merging))
         measures = self._measures(data, trained, task)
-        return tuple(each.init(leaves, delta, key) for each in measures), self._order(
-            data, key, task
-        )
+        states = tuple(measure.init(leaves, delta, key) for measure in measures)
+        return states, self._order(data, key, task)
 
     def update(
-        self,
-        states: tuple[MeasureState, ...],
-        batch: Batch,
-        data: DeviceData,
-        key: Key,
-        trained: Params,
-        previous: Params,
-        task: Array,
+        self, states: tuple[MeasureState, ...], batch: Batch, data: DeviceData, given: Given
     ) -> tuple[MeasureState, ...]:
         """Measure a batch, unless the curvature along the task vector is precise already."""
-        del key, previous
-        measures = self._measures(data, trained, task)
+        measures = self._measures(data, given.trained, given.task)
 
         def measured(states: tuple[MeasureState, ...]) -> tuple[MeasureState, ...]:
             pairs = zip(measures, states, strict=True)
@@ -97,18 +103,9 @@ class EvidencePass(DataPass):
         precise = self._is_precise(measures[-1].finalize(states[-1]))
         return jax.lax.cond(precise, lambda same: same, measured, states)
 
-    def finish(
-        self,
-        states: tuple[MeasureState, ...],
-        data: DeviceData,
-        key: Key,
-        trained: Params,
-        previous: Params,
-        task: Array,
-    ) -> Evidence:
+    def finish(self, states: tuple[MeasureState, ...], data: DeviceData, given: Given) -> Evidence:
         """The quadratic that is stored, and the exact curvature where it was measured too."""
-        del key, previous
-        measures = self._measures(data, trained, task)
+        measures = self._measures(data, given.trained, given.task)
         pairs = zip(measures, states, strict=True)
         results = [measure.finalize(state) for measure, state in pairs]
         stored, along = results[0], results[-1]

@@ -1,9 +1,10 @@
 """What rules that optimise while they merge see of a task: its loss on some of its examples."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from pm_jax import trees
 from pm_jax.continual.placement.compiled import compiled
@@ -41,21 +42,22 @@ class ExamplesPass(DataPass):
             jax.eval_shape(blank),
         )
 
-    def begin(self, data: DeviceData, key: Key, task: Array) -> tuple[PyTree, Order]:
+    def begin(self, data: DeviceData, given: tuple[Key, Array]) -> tuple[PyTree, Order]:
         """Blank batches; the first examples of the task in random order."""
+        key, task = given
         order = data.shuffled(purpose_key(key, EXAMPLES, task), task)
         order = Order.of(order.rows, jnp.minimum(order.length, self._count))
         blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._blank)
         return (jnp.zeros((), jnp.int32), blank), order
 
-    def update(self, carry: PyTree, batch: Batch, data: DeviceData, *given) -> PyTree:
+    def update(self, carry: PyTree, batch: Batch, data: DeviceData, given: Any) -> PyTree:
         """Keep a batch."""
         del data, given
         number, batches = carry
         kept = jax.tree.map(lambda leaves, leaf: leaves.at[number].set(leaf), batches, batch)
         return number + 1, kept
 
-    def finish(self, carry: PyTree, data: DeviceData, *given) -> Batch:
+    def finish(self, carry: PyTree, data: DeviceData, given: Any) -> Batch:
         """The batches, each divided among the devices."""
         del data, given
         return self.batches.devices.spread(carry[1], axis=1)
@@ -83,7 +85,7 @@ class Objectives:
         self._examples = ExamplesPass(config, input_shape, largest_task)
 
     def of_task(
-        self, data: DeviceData | HostData, key: Key, params: Params, task: ArrayLike
+        self, data: DeviceData | HostData, key: Key, params: Params, task: Array
     ) -> Objective:
         """The objective of a task; its examples are the same whatever the parameters."""
         rest = data.rest if isinstance(data, HostData) else data

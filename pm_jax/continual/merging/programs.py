@@ -4,11 +4,10 @@ import functools
 from typing import NamedTuple
 
 import jax
-from jax.typing import ArrayLike
 
 from pm_jax import rules, task_vectors, trees
 from pm_jax.continual.merging.evaluation import MeanLossPass, ScoresPass
-from pm_jax.continual.merging.evidence import EvidencePass
+from pm_jax.continual.merging.evidence import EvidencePass, Given
 from pm_jax.continual.merging.objective import Objectives
 from pm_jax.continual.merging.statistics import StatisticsPass
 from pm_jax.continual.placement.compiled import compiled
@@ -137,17 +136,17 @@ class Programs:
         key: Key,
         trained: Params,
         previous: Params,
-        task: ArrayLike,
+        task: Array,
     ) -> Evidence:
         """The curvature that the rule needs of a task, and the key of its merge."""
         needs = self._rule.needs.evidence
         evidence = Evidence()
         if needs & {"quadratic", "curvature_error"}:
-            evidence = self.evidence_pass(data, key, trained, previous, task)
+            evidence = self.evidence_pass.run(data, Given(key, trained, previous, task))
         return evidence._replace(key=purpose_key(key, MERGE, task) if "key" in needs else None)
 
     def objective(
-        self, data: DeviceData | HostData, key: Key, params: Params, task: ArrayLike
+        self, data: DeviceData | HostData, key: Key, params: Params, task: Array
     ) -> Objective:
         """The loss of a task on some of its examples, as a function of the leaves that merge."""
         return self._objectives.of_task(data, key, params, task)

@@ -1,5 +1,7 @@
 """Class statistics of a task's features, for the classifier of `pm_jax.discriminant`."""
 
+from typing import TypeAlias
+
 import flax.linen as nn
 
 from pm_jax import losses
@@ -26,32 +28,28 @@ def features_of(model: nn.Module, params: Params, inputs: Array) -> Array:
 class StatisticsPass(DataPass):
     """Statistics with a task's training examples added: `add(data, statistics, params, task)`."""
 
+    Given: TypeAlias = tuple[ClassStatistics, Params, Array]
+
     def __init__(self, config: Config, model: nn.Module):
         super().__init__(devices_of(config), BATCH_SIZE, evaluation_transform(config))
         self._model = model
 
-    def begin(
-        self, data: DeviceData, statistics: ClassStatistics, params: Params, task: Array
-    ) -> tuple[ClassStatistics, Order]:
+    def begin(self, data: DeviceData, given: Given) -> tuple[ClassStatistics, Order]:
         """The statistics so far; the examples of the task."""
-        del params
+        statistics, _, task = given
         return statistics, data.order(task)
 
     def update(
-        self,
-        carry: ClassStatistics,
-        batch: Batch,
-        data: DeviceData,
-        statistics: ClassStatistics,
-        params: Params,
-        task: Array,
+        self, statistics: ClassStatistics, batch: Batch, data: DeviceData, given: Given
     ) -> ClassStatistics:
         """Add the features of a batch."""
-        del data, statistics, task
-        features = features_of(self._model, params, batch.inputs)
-        return carry.plus(features, batch.labels, losses.weights_of(batch))
+        del data
+        features = features_of(self._model, given[1], batch.inputs)
+        return statistics.plus(features, batch.labels, losses.weights_of(batch))
 
-    def finish(self, carry: ClassStatistics, data: DeviceData, *given) -> ClassStatistics:
+    def finish(
+        self, statistics: ClassStatistics, data: DeviceData, given: Given
+    ) -> ClassStatistics:
         """The statistics of all examples."""
         del data, given
-        return carry
+        return statistics

@@ -92,8 +92,8 @@ class Batches:
 class DataPass(abc.ABC):
     """A function that goes over examples batch by batch and is compiled as a whole.
 
-    A subclass says how to begin, what to do with a batch, and what comes out. Called as
-    `run(data, *given)`; the other arguments reach all three functions.
+    A subclass says how to begin, what to do with a batch, and what comes out. It is called as
+    `run(data, *given)`; all three functions are given the tuple of the other arguments.
 
     Attributes:
         batches: what hands out the batches.
@@ -112,32 +112,36 @@ class DataPass(abc.ABC):
         )
 
     @abc.abstractmethod
-    def begin(self, data: DeviceData, *given: Any) -> tuple[PyTree, Order]:
+    def begin(self, data: DeviceData, given: Any) -> tuple[PyTree, Order]:
         """What the pass carries before the first batch, and the examples it goes over."""
 
     @abc.abstractmethod
-    def update(self, carry: PyTree, batch: Batch, data: DeviceData, *given: Any) -> PyTree:
+    def update(self, carry: PyTree, batch: Batch, data: DeviceData, given: Any) -> PyTree:
         """What the pass carries after a batch."""
 
     @abc.abstractmethod
-    def finish(self, carry: PyTree, data: DeviceData, *given: Any) -> Any:
+    def finish(self, carry: PyTree, data: DeviceData, given: Any) -> Any:
         """What the pass returns."""
 
     def __call__(self, data: DeviceData | HostData, *given: Any) -> Any:
+        """Go over the data, with the tuple of the other arguments."""
+        return self.run(data, given)
+
+    def run(self, data: DeviceData | HostData, given: Any) -> Any:
         """Go over the data."""
         if isinstance(data, DeviceData):
-            return self.resident(data, *given)
-        carry, order = self._begin(data.rest, *given)
+            return self.resident(data, given)
+        carry, order = self._begin(data.rest, given)
         stop = int(self._number(order))
         for first, last, window in self.batches.windows(data, lambda _: order.rows, 0, stop):
             # Waits, so that no more windows than planned are on the device.
-            carry = jax.block_until_ready(self.window(carry, order, first, last, window, *given))
-        return self._finish(carry, data.rest, *given)
+            carry = jax.block_until_ready(self.window(carry, order, first, last, window, given))
+        return self._finish(carry, data.rest, given)
 
-    def _whole(self, data: DeviceData, *given: Any) -> Any:
-        carry, order = self.begin(data, *given)
-        carry = self._batches_between(carry, order, 0, self._number(order), data, *given)
-        return self.finish(carry, data, *given)
+    def _whole(self, data: DeviceData, given: Any) -> Any:
+        carry, order = self.begin(data, given)
+        carry = self._batches_between(carry, order, 0, self._number(order), data, given)
+        return self.finish(carry, data, given)
 
     def _number(self, order: Order) -> Array:
         """Batches up to the last example that counts."""
@@ -150,10 +154,10 @@ class DataPass(abc.ABC):
         first: Array | int,
         stop: Array | int,
         data: DeviceData,
-        *given: Any,
+        given: Any,
     ) -> PyTree:
         def step(number: Array, carry: PyTree) -> PyTree:
             batch = self.batches.at(data, order, number, self._transform)
-            return self.update(carry, batch, data, *given)
+            return self.update(carry, batch, data, given)
 
         return jax.lax.fori_loop(first, stop, step, carry)
