@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import os
 
@@ -49,21 +50,29 @@ def forget_programs():
     training_programs.cache_clear()
 
 
+def copied(owner):
+    """A copy that shares its compiled functions, which are made when they are first asked for."""
+    for name, attribute in vars(type(owner)).items():
+        if isinstance(attribute, functools.cached_property):
+            getattr(owner, name)
+    return copy.copy(owner)
+
+
 def with_functions(learner, *, train=None, refresh=None, **functions):
     """The same learner with other compiled functions: of all tasks' training, or of `Programs`."""
-    programs = copy.copy(learner.programs)
+    programs = copied(learner.programs)
     for name, function in functions.items():
         assert hasattr(programs, name)
         setattr(programs, name, function)
-    programs.training = training = copy.copy(programs.training)
-    for_training = {"train": train, "refresh": refresh}
-    one_program = training.first is training.later
-    training.later = copy.copy(training.later)
-    for name, function in for_training.items():
-        if function:
+    replaced = {name: x for name, x in (("train", train), ("refresh", refresh)) if x}
+    if replaced:
+        programs.training = training = copied(programs.training)
+        one_program = training.first is training.later
+        training.later = copied(training.later)
+        for name, function in replaced.items():
             setattr(training.later, name, function)
-    if one_program:
-        training.first = training.later
+        if one_program:
+            training.first = training.later
     return Learner(
         learner.config, learner.seed, learner.directory, learner.options, programs=programs
     )
