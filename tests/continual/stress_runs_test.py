@@ -185,7 +185,7 @@ def poison(stage):
     {
         "parameters": r"task 2, step 1: trained/direct/hidden_0/bias is not finite",
         "moments": r"task 2, step 1: optimizer/.* is not finite",
-        "curvature": r"task 2, merge: rule/memory/diagonal/hidden_0/bias is not finite",
+        "curvature": r"task 2, merge: rule/memory/gradient/hidden_0/bias is not finite",
         "merge": r"task 2, merge: params/hidden_0/bias is not finite",
     }.items(),
 )
