@@ -20,19 +20,7 @@ LARGEST = 2**63
 
 @contextlib.contextmanager
 def replacing(path: Path, *, unique: bool = False) -> Iterator[Path]:
-    """Yield a temporary path, which replaces the file at the end unless an error is raised.
-
-    With `unique`, several processes may write the same file at a time; the last one wins.
-
-    Example:
-        >>> path = Path(tempfile.mkdtemp()) / "x.txt"
-        >>> with replacing(path) as temporary:
-        ...     _ = temporary.write_text("one line")
-        ...     path.exists()
-        False
-        >>> path.read_text(), temporary.exists()
-        ('one line', False)
-    """
+    """Yield a temporary path, which replaces the file at the end unless an error is raised."""
     middle = f".{uuid.uuid4().hex}" if unique else ""
     temporary = path.with_name(path.name + middle + TEMPORARY)
     try:
@@ -80,13 +68,6 @@ def parse_json(content: str | bytes, form: Any = object) -> Any:
 
     Raises:
         ValueError: the content is damaged, or not of the form; see `fits`.
-
-    Example:
-        >>> parse_json('{"step": 3, "loss": 0.5}', {"step": int})
-        {'step': 3, 'loss': 0.5}
-        >>> parse_json('{"step": "x"}', {"step": int})
-        Traceback (most recent call last):
-        ValueError: not of the expected form
     """
     try:
         value = json.loads(content)
@@ -98,11 +79,7 @@ def parse_json(content: str | bytes, form: Any = object) -> Any:
 
 
 def fits(value: Any, form: Any) -> bool:
-    """Tell whether a JSON value has a form.
-
-    A form is a type, a tuple of types, `[form]` for a list, `{str: form}` for a dict with any
-    names, or `{name: form, ...}` for a dict that has at least these names.
-    """
+    """Tell whether a JSON value has a form."""
     if isinstance(form, list):
         return isinstance(value, list) and all(fits(item, form[0]) for item in value)
     if isinstance(form, dict):

@@ -184,11 +184,7 @@ def peer_rate(sizes: Sizes, seconds: float, *, compiled: bool) -> float | str:
     ]
     # A session of its own: then the workers of torch.compile can be killed with the process.
     process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     seconds = max(seconds, 1.0)
     try:

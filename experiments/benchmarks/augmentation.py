@@ -39,10 +39,7 @@ def epoch(
     model = config.network(10)
     params = model.init(key, jnp.zeros((1, *shape)))["params"]
     parts = partition(
-        params,
-        class_incremental=True,
-        lora_pattern=config.kernel_pattern,
-        rank=config.lora_rank,
+        params, class_incremental=True, lora_pattern=config.kernel_pattern, rank=config.lora_rank
     )
     program = TaskProgram(config, model, parts, examples)
     state = list(program.begin(key, params, np.asarray(1, np.int32)))

@@ -54,10 +54,7 @@ def peer_epoch(
     )
     rank = config.lora_rank
     adapters = peft.LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        target_modules=["k_proj", "v_proj"],
-        modules_to_save=["classifier"],
+        r=rank, lora_alpha=rank, target_modules=["k_proj", "v_proj"], modules_to_save=["classifier"]
     )
     model = peft.get_peft_model(transformers.ViTForImageClassification(sizes), adapters)
     model = model.train().to(device)

@@ -17,12 +17,7 @@ from pm_jax.continual.placement.data import DeviceData
 from pm_jax.continual.training.task_program import Segment
 
 VIT = Config(
-    model="vit",
-    patch_size=16,
-    width=192,
-    num_heads=3,
-    adapter="lora",
-    scenario="class_incremental",
+    model="vit", patch_size=16, width=192, num_heads=3, adapter="lora", scenario="class_incremental"
 )
 """A ViT-Ti/16 with adapters."""
 

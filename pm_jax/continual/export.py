@@ -18,13 +18,7 @@ from pm_jax.weights import peft_adapter, pretrained
 
 @dataclasses.dataclass(frozen=True)
 class Destinations:
-    """Where a merged model goes.
-
-    Attributes:
-        model: file of the whole model, ending in .safetensors; `None` not to write it.
-        adapter: folder of the LoRA adapter; `None` not to write it.
-        overwrite: replace what is there.
-    """
+    """The paths that a merged model is written to."""
 
     model: Path | None = None
     adapter: Path | None = None
@@ -39,11 +33,6 @@ def check(
     Raises:
         InvalidInput: a path that exists, has the wrong ending or lies nowhere; several seeds; a
             model without a public layout; an adapter of a run that trains no adapter.
-
-    Example:
-        >>> check(Destinations(Path("merged.bin")), Config(model="vit"), [0], None)
-        Traceback (most recent call last):
-        pm_jax.types.InvalidInput: export=merged.bin: must end in .safetensors
     """
     model, adapter = destinations.model, destinations.adapter
     for flag, path in (("export", model), ("export_adapter", adapter)):
@@ -85,10 +74,6 @@ def layout_for(config: Config) -> str:
 
     Raises:
         InvalidInput: there is none for the model.
-
-    Example:
-        >>> layout_for(Config(model="vit"))
-        'timm'
     """
     if config.pretrained:
         layout = pretrained.layout_of(pretrained.read_tensors(config.pretrained))
@@ -104,10 +89,6 @@ def layout_for(config: Config) -> str:
 
 def write(destinations: Destinations, config: Config, seed: int, workdir: Path) -> None:
     """Write the merged model of a finished run, from its last checkpoint.
-
-    The whole model has the classifier over all classes, column c for label c of the data, and
-    position embeddings at the run's resolution; its metadata says how it was made and what a reader
-    needs to build it. The adapter is theta_hat_T - theta_0 of the adapted kernels.
 
     Raises:
         InvalidInput: no finished run, a path that cannot be written, or a displacement whose rank
@@ -144,7 +125,7 @@ def write(destinations: Destinations, config: Config, seed: int, workdir: Path) 
 
 
 def _covering(workdir: Path, path: Path) -> contextlib.AbstractContextManager:
-    """Have the manifest of the work directory cover a file that is exported into it."""
+    """List a file that is exported into the work directory in its manifest."""
     if not path.resolve().is_relative_to(workdir.resolve()):
         return contextlib.nullcontext()
     return manifest.covering(workdir, path.resolve().relative_to(workdir.resolve()).as_posix())

@@ -1,4 +1,4 @@
-"""Ending a run early, with everything saved, because the operating system asks for it."""
+"""Ending a run early, with everything saved, when the operating system asks for it."""
 
 import signal
 import time
@@ -14,12 +14,7 @@ Data = TypeVar("Data")
 
 
 class Interrupted(RuntimeError):
-    """A run ended early on request; the message says what was saved.
-
-    Args:
-        message: one line.
-        signal_number: of the request.
-    """
+    """A run ended early on a request by a signal; the message says what was saved."""
 
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
@@ -31,11 +26,6 @@ def end_if(number: signal.Signals | None, step: int, total: int) -> None:
 
     Raises:
         Interrupted: a signal did.
-
-    Example:
-        >>> end_if(signal.SIGTERM, 40, 72)
-        Traceback (most recent call last):
-        pm_jax.continual.interruption.Interrupted: ended by SIGTERM at step 40 of 72; the same ...
     """
     if number:
         raise Interrupted(
@@ -46,14 +36,7 @@ def end_if(number: signal.Signals | None, step: int, total: int) -> None:
 
 
 class StopRequests:
-    """Notes SIGTERM and SIGINT inside a `with` block; a second one acts as it would without.
-
-    Example:
-        >>> with StopRequests() as requests:
-        ...     signal.raise_signal(signal.SIGTERM)
-        >>> requests.received().name
-        'SIGTERM'
-    """
+    """Notes SIGTERM and SIGINT inside a `with` block; a second signal acts as it would without."""
 
     def __init__(self) -> None:
         self._number, self._noting = 0, False
@@ -80,16 +63,12 @@ class StopRequests:
         self._restore_handlers()
 
     def received(self) -> signal.Signals | None:
-        """Return the signal that came to any of the run's processes, all of which must ask."""
+        """Return the signal that came to any process of the run; all processes must call this."""
         number = processes.largest(self._number)
         return signal.Signals(number) if number else None
 
     def cut(self, stretches: Iterable[tuple[int, int, Data]]) -> Iterator[tuple[int, int, Data]]:
-        """Cut stretches (first step, one past the last, data) into pieces of about a second.
-
-        There is one piece at least, and no further one once a request has come. Outside the `with`
-        block nothing is cut.
-        """
+        """Cut stretches (first step, one past the last, data) into pieces of about a second."""
         for first, stop, data in stretches:
             while first < stop:
                 # Clocks differ: the first process decides where all cut.

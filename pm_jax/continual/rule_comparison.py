@@ -29,16 +29,9 @@ SHARED_FOLDER = "shared_training"
 
 
 def configurations(
-    base: Config,
-    labels: Sequence[str],
-    curvatures: Sequence[str],
-    parse: Callable[[str, str], Any],
+    base: Config, labels: Sequence[str], curvatures: Sequence[str], parse: Callable[[str, str], Any]
 ) -> dict[str, Config]:
     """Make the settings of each rule that a comparison names, as `ties+keep=0.1+epochs=9`.
-
-    Training is perturbed for perturb_and_merge alone, unless a label says otherwise. With several
-    curvatures, rules that take curvature run with each. `parse(name, text)` reads the value of a
-    setting.
 
     Raises:
         InvalidInput: a label with an unknown rule, or with settings that the rule cannot have.
@@ -62,7 +55,7 @@ def configurations(
 
 
 def _with_curvatures(label: str, curvatures: Sequence[str]) -> list[str]:
-    """Return a rule once for each curvature, if it takes any and its label names none."""
+    """Return a rule once for each curvature, if it uses any and its label names none."""
     name, *pairs = label.split("+")
     takes = name in rules.REGISTRY and "quadratic" in rules.make(name).needs.evidence
     if not takes or any(pair.startswith("curvature=") for pair in pairs):
@@ -104,25 +97,12 @@ def run_rules(
     workdir: Path,
     options: RunOptions = RunOptions(),
 ) -> dict[str, list[dict[str, Any]]]:
-    """Run each configuration for each seed; what is finished in the work directory is kept.
-
-    Every label has its own directory, as `run_seeds` leaves it. Training that rules have in common
-    is done once and kept in `shared_training`, which may be deleted. The result has, for each
-    label, the contents of `results.json` in the order of the seeds.
+    """Run each configuration for each seed, and return the results by label, one a seed.
 
     Raises:
         InvalidInput: as `run_seeds`; nothing has been run then.
         TrainingDiverged: the loss is no longer finite; the message names the label.
         Interrupted: as `run_seeds`.
-
-    Example:
-        >>> import tempfile
-        >>> base = Config(num_tasks=2, epochs=1, first_task_epochs=1, hidden_sizes=(8,))
-        >>> configs = {"sequential": dataclasses.replace(base, rule="sequential")}
-        >>> workdir = Path(tempfile.mkdtemp())
-        >>> results = run_rules(configs, base, [0], workdir, RunOptions(quiet=True))
-        >>> results["sequential"][0]["config"]["rule"]
-        'sequential'
     """
     # The rules differ, so the comparison's directory belongs to the settings without one.
     without_rule = {name: getattr(Config(), name) for name in ("rule", "rule_settings")}
@@ -147,15 +127,7 @@ def run_rules(
 def write_tables(
     rows: Sequence[comparison.Comparison], seeds: Sequence[int], workdir: Path
 ) -> list[Path]:
-    """Write the table as CSV, JSON and LaTeX into a directory, and return the files.
-
-    Example:
-        >>> import tempfile
-        >>> run = dict.fromkeys(comparison.FIGURES, 0.5) | {"seed": 0, "seconds": {}}
-        >>> rows = comparison.compare({"averaging": [run]})
-        >>> [path.name for path in write_tables(rows, [0], Path(tempfile.mkdtemp()))]
-        ['comparison.csv', 'comparison.json', 'comparison.tex']
-    """
+    """Write the table as CSV, JSON and LaTeX into a directory, and return the files."""
     csv, json, latex = (workdir / f"comparison.{kind}" for kind in ("csv", "json", "tex"))
     files = [csv, json, latex]
     records = [

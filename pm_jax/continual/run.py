@@ -35,23 +35,12 @@ FINISHED_FILES = (RESULTS_FILE, landscape.FILE)
 def run_seeds(
     config: Config, seeds: Sequence[int], workdir: Path, options: RunOptions = RunOptions()
 ) -> dict[str, Any]:
-    """Run a configuration for some seeds, going on where an earlier call was interrupted.
-
-    This writes `seed_<n>/results.json` with checkpoints and logs beside it, and `summary.json` over
-    all seeds that are finished in the directory. The summary is also returned:
-    `{"seeds": [...], metric: {"mean", "standard_deviation", "n"}, ...}`.
+    """Run a configuration for some seeds, go on where an earlier call ended, and summarize them.
 
     Raises:
         InvalidInput: settings that do not fit, or a work directory of something else.
         TrainingDiverged: the loss is no longer finite.
         Interrupted: a request to end came; the same call goes on from there.
-
-    Example:
-        >>> import tempfile
-        >>> config = Config(num_tasks=2, epochs=1, first_task_epochs=1, hidden_sizes=(8,))
-        >>> summary = run_seeds(config, [0], Path(tempfile.mkdtemp()), RunOptions(quiet=True))
-        >>> summary["final_average_accuracy"]["n"]
-        1
     """
     reuse.check_branch(config, seeds)
     claim(workdir, config)
@@ -104,11 +93,7 @@ def _note_start(directory: Path, learner: Learner) -> None:
 
 
 def check_runs(runs: Mapping[Path, Config], seeds: Sequence[int], options: RunOptions) -> None:
-    """Check runs by their work directories, before any of them starts.
-
-    Raises:
-        InvalidInput: as `run_seeds`.
-    """
+    """Check runs by their work directories, before any of them starts; raises `InvalidInput`."""
     for directory, config in runs.items():
         check_claim(directory, config)
         reuse.check_branch(config, seeds)
@@ -123,10 +108,7 @@ def run_with_baseline(
     workdir: Path,
     options: RunOptions = RunOptions(),
 ) -> dict[str, dict[str, Any]]:
-    """Run a configuration and, in `workdir/baseline`, another one to compare it with.
-
-    The result is `{label: summary}`; a label is the rule's name, with the settings that the
-    baseline has of its own.
+    """Run a configuration and, in `workdir/baseline`, its baseline; return summaries by label.
 
     Raises:
         InvalidInput: as `run_seeds`; no run has started then.

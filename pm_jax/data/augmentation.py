@@ -20,30 +20,15 @@ CROP_RATIO = (3 / 4, 4 / 3)
 
 
 def random_flip(key: Key, images: Array) -> Array:
-    """Mirror each image from left to right with probability one half.
-
-    Example:
-        >>> images = jnp.arange(8).reshape(4, 1, 2, 1)
-        >>> random_flip(jax.random.key(0), images)[:, 0, :, 0].sum(axis=1).tolist()
-        [1, 5, 9, 13]
-    """
+    """Mirror each image from left to right with probability one half."""
     flipped = jax.random.bernoulli(key, shape=(images.shape[0], 1, 1, 1))
     return jnp.where(flipped, images[:, :, ::-1], images)
 
 
 def random_resized_crop(
-    key: Key,
-    images: Array,
-    shape: tuple[int, int],
-    scale: tuple[float, float] = (0.08, 1.0),
+    key: Key, images: Array, shape: tuple[int, int], scale: tuple[float, float] = (0.08, 1.0)
 ) -> Array:
-    """Cut a random box out of each image and resize it to `shape`, bicubically with antialiasing.
-
-    `scale` bounds the area of a box over that of the image.
-
-    References:
-        Szegedy et al., `Going Deeper with Convolutions <https://arxiv.org/abs/1409.4842>`_, 2015
-    """
+    """Cut a random box out of each image and resize it, bicubically with antialiasing."""
     count, height, width, channels = images.shape
     draws = jax.random.uniform(key, (count, CROP_ATTEMPTS, 4))
 
@@ -64,21 +49,7 @@ def crop_boxes(
     scale: tuple[float, float],
     ratio: tuple[float, float] = CROP_RATIO,
 ) -> Array:
-    """Turn uniform draws [N, attempts, 4] into boxes [N, 4] by torchvision's law.
-
-    Draws are for area, aspect ratio, top and left; boxes are top, left, height and width in whole
-    pixels. The area is uniform between the bounds in `scale`, the aspect ratio log-uniform between
-    those in `ratio`, and the place uniform. The first attempt that fits the image counts; if none
-    does, the box is the largest central one whose aspect ratio is allowed.
-
-    References:
-        `torchvision.transforms.RandomResizedCrop <https://docs.pytorch.org/vision/stable/generated/
-        torchvision.transforms.RandomResizedCrop.html>`_
-
-    Example:
-        >>> crop_boxes(jnp.full((1, 1, 4), 0.5), 8, 8, (0.25, 0.25)).tolist()
-        [[2.0, 2.0, 4.0, 4.0]]
-    """
+    """Turn uniform draws [N, attempts, 4] into boxes [N, 4] by torchvision's law."""
     area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[..., 0])
     low, high = math.log(ratio[0]), math.log(ratio[1])
     aspect = jnp.exp(low + (high - low) * draws[..., 1])
@@ -98,15 +69,7 @@ def crop_boxes(
 
 
 def central_view(images: Array, shape: tuple[int, int], resize: float) -> Array:
-    """Resize images to cover `resize` times a shape and cut out the middle, as backbones evaluate.
-
-    A `resize` of 256 / 224 is the common choice.
-
-    Example:
-        >>> images = jnp.arange(16, dtype=jnp.uint8).reshape(1, 4, 4, 1)
-        >>> central_view(images, (2, 2), 2.0)[0, :, :, 0].tolist()
-        [[5, 6], [9, 10]]
-    """
+    """Resize images to cover `resize` times a shape and cut out the middle, to evaluate them."""
     count, height, width, channels = images.shape
     # The larger of the two factors: the view must cover the shape on both sides.
     zoom = resize * max(shape[0] / height, shape[1] / width)
@@ -137,10 +100,7 @@ def augmentation(
     layers: int = 2,
     magnitude: float = 9.0,
 ) -> Callable[[Key, Array], Array]:
-    """Make a function `augment(key, images)` from one of the names in `AUGMENTATIONS`.
-
-    "none" and "flip" do not resize; crops become `shape`. Layers and magnitude are RandAugment's.
-    """
+    """Make a function `augment(key, images)` from one of the names in `AUGMENTATIONS`."""
 
     def augment(key: Key, images: Array) -> Array:
         if name == "none":

@@ -3,6 +3,10 @@
 An operation is one of three kinds: a table from old to new grey level, a blend with another image,
 or a bilinear warp. Each image goes through one of each kind, of which all but the chosen one are
 the identity. A switch under vmap would compute every operation for every image instead.
+
+References:
+    Cubuk et al., `RandAugment <https://arxiv.org/abs/1909.13719>`_, 2020
+    Cubuk et al., `AutoAugment <https://arxiv.org/abs/1805.09501>`_, 2019, appendix
 """
 
 import jax
@@ -55,11 +59,7 @@ IMAGENET_POLICY = (
 
 
 def rand_augment(key: Key, images: Array, layers: int = 2, magnitude: float = 9.0) -> Array:
-    """Apply `layers` operations drawn uniformly, all of one magnitude in [0, 10].
-
-    References:
-        Cubuk et al., `RandAugment <https://arxiv.org/abs/1909.13719>`_, 2020
-    """
+    """Apply `layers` operations drawn uniformly, all of one magnitude in [0, 10]."""
     count = images.shape[0]
     for layer in range(layers):
         operation_key, sign_key = jax.random.split(jax.random.fold_in(key, layer))
@@ -70,11 +70,7 @@ def rand_augment(key: Key, images: Array, layers: int = 2, magnitude: float = 9.
 
 
 def auto_augment(key: Key, images: Array) -> Array:
-    """Apply a sub-policy of `IMAGENET_POLICY` drawn for each image, with random signs.
-
-    References:
-        Cubuk et al., `AutoAugment <https://arxiv.org/abs/1805.09501>`_, 2019, appendix
-    """
+    """Apply a sub-policy of `IMAGENET_POLICY` drawn for each image, with random signs."""
     count = images.shape[0]
     policy_key, apply_key, sign_key = jax.random.split(key, 3)
     chosen = jax.random.randint(policy_key, (count,), 0, len(IMAGENET_POLICY))
@@ -93,18 +89,7 @@ def auto_augment(key: Key, images: Array) -> Array:
 
 
 def operate(images: Array, operation: Array, strength: Array) -> Array:
-    """Apply to each image the operation at its place in `OPERATIONS`.
-
-    The strength lies in [-1, 1]; its sign is the direction of warps and blends, and is ignored by
-    others. At 0 an operation is the identity, except `auto_contrast`, `equalize` and `invert`,
-    which have no strength. Blends and tables agree with Pillow to one grey level.
-
-    Example:
-        >>> images = jnp.asarray([[[[0], [200]]]], jnp.uint8)
-        >>> invert = jnp.asarray([OPERATIONS.index("invert")])
-        >>> operate(images, invert, jnp.zeros(1))[0, 0, :, 0].tolist()
-        [255, 55]
-    """
+    """Apply to each image the operation of its number in `OPERATIONS`, its strength in [-1, 1]."""
 
     def amount(name: str) -> Array:
         return jnp.where(operation == OPERATIONS.index(name), strength, 0.0)[:, None, None]

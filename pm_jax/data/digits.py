@@ -8,12 +8,7 @@ TEST_FRACTION = 0.25
 
 
 def load_digits() -> LabelledArrays:
-    """Load the UCI digits, uint8 [N, 8, 8, 1], a fixed quarter of every class for testing.
-
-    References:
-        Alpaydin and Kaynak, `Optical Recognition of Handwritten Digits
-        <https://archive.ics.uci.edu/dataset/80>`_, 1998
-    """
+    """Load the UCI digits, uint8 [N, 8, 8, 1], a fixed quarter of every class for testing."""
     from sklearn import datasets, model_selection
 
     bunch = datasets.load_digits()
@@ -28,16 +23,7 @@ def load_digits() -> LabelledArrays:
 
 
 def rotated(arrays: LabelledArrays, degrees: float) -> LabelledArrays:
-    """Make a domain: turn every image counter-clockwise about its middle, bilinearly.
-
-    Corners that come from outside an image are black.
-
-    Example:
-        >>> arrays = load_digits()
-        >>> turned = rotated(arrays, 90)
-        >>> bool((turned.test_inputs == np.rot90(arrays.test_inputs, axes=(1, 2))).all())
-        True
-    """
+    """Make a domain: turn every image counter-clockwise about its middle, bilinearly."""
     from scipy import ndimage
 
     def turn(images: np.ndarray) -> np.ndarray:

@@ -11,13 +11,10 @@ from pm_jax.types import InvalidInput
 
 
 def find(name: str, data_dir: str = "", splits: Sequence[str] = ()) -> Any:
-    """Find a data set of the catalogue, "cifar100" or "domainnet/real", that is prepared on disk.
-
-    The result is a `tfds.core.DatasetBuilder`. An empty `data_dir` is tensorflow-datasets' default.
+    """Find the builder of a prepared data set, such as "cifar100" or "domainnet/real".
 
     Raises:
-        InvalidInput: the data set is unknown, is not prepared, lacks a split, or needs TensorFlow,
-            which is not installed.
+        InvalidInput: the data set is unknown, is not prepared, lacks a split, or needs TensorFlow.
     """
     import tensorflow_datasets as tfds
 
@@ -52,9 +49,6 @@ def examples(
     builder: Any, split: str, fields: Sequence[str], positions: np.ndarray | None = None
 ) -> Iterator[dict[str, Any]]:
     """Yield the examples of a split in the order of the files, images still encoded.
-
-    Data prepared as array_record are read without TensorFlow, as tfrecord with it. There may be
-    other fields than those asked for. Positions rise; `None` stands for all.
 
     Raises:
         InvalidInput: a file is missing or damaged.

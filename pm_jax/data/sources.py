@@ -28,15 +28,8 @@ def load(
 ) -> LabelledArrays:
     """Load a data set, uint8 images [N, H, W, channels] with labels, into memory.
 
-    `dataset` is "digits", the path of an `.npz` with x_train, y_train, x_test and y_test, or the
-    name of an image data set of tensorflow-datasets; "domainnet" pools its six domains. Of each
-    class (of every domain) the first `train_per_class` and `test_per_class` examples in the data's
-    order are kept, all for 0. The other arguments are those of `load_images`; `rgb` converts images
-    of another number of channels to three.
-
     Raises:
-        InvalidInput: the data set is unknown, not prepared, damaged, or has images of several
-            sizes.
+        InvalidInput: the data set is unknown, not prepared or damaged, or has several sizes.
     """
     if dataset == "digits" or dataset.endswith(".npz"):
         arrays = load_digits() if dataset == "digits" else load_archive(Path(dataset))
@@ -67,8 +60,6 @@ def load_domains(
     rgb: bool = False,
 ) -> tuple[LabelledArrays, ...]:
     """Load the first `num_domains` domains of "domainnet": the same classes, different images.
-
-    The domains come in alphabetical order; the other arguments are those of `load`, per domain.
 
     Raises:
         InvalidInput: there are fewer domains, or as `load`.
@@ -116,7 +107,7 @@ def _as_rgb(arrays: LabelledArrays) -> LabelledArrays:
 
 
 def load_archive(path: Path) -> LabelledArrays:
-    """Load the user's own `.npz`: uint8 images [N, H, W] or [N, H, W, channels], labels from 0 on.
+    """Load the user's `.npz`: uint8 images [N, H, W] or [N, H, W, channels], labels from 0 on.
 
     Raises:
         InvalidInput: the file is missing or damaged, or a field is missing or has another form.
@@ -139,11 +130,7 @@ def load_archive(path: Path) -> LabelledArrays:
 
 
 def read_archive(path: Path) -> dict[str, np.ndarray]:
-    """Read `ARCHIVE_FIELDS` of an `.npz`, whatever they hold; nothing is unpickled.
-
-    Raises:
-        InvalidInput: the file is missing or damaged, or lacks a field.
-    """
+    """Read `ARCHIVE_FIELDS` of an `.npz`, whatever they contain; raises `InvalidInput`."""
     if not path.is_file():
         raise InvalidInput(f"dataset={path}: there is no such file")
     try:
@@ -163,11 +150,7 @@ def read_archive(path: Path) -> dict[str, np.ndarray]:
 
 
 def check_labels(path: Path, part: str, labels: np.ndarray, examples: int) -> None:
-    """Check that an archive's labels are whole numbers from 0 on, one per example.
-
-    Raises:
-        InvalidInput: they are not.
-    """
+    """Check that an archive's labels are whole numbers from 0 on; raises `InvalidInput`."""
     if labels.shape != (examples,) or labels.dtype.kind not in "iu" or min(labels, default=0) < 0:
         raise InvalidInput(
             f"dataset={path}: y_{part} is {labels.dtype} {labels.shape}; it must hold a whole "

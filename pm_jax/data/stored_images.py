@@ -27,9 +27,6 @@ def decoded(
 ) -> Iterator[np.ndarray]:
     """Decode image files with Pillow, in threads, and yield uint8 [H, W, channels] in their order.
 
-    Images are converted to `channels`: 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha). With a
-    `side`, the largest central square of each is resized to it, bicubically with antialiasing.
-
     Raises:
         InvalidInput: an image cannot be decoded.
     """
@@ -77,7 +74,7 @@ def gathered(images: Iterable[np.ndarray], name: str, count: int) -> np.ndarray:
 
 
 def as_rgb(images: np.ndarray, name: str) -> np.ndarray:
-    """Convert images of 1, 2 or 4 channels to the three of photographs; alpha is dropped.
+    """Convert images of 1, 2 or 4 channels to three, and drop alpha.
 
     Raises:
         InvalidInput: the images have another number of channels.
@@ -100,10 +97,7 @@ def as_rgb(images: np.ndarray, name: str) -> np.ndarray:
 def cached(
     folders: Sequence[Path], stem: str, shape: tuple[int, int, int]
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Look for images of a shape that `keep` has stored, and their labels; `None` without any.
-
-    Images are read from the disk when they are used.
-    """
+    """Look for images of a shape that `keep` has stored, and their labels; `None` without any."""
     for folder in folders:
         try:
             images = np.load(folder / f"{stem}.images.npy", mmap_mode="r")
@@ -125,8 +119,6 @@ def keep(
     shape: tuple[int, int, int],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Store images one by one, never all in memory, and return them as `cached` does.
-
-    The first folder that can be written is used. `labels` may grow while the images are drawn.
 
     Raises:
         InvalidInput: no folder can be written, or the disk is full.

@@ -85,12 +85,12 @@ class TaskStream:
 
     @property
     def num_tasks(self) -> int:
-        """T."""
+        """Number T of tasks."""
         return len(self.class_masks)
 
     @property
     def num_classes(self) -> int:
-        """C."""
+        """Number C of classes, over all tasks."""
         return self.class_masks.shape[1]
 
     def together(self) -> "TaskStream":
@@ -126,11 +126,6 @@ def class_incremental(
     validation_fraction: float = 0.15,
 ) -> TaskStream:
     """Make tasks that each bring new classes.
-
-    `class_order` is "random", drawn from the seed; "given", by their numbers; or "groups", one
-    group of `arrays.class_groups` a task, in an order drawn from the seed. The first task has
-    `base_classes` classes, 0 for an even share. If classes do not divide evenly, earlier tasks have
-    one class more.
 
     Raises:
         InvalidInput: a task has no classes, a class has no training examples or loses them all to
@@ -170,8 +165,6 @@ def domain_incremental(
 ) -> TaskStream:
     """Make tasks with the same classes and different inputs, one per domain, in the order given.
 
-    If domains are versions of the same examples (equal labels), the same ones are held out of all.
-
     Raises:
         InvalidInput: there is no domain, or a class has no training examples in any of them or
             loses them all to validation.
@@ -203,12 +196,7 @@ def domain_incremental(
 
 
 def first_of_each_class(labels: np.ndarray, count: int) -> np.ndarray:
-    """Find the first `count` examples of each class, in rising order; 0 finds all.
-
-    Example:
-        >>> first_of_each_class(np.asarray([1, 0, 1, 1, 0]), 2).tolist()
-        [0, 1, 2, 4]
-    """
+    """Return positions of the first `count` examples of each class, in rising order; 0 for all."""
     if not count:
         return np.arange(len(labels))
     firsts = [np.flatnonzero(labels == label)[:count] for label in np.unique(labels)]
@@ -216,11 +204,7 @@ def first_of_each_class(labels: np.ndarray, count: int) -> np.ndarray:
 
 
 def _count_classes(domains: Sequence[LabelledArrays]) -> int:
-    """Count the classes, and check that each has a training example in some domain.
-
-    Raises:
-        InvalidInput: a class has none, or only test examples.
-    """
+    """Count the classes, and check that each has a training example in some domain."""
     trained = np.unique(np.concatenate([domain.train_labels for domain in domains])).tolist()
     tested = np.unique(np.concatenate([domain.test_labels for domain in domains])).tolist()
     count = max([*trained, *tested], default=-1) + 1
@@ -264,11 +248,7 @@ def _given_groups(
 
 
 def _hold_out(labels: np.ndarray, seed: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Split positions into training ones, shuffled, and validation ones, the same share of a class.
-
-    Raises:
-        InvalidInput: the fraction is not in (0, 1), or leaves a class nothing to train on.
-    """
+    """Split positions into shuffled training ones and validation ones, class by class."""
     if not 0 < fraction < 1:
         raise InvalidInput(f"validation_fraction={fraction}: must lie strictly between 0 and 1")
     generator = np.random.default_rng([seed, 1])
@@ -294,11 +274,7 @@ def _task_of_classes(classes: np.ndarray) -> str:
 
 
 def _check_examples(rows: dict[str, list[np.ndarray]], tasks: Sequence[str]) -> None:
-    """Check that every task has examples in all of its splits.
-
-    Raises:
-        InvalidInput: a task has none in a split.
-    """
+    """Check that every task has examples in all of its splits."""
     lacks = {
         "train": "no training example",
         "validation": "no class of two training examples, of which one is held out for validation",

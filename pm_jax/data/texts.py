@@ -28,11 +28,6 @@ def load(
 ) -> LabelledArrays:
     """Load texts into memory, as int32 token ids [N, max_tokens], with labels.
 
-    `dataset` is the path of an `.npz` with strings x_train, x_test and labels y_train, y_test, or
-    the name of a text classification data set of tensorflow-datasets, "clinc_oos". `tokenizer` is
-    the path of a `tokenizer.json`. Texts are cut or padded to `max_tokens`, special tokens
-    included. The other arguments are those of `sources.load`.
-
     Raises:
         InvalidInput: data or tokenizer are missing, damaged or of another kind.
     """

@@ -39,25 +39,10 @@ def load_images(
 ) -> list[LabelledArrays]:
     """Load image data sets that tensorflow-datasets has prepared; several share their classes.
 
-    Data in array_record are read without TensorFlow, in tfrecord with it. Examples keep the order
-    of the files, and those beyond the first `train_per_class` and `test_per_class` are not decoded.
-    Test examples are those of the split "test", or else "validation". A data set of only one split,
-    "train" or "test" (`imagenet_r`, `imagenet_a`), is divided: 20 % of it for testing, the same
-    share of every class, drawn with a fixed seed. Classes without any example (800 of the 1,000
-    that `imagenet_r` declares) are dropped, the others keep their order.
-
-    An empty `data_dir` is the default of tensorflow-datasets. Images are resized to squares of
-    `stored_size` pixels once, or left for 0, and kept in `cache_dir`: if that is empty, in a folder
-    `pm_jax_images` beside the prepared data or, if it cannot be written, in the user's cache.
-
     Raises:
         InvalidInput: a data set is unknown, not prepared, damaged, or has no labelled uint8 images;
             has several sizes without stored_size; has a class without training examples; or there
             is no place for resized images.
-
-    References:
-        Wang et al., `Learning to Prompt for Continual Learning
-        <https://arxiv.org/abs/2112.08654>`_, 2022: the 24,000 and 6,000 images of ImageNet-R
     """
     builders = [_builder(name, data_dir) for name in names]
     data_sets = []
@@ -78,11 +63,7 @@ def load_images(
 
 
 def _builder(name: str, data_dir: str) -> Any:
-    """Find a prepared data set that has labelled uint8 images.
-
-    Raises:
-        InvalidInput: it has none.
-    """
+    """Find a prepared data set, and check that it has labelled uint8 images."""
     import tensorflow_datasets as tfds
 
     builder = prepared.find(name, data_dir)
@@ -205,11 +186,7 @@ def _folders(builder: Any, stored_size: int, cache_dir: str) -> list[Path]:
 
 
 def _renumbered(data_sets: list[LabelledArrays], classes: Any) -> list[LabelledArrays]:
-    """Number the classes that have a training example in any data set 0..C-1.
-
-    Raises:
-        InvalidInput: an example has no label, or a class has test examples only.
-    """
+    """Number the classes that have a training example in any data set 0..C-1."""
     trained = np.unique(np.concatenate([arrays.train_labels for arrays in data_sets]))
     tested = np.unique(np.concatenate([arrays.test_labels for arrays in data_sets]))
     name = data_sets[0].name

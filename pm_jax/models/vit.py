@@ -10,24 +10,7 @@ from pm_jax.types import Array
 
 
 def attend(query: Array, key: Array, value: Array, mask: Array | None = None) -> Array:
-    """Scaled dot-product attention, its softmax in float32.
-
-    `jax.nn.dot_product_attention` gives the same, and takes a third longer on a CPU.
-
-    Args:
-        query: [N, T, heads, H].
-        key: [N, S, heads, H].
-        value: [N, S, heads, H].
-        mask: bool, broadcast to [N, heads, T, S]; false where a key is not seen.
-
-    Returns:
-        [N, T, heads, H] in the type of the value.
-
-    Example:
-        >>> values = jnp.asarray([1.0, 3.0]).reshape(1, 2, 1, 1)
-        >>> attend(jnp.zeros((1, 1, 1, 1)), jnp.ones((1, 2, 1, 1)), values).item()
-        2.0
-    """
+    """Mix values [N, S, heads, H] by scaled dot-product attention, its softmax in float32."""
     query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
     logits = jnp.matmul(query, jnp.swapaxes(key, 2, 3), preferred_element_type=jnp.float32)
     logits = logits / math.sqrt(query.shape[-1])
@@ -39,14 +22,7 @@ def attend(query: Array, key: Array, value: Array, mask: Array | None = None) ->
 
 
 def gelu(x: Array) -> Array:
-    """Exact GELU, computed in float32 through erf.
-
-    `jax.nn.gelu` uses erfc, which is slower on a CPU and keeps more in memory.
-
-    Example:
-        >>> round(gelu(jnp.asarray(1.0)).item(), 4)
-        0.8413
-    """
+    """Apply the exact GELU, computed in float32 through erf."""
     wide = x.astype(jnp.float32)
     return (0.5 * wide * (1.0 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 
@@ -85,15 +61,7 @@ class MlpBlock(nn.Module):
 
 
 class Block(nn.Module):
-    """Transformer block: `norm1`, `attn`, `norm2`, `mlp`, with residual connections.
-
-    Attributes:
-        num_heads: number of heads of the attention.
-        mlp_size: hidden width of the MLP.
-        layer_norm_epsilon: number added to the variance.
-        dtype: type of computation.
-        post_norm: take the norms after the residual sums, as BERT, instead of before the layers.
-    """
+    """Transformer block: `norm1`, `attn`, `norm2`, `mlp`, with residual connections."""
 
     num_heads: int
     mlp_size: int

@@ -32,28 +32,9 @@ Load = Callable[[TensorFile], Params]
 def merge_files(merge: Merge) -> str:
     """Merge checkpoints in files into another file, and return lines that say what was done.
 
-    The output is written whole or not at all. The base is the model before the first task, and the
-    models are merged in turn, as in training: the rule's `init(base)`, then `update(previous=,
-    trained=)` per model. Arithmetic is in float32 (float64 where a file is). The output has the
-    base's types, names and order, and its metadata say how it was made. Tensors that are not
-    floating-point are copied from the base.
-
     Raises:
         InvalidInput: a file cannot be read, has other tensors or has NaN; the rule needs more than
-            the files hold; or the output exists.
-
-    Example:
-        >>> import tempfile
-        >>> from safetensors.numpy import load_file, save_file
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> paths = [folder / f"{name}.safetensors" for name in ("base", "first", "second")]
-        >>> for path, value in zip(paths, (0.0, 1.0, 3.0)):
-        ...     save_file({"w": np.full(2, value, np.float32)}, path)
-        >>> merged = folder / "merged.safetensors"
-        >>> print(merge_files(Merge(paths[0], tuple(paths[1:]), merged)))
-        merged 2 models by averaging: 1 tensors, 2 numbers
-        >>> load_file(merged)["w"].tolist()
-        [2.0, 2.0]
+            the files contain; or the output exists.
     """
     check_output(merge.output, overwrite=merge.overwrite)
     # Beside the output: its disk has room for a model, the system's folder may have none.
@@ -140,11 +121,7 @@ def _values(file: TensorFile, name: str, first: int, stop: int) -> np.ndarray:
 
 
 def _runner(rule: MergeRule, inputs: Inputs, seed: int) -> Callable[..., Params]:
-    """Compile a function that takes a rule through all models, for the part that a `load` loads.
-
-    The function's further arguments number the part, so that each part gets random draws of its
-    own.
-    """
+    """Compile a function that merges, over all models, the part that a `load` loads."""
 
     @jax.jit
     def init(base):
@@ -179,10 +156,7 @@ def _runner(rule: MergeRule, inputs: Inputs, seed: int) -> Callable[..., Params]
 
 
 def _with_lost_bits(merged: jax.Array, trained: np.ndarray) -> np.ndarray:
-    """Restore signed zeros and subnormal numbers, which compiled arithmetic turns into zero.
-
-    Without them the average of equal models would differ from these models in some bits.
-    """
+    """Restore signed zeros and subnormal numbers, which compiled arithmetic turns into zero."""
     values = np.asarray(merged)
     lost = np.abs(values - trained) < np.finfo(values.dtype).tiny
     return np.where(lost, trained, values)

@@ -15,10 +15,8 @@ from pm_jax.types import InvalidInput
 def to_safetensors(argument: str, directory: Path, path: Path) -> None:
     """Write the tree in an Orbax folder as a safetensors file, with names "a/b/c".
 
-    `argument` names the folder in messages. Arrays are read one at a time.
-
     Raises:
-        InvalidInput: the folder cannot be read, or safetensors cannot hold its content.
+        InvalidInput: the folder cannot be read, or safetensors cannot store its content.
     """
     from orbax import checkpoint as orbax
 

@@ -64,7 +64,7 @@ class Inputs:
 
 
 def open_inputs(merge: Merge, folder: Path) -> Inputs:
-    """Read all headers and check that they fit together; `folder` takes converted files.
+    """Read all headers and check that they fit together; `folder` is for converted files.
 
     Raises:
         InvalidInput: a file cannot be read or has other tensors, there are not as many Fisher files
@@ -107,7 +107,7 @@ def rules_by_settings(merge: Merge, inputs: Inputs) -> list[tuple[MergeRule, tup
 
     Raises:
         InvalidInput: there is no such rule or setting, a pattern matches nothing, or the rule needs
-            what the files do not hold.
+            what the files do not contain.
     """
     names: dict[str, list[str]] = {}
     patterns = [_pattern(setting, inputs.merging) for setting in merge.settings]
@@ -160,12 +160,7 @@ def _joined(default: str, particular: str) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Write the first few of some names, and how many more there are.
-
-    Example:
-        >>> listed("abcdefgh")
-        'a, b, c, d, e, f and 2 more'
-    """
+    """Write the first few of some names, and how many more there are."""
     rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + rest
 

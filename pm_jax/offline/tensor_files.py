@@ -153,8 +153,6 @@ def writing(
 ) -> Iterator[BinaryIO]:
     """Yield an open file with the header in it, for the tensors' bytes in the order of `entries`.
 
-    The file takes its name when everything is on the disk; after an error it is gone.
-
     Raises:
         InvalidInput: as `check_output`, or the file cannot be written.
     """
@@ -180,8 +178,7 @@ def check_output(path: Path, *, overwrite: bool = False) -> None:
     """Check that a safetensors file can be written to a path.
 
     Raises:
-        InvalidInput: the path has another ending, its folder is absent or cannot be written, or
-            something is there already.
+        InvalidInput: the path has another ending, lies nowhere, or has something there already.
     """
     if path.suffix != ".safetensors":
         raise InvalidInput(f"output={path}: must end in .safetensors")
@@ -193,11 +190,7 @@ def check_output(path: Path, *, overwrite: bool = False) -> None:
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a dict of a JSON object's pairs.
-
-    Raises:
-        ValueError: a name stands twice.
-    """
+    """Make a dict of a JSON object's pairs; raises ValueError if a name stands twice."""
     fields = dict(pairs)
     # `dict` keeps the last of equal names, and silently drops the others.
     if len(fields) < len(pairs):

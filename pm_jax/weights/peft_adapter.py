@@ -54,18 +54,6 @@ def peft_adapter(
 ) -> PeftAdapter:
     """Make one adapter, in float32, that turns the pre-trained model into the merged one.
 
-    Merging the adapters of T tasks gives a displacement that is the product of their factors,
-    concatenated along the rank. The adapter is that product in another basis: A holds the leading
-    right singular vectors of the displacement, B its components along them, and lora_alpha = r
-    makes the factor 1. Its rank therefore is at most the model's width, however many tasks there
-    were. If a layout keeps query, key and value in one matrix, B has zero rows for the parts that
-    did not train.
-
-    If the run's resolution differs from that of the weights, the model that takes the adapter must
-    resize its position embeddings as `pretrained.resize_positions` does: timm does, transformers
-    does not. `paths` name the adapted dense kernels; `rank` bounds the rank of each displacement:
-    tasks times rank of an adapter.
-
     Raises:
         ValueError: a displacement is not of this rank.
     """
@@ -124,11 +112,7 @@ def write_adapter(adapter: PeftAdapter, directory: Path) -> None:
 def _factors_by_name(
     start: Params, merged: Params, entries: Sequence[Entry], rank: int
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Factor the displacement of each matrix into A [r, in] and B [out, r], r the same for all.
-
-    Raises:
-        ValueError: a displacement is not of this rank.
-    """
+    """Factor the displacement of each matrix into A [r, in] and B [out, r], r the same for all."""
     members: dict[str, list[Entry]] = {}
     for entry in entries:
         members.setdefault(entry.name, []).append(entry)

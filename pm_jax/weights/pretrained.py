@@ -59,11 +59,7 @@ def read_tensors(path: str | os.PathLike) -> Tensors:
 
 
 def layout_of(tensors: Mapping[str, np.ndarray]) -> str:
-    """Find the layout that a checkpoint's names follow, a key of `LAYOUTS`.
-
-    Raises:
-        InvalidInput: the names follow no layout.
-    """
+    """Return the key of `LAYOUTS` that a checkpoint's names follow; raises `InvalidInput`."""
     for layout, signature in _SIGNATURES.items():
         if signature in tensors:
             return layout
@@ -76,9 +72,6 @@ def layout_of(tensors: Mapping[str, np.ndarray]) -> str:
 
 def load_params(tensors: Mapping[str, np.ndarray], params: Params, *, head: bool = False) -> Params:
     """Fill the parameters of a ViT or a text encoder with the tensors of a public checkpoint.
-
-    `params`, arrays or shapes, say depth, widths and resolution; position embeddings are resized to
-    it. The model keeps its own classifier unless `head` is set.
 
     Raises:
         InvalidInput: tensors are missing, left over, of another shape or type, NaN or infinite; all
@@ -124,8 +117,6 @@ def load_params(tensors: Mapping[str, np.ndarray], params: Params, *, head: bool
 
 def export_params(params: Params, layout: str, *, num_heads: int = 1) -> Tensors:
     """Turn parameters into the tensors of a layout, float32 and contiguous.
-
-    Only "augreg" needs `num_heads`: its arrays have an axis of heads.
 
     Raises:
         ValueError: there is no such layout.
@@ -173,14 +164,8 @@ def write_tensors(
 def resize_positions(positions: np.ndarray, tokens: int) -> np.ndarray:
     """Resize position embeddings [1, 1 + g * g, D] to [1, tokens, D], bicubically on their grid.
 
-    The first position belongs to the class token, and stays as it is.
-
     Raises:
         ValueError: a number of patches is no square.
-
-    Example:
-        >>> resize_positions(np.ones((1, 5, 3), np.float32), 10).shape
-        (1, 10, 3)
     """
     if positions.shape[1] == tokens:
         return positions

@@ -49,7 +49,7 @@ class Comparison(NamedTuple):
 
 
 def ranks(accuracies) -> np.ndarray:
-    """Rank the rules for each seed, 1 for the highest accuracy; [R, S], ties share their mean rank.
+    """Rank the rules for each seed, [R, S]: 1 for the highest accuracy, the mean rank for ties.
 
     Example:
         >>> ranks([[0.9, 0.5], [0.8, 0.5], [0.7, 0.6]]).tolist()
@@ -61,10 +61,7 @@ def ranks(accuracies) -> np.ndarray:
 
 
 def paired_differences(accuracies, best: int) -> tuple[np.ndarray, np.ndarray]:
-    """Compare accuracies [R, S] with row `best`, seed by seed: mean difference and its error, [R].
-
-    The error is the sample deviation of the differences over sqrt(S); NaN for one seed.
-    """
+    """Compare accuracies [R, S] with row `best`: mean difference over seeds and its error, [R]."""
     values = np.asarray(accuracies, np.float64)
     differences = values - values[best]
     return differences.mean(axis=1), np.asarray([_standard_error(row) for row in differences])
@@ -73,9 +70,7 @@ def paired_differences(accuracies, best: int) -> tuple[np.ndarray, np.ndarray]:
 def compare(
     results: Mapping[str, Sequence[Mapping[str, Any]]], apart: Collection[str] = ()
 ) -> list[Comparison]:
-    """Order rules from the highest mean final accuracy to the lowest, with their comparisons.
-
-    Rules `apart` are bounds and no methods: they come last, without a rank, and are never the best.
+    """Order rules from the highest mean final accuracy to the lowest, the bounds `apart` last.
 
     Raises:
         InvalidInput: the rules were not run with the same seeds.
@@ -122,19 +117,12 @@ def compare(
 
 
 def as_text(rows: Sequence[Comparison]) -> str:
-    """Lay the rules out for a terminal; percent, mean +- standard deviation over the seeds.
-
-    Example:
-        >>> figures = dict.fromkeys(FIGURES, [0.5, 0.75])
-        >>> print(as_text([Comparison("magmax", figures, 1.5, -0.25, 0.125, 3.25, 2.5e6)]))
-        rule    final accuracy  AAA          forgetting   ... rank  to the best    seconds  state
-        magmax  62.5 +- 17.7    62.5 +- 17.7 62.5 +- 17.7 ... 1.5   -25.0 +- 12.5  3.2      2.5 MB
-    """
+    """Lay the rules out for a terminal; percent, mean +- standard deviation over the seeds."""
     return tables.as_text(_cells(rows))
 
 
 def as_latex(rows: Sequence[Comparison]) -> str:
-    """Lay the same table out as a LaTeX `tabular`, which needs no package."""
+    """Write the same table as a LaTeX `tabular`, which needs no package."""
     return tables.as_latex(_cells(rows))
 
 

@@ -15,8 +15,6 @@ Results = Mapping[str, Sequence[Mapping[str, Any]]]
 def write_plots(results: Results, directory: Path) -> list[Path]:
     """Write the plots of a comparison as PNG, and return their paths.
 
-    `results` has for each label the contents of results.json, one a seed.
-
     Raises:
         ImportError: matplotlib is not installed.
     """
@@ -52,7 +50,7 @@ def _alpha_of_each_task(axes, results: Results) -> None:
 
 
 def _lines(axes, curves: Mapping[str, np.ndarray], name: str) -> None:
-    """Draw curves [S, T] with mean and standard deviation over the seeds, where there are any."""
+    """Draw curves [S, T] with mean and standard deviation over the seeds."""
     for number, (label, values) in enumerate(curves.items()):
         if not np.isfinite(values).any():
             continue

@@ -56,10 +56,7 @@ def accuracy_matrix(runs: Sequence[Results]) -> "Figure":
 
 
 def accuracy_curves(runs: Mapping[str, Sequence[Results]]) -> "Figure":
-    """Draw the mean accuracy on the tasks seen, after each task, for each label.
-
-    A run that was measured after its last task only is a point.
-    """
+    """Draw the mean accuracy on the tasks seen, after each task, for each label."""
     figure = _figure(3.2)
     axes = figure.subplots()
     for number, (label, results) in enumerate(runs.items()):
@@ -73,10 +70,7 @@ def accuracy_curves(runs: Mapping[str, Sequence[Results]]) -> "Figure":
 
 
 def training_loss(losses: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> "Figure":
-    """Draw the training loss over the epochs of all tasks.
-
-    `losses` has for each label when epochs ended, in tasks [E], and their mean losses [S, E].
-    """
+    """Draw the training loss over the epochs of all tasks."""
     figure = _figure(3.2)
     axes = figure.subplots()
     for number, (label, (ends, values)) in enumerate(losses.items()):
@@ -97,14 +91,7 @@ def training_loss(losses: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> "Figur
 
 
 def coefficients(runs: Sequence[Results]) -> "Figure":
-    """Draw the merge coefficient of each task with its error bar, and the best one if it is known.
-
-    Example:
-        >>> merges = [{"alpha": 1.0, "standard_error": 0.0}, {"alpha": 0.25, "standard_error": 0.1}]
-        >>> figure = coefficients([{"merges": merges}])
-        >>> figure.axes[0].containers[0].lines[0].get_ydata().tolist()
-        [1.0, 0.25]
-    """
+    """Draw the merge coefficient of each task with its error bar, and the best one if measured."""
     figure = _figure(3.4)
     axes = figure.subplots()
     alphas = of_merges(runs, "alpha")
@@ -130,8 +117,6 @@ def coefficients(runs: Sequence[Results]) -> "Figure":
 
 def loss_changes(runs: Sequence[Results]) -> "Figure":
     """Draw predicted against actual loss changes of all merges but the first.
-
-    The grey band reaches to `FACTOR` on either side of agreement, where nothing is warned of.
 
     Example:
         >>> merge = {"predicted_loss_change": 0.01, "actual_loss_change": 0.02}
@@ -174,11 +159,7 @@ def loss_changes(runs: Sequence[Results]) -> "Figure":
 def landscape(
     alphas: np.ndarray, values: np.ndarray, merged: np.ndarray, used: np.ndarray, best: np.ndarray
 ) -> "Figure":
-    """Draw a score along the segment of every merge but the first, one panel each.
-
-    The values [T, A, T] are by merge, coefficient `alphas` [A] and task looked at; those at the
-    merged models are [T, T]. The merges used coefficients [T], NaN for none, where [T] were best.
-    """
+    """Draw a score along the segment of every merge but the first, one panel each."""
     panels = len(values) - 1
     rows = -(-panels // 2)
     figure = _figure(0.8 + 1.8 * rows)
@@ -211,11 +192,7 @@ def landscape(
 def plane(
     along: np.ndarray, across: np.ndarray, losses: np.ndarray, merged: np.ndarray
 ) -> "Figure":
-    """Draw losses in the plane of the last two task vectors, for the new task and the earlier ones.
-
-    Losses [P, P, t] are by coordinates along the new task's vector, across it, and task seen;
-    `merged` has both coordinates of the merged model.
-    """
+    """Draw losses in the plane of the last two task vectors, for new task and earlier ones."""
     from matplotlib.ticker import LogLocator
 
     figure = _figure(6.4)

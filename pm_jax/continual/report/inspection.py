@@ -61,7 +61,7 @@ class Inspection(NamedTuple):
     intact: int
 
     def text(self) -> str:
-        """Join all lines."""
+        """Join all lines, and count the files."""
         end = f"{self.intact} files are as they were saved, {len(self.damaged) or 'none'} damaged"
         text = "\n".join([*self.holds, *self.damaged, *self.unlisted, end])
         # File names need not be UTF-8, and a terminal takes nothing else.
@@ -69,9 +69,7 @@ class Inspection(NamedTuple):
 
 
 def inspect(workdir: Path) -> Inspection:
-    """Say what a work directory holds, and compare every file in it with what was saved.
-
-    Nothing is written, and files that a run writes meanwhile do not count as damaged.
+    """Say what a work directory contains, and compare every file in it with what was saved.
 
     Raises:
         InvalidInput: there is no such directory, or no run in it.

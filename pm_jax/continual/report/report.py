@@ -49,8 +49,6 @@ class Captioned(NamedTuple):
 def write_report(workdir: Path) -> Path:
     """Write the report of a run, and of the baseline in `workdir/baseline`, if there is one.
 
-    The file, `workdir/report.html`, is written whole or not at all.
-
     Raises:
         InvalidInput: the directory has no finished run, or a damaged file.
         ImportError: matplotlib is not installed.
@@ -241,11 +239,7 @@ def _merges_in_numbers(run: FinishedRun) -> dict[int, Any]:
 
 
 def _landscape(run: FinishedRun) -> list[Captioned] | None:
-    """Draw the first seed's landscapes; `None` if the run measured none.
-
-    Raises:
-        InvalidInput: the file is damaged.
-    """
+    """Draw the first seed's landscapes; `None` if the run measured none."""
     first = run.results[0]
     path = run.directory / f"seed_{first['seed']}" / landscape.FILE
     if not path.exists():

@@ -1,4 +1,4 @@
-"""Reading results: their form is checked before any figure is taken from them."""
+"""Reading results: their form is checked before any figure is read from them."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -50,12 +50,7 @@ COLUMNS = {
 
 
 def problem_of(content: Any) -> str | None:
-    """Say in a few words what is wrong with the content of a results.json; `None` for nothing.
-
-    Example:
-        >>> problem_of([]), problem_of({"seed": "0"})
-        ('is damaged', 'is damaged at seed')
-    """
+    """Say in a few words what is wrong with the content of a results.json; `None` for nothing."""
     if not isinstance(content, dict):
         return "is damaged"
     for name, form in FORM.items():
@@ -95,22 +90,14 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def read_seeds(workdir: Path) -> list[dict[str, Any]]:
-    """Read the results of all finished seeds of a work directory, in the order of the seeds.
-
-    Raises:
-        InvalidInput: a results.json is damaged.
-    """
+    """Read the results of all finished seeds of a work directory; raises `InvalidInput`."""
     results = [read_results(path) for path in sorted(workdir.glob(f"seed_*/{RESULTS_FILE}"))]
     # The names of folders put seed_10 before seed_2.
     return sorted(results, key=lambda content: content["seed"])
 
 
 def summarize_seeds(workdir: Path) -> dict[str, Any]:
-    """Compute the content of summary.json: mean, sample deviation and seed count of every figure.
-
-    Raises:
-        InvalidInput: a results.json is damaged.
-    """
+    """Compute summary.json: mean, sample deviation and seed count of every figure."""
     results = read_seeds(workdir)
 
     def figures(of: Sequence[Results]) -> dict[str, Any]:
@@ -150,12 +137,7 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def accuracies_after_each_task(runs: Sequence[Results]) -> np.ndarray:
-    """Average the accuracy over the tasks seen so far, after each task; float64 [S, T].
-
-    Example:
-        >>> accuracies_after_each_task([{"accuracy_matrix": [[1.0, None], [0.5, 0.75]]}]).tolist()
-        [[1.0, 0.625]]
-    """
+    """Average the accuracy over the tasks seen so far, after each task; float64 [S, T]."""
     matrices = [np.asarray(run["accuracy_matrix"], np.float64) for run in runs]
     return np.asarray(
         [[np.mean(row[: t + 1]) for t, row in enumerate(matrix)] for matrix in matrices]
@@ -163,10 +145,5 @@ def accuracies_after_each_task(runs: Sequence[Results]) -> np.ndarray:
 
 
 def of_merges(runs: Sequence[Results], name: str) -> np.ndarray:
-    """Collect one figure of all merges, float64 [S, T]; NaN where it does not apply.
-
-    Example:
-        >>> of_merges([{"merges": [{"alpha": 1.0}, {"alpha": None}]}], "alpha").tolist()
-        [[1.0, nan]]
-    """
+    """Collect one figure of all merges, float64 [S, T]; NaN where it does not apply."""
     return np.asarray([[merge.get(name) for merge in run["merges"]] for run in runs], np.float64)

@@ -9,13 +9,7 @@ Cells = Sequence[Sequence[str]]
 
 
 def as_text(cells: Cells) -> str:
-    """Align the columns of a table for a terminal.
-
-    Example:
-        >>> print(as_text([["rule", "accuracy"], ["ties", "50.0"]]))
-        rule  accuracy
-        ties  50.0
-    """
+    """Align the columns of a table for a terminal."""
     from tabulate import tabulate
 
     # The heading goes in as a row: tabulate makes a column wider than its heading otherwise.
@@ -42,12 +36,7 @@ def as_html(heading: Sequence[str], rows: Cells) -> str:
 
 
 def percent(mean: float | None, spread: float | None) -> str:
-    """Write a fraction and its spread in percent; a dash stands for what does not apply.
-
-    Example:
-        >>> percent(0.5, 0.01), percent(0.5, None), percent(float("nan"), 0.01)
-        ('50.0 +- 1.0', '50.0', '-')
-    """
+    """Write a fraction and its spread in percent; a dash stands for what does not apply."""
     if mean is None or not np.isfinite(mean):
         return "-"
     if spread is None or not np.isfinite(spread):

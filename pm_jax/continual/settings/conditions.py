@@ -42,7 +42,7 @@ def check(settings: Settings) -> None:
 
 
 def _check_value(field: dataclasses.Field, value: Any) -> None:
-    """Check one setting for what can be wrong with any."""
+    """Check that a setting is one of its choices, finite and not too large."""
     choices = field.metadata["choices"]
     if choices and value not in choices:
         raise InvalidInput(f"{field.name}={value}: must be one of {', '.join(choices)}")
@@ -54,7 +54,7 @@ def _check_value(field: dataclasses.Field, value: Any) -> None:
 
 
 def _limits(s: Settings) -> Iterator[Condition]:
-    """Limits that the fields themselves state, kind by kind."""
+    """Yield the limits that the fields themselves state, kind by kind."""
     for kind, limit, remedy in LIMITS:
         for field in dataclasses.fields(s):
             if field.metadata[kind] == limit:
@@ -63,7 +63,7 @@ def _limits(s: Settings) -> Iterator[Condition]:
 
 
 def _ranges(s: Settings) -> Iterator[Condition]:
-    """Ranges of single settings that are more than one limit."""
+    """Yield the ranges of single settings that are more than one limit."""
     rising = all(a < b for a, b in itertools.pairwise((0.0, *s.milestones, 1.0)))
     yield "milestones", rising, "must be fractions between 0 and 1 in rising order"
     area = len(s.crop_scale) == 2 and 0 < s.crop_scale[0] <= s.crop_scale[1] <= 1
@@ -78,7 +78,7 @@ def _ranges(s: Settings) -> Iterator[Condition]:
 
 
 def _stream(s: Settings) -> Iterator[Condition]:
-    """Conditions on the tasks and their data."""
+    """Yield the conditions on the tasks and their data."""
     branch = bool(s.branch_from) == (s.from_task > 0) and s.from_task <= s.num_tasks
     remedy = f"with branch_from from 1 to num_tasks={s.num_tasks}, without it 0"
     yield "from_task", branch, remedy
@@ -94,7 +94,7 @@ def _stream(s: Settings) -> Iterator[Condition]:
 
 
 def _model(s: Settings) -> Iterator[Condition]:
-    """Conditions on the architecture and the data that it reads."""
+    """Yield the conditions on the architecture and the data that it reads."""
     remedy = "is for a transformer; name its architecture with model"
     yield "pretrained", not s.pretrained or s.model != "mlp", remedy
     if s.reads_text:
@@ -109,7 +109,7 @@ def _model(s: Settings) -> Iterator[Condition]:
 
 
 def _perturbation(s: Settings) -> Iterator[Condition]:
-    """Conditions of one draw per example."""
+    """Yield the conditions on one draw per example."""
     if s.perturb_per == "example":
         yield "perturb_per", s.adapter == "lora", "needs adapter=lora; use perturb_per=batch"
         remedy = (

@@ -1,4 +1,4 @@
-"""The configuration of a run: its settings, and what they make: model, rule, law and stream."""
+"""The configuration of a run: its settings, and the model, rule, law and stream made from them."""
 
 import dataclasses
 import functools
@@ -28,17 +28,10 @@ MLP_KERNELS, ATTENTION_KERNELS = r"hidden_\d+/kernel", r".*/attn/(key|value)/ker
 
 @dataclasses.dataclass(frozen=True)
 class Config(Settings):
-    """Settings of a run, and the law and the rule that they make, which are built once.
+    """The settings of a run, with the law and the rule that they make, which are built once.
 
     Raises:
         InvalidInput: a value out of range; the message names the field, the value and the remedy.
-
-    Example:
-        >>> Config(rule="averaging", perturbation="none").merge_rule.needs.evidence
-        frozenset()
-        >>> Config(num_tasks=0)
-        Traceback (most recent call last):
-        pm_jax.types.InvalidInput: num_tasks=0: must be at least 1
     """
 
     def __post_init__(self):
@@ -52,7 +45,7 @@ class Config(Settings):
 
     @functools.cached_property
     def perturbation_law(self) -> Perturbation:
-        """Law of the perturbation of the training loss."""
+        """Law by which the training loss is perturbed."""
         match self.perturbation:
             case "symmetric":
                 return perturbation.symmetric(self.epsilon, self.probabilities)
@@ -66,7 +59,7 @@ class Config(Settings):
 
     @functools.cached_property
     def merge_rule(self) -> MergeRule:
-        """Merge rule with its settings."""
+        """The merge rule with its settings."""
         replays = self.rule == "perturb_and_merge" and self.curvature == "exact_all"
         return rules.make(
             "exact_curvature" if replays else self.rule,
@@ -119,11 +112,11 @@ class Config(Settings):
 
     @property
     def kernel_pattern(self) -> str:
-        """Regular expression over the paths of the kernels that get adapters."""
+        """Regular expression for the paths of the kernels that get adapters."""
         return self.lora_pattern or (MLP_KERNELS if self.model == "mlp" else ATTENTION_KERNELS)
 
     def epochs_of(self, task: int) -> int:
-        """Return the passes over the data of a task, which counts from 0."""
+        """Return the number of passes over the data of a task, which counts from 0."""
         longer = task == 0 and self.from_scratch and self.first_task_epochs
         return self.epoch_repeats * (self.first_task_epochs if longer else self.epochs)
 

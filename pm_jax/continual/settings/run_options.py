@@ -14,7 +14,7 @@ Data = TypeVar("Data")
 
 
 class Stop(Protocol):
-    """What a run asks whether it is to end early; `interruption.StopRequests` is one."""
+    """The object that a run asks whether to end early, such as `interruption.StopRequests`."""
 
     def received(self) -> signal.Signals | None:
         """Return the signal that came, if one did."""
@@ -25,24 +25,10 @@ class Stop(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """What a run saves, shows and shares.
-
-    Attributes:
-        checkpoint_every: steps between checkpoints within a task; 0 for task boundaries only.
-        keep_checkpoints: how many of a seed's newest checkpoints stay, at least 1.
-        quiet: print nothing.
-        tensorboard: write TensorBoard events beside the other logs.
-        keep_task_models: write the models that are merged, in `seed_<n>/task_models`.
-        shared: folder of the task training in common with other merge rules; `None` for none.
-        stop: says when to end early; `None` to go on to the end.
+    """The things that a run saves, shows and shares.
 
     Raises:
         InvalidInput: a number out of range; the message names it, its value and the remedy.
-
-    Example:
-        >>> RunOptions(keep_checkpoints=0)
-        Traceback (most recent call last):
-        pm_jax.types.InvalidInput: keep_checkpoints=0: must be at least 1
     """
 
     checkpoint_every: int = 0

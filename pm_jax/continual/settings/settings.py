@@ -38,7 +38,7 @@ def _option(
     above: int | None = None,
     identity: bool = True,
 ) -> Any:
-    """Make a field; one without identity may differ between calls on the same work directory."""
+    """Make a field; a setting without identity may differ between calls on a work directory."""
     limits = {"at_least": at_least, "above": above}
     about = {"description": description, "choices": choices, "stage": stage, "identity": identity}
     return dataclasses.field(default=default, metadata=about | limits)
@@ -51,7 +51,7 @@ _stream, _model, _training, _placement, _perturbation, _merging, _evaluation = (
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """All that determines the numbers of a run; the fields are the flags of `experiments.train`."""
+    """Everything that determines the numbers of a run; its fields are the flags of the binaries."""
 
     # Stream.
     dataset: str = _stream(
@@ -98,9 +98,7 @@ class Settings:
         stream.CLASS_ORDERS,
     )
     base_classes: int = _stream(
-        0,
-        "Class-incremental: classes of the first task; 0 for an even share.",
-        at_least=0,
+        0, "Class-incremental: classes of the first task; 0 for an even share.", at_least=0
     )
     rotation_step: float = _stream(20.0, "Domain-incremental digits: degrees from task to task.")
     validation_fraction: float = _stream(
@@ -167,9 +165,7 @@ class Settings:
     # Training.
     epochs: int = _training(3, "Passes over the data of a task.", at_least=1)
     first_task_epochs: int = _training(
-        9,
-        "The same for the first task of a run from scratch; 0 for no more.",
-        at_least=0,
+        9, "The same for the first task of a run from scratch; 0 for no more.", at_least=0
     )
     epoch_repeats: int = _training(1, "Passes over the data that count as one epoch.", at_least=1)
     batch_size: int = _training(32, "Examples per step.", at_least=1)
@@ -185,9 +181,7 @@ class Settings:
         0.0, "The same for the classifier; 0 for equal.", at_least=0
     )
     temperature: float = _training(
-        1.0,
-        "Logits are divided by it in the loss, and so in its curvature.",
-        above=0,
+        1.0, "Logits are divided by it in the loss, and so in its curvature.", above=0
     )
     weight_decay: float = _training(0.0, "Decoupled weight decay (adamw).", at_least=0)
     schedule: str = _training("constant", "Course of the learning rate over each task.", SCHEDULES)
@@ -296,9 +290,7 @@ class Settings:
         at_least=0,
     )
     curvature_examples: int = _merging(
-        0,
-        "Training examples that curvature is measured on; 0 for all of the task's.",
-        at_least=0,
+        0, "Training examples that curvature is measured on; 0 for all of the task's.", at_least=0
     )
     curvature_error: float = _merging(
         0.0,
@@ -361,23 +353,23 @@ class Settings:
 
     @property
     def reads_text(self) -> bool:
-        """Whether examples are token ids instead of images."""
+        """True if examples are token ids and not images."""
         return self.model in TEXT_MODELS
 
     @property
     def kept_curvature(self) -> str:
-        """Kind of curvature that tasks leave behind."""
+        """Kind of curvature that tasks leave behind for later merges."""
         exact = self.curvature == "exact_current"
         return self.stored_curvature if exact else self.curvature
 
     @property
     def from_scratch(self) -> bool:
-        """Whether the first task is the pre-training."""
+        """True if the first task is the pre-training."""
         return not self.pretrained
 
 
 def names_of(*stages: str, identity: bool = False) -> tuple[str, ...]:
-    """Return the names of settings of some stages; with `identity`, of those that have it."""
+    """List the settings of some stages; with `identity`, only those that identify a run."""
     return tuple(
         field.name
         for field in dataclasses.fields(Settings)
