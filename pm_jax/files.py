@@ -6,7 +6,7 @@ import math
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from pm_jax.types import InvalidInput
 
 TEMPORARY = ".tmp"
 """A file that is being written has this ending after its own."""
+SHOWN = 6
+"""A message lists this many names or differences, and counts the others."""
 LARGEST = 2**63
 """A whole number beyond this is damage: no run writes one, and it may not fit into a float."""
 
@@ -51,6 +53,17 @@ def without_nan(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def listed(names: Sequence[str]) -> str:
+    """Write the first few of some names for a message, and how many more there are.
+
+    Example:
+        >>> listed("abcdefgh")
+        'a, b, c, d, e, f and 2 more'
+    """
+    rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + rest
 
 
 def read_json(path: Path, form: Any = object) -> Any:

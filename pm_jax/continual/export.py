@@ -99,17 +99,13 @@ def write(destinations: Destinations, config: Config, seed: int, workdir: Path) 
     learner = Learner(config, seed, workdir / f"seed_{seed}", RunOptions(quiet=True))
     # A learner begins with theta_0; `finished_params` then restores the end of the run.
     start = learner.params
-    merged = learner.finished_params()
+    merged, layout = learner.finished_params(), layout_for(config)
+    overwrite = destinations.overwrite
     if path := destinations.model:
-        layout = layout_for(config)
-        tensors = pretrained.export_params(merged, layout)
-        metadata = _metadata(learner, layout)
+        tensors, metadata = pretrained.export_params(merged, layout), _metadata(learner, layout)
         with _covering(workdir, path):
-            pretrained.write_tensors(
-                tensors, path, metadata=metadata, overwrite=destinations.overwrite
-            )
+            pretrained.write_tensors(tensors, path, metadata=metadata, overwrite=overwrite)
     if path := destinations.adapter:
-        layout = layout_for(config)
         _, later = partitions(config, merged)
         rank = config.lora_rank * learner.stream.num_tasks
         try:
@@ -119,7 +115,8 @@ def write(destinations: Destinations, config: Config, seed: int, workdir: Path) 
                 f"export_adapter={path}: {error}, with rule={config.rule}; export writes the whole "
                 "model"
             ) from error
-        _check_path("export_adapter", path, is_file=False, overwrite=destinations.overwrite)
+        # Checked once more, as training can take long.
+        _check_path("export_adapter", path, is_file=False, overwrite=overwrite)
         with _covering(workdir, path):
             peft_adapter.write_adapter(adapter, path)
 
@@ -134,10 +131,9 @@ def _covering(workdir: Path, path: Path) -> contextlib.AbstractContextManager:
 def _metadata(learner: Learner, layout: str) -> dict[str, str]:
     config, stream = learner.config, learner.stream
     network = config.network(stream.num_classes)
-    sizes = {
-        field.name: getattr(network, field.name)
-        for field in dataclasses.fields(network)
-        if isinstance(getattr(network, field.name), (int, float))
+    fields = {field.name: getattr(network, field.name) for field in dataclasses.fields(network)}
+    sizes: dict[str, object] = {
+        name: value for name, value in fields.items() if isinstance(value, (int, float))
     }
     if isinstance(network, models.VisionTransformer):
         height, width = stream.inputs.shape[1:3]

@@ -105,8 +105,7 @@ def run_rules(
         Interrupted: as `run_seeds`.
     """
     # The rules differ, so the comparison's directory belongs to the settings without one.
-    without_rule = {name: getattr(Config(), name) for name in ("rule", "rule_settings")}
-    owner = dataclasses.replace(base, **without_rule)
+    owner = dataclasses.replace(base, rule=Config.rule, rule_settings=Config.rule_settings)
     directories = {label: workdir / urllib.parse.quote(label, safe="+=:") for label in configs}
     check_claim(workdir, owner, COMPARISON_FILE)
     check_runs({directories[label]: configs[label] for label in configs}, seeds, options)
@@ -128,12 +127,10 @@ def write_tables(
     rows: Sequence[comparison.Comparison], seeds: Sequence[int], workdir: Path
 ) -> list[Path]:
     """Write the table as CSV, JSON and LaTeX into a directory, and return the files."""
-    csv, json, latex = (workdir / f"comparison.{kind}" for kind in ("csv", "json", "tex"))
-    files = [csv, json, latex]
-    records = [
-        record | {"over_seeds": row.figures}
-        for record, row in zip(comparison.as_records(rows), rows, strict=True)
-    ]
+    files = [csv, json, latex] = [workdir / f"comparison.{kind}" for kind in ("csv", "json", "tex")]
+    records = comparison.as_records(rows)
+    for record, row in zip(records, rows, strict=True):
+        record["over_seeds"] = row.figures
     with manifest.covering(workdir, *(path.name for path in files)):
         write_text(csv, comparison.as_csv(rows))
         write_json(json, {"seeds": list(seeds), "rules": records})

@@ -73,17 +73,10 @@ def central_view(images: Array, shape: tuple[int, int], resize: float) -> Array:
     count, height, width, channels = images.shape
     # The larger of the two factors: the view must cover the shape on both sides.
     zoom = resize * max(shape[0] / height, shape[1] / width)
-    translation = [
-        (out - zoom * side) / 2 for out, side in zip(shape, (height, width), strict=True)
-    ]
-    view = jax.image.scale_and_translate(
-        images.astype(jnp.float32),
-        (count, *shape, channels),
-        (1, 2),
-        jnp.asarray([zoom, zoom]),
-        jnp.asarray(translation),
-        "bicubic",
-    )
+    scale = jnp.asarray([zoom, zoom])
+    corner = jnp.asarray([(shape[0] - zoom * height) / 2, (shape[1] - zoom * width) / 2])
+    pixels, size = images.astype(jnp.float32), (count, *shape, channels)
+    view = jax.image.scale_and_translate(pixels, size, (1, 2), scale, corner, "bicubic")
     return as_pixels(view)
 
 

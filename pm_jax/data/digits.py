@@ -17,9 +17,8 @@ def load_digits() -> LabelledArrays:
     train, test = model_selection.train_test_split(
         np.arange(len(images)), test_size=TEST_FRACTION, random_state=0, stratify=bunch.target
     )
-    return LabelledArrays(
-        images[train], bunch.target[train], images[test], bunch.target[test], "digits"
-    )
+    labels = bunch.target
+    return LabelledArrays(images[train], labels[train], images[test], labels[test], "digits")
 
 
 def rotated(arrays: LabelledArrays, degrees: float) -> LabelledArrays:
@@ -27,13 +26,8 @@ def rotated(arrays: LabelledArrays, degrees: float) -> LabelledArrays:
     from scipy import ndimage
 
     def turn(images: np.ndarray) -> np.ndarray:
-        turned = ndimage.rotate(
-            images.astype(np.float32), degrees, axes=(2, 1), reshape=False, order=1
-        )
+        values = images.astype(np.float32)
+        turned = ndimage.rotate(values, degrees, axes=(2, 1), reshape=False, order=1)
         return np.clip(np.round(turned), 0, 255).astype(np.uint8)
 
-    return arrays._replace(
-        train_inputs=turn(arrays.train_inputs),
-        test_inputs=turn(arrays.test_inputs),
-        name=f"{arrays.name}_rotated_{degrees:g}",
-    )
+    return arrays.with_inputs(turn)._replace(name=f"{arrays.name}_rotated_{degrees:g}")

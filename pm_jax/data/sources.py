@@ -1,7 +1,9 @@
 """Labelled images by name: digits, a NumPy archive, or data sets of tensorflow-datasets."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import numpy as np
 
@@ -14,17 +16,19 @@ from pm_jax.types import InvalidInput, cause
 ARCHIVE_FIELDS = ("x_train", "y_train", "x_test", "y_test")
 
 
+class ReadOptions(TypedDict, total=False):
+    """The options of `tfds_images.load_images`."""
+
+    train_per_class: int
+    test_per_class: int
+    stored_size: int
+    cache_dir: str
+
+
 # Seeds and baselines share one decoding.
 @functools.lru_cache(maxsize=1)
 def load(
-    dataset: str,
-    data_dir: str = "",
-    *,
-    train_per_class: int = 0,
-    test_per_class: int = 0,
-    stored_size: int = 0,
-    cache_dir: str = "",
-    rgb: bool = False,
+    dataset: str, data_dir: str = "", *, rgb: bool = False, **options: Unpack[ReadOptions]
 ) -> LabelledArrays:
     """Load a data set, uint8 images [N, H, W, channels] with labels, into memory.
 
@@ -33,16 +37,11 @@ def load(
     """
     if dataset == "digits" or dataset.endswith(".npz"):
         arrays = load_digits() if dataset == "digits" else load_archive(Path(dataset))
-        arrays = keep_first(arrays, train_per_class, test_per_class)
+        train, test = options.get("train_per_class", 0), options.get("test_per_class", 0)
+        arrays = keep_first(arrays, train, test)
     else:
-        domains = load_images(
-            [f"{dataset}/{domain}" for domain in DOMAINS.get(dataset, ())] or [dataset],
-            data_dir,
-            train_per_class=train_per_class,
-            test_per_class=test_per_class,
-            stored_size=stored_size,
-            cache_dir=cache_dir,
-        )
+        names = [f"{dataset}/{domain}" for domain in DOMAINS.get(dataset, ())] or [dataset]
+        domains = load_images(names, data_dir, **options)
         arrays = domains[0] if len(domains) == 1 else _pooled(domains, dataset)
     return _as_rgb(arrays) if rgb else arrays
 
@@ -53,32 +52,22 @@ def load_domains(
     num_domains: int,
     data_dir: str = "",
     *,
-    train_per_class: int = 0,
-    test_per_class: int = 0,
-    stored_size: int = 0,
-    cache_dir: str = "",
     rgb: bool = False,
+    **options: Unpack[ReadOptions],
 ) -> tuple[LabelledArrays, ...]:
     """Load the first `num_domains` domains of "domainnet": the same classes, different images.
 
     Raises:
         InvalidInput: there are fewer domains, or as `load`.
     """
-    known = DOMAINS[dataset]
-    if not 1 <= num_domains <= len(known):
+    domains = DOMAINS[dataset]
+    if not 1 <= num_domains <= (count := len(domains)):
         raise InvalidInput(
-            f"num_tasks={num_domains}: {dataset} has {len(known)} domains; "
-            f"choose 1..{len(known)} tasks"
+            f"num_tasks={num_domains}: {dataset} has {count} domains; choose 1..{count} tasks"
         )
-    domains = load_images(
-        [f"{dataset}/{domain}" for domain in known[:num_domains]],
-        data_dir,
-        train_per_class=train_per_class,
-        test_per_class=test_per_class,
-        stored_size=stored_size,
-        cache_dir=cache_dir,
-    )
-    return tuple(_as_rgb(domain) if rgb else domain for domain in domains)
+    names = [f"{dataset}/{domain}" for domain in domains[:num_domains]]
+    loaded = load_images(names, data_dir, **options)
+    return tuple(_as_rgb(arrays) if rgb else arrays for arrays in loaded)
 
 
 def keep_first(arrays: LabelledArrays, train_per_class: int, test_per_class: int) -> LabelledArrays:
@@ -100,10 +89,7 @@ def _pooled(domains: list[LabelledArrays], name: str) -> LabelledArrays:
 
 
 def _as_rgb(arrays: LabelledArrays) -> LabelledArrays:
-    return arrays._replace(
-        train_inputs=stored_images.as_rgb(arrays.train_inputs, arrays.name),
-        test_inputs=stored_images.as_rgb(arrays.test_inputs, arrays.name),
-    )
+    return arrays.with_inputs(lambda images: stored_images.as_rgb(images, arrays.name))
 
 
 def load_archive(path: Path) -> LabelledArrays:
@@ -112,25 +98,20 @@ def load_archive(path: Path) -> LabelledArrays:
     Raises:
         InvalidInput: the file is missing or damaged, or a field is missing or has another form.
     """
-    fields = read_archive(path)
-    for part in ("train", "test"):
-        images, labels = fields[f"x_{part}"], fields[f"y_{part}"]
-        if images.dtype != np.uint8 or images.ndim not in (3, 4) or not images.size:
-            raise InvalidInput(
-                f"dataset={path}: x_{part} is {images.dtype} {images.shape}; it must be uint8 "
-                "[N, H, W] or [N, H, W, channels], none of them 0"
-            )
-        check_labels(path, part, labels, len(images))
-        if images.ndim == 3:
-            fields[f"x_{part}"] = images[..., None]
-    if fields["x_train"].shape[1:] != fields["x_test"].shape[1:]:
+    needs = "it must be uint8 [N, H, W] or [N, H, W, channels], none of them 0"
+    arrays = read_archive(path, needs, _are_images)
+    arrays = arrays.with_inputs(lambda images: images if images.ndim == 4 else images[..., None])
+    if arrays.train_inputs.shape[1:] != arrays.test_inputs.shape[1:]:
         raise InvalidInput(f"dataset={path}: x_train and x_test have images of different shapes")
-    x_train, y_train, x_test, y_test = (fields[name] for name in ARCHIVE_FIELDS)
-    return LabelledArrays(x_train, y_train, x_test, y_test, path.stem)
+    return arrays
 
 
-def read_archive(path: Path) -> dict[str, np.ndarray]:
-    """Read `ARCHIVE_FIELDS` of an `.npz`, whatever they contain; raises `InvalidInput`."""
+def _are_images(inputs: np.ndarray) -> bool:
+    return inputs.dtype == np.uint8 and inputs.ndim in (3, 4) and inputs.size > 0
+
+
+def read_archive(path: Path, needs: str, fits: Callable[[np.ndarray], bool]) -> LabelledArrays:
+    """Read an `.npz` whose inputs must fit what a model needs; raises `InvalidInput`."""
     if not path.is_file():
         raise InvalidInput(f"dataset={path}: there is no such file")
     try:
@@ -146,11 +127,18 @@ def read_archive(path: Path) -> dict[str, np.ndarray]:
         raise InvalidInput(
             f"dataset={path}: lacks {', '.join(missing)}; write all of {', '.join(ARCHIVE_FIELDS)}"
         )
-    return fields
+    for part in ("train", "test"):
+        inputs, labels = fields[f"x_{part}"], fields[f"y_{part}"]
+        if not fits(inputs):
+            raise InvalidInput(
+                f"dataset={path}: x_{part} is {inputs.dtype} {inputs.shape}; {needs}"
+            )
+        _check_labels(path, part, labels, len(inputs))
+    x_train, y_train, x_test, y_test = (fields[name] for name in ARCHIVE_FIELDS)
+    return LabelledArrays(x_train, y_train, x_test, y_test, path.stem)
 
 
-def check_labels(path: Path, part: str, labels: np.ndarray, examples: int) -> None:
-    """Check that an archive's labels are whole numbers from 0 on; raises `InvalidInput`."""
+def _check_labels(path: Path, part: str, labels: np.ndarray, examples: int) -> None:
     if labels.shape != (examples,) or labels.dtype.kind not in "iu" or min(labels, default=0) < 0:
         raise InvalidInput(
             f"dataset={path}: y_{part} is {labels.dtype} {labels.shape}; it must hold a whole "

@@ -7,17 +7,16 @@ into it, padded to the largest task, so that shapes never change along the strea
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from pm_jax import files
 from pm_jax.types import InvalidInput
 
 SCENARIOS = ("domain_incremental", "class_incremental")
 CLASS_ORDERS = ("random", "given", "groups")
-SHOWN = 6
-"""A message names this many classes of a task, and counts the others."""
 
 
 class LabelledArrays(NamedTuple):
@@ -38,6 +37,11 @@ class LabelledArrays(NamedTuple):
     test_labels: np.ndarray
     name: str = "data"
     class_groups: np.ndarray | None = None
+
+    def with_inputs(self, change: Callable[[np.ndarray], np.ndarray]) -> "LabelledArrays":
+        """Return the data set with a function applied to its inputs."""
+        train_inputs, test_inputs = change(self.train_inputs), change(self.test_inputs)
+        return self._replace(train_inputs=train_inputs, test_inputs=test_inputs)
 
 
 class TaskIndices(NamedTuple):
@@ -149,15 +153,8 @@ def class_incremental(
         "test": [offset + np.flatnonzero(np.isin(arrays.test_labels, g)) for g in groups],
     }
     _check_examples(rows, [f"{arrays.name}: {_task_of_classes(g)}" for g in groups])
-    return TaskStream(
-        inputs=np.concatenate([arrays.train_inputs, arrays.test_inputs]),
-        labels=np.concatenate([arrays.train_labels, arrays.test_labels]).astype(np.int32),
-        example_ids=_ids(arrays),
-        **{split: _padded(of_tasks) for split, of_tasks in rows.items()},
-        class_masks=np.stack([np.isin(np.arange(num_classes), g) for g in groups]),
-        scenario="class_incremental",
-        class_order=tuple(np.concatenate(groups).tolist()),
-    )
+    masks = np.stack([np.isin(np.arange(num_classes), g) for g in groups])
+    return _task_stream([arrays], rows, masks, "class_incremental", np.concatenate(groups))
 
 
 def domain_incremental(
@@ -182,16 +179,27 @@ def domain_incremental(
         rows["test"].append(offset + np.arange(len(domain.test_labels)))
         offset += len(domain.test_labels)
     _check_examples(rows, [f"{domain.name}: the task" for domain in domains])
+    masks = np.ones((len(domains), num_classes), bool)
+    return _task_stream(domains, rows, masks, "domain_incremental", np.arange(num_classes))
+
+
+def _task_stream(
+    data_sets: Sequence[LabelledArrays],
+    rows: dict[str, list[np.ndarray]],
+    class_masks: np.ndarray,
+    scenario: str,
+    class_order: np.ndarray,
+) -> TaskStream:
+    """Lay the data sets behind one another, the training examples of each before its test ones."""
+    labels = np.concatenate([y for d in data_sets for y in (d.train_labels, d.test_labels)])
     return TaskStream(
-        inputs=np.concatenate([x for d in domains for x in (d.train_inputs, d.test_inputs)]),
-        labels=np.concatenate([y for d in domains for y in (d.train_labels, d.test_labels)]).astype(
-            np.int32
-        ),
-        example_ids=tuple(name for domain in domains for name in _ids(domain)),
+        inputs=np.concatenate([x for d in data_sets for x in (d.train_inputs, d.test_inputs)]),
+        labels=labels.astype(np.int32),
+        example_ids=tuple(name for data_set in data_sets for name in _ids(data_set)),
         **{split: _padded(of_tasks) for split, of_tasks in rows.items()},
-        class_masks=np.ones((len(domains), num_classes), bool),
-        scenario="domain_incremental",
-        class_order=tuple(range(num_classes)),
+        class_masks=class_masks,
+        scenario=scenario,
+        class_order=tuple(class_order.tolist()),
     )
 
 
@@ -268,9 +276,8 @@ def _hold_out(labels: np.ndarray, seed: int, fraction: float) -> tuple[np.ndarra
 
 
 def _task_of_classes(classes: np.ndarray) -> str:
-    shown = ", ".join(map(str, sorted(classes.tolist())[:SHOWN]))
-    more = f" and {len(classes) - SHOWN} more" if len(classes) > SHOWN else ""
-    return f"the task of class{'es' if len(classes) > 1 else ''} {shown}{more}"
+    names = files.listed([str(label) for label in sorted(classes.tolist())])
+    return f"the task of class{'es' if len(classes) > 1 else ''} {names}"
 
 
 def _check_examples(rows: dict[str, list[np.ndarray]], tasks: Sequence[str]) -> None:

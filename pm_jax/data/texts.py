@@ -33,13 +33,11 @@ def load(
     """
     encode = _encoder(tokenizer, max_tokens)
     if dataset.endswith(".npz"):
-        arrays = _archive(Path(dataset))
+        needs = "a text model needs strings [N]"
+        arrays = sources.read_archive(Path(dataset), needs, _are_texts)
     else:
         arrays = _prepared(dataset, data_dir)
-    arrays = sources.keep_first(arrays, train_per_class, test_per_class)
-    return arrays._replace(
-        train_inputs=encode(arrays.train_inputs), test_inputs=encode(arrays.test_inputs)
-    )
+    return sources.keep_first(arrays, train_per_class, test_per_class).with_inputs(encode)
 
 
 def _encoder(path: str, max_tokens: int):
@@ -71,18 +69,8 @@ def _encoder(path: str, max_tokens: int):
     return encode
 
 
-def _archive(path: Path) -> LabelledArrays:
-    fields = sources.read_archive(path)
-    for part in ("train", "test"):
-        texts, labels = fields[f"x_{part}"], fields[f"y_{part}"]
-        if texts.dtype.kind != "U" or texts.ndim != 1:
-            raise InvalidInput(
-                f"dataset={path}: x_{part} is {texts.dtype} {texts.shape}; a text model needs "
-                "strings [N]"
-            )
-        sources.check_labels(path, part, labels, len(texts))
-    x_train, y_train, x_test, y_test = (fields[name] for name in sources.ARCHIVE_FIELDS)
-    return LabelledArrays(x_train, y_train, x_test, y_test, path.stem)
+def _are_texts(inputs: np.ndarray) -> bool:
+    return inputs.dtype.kind == "U" and inputs.ndim == 1
 
 
 def _prepared(name: str, data_dir: str) -> LabelledArrays:

@@ -47,12 +47,9 @@ def load_images(
     builders = [_builder(name, data_dir) for name in names]
     data_sets = []
     for name, builder in zip(names, builders, strict=True):
-        train, test = _parts(name, builder, train_per_class, test_per_class)
-        arrays = (
-            *_read(name, builder, train, stored_size, cache_dir),
-            *_read(name, builder, test, stored_size, cache_dir),
-        )
-        data_sets.append(LabelledArrays(*arrays, name=name))
+        parts = _parts(name, builder, train_per_class, test_per_class)
+        train, test = (_read(name, builder, part, stored_size, cache_dir) for part in parts)
+        data_sets.append(LabelledArrays(*train, *test, name=name))
     shapes = {images.shape[1:] for arrays in data_sets for images in (arrays[0], arrays[2])}
     if len(shapes) > 1:
         raise InvalidInput(
@@ -106,9 +103,9 @@ def _read(
     channels = builder.info.features["image"].shape[-1] or 3
     shape = (stored_size, stored_size, channels)
     stem, folders = _stem(builder, part), _folders(builder, stored_size, cache_dir)
-    kept = stored_images.cached(folders, stem, shape) if stored_size else None
-    if kept:
-        return kept
+    stored = stored_images.cached(folders, stem, shape) if stored_size else None
+    if stored:
+        return stored
     positions = _positions(name, builder, part)
     count = builder.info.splits[part.split].num_examples if positions is None else len(positions)
     labels: list[int] = []
@@ -132,9 +129,7 @@ def _positions(name: str, builder: Any, part: _Part) -> np.ndarray | None:
         return None
     examples = prepared.examples(builder, part.split, ("label",))
     labels = np.fromiter((example["label"] for example in examples), np.int64)
-    positions = np.arange(len(labels))
-    if part.side:
-        positions = _divided(name, labels)[part.side]
+    positions = _divided(name, labels)[part.side] if part.side else np.arange(len(labels))
     return positions[first_of_each_class(labels[positions], part.per_class)]
 
 
@@ -175,8 +170,8 @@ def _folders(builder: Any, stored_size: int, cache_dir: str) -> list[Path]:
     inside = Path(builder.info.full_name) / f"{stored_size}px"
     if cache_dir:
         return [Path(cache_dir) / inside]
-    own = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    places = [own / "pm_jax" / inside]
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    places = [user_cache / "pm_jax" / inside]
     version = Path(os.fspath(builder.data_path))
     # A data set in a bucket has no folder beside it.
     if version.is_dir():

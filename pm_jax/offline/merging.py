@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pm_jax import files
 from pm_jax.curvature.diagonal import DiagonalQuadratic
-from pm_jax.offline.requests import Inputs, Merge, listed, open_inputs, rules_by_settings
+from pm_jax.offline.requests import Inputs, Merge, open_inputs, rules_by_settings
 from pm_jax.offline.tensor_files import FLOATS, TensorFile, check_output, writing
 from pm_jax.rules import Evidence, MergeRule, jit_merge
 from pm_jax.types import InvalidInput, Params
@@ -220,9 +221,9 @@ def _report(merge: Merge, inputs: Inputs, of_tensor: dict[str, MergeRule]) -> st
         if any(file.entries[name].dtype != entries[name].dtype for file in inputs.models)
     ]
     if mixed:
-        lines.append(f"of several types, written in the base's: {listed(mixed)}")
+        lines.append(f"of several types, written in the base's: {files.listed(mixed)}")
     if kept := [name for name, entry in entries.items() if entry.dtype not in FLOATS]:
-        lines.append(f"not floating-point, left as the base's: {listed(kept)}")
+        lines.append(f"not floating-point, left as the base's: {files.listed(kept)}")
     if any(rule.needs.scope == "model" for rule in of_tensor.values()):
         lines.append(f"{merge.rule} looks at all tensors at once: they were held in memory")
     return "\n".join(lines)

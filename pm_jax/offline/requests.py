@@ -2,17 +2,13 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
-from pm_jax import rules, trees
+from pm_jax import files, rules, trees
 from pm_jax.offline import orbax_files
 from pm_jax.offline.tensor_files import FLOATS, WHOLE_NUMBERS, TensorFile
 from pm_jax.rules import MergeRule
 from pm_jax.types import InvalidInput
-
-SHOWN = 6
-"""A message lists this many names or differences, and counts the others."""
 
 OF_FISHERS = frozenset({"quadratic", "curvature_error", "curvature_along"})
 """Fields of `Evidence` that come from curvature; Fisher files provide the quadratic only."""
@@ -159,12 +155,6 @@ def _joined(default: str, particular: str) -> str:
     return ",".join({part.partition("=")[0]: part for part in parts}.values())
 
 
-def listed(names: Sequence[str]) -> str:
-    """Write the first few of some names, and how many more there are."""
-    rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + rest
-
-
 def _check_paths(merge: Merge) -> None:
     if not merge.models:
         raise InvalidInput("models=: needs one or more files")
@@ -193,5 +183,5 @@ def _check_same(base: TensorFile, other: TensorFile, names: tuple[str, ...]) -> 
     if differences:
         raise InvalidInput(
             f"{other.argument}={other.source}: does not hold the tensors of the base: "
-            f"{listed(differences)}; give files of one architecture"
+            f"{files.listed(differences)}; give files of one architecture"
         )

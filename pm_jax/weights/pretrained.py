@@ -6,7 +6,7 @@ and serve both directions.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -18,10 +18,6 @@ from pm_jax.types import InvalidInput, Params, cause
 from pm_jax.weights.layouts import LAYOUTS, Entry, depth_of
 
 Tensors = dict[str, np.ndarray]
-
-SHOWN = 6
-"""A message lists this many names of each kind of mismatch, and counts the others."""
-
 
 _SIGNATURES = {
     "timm": "blocks.0.attn.qkv.weight",
@@ -65,7 +61,7 @@ def layout_of(tensors: Mapping[str, np.ndarray]) -> str:
             return layout
     known = "; ".join(f"{layout} has {name}" for layout, name in _SIGNATURES.items())
     raise InvalidInput(
-        f"pretrained: its tensors ({_listed(sorted(tensors))}) are not named in a known "
+        f"pretrained: its tensors ({files.listed(sorted(tensors))}) are not named in a known "
         f"layout: {known}; give weights of one of them"
     )
 
@@ -105,7 +101,7 @@ def load_params(tensors: Mapping[str, np.ndarray], params: Params, *, head: bool
             )
         leaves[entry.path] = jnp.asarray(leaf)
     # A tensor that holds several of our leaves is named once.
-    problems = [f"{kind} {_listed([*dict.fromkeys(names)])}" for kind, names in unfit.items()
+    problems = [f"{kind} {files.listed([*dict.fromkeys(names)])}" for kind, names in unfit.items()
                 if names]  # fmt: skip
     if problems:
         raise InvalidInput(
@@ -218,8 +214,3 @@ def _to_theirs(entry: Entry, leaf: np.ndarray, num_heads: int) -> np.ndarray:
         case "heads_bias":
             return leaf.reshape(num_heads, -1)
     return leaf
-
-
-def _listed(names: Sequence[str]) -> str:
-    rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + rest

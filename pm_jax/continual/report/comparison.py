@@ -64,7 +64,8 @@ def paired_differences(accuracies, best: int) -> tuple[np.ndarray, np.ndarray]:
     """Compare accuracies [R, S] with row `best`: mean difference over seeds and its error, [R]."""
     values = np.asarray(accuracies, np.float64)
     differences = values - values[best]
-    return differences.mean(axis=1), np.asarray([_standard_error(row) for row in differences])
+    deviations = np.asarray([_deviation(row) for row in differences])
+    return differences.mean(axis=1), deviations / values.shape[1] ** 0.5
 
 
 def compare(
@@ -92,11 +93,14 @@ def compare(
     rank[ranked] = ranks(values[ranked]).mean(axis=1)
     best = max(ranked, key=lambda row: values[row].mean())
     difference, error = paired_differences(values, best)
-    runs_of_all = [run for runs in results.values() for run in runs]
-    on_demand = [
-        name for name in MEASURED_ON_DEMAND if any(run.get(name) is not None for run in runs_of_all)
-    ]
-    names = [*FIGURES, *on_demand]
+    measured = {
+        name
+        for runs in results.values()
+        for run in runs
+        for name in MEASURED_ON_DEMAND
+        if run.get(name) is not None
+    }
+    names = [*FIGURES, *(name for name in MEASURED_ON_DEMAND if name in measured)]
     comparisons = [
         Comparison(
             rule=label,
@@ -198,10 +202,6 @@ def _mean(values: Sequence[float]) -> float:
 
 def _deviation(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1)) if len(values) > 1 else NAN
-
-
-def _standard_error(values: Sequence[float]) -> float:
-    return _deviation(values) / len(values) ** 0.5
 
 
 def _joined(values: Sequence[int]) -> str:

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from pm_jax.continual.report.results import accuracies_after_each_task
+from pm_jax.continual.report import figures
+from pm_jax.continual.report.results import accuracies_after_each_task, of_merges
 from pm_jax.continual.storage import manifest
 
 Results = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -42,10 +43,7 @@ def _accuracy_after_each_task(axes, results: Results) -> None:
 
 
 def _alpha_of_each_task(axes, results: Results) -> None:
-    curves = {
-        label: np.asarray([[merge["alpha"] for merge in run["merges"]] for run in runs], np.float64)
-        for label, runs in results.items()
-    }
+    curves = {label: of_merges(runs, "alpha") for label, runs in results.items()}
     _lines(axes, curves, "merge coefficient alpha")
 
 
@@ -56,7 +54,7 @@ def _lines(axes, curves: Mapping[str, np.ndarray], name: str) -> None:
             continue
         # Shifted a little, so that error bars do not hide each other.
         tasks = np.arange(1, values.shape[1] + 1) + 0.03 * (number - len(curves) / 2)
-        spread = values.std(axis=0, ddof=1) if len(values) > 1 else None
+        spread = figures.deviation(values)
         # Ten colours, then the same ones with another line.
         style = ("-", "--", ":")[number // 10 % 3]
         axes.errorbar(tasks, values.mean(axis=0), spread, label=label, linestyle=style,
@@ -68,18 +66,10 @@ def _lines(axes, curves: Mapping[str, np.ndarray], name: str) -> None:
 
 
 def _final_accuracy_of_each_task(axes, results: Results) -> None:
-    final = np.asarray(
-        [
-            np.mean([np.asarray(run["accuracy_matrix"][-1], np.float64) for run in runs], axis=0)
-            for runs in results.values()
-        ]
-    )
-    axes.imshow(100 * final, cmap="viridis", vmin=0, vmax=100, aspect="auto")
-    for row, column in np.ndindex(final.shape):
-        value = final[row, column]
-        # Legible on both ends of the colour map, of which high values are bright.
-        ink = "white" if value < 0.6 else "black"
-        axes.text(column, row, f"{100 * value:.1f}", color=ink, ha="center", va="center")
+    rows = [[run["accuracy_matrix"][-1] for run in runs] for runs in results.values()]
+    final = 100 * np.asarray(rows, np.float64).mean(axis=1)
+    axes.imshow(final, cmap="viridis", vmin=0, vmax=100, aspect="auto")
+    figures.write_percents(axes, final)
     axes.set_xticks(range(final.shape[1]), range(1, final.shape[1] + 1))
     axes.set_yticks(range(len(results)), list(results))
     axes.set(xlabel="task", title="accuracy after the last task, %")
@@ -87,9 +77,8 @@ def _final_accuracy_of_each_task(axes, results: Results) -> None:
 
 def _forgetting_and_learning_accuracy(axes, results: Results) -> None:
     for number, (label, runs) in enumerate(results.items()):
-        points = 100 * np.asarray(
-            [[run["learning_accuracy"], run["forgetting"]] for run in runs], np.float64
-        )
+        pairs = [[run["learning_accuracy"], run["forgetting"]] for run in runs]
+        points = 100 * np.asarray(pairs, np.float64)
         x, y = points.mean(axis=0)
         # With one task there is nothing to forget.
         if not np.isfinite((x, y)).all():

@@ -40,13 +40,7 @@ def accuracy_matrix(runs: Sequence[Results]) -> "Figure":
     figure.colorbar(image, ax=axes, shrink=0.8)
     # More numbers than those of ten tasks are not legible.
     if len(values) <= 10:
-        for row, column in np.argwhere(np.isfinite(values)):
-            value = values[row, column]
-            ink = "white" if value < 60 else "black"
-            size = 10 if len(values) <= 7 else 7.5
-            axes.text(
-                column, row, f"{value:.1f}", color=ink, ha="center", va="center", fontsize=size
-            )
+        write_percents(axes, values, 10 if len(values) <= 7 else 7.5)
     # At most ten ticks; the division rounds up.
     places = np.arange(0, len(values), -(-len(values) // 10))
     axes.set_xticks(places, places + 1)
@@ -62,7 +56,7 @@ def accuracy_curves(runs: Mapping[str, Sequence[Results]]) -> "Figure":
     for number, (label, results) in enumerate(runs.items()):
         values = 100 * accuracies_after_each_task(results)
         tasks = np.arange(1, values.shape[1] + 1) + 0.05 * number
-        axes.errorbar(tasks, values.mean(axis=0), _deviation(values), label=label,
+        axes.errorbar(tasks, values.mean(axis=0), deviation(values), label=label,
                       color=f"C{number}", marker="os"[number], markersize=4, capsize=3)  # fmt: skip
     axes.set(xlabel="after task", ylabel="accuracy on the tasks seen, %")
     _finish(figure, axes, 1, values.shape[1])
@@ -76,8 +70,7 @@ def training_loss(losses: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> "Figur
     for number, (label, (ends, values)) in enumerate(losses.items()):
         mean, color = values.mean(axis=0), f"C{number}"
         axes.plot(ends, mean, label=label, color=color, marker="os"[number], markersize=2)
-        if len(values) > 1:
-            spread = values.std(axis=0, ddof=1)
+        if (spread := deviation(values)) is not None:
             axes.fill_between(ends, mean - spread, mean + spread, color=color, alpha=0.2, lw=0)
     for boundary in range(1, int(ends.max())):
         axes.axvline(boundary, color="0.8", linewidth=0.8, zorder=0)
@@ -129,24 +122,20 @@ def loss_changes(runs: Sequence[Results]) -> "Figure":
     predicted, actual = (
         of_merges(runs, name)[:, 1:] for name in ("predicted_loss_change", "actual_loss_change")
     )
-    both_known = np.isfinite(predicted) & np.isfinite(actual)
-    both = np.concatenate([predicted[both_known], actual[both_known]])
+    measured = np.isfinite(predicted) & np.isfinite(actual)
+    both = np.concatenate([predicted[measured], actual[measured]])
     top = max(2 * both.max(), 10 * NEGLIGIBLE)
     bottom = min(2 * both.min(), -NEGLIGIBLE / 2)
     line = np.concatenate([[0], np.geomspace(NEGLIGIBLE / 100, FACTOR * top, 200)])
-    axes.fill_between(
-        line, line / FACTOR, line * FACTOR, color="0.9", label=f"within {FACTOR:.0f} x"
-    )
+    # Nothing is warned of within the band.
+    within = f"within {FACTOR:.0f} x"
+    axes.fill_between(line, line / FACTOR, line * FACTOR, color="0.9", label=within)
     axes.plot(line, line, color="0.5", linewidth=1, label="agreement")
-    axes.plot(predicted[both_known], actual[both_known], "o", color="C0", markersize=5)
+    axes.plot(predicted[measured], actual[measured], "o", color="C0", markersize=5)
     # Numbers of tasks for the first seed, and of many tasks for some only.
-    for task in np.flatnonzero(both_known[0])[:: 1 + both_known.shape[1] // 8]:
-        axes.annotate(
-            str(task + 2),
-            (float(predicted[0, task]), float(actual[0, task])),
-            textcoords="offset points",
-            xytext=(4, 3),
-        )
+    for task in np.flatnonzero(measured[0])[:: 1 + measured.shape[1] // 8]:
+        place = (float(predicted[0, task]), float(actual[0, task]))
+        axes.annotate(str(task + 2), place, textcoords="offset points", xytext=(4, 3))
     # Linear around 0, logarithmic beyond: loss changes have both signs.
     axes.set_xscale("symlog", linthresh=NEGLIGIBLE)
     axes.set_yscale("symlog", linthresh=NEGLIGIBLE)
@@ -221,7 +210,17 @@ def _figure(height: float) -> "Figure":
     return Figure(figsize=(4.6, height), layout="constrained")
 
 
-def _deviation(values: np.ndarray) -> np.ndarray | None:
+def write_percents(axes, values: np.ndarray, size: float | None = None) -> None:
+    """Write the numbers of a heat map into its cells."""
+    for row, column in np.argwhere(np.isfinite(values)):
+        value = values[row, column]
+        # Legible on both ends of the colour map, of which high values are bright.
+        ink = "white" if value < 60 else "black"
+        axes.text(column, row, f"{value:.1f}", color=ink, ha="center", va="center", fontsize=size)
+
+
+def deviation(values: np.ndarray) -> np.ndarray | None:
+    """Compute the sample deviation over seeds [S, ...]; `None` for one seed, without a spread."""
     return values.std(axis=0, ddof=1) if len(values) > 1 else None
 
 

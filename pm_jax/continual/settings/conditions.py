@@ -4,11 +4,12 @@ import dataclasses
 import inspect
 import itertools
 import math
+import typing
 from collections.abc import Iterator
 from typing import Any
 
 from pm_jax import rules
-from pm_jax.continual.settings.settings import Settings
+from pm_jax.continual.settings.settings import LIMITS, Settings
 from pm_jax.data import sources
 from pm_jax.rules import MergeRule
 from pm_jax.types import InvalidInput
@@ -17,12 +18,6 @@ LARGEST = 2**31 - 1
 """Largest whole number of a setting: arrays on the device hold int32."""
 TEXT_POSITIONS = 512
 """Positions of BERT's text encoders, so the most tokens that a text may have."""
-LIMITS = (
-    ("at_least", 1, "must be at least 1"),
-    ("at_least", 0, "must not be negative"),
-    ("above", 0, "must be above 0"),
-)
-"""Limits that fields may state, in the order in which they are checked, and the remedies."""
 Condition = tuple[str, bool, str]
 """Name of a setting, whether its value is allowed, and the remedy if it is not."""
 
@@ -54,12 +49,12 @@ def _check_value(field: dataclasses.Field, value: Any) -> None:
 
 
 def _limits(s: Settings) -> Iterator[Condition]:
-    """Yield the limits that the fields themselves state, kind by kind."""
-    for kind, limit, remedy in LIMITS:
+    """Yield the limits that the types of the fields state, kind by kind."""
+    for limit in LIMITS:
         for field in dataclasses.fields(s):
-            if field.metadata[kind] == limit:
-                value = getattr(s, field.name)
-                yield field.name, value > limit if kind == "above" else value >= limit, remedy
+            if limit in typing.get_args(field.type):
+                holds = limit.compare(getattr(s, field.name), limit.bound)
+                yield field.name, holds, limit.remedy
 
 
 def _ranges(s: Settings) -> Iterator[Condition]:

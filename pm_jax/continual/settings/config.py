@@ -81,10 +81,9 @@ class Config(Settings):
 
     def without_merging(self) -> "Config":
         """Return settings that train and evaluate alike, with the defaults of merging."""
-        default = Config()
-        return dataclasses.replace(
-            self, **{name: getattr(default, name) for name in names_of("merging")}
-        )
+        # A field's default is also an attribute of the class.
+        defaults = {name: getattr(Config, name) for name in names_of("merging")}
+        return dataclasses.replace(self, **defaults)
 
     def network(self, num_classes: int) -> nn.Module:
         """Make the model for a number of classes."""
@@ -92,22 +91,23 @@ class Config(Settings):
         if self.model == "mlp":
             return models.MLP(num_classes, self.hidden_sizes, dtype)
         sizes = PUBLIC_SIZES.get(self.model, (self.width, self.depth, self.num_heads))
+        # BERT was trained with 1e-12, the public weights of timm and AugReg with 1e-6.
+        epsilon = self.layer_norm_epsilon or (1e-12 if self.reads_text else 1e-6)
         if self.reads_text:
+            positions = conditions.TEXT_POSITIONS
             return models.TextEncoder(
                 num_classes,
                 self.vocabulary,
-                conditions.TEXT_POSITIONS,
+                positions,
                 *sizes,
-                layer_norm_epsilon=self.layer_norm_epsilon or 1e-12,
+                layer_norm_epsilon=epsilon,
                 dtype=dtype,
             )
+        # The names of the public sizes say 16.
+        patch = 16 if self.model in PUBLIC_SIZES else self.patch_size
+        side = self.image_size or None
         return models.VisionTransformer(
-            num_classes,
-            16 if self.model in PUBLIC_SIZES else self.patch_size,  # as the names of these say
-            self.image_size or None,
-            *sizes,
-            layer_norm_epsilon=self.layer_norm_epsilon or 1e-6,
-            dtype=dtype,
+            num_classes, patch, side, *sizes, layer_norm_epsilon=epsilon, dtype=dtype
         )
 
     @property

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
-from typing import Any
+import operator
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple
 
 from pm_jax import rules
 from pm_jax.data import augmentation, stream
@@ -28,20 +30,36 @@ STAGES = ("stream", "model", "training", "placement", "perturbation", "merging",
 """Parts of a run; a field says in which one its value first matters."""
 
 
+class Limit(NamedTuple):
+    """A bound that the type of a setting states, and the remedy for a value beyond it."""
+
+    compare: Callable[[Any, int], bool]
+    bound: int
+    remedy: str
+
+
+AT_LEAST_ONE = Limit(operator.ge, 1, "must be at least 1")
+NOT_NEGATIVE = Limit(operator.ge, 0, "must not be negative")
+ABOVE_ZERO = Limit(operator.gt, 0, "must be above 0")
+# In the order in which `conditions` checks them: the first wrong setting is the one reported.
+LIMITS = (AT_LEAST_ONE, NOT_NEGATIVE, ABOVE_ZERO)
+Positive = Annotated[int, AT_LEAST_ONE]
+Natural = Annotated[int, NOT_NEGATIVE]
+PositiveReal = Annotated[float, ABOVE_ZERO]
+NonNegativeReal = Annotated[float, NOT_NEGATIVE]
+
+
 def _option(
     default: Any,
     description: str,
     choices: tuple[str, ...] | None = None,
     *,
     stage: str,
-    at_least: int | None = None,
-    above: int | None = None,
     identity: bool = True,
 ) -> Any:
     """Make a field; a setting without identity may differ between calls on a work directory."""
-    limits = {"at_least": at_least, "above": above}
     about = {"description": description, "choices": choices, "stage": stage, "identity": identity}
-    return dataclasses.field(default=default, metadata=about | limits)
+    return dataclasses.field(default=default, metadata=about)
 
 
 _stream, _model, _training, _placement, _perturbation, _merging, _evaluation = (
@@ -63,11 +81,10 @@ class Settings:
     data_dir: str = _stream(
         "", "Where tensorflow-datasets has its data; empty for its default.", identity=False
     )
-    stored_size: int = _stream(
+    stored_size: Natural = _stream(
         0,
         "tensorflow-datasets: side in pixels of the square that images are resized to, once, and "
         "kept as; for images of several sizes. 0 to leave them.",
-        at_least=0,
     )
     cache_dir: str = _stream(
         "",
@@ -75,10 +92,8 @@ class Settings:
         "be written, the user's cache directory.",
         identity=False,
     )
-    train_per_class: int = _stream(
-        0, "Training examples of each class to keep; 0 for all.", at_least=0
-    )
-    test_per_class: int = _stream(0, "Test examples of each class to keep; 0 for all.", at_least=0)
+    train_per_class: Natural = _stream(0, "Training examples of each class to keep; 0 for all.")
+    test_per_class: Natural = _stream(0, "Test examples of each class to keep; 0 for all.")
     scenario: str = _stream(
         "domain_incremental",
         "domain_incremental: every task has every class (digits: each task turns the images "
@@ -86,10 +101,8 @@ class Settings:
         "task brings new classes.",
         stream.SCENARIOS,
     )
-    num_tasks: int = _stream(
-        5,
-        "Number of tasks; where the classes do not divide evenly, earlier tasks have one more.",
-        at_least=1,
+    num_tasks: Positive = _stream(
+        5, "Number of tasks; where the classes do not divide evenly, earlier tasks have one more."
     )
     class_order: str = _stream(
         "random",
@@ -97,8 +110,8 @@ class Settings:
         "classes that the data set names a task, such as the domains of clinc_oos.",
         stream.CLASS_ORDERS,
     )
-    base_classes: int = _stream(
-        0, "Class-incremental: classes of the first task; 0 for an even share.", at_least=0
+    base_classes: Natural = _stream(
+        0, "Class-incremental: classes of the first task; 0 for an even share."
     )
     rotation_step: float = _stream(20.0, "Domain-incremental digits: degrees from task to task.")
     validation_fraction: float = _stream(
@@ -120,33 +133,26 @@ class Settings:
     tokenizer: str = _model(
         "", "Text: a tokenizer.json; empty for the one beside the pre-trained weights."
     )
-    max_tokens: int = _model(32, "Text: tokens that texts are cut or padded to.", at_least=1)
-    vocabulary: int = _model(30522, "text_encoder: number of token ids.", at_least=1)
-    image_size: int = _model(
-        0,
-        "vit: side in pixels that images are resized to on the device; 0 to leave them.",
-        at_least=0,
+    max_tokens: Positive = _model(32, "Text: tokens that texts are cut or padded to.")
+    vocabulary: Positive = _model(30522, "text_encoder: number of token ids.")
+    image_size: Natural = _model(
+        0, "vit: side in pixels that images are resized to on the device; 0 to leave them."
     )
     compute_dtype: str = _model(
         "float32",
         "Type of the models' computation; parameters, adapters, curvature and merges are float32.",
         ("float32", "bfloat16"),
     )
-    layer_norm_epsilon: float = _model(
+    layer_norm_epsilon: NonNegativeReal = _model(
         0.0,
         "Of the layer norms; 0 for 1e-6 in a vit, which is timm's and AugReg's, and 1e-12 in text "
         "encoders. transformers' ViT weights need 1e-12.",
-        at_least=0,
     )
     hidden_sizes: tuple[int, ...] = _model((256, 256), "mlp: width of each hidden layer.")
-    patch_size: int = _model(
-        2, "vit: side of a patch in pixels; must divide the image.", at_least=1
-    )
-    width: int = _model(64, "vit, text_encoder: width of the tokens.", at_least=1)
-    depth: int = _model(4, "vit, text_encoder: number of blocks.", at_least=1)
-    num_heads: int = _model(
-        4, "vit, text_encoder: attention heads; must divide the width.", at_least=1
-    )
+    patch_size: Positive = _model(2, "vit: side of a patch in pixels; must divide the image.")
+    width: Positive = _model(64, "vit, text_encoder: width of the tokens.")
+    depth: Positive = _model(4, "vit, text_encoder: number of blocks.")
+    num_heads: Positive = _model(4, "vit, text_encoder: attention heads; must divide the width.")
 
     # What trains.
     adapter: str = _training(
@@ -155,7 +161,7 @@ class Settings:
         "task trains all parameters).",
         ("full", "lora"),
     )
-    lora_rank: int = _training(10, "lora: rank of the adapters.", at_least=1)
+    lora_rank: Positive = _training(10, "lora: rank of the adapters.")
     lora_pattern: str = _training(
         "",
         "lora: regular expression over the paths of dense kernels, matched in full; empty for key "
@@ -163,51 +169,46 @@ class Settings:
     )
 
     # Training.
-    epochs: int = _training(3, "Passes over the data of a task.", at_least=1)
-    first_task_epochs: int = _training(
-        9, "The same for the first task of a run from scratch; 0 for no more.", at_least=0
+    epochs: Positive = _training(3, "Passes over the data of a task.")
+    first_task_epochs: Natural = _training(
+        9, "The same for the first task of a run from scratch; 0 for no more."
     )
-    epoch_repeats: int = _training(1, "Passes over the data that count as one epoch.", at_least=1)
-    batch_size: int = _training(32, "Examples per step.", at_least=1)
-    accumulation_steps: int = _training(
+    epoch_repeats: Positive = _training(1, "Passes over the data that count as one epoch.")
+    batch_size: Positive = _training(32, "Examples per step.")
+    accumulation_steps: Positive = _training(
         1,
         "Steps whose gradients make one update, in less memory what batch_size times as large "
         "does; an epoch's last update may be of fewer.",
-        at_least=1,
     )
     optimizer: str = _training("adamw", "Optimiser, from optax; restarts at each task.", OPTIMIZERS)
-    learning_rate: float = _training(3e-3, "Peak learning rate.", above=0)
-    head_learning_rate: float = _training(
-        0.0, "The same for the classifier; 0 for equal.", at_least=0
+    learning_rate: PositiveReal = _training(3e-3, "Peak learning rate.")
+    head_learning_rate: NonNegativeReal = _training(
+        0.0, "The same for the classifier; 0 for equal."
     )
-    temperature: float = _training(
-        1.0, "Logits are divided by it in the loss, and so in its curvature.", above=0
+    temperature: PositiveReal = _training(
+        1.0, "Logits are divided by it in the loss, and so in its curvature."
     )
-    weight_decay: float = _training(0.0, "Decoupled weight decay (adamw).", at_least=0)
+    weight_decay: NonNegativeReal = _training(0.0, "Decoupled weight decay (adamw).")
     schedule: str = _training("constant", "Course of the learning rate over each task.", SCHEDULES)
     milestones: tuple[float, ...] = _training(
         (0.5, 0.8),
         "schedule=milestones: fractions of a task after each of which the rate is a tenth.",
     )
     warmup_fraction: float = _training(0.0, "Share of each task's steps with a linear warm-up.")
-    clip_norm: float = _training(
-        0.0, "Bound on the gradient's global norm; 0 for none.", at_least=0
-    )
+    clip_norm: NonNegativeReal = _training(0.0, "Bound on the gradient's global norm; 0 for none.")
 
     # Devices.
-    devices: int = _placement(
+    devices: Natural = _placement(
         1,
         "Devices that the examples of each step are divided among, with the numbers of one up to "
         "rounding; 0 for all, of all processes. Must divide batch_size.",
         identity=False,
-        at_least=0,
     )
-    fsdp: int = _placement(
+    fsdp: Positive = _placement(
         1,
         "How many of the devices hold one copy of the parameters, the optimiser's state and the "
         "rule's together, a part of each matrix each; must divide devices. 1 for a copy on each.",
         identity=False,
-        at_least=1,
     )
 
     # Images.
@@ -220,21 +221,19 @@ class Settings:
     crop_scale: tuple[float, ...] = _training(
         (0.08, 1.0), "Least and greatest area of a random crop over that of the image."
     )
-    randaugment_layers: int = _training(2, "randaugment: operations for each image.", at_least=1)
+    randaugment_layers: Positive = _training(2, "randaugment: operations for each image.")
     randaugment_magnitude: float = _training(9.0, "randaugment: strength of each, 0 to 10.")
-    resident_mb: float = _placement(
+    resident_mb: NonNegativeReal = _placement(
         0.0,
         "Inputs that would take more than so many MB of a device stay in the host's memory and are "
         "streamed, with the same numbers; so do snapshots of training until the merge. 0 for half "
         "of the device's memory and, on a CPU, no bound.",
         identity=False,
-        at_least=0,
     )
-    evaluation_resize: float = _training(
+    evaluation_resize: Annotated[float, AT_LEAST_ONE] = _training(
         1.0,
         "Evaluation, curvature and training without crops see the middle of images resized to this "
         "multiple of what the model reads; 256/224 is common, 1 is the whole image.",
-        at_least=1,
     )
 
     # Perturbation.
@@ -273,31 +272,25 @@ class Settings:
     stored_curvature: str = _merging(
         "fisher_exact", "exact_current: what earlier tasks left behind.", STORED_CURVATURES
     )
-    curvature_rank: int = _merging(
-        16,
-        "low_rank: columns of the size of what merges, of a task and of the memory of all.",
-        at_least=1,
+    curvature_rank: Positive = _merging(
+        16, "low_rank: columns of the size of what merges, of a task and of the memory of all."
     )
-    curvature_slots: int = _merging(
-        16,
-        "kronecker: tasks whose factors are kept apart; later ones share the last slot.",
-        at_least=1,
+    curvature_slots: Positive = _merging(
+        16, "kronecker: tasks whose factors are kept apart; later ones share the last slot."
     )
-    curvature_samples: int = _merging(
+    curvature_samples: Natural = _merging(
         1,
         "fisher_exact, gauss_newton_diag, kronecker: labels drawn per example; 0 for the sum over "
         "all classes.",
-        at_least=0,
     )
-    curvature_examples: int = _merging(
-        0, "Training examples that curvature is measured on; 0 for all of the task's.", at_least=0
+    curvature_examples: Natural = _merging(
+        0, "Training examples that curvature is measured on; 0 for all of the task's."
     )
-    curvature_error: float = _merging(
+    curvature_error: NonNegativeReal = _merging(
         0.0,
         "Stop measuring a task's curvature, on examples in random order, as soon as its relative "
         "standard error along the task vector is at most this, which bounds that of the "
         "coefficient; 0 to go on to the last example.",
-        at_least=0,
     )
     branch_from: str = _merging(
         "",
@@ -306,11 +299,10 @@ class Settings:
         identity=False,
     )
     from_task: int = _merging(0, "branch_from: number of tasks taken over.")
-    merge_examples: int = _merging(
+    merge_examples: Positive = _merging(
         256,
         "Training examples of a task that rules look at while they merge, beyond curvature: trm "
         "optimises on them, became takes the inputs of layers from them.",
-        at_least=1,
     )
     onset_gradients: bool = _merging(
         False, "Log the norm of the loss gradient at the onset of each task, as trm always does."
@@ -331,24 +323,21 @@ class Settings:
         "1/t, the further the more the two differ. The report says it in any case.",
         ("off", "warn", "shrink"),
     )
-    landscape_points: int = _merging(
+    landscape_points: Natural = _merging(
         0,
         "Points between the model that a task started from and the trained one at which, after "
         "each merge, the losses and accuracies of all tasks seen are measured on validation data; "
         "some more lie beyond either. 0 for none.",
-        at_least=0,
     )
-    plane_points: int = _merging(
+    plane_points: Natural = _merging(
         0,
         "The same on a square of so many points a side, in the plane of the last two tasks' task "
         "vectors; 0 for none.",
-        at_least=0,
     )
-    curvature_memory_mb: float = _merging(
+    curvature_memory_mb: NonNegativeReal = _merging(
         0.0,
         "Bound in MB on the per-example gradients in memory at a time; 0 for 8 on a CPU and 2048 "
         "on accelerators.",
-        at_least=0,
     )
 
     @property
