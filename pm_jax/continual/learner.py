@@ -1,7 +1,6 @@
 """The task loop: train, measure curvature, merge, evaluate, save; one seed of one configuration."""
 
 import functools
-import time
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import jax
 import numpy as np
 
 from pm_jax import trees
-from pm_jax.continual.interruption import StopRequests, end_if
+from pm_jax.continual.interruption import end_if
 from pm_jax.continual.merging import landscape, trust
 from pm_jax.continual.merging.merging import Merging, RunState, TrainedTask
 from pm_jax.continual.merging.programs import Programs, StreamShape, programs_of
@@ -34,21 +33,13 @@ class Learner:
     """A continual learner: one seed of one configuration.
 
     Args:
-        config: settings of the run.
-        seed: seed of everything random.
-        directory: where checkpoints and logs go; `None` to keep nothing.
-        options: what to save, show and share; `run` obeys `options.stop` with `Interrupted`.
+        directory: gets checkpoints and logs; `None` keeps nothing.
         programs: compiled functions to use instead of the configuration's own. These, and the
             methods `train_task`, `merge_task` and `accuracy`, are where a test plants a fault.
 
     Attributes:
-        stream: tasks of the run.
-        programs: compiled functions.
-        training_data: training examples of the tasks, where they lie.
         held_out_data: examples that accuracies are measured on.
         validation_data: examples that merges are judged by.
-        steps: steps of each task.
-        merging: merges of the run.
         state: what the run carries from task to task.
 
     Raises:
@@ -70,15 +61,15 @@ class Learner:
         *,
         programs: Programs | None = None,
     ):
-        self.config, self.seed, self.directory = config, seed, directory
-        self.options, self._stop = options, options.stop or StopRequests()
+        self.config, self.seed, self.directory, self.options = config, seed, directory, options
         self.stream = config.task_stream(seed)
         self._by_domain = self.stream.scenario == "domain_incremental"
         rule = config.merge_rule
-        # A rule that takes part in training cannot use what was trained without it.
+        # A rule that takes part in training cannot use a model that was trained without it.
         alone = rule.needs.takes_part_in_training or processes.several()
         shared = None if alone else options.shared
         self._shared = reuse.SharedTraining(shared / f"seed_{seed}") if shared else None
+        # Joint training has one lesson, the examples of all tasks, and is evaluated task by task.
         lessons = self.stream.together() if rule.needs.tasks_at_once else self.stream
         self.programs = programs or programs_of(config, StreamShape.of(lessons))
         self._devices = devices_of(config)
@@ -90,59 +81,45 @@ class Learner:
         )
         self.steps = TaskSteps.of(config, lessons.train.sizes)
         self.merging = Merging(
-            config,
-            self.key,
-            self.stream,
-            self.programs,
-            self.training_data,
-            self.validation_data,
+            config, self.key, self.stream, self.programs, self.training_data, self.validation_data
         )
+        training = self.programs.training
         self._trainer = Trainer(
             config,
             self.key,
-            self.programs.training.first,
-            self.programs.training.later,
+            (training.first, training.later),
             self.programs.snapshots,
             self.training_data,
             self.steps,
-            options.checkpoint_every,
-            self._stop,
+            options,
             directory,
         )
+        self._stop = self._trainer.stop
         self._reset()
 
     def _reset(self) -> None:
-        """Go back to before the first task."""
+        """Go back to the state before the first task."""
         params = starting_params(self.config, self.programs.training.init(self.key))
         self.state = self.merging.initial_state(self._devices.place(params))
-        self._records = Records(
-            self.stream.num_tasks,
-            self.config.merge_rule,
-            onset=self.merging.wants_onset,
-            landscape_points=self.config.landscape_points,
-            plane_points=self.config.plane_points,
-        )
+        self._records = Records(self.stream.num_tasks, self.config, self.merging.wants_onset)
 
     @property
     def params(self) -> Params:
-        """Parameters used for prediction after the latest merge, full parameter tree."""
+        """Parameters used for prediction after the latest merge, as a full parameter tree."""
         return self.merging.params_for_prediction(self.state)
 
     @property
     def total_steps(self) -> int:
-        """Steps of all tasks."""
+        """The number of steps of all tasks."""
         return self.steps.total
 
     def run(self) -> dict[str, Any]:
-        """Learn all tasks, from the newest checkpoint on that is whole, if there is one.
-
-        Returns:
-            What `results.json` holds, but for its configuration, manifest and environment.
+        """Learn all tasks, from the newest whole checkpoint on; returns the results as JSON.
 
         Raises:
             TrainingDiverged: the loss is no longer finite.
             InvalidInput: a checkpoint that is whole and does not fit.
-            Interrupted: a request to end came; everything is saved.
+            Interrupted: `options.stop` had a request to end; everything is saved.
             OSError: a checkpoint could not be written.
         """
         if self.directory is None:
@@ -153,13 +130,13 @@ class Learner:
             return self._run(checkpoints)
 
     def write_landscape(self, directory: Path) -> None:
-        """Write what was seen around the merges, if anything was."""
+        """Write the scores around the merges, if the settings ask for any."""
         points = self.config.landscape_points
         if points or self.config.plane_points:
             landscape.write(directory / landscape.FILE, points, self._records.arrays)
 
     def finished_params(self) -> Params:
-        """The merged model of a run that is finished, from its last checkpoint.
+        """Read the merged model of a finished run from its last checkpoint.
 
         Raises:
             InvalidInput: there is no checkpoint of the end, or it is damaged.
@@ -182,6 +159,7 @@ class Learner:
             if checkpoints
             else (0, None, [])
         )
+        # The others would write the same lines into the same files.
         first = processes.is_first()
         log = RunLog(
             self.directory if first else None,
@@ -196,7 +174,8 @@ class Learner:
                 log.tell(warning)
             if step:
                 log.tell(f"going on from step {step} of {self.total_steps}")
-            elif self._by_domain:  # for the forward transfer
+            elif self._by_domain:
+                # Forward transfer compares with the accuracies before the first task.
                 self._records.arrays["initial"] = self.accuracy(self.stream.num_tasks)
             for task in range(self.steps.task_at(step), len(self.steps.epochs)):
                 self._learn(task, step, training_state, checkpoints, log)
@@ -218,12 +197,12 @@ class Learner:
     ) -> None:
         """Learn one task from a step on: its training, merge, evaluation and checkpoint."""
         start = trees.replace(self.state.params, self.state.start)
-        found = self._trained_before(task, start, log) if training_state is None else None
-        if found is None:
-            found = self.train_task(task, step, start, training_state, checkpoints, log)
+        finished = self._trained_before(task, start, log) if training_state is None else None
+        if finished is None:
+            finished = self.train_task(task, step, start, training_state, checkpoints, log)
             if self._shared:
-                self._shared.keep(task, start, found.trained, log.lines("epoch", task + 1))
-        figures = self.merge_task(task, found)
+                self._shared.keep(task, start, finished.trained, log.lines("epoch", task + 1))
+        figures = self.merge_task(task, finished)
         seen = self.merging.tasks_seen(task)
         accuracies = self.accuracy(self.stream.num_tasks if self._by_domain else seen)
         self._records.arrays["accuracy"][:, seen - 1] = accuracies
@@ -237,22 +216,21 @@ class Learner:
             f"task {task + 1} of {len(self.steps.epochs)}: alpha {figures['alpha']:.3f}, "
             f"accuracy on the tasks seen {100 * mean:.1f} %"
         )
+        # Logged before it is saved: a run that goes on from a checkpoint has all lines up to it.
         if checkpoints:
             checkpoints.save(end, self._saved(None))
         if end < self.total_steps:
             end_if(self._stop.received(), end, self.total_steps)
 
     def _trained_before(self, task: int, start: Params, log: RunLog) -> TrainedTask | None:
-        """The trained model if another run has trained the same; its log and time are taken over.
-
-        A run's times are then what they would be had it trained by itself.
-        """
-        found = self._shared.find(task, start) if self._shared else None
+        """Take over the trained model of another run that has trained the same, and its log."""
+        model_and_log = self._shared.find(task, start) if self._shared else None
         if task < self.config.from_task:
-            found = reuse.branch_model(self.config, self.seed, task, start)
-        if found is None:
+            model_and_log = reuse.branch_model(self.config, self.seed, task, start)
+        if model_and_log is None:
             return None
-        trained, lines = found
+        trained, lines = model_and_log
+        # The times become those of a run that has trained by itself.
         for line in lines:
             log.write(**line)
             self._records.add_time("train", line["seconds"])
@@ -267,7 +245,7 @@ class Learner:
         checkpoints: Checkpoints | None,
         log: RunLog,
     ) -> TrainedTask:
-        """Train a task from a step of the run on, saving and looking for requests on the way."""
+        """Train a task from a step of the run on, saving and obeying requests to end on the way."""
         begin, every = self.steps.bounds[task], self.options.checkpoint_every
         state = state or self._trainer.begin(task, start, self.state.rule)
         for piece in self._trainer.pieces(task, step - begin, start, self.state.rule, state):
@@ -283,7 +261,8 @@ class Learner:
                 images_per_second=round(piece.examples / seconds, 1) if seconds else float("nan"),
             )
             if piece.step == self.steps.of_task(task):
-                break  # what follows is the merge, whose checkpoint is the task's
+                # The task is saved after its merge.
+                break
             asked = self._stop.received()
             due = every and piece.step % every == 0
             if checkpoints and (due or asked):
@@ -293,33 +272,34 @@ class Learner:
         adapters = state.trainable.adapters or self.merging.blank_adapters(start)
         return TrainedTask(start, trained, adapters, state.trajectory)
 
-    def merge_task(self, task: int, found: TrainedTask) -> dict[str, float]:
-        """Move the run's state on by a trained task; returns the figures of the merge."""
-        loss = self.merging.held_out_loss(found.trained, task)
+    def merge_task(self, task: int, finished: TrainedTask) -> dict[str, float]:
+        """Merge a trained task into the run's state; returns the figures of the merge."""
+        loss = self.merging.held_out_loss(finished.trained, task)
         # The last update can be what diverges, and no later loss would show it.
         last = self.steps.of_task(task) - 1
         check_finite([loss], task, last, self.config, self.directory)
         if self.options.keep_task_models and self.directory:
-            pretrained = None if self.config.from_scratch else found.start
-            whole = self._devices.whole((found.trained, pretrained))
+            pretrained = None if self.config.from_scratch else finished.start
+            # All processes take part in putting the parts together; one writes.
+            whole = self._devices.whole((finished.trained, pretrained))
             if processes.is_first():
                 reuse.keep_task_model(self.directory, task, self.programs.merging, *whole)
-        self.state, figures = self.merging.merge(task, self.state, found, loss, self._records)
+        self.state, figures = self.merging.merge(task, self.state, finished, loss, self._records)
         check_state(self.state, task, "merge", self.config, self.directory)
         return figures
 
     def accuracy(self, count: int) -> np.ndarray:
-        """Accuracies [2, T] of the merged model on the first tasks, NaN for the others."""
-        clock = time.perf_counter()
-        seen = self.stream.class_masks[:count].any(axis=0)
-        scores = self.programs.training.scores(self.held_out_data, self.params, seen, number(count))
-        accuracies = np.stack([scores.accuracy, scores.task_aware])
-        self._records.time("evaluate", clock)
+        """Measure accuracies [2, T] of the merged model on the first tasks, NaN for the others."""
+        seen, scores = self.stream.class_masks[:count].any(axis=0), self.programs.training.scores
+        with self._records.timed("evaluate"):
+            result = scores(self.held_out_data, self.params, seen, number(count))
+            # Waits for the device, so that the time is the evaluation's.
+            accuracies = np.stack([result.accuracy, result.task_aware])
         accuracies[:, count:] = np.nan
         return accuracies
 
     def _saved(self, training_state: TrainingState | None) -> PyTree:
-        """All that a run needs to go on, for a step within a task or at its end."""
+        """Collect all that a run needs to go on from a step within a task, or at its end."""
         tree = {**self.state._asdict(), "records": self._records.arrays}
         if training_state:
             tree["trainable"], tree["optimizer"], trajectory = training_state
@@ -328,7 +308,7 @@ class Learner:
         return tree
 
     def restore(self, checkpoints: Checkpoints, step: int) -> TrainingState | None:
-        """Go back to a checkpoint; returns the training state if it lies within a task.
+        """Go back to a checkpoint; returns the training state of one within a task.
 
         Raises:
             InvalidInput: the checkpoint is damaged, or is of another form.
@@ -337,6 +317,7 @@ class Learner:
         if step not in self.steps.bounds:
             task = self.steps.task_at(step)
             training_state = self._trainer.shapes(task, self.state.params, self.state.rule)
+        # The present state has the form of the saved one, whatever its values.
         tree = checkpoints.restore(step, self._devices.shapes(self._saved(training_state)))
         self.state = RunState(**{name: tree[name] for name in RunState._fields})
         self._records.restore(tree["records"])

@@ -19,16 +19,16 @@ BATCH_SIZE = 256
 
 
 def unchanged(inputs: Array) -> Array:
-    """Inputs as they are stored."""
+    """Return inputs as they are stored."""
     return inputs
 
 
 class Scores(NamedTuple):
-    """How well a model does on the tasks of a stream; float32 [T] each.
+    """Scores of a model on the tasks of a stream; every field is float32 [T].
 
     Attributes:
-        accuracy: accuracy over all classes seen.
-        task_aware: accuracy over the task's own classes.
+        accuracy: over all classes seen.
+        task_aware: over the task's own classes.
         loss: mean cross-entropy over the task's own classes, without perturbation.
     """
 
@@ -38,7 +38,7 @@ class Scores(NamedTuple):
 
 
 class ModelPass(DataPass):
-    """A pass that applies a model, whose logits the loss divides by a temperature."""
+    """A pass that applies a model, whose logits its loss divides by a temperature."""
 
     def __init__(
         self,
@@ -54,18 +54,18 @@ class ModelPass(DataPass):
 
 
 class ScoresPass(ModelPass):
-    """Scores of a model: `scores(data, params, seen_mask, count)`.
+    """Scores of a model on the first tasks: `scores(data, params, seen_mask, count)`.
 
-    The first accuracy is over the classes in `seen_mask` (bool [C]). Tasks from `count` (int32
-    scalar) on are not looked at and have 0.
+    The first accuracy is over the classes in `seen_mask` (bool [C]); tasks from `count` on have 0.
     """
 
     Given: TypeAlias = tuple[Params, Array, Array]
 
     def begin(self, data: DeviceData, given: Given) -> tuple[PyTree, Order]:
-        """Nothing counted yet; the examples of all tasks, one task after the other."""
+        """Begin with zero counts, and the examples of all tasks, one task after the other."""
         _, _, count = given
         tasks, largest = data.positions.shape
+        # Tasks keep their padding, so that the shape does not depend on `count`.
         places = jnp.arange(tasks * largest)
         real = (places % largest < data.sizes[places // largest]) & (places < count * largest)
         order = Order(data.positions.ravel(), real.astype(jnp.float32), count * largest)
@@ -89,6 +89,7 @@ class ScoresPass(ModelPass):
         values = optax.softmax_cross_entropy_with_integer_labels(
             jnp.where(task_mask, logits / self._temperature, MASKED_LOGIT), batch.labels
         )
+        # Hits are counted in int32: float32 would round beyond 2**24 examples.
         return (
             number + 1,
             correct.at[:, task].add(jnp.stack(hits).astype(jnp.int32)),
@@ -96,7 +97,7 @@ class ScoresPass(ModelPass):
         )
 
     def finish(self, carry: PyTree, data: DeviceData, given: Given) -> Scores:
-        """Means over the examples of each task."""
+        """Return means over the examples of each task."""
         del given
         _, correct, losses = carry
         accuracy, task_aware = correct / data.sizes[None, :]
@@ -104,15 +105,12 @@ class ScoresPass(ModelPass):
 
 
 class MeanLossPass(ModelPass):
-    """Mean cross-entropy on one task: `mean_loss(data, params, task)`, float32 scalar.
-
-    It is over the task's own classes and without perturbation.
-    """
+    """Mean cross-entropy over a task and its classes: `mean_loss(data, params, task)`, float32."""
 
     Given: TypeAlias = tuple[Params, Array]
 
     def begin(self, data: DeviceData, given: Given) -> tuple[Array, Order]:
-        """No loss yet; the examples of the task."""
+        """Begin with no loss, and the examples of the task."""
         return jnp.zeros((), jnp.float32), data.order(given[1])
 
     def update(self, total: Array, batch: Batch, data: DeviceData, given: Given) -> Array:
@@ -124,5 +122,5 @@ class MeanLossPass(ModelPass):
         return total + jnp.sum(jnp.where(weights_of(batch) > 0, values, 0.0))
 
     def finish(self, total: Array, data: DeviceData, given: Given) -> Array:
-        """The sum over the number of examples."""
+        """Divide the sum by the number of examples."""
         return total / data.sizes[given[1]]

@@ -1,4 +1,4 @@
-"""What a finished task offers to the merge rule: its curvature at the trained model."""
+"""Evidence of a finished task for the merge rule: its curvature at the trained model."""
 
 from typing import Any, NamedTuple
 
@@ -21,17 +21,16 @@ from pm_jax.rules import Evidence, MergeRule
 from pm_jax.types import Array, Batch, Key, LogitsFn, Params
 
 FEWEST_EXAMPLES = 32
-"""Examples from which a standard error is believed."""
+"""A standard error of fewer examples is not believed."""
 
 
 class Given(NamedTuple):
-    """What evidence is measured from, beside the data.
+    """The arguments of a measurement, beside the data.
 
     Attributes:
-        key: PRNG key of the run.
-        trained: trained model, full parameter tree.
+        trained: full parameter tree.
         previous: model that the task started from.
-        task: number of the task, int32 scalar.
+        task: int32 scalar.
     """
 
     key: Key
@@ -48,14 +47,9 @@ class EvidencePass(DataPass):
     the coordinates that merge.
 
     Args:
-        config: settings of the run.
-        model: linen module.
-        rule: merge rule.
         leaves: leaves that merge, `{path: array or shape}`.
-        largest_task: examples of the largest task.
         dense_layers: paths of Dense layers that the model calls once, whose Fisher is faster.
-        task_classes: most classes that a task has; sums over all labels are over so many. `None`
-            for all classes of the stream.
+        task_classes: most classes that a task has, over which labels are summed; `None` for all.
     """
 
     def __init__(
@@ -79,7 +73,7 @@ class EvidencePass(DataPass):
         self._task_classes = task_classes
 
     def begin(self, data: DeviceData, given: Given) -> tuple[tuple[MeasureState, ...], Order]:
-        """Nothing measured yet; the examples to measure on."""
+        """Begin with blank measures, and the examples to measure on."""
         key, trained, previous, task = given
         key = purpose_key(key, CURVATURE, task)
         leaves = trees.select(trained, self._merging)
@@ -104,7 +98,7 @@ class EvidencePass(DataPass):
         return jax.lax.cond(precise, lambda same: same, measured, states)
 
     def finish(self, states: tuple[MeasureState, ...], data: DeviceData, given: Given) -> Evidence:
-        """The quadratic that is stored, and the exact curvature where it was measured too."""
+        """Return the stored quadratic, and the exact curvature where it was measured too."""
         measures = self._measures(data, given.trained, given.task)
         pairs = zip(measures, states, strict=True)
         results = [measure.finalize(state) for measure, state in pairs]
@@ -120,19 +114,19 @@ class EvidencePass(DataPass):
         )
 
     def _measures(self, data: DeviceData, trained: Params, task: Array) -> tuple[Measure, ...]:
-        """Measures of the stored curvature and, if asked for, of the exact one along Delta."""
+        """Make the measures of the stored curvature and, if asked for, of the exact one."""
         mask, config = data.class_masks[task], self._config
 
         def logits_fn(leaves: Params, inputs: Array) -> Array:
             params = trees.replace(trained, leaves)
             return logits_of(self._model, params, inputs, mask, config.temperature)
 
-        def own_logits_fn(leaves: Params, inputs: Array) -> Array:
+        def task_logits_fn(leaves: Params, inputs: Array) -> Array:
             return _of_classes(logits_fn(leaves, inputs), mask, self._task_classes)
 
-        # Labels are drawn over all columns, so that the draws do not depend on how classes are
-        # split into tasks; a pass for every label is made for the task's own ones only.
-        label_logits_fn = logits_fn if config.curvature_samples else own_logits_fn
+        # Sample labels over all columns, so that the draws do not depend on how classes are split
+        # into tasks. Without samples, a backward pass is made for each of the task's labels only.
+        label_logits_fn = logits_fn if config.curvature_samples else task_logits_fn
         leaves = trees.select(trained, self._merging)
         measures = [self._stored_measure(logits_fn, label_logits_fn, leaves)]
         if config.curvature == "exact_current":
@@ -144,15 +138,9 @@ class EvidencePass(DataPass):
     def _stored_measure(
         self, logits_fn: LogitsFn, label_logits_fn: LogitsFn, leaves: Params
     ) -> Measure:
-        """The measure of the curvature that the settings name.
-
-        Kinds that make a backward pass for each label take `label_logits_fn`.
-        """
+        """Make the measure that the settings name; passes per label use `label_logits_fn`."""
         config, samples = self._config, self._config.curvature_samples or None
-        options: dict[str, Any] = {
-            "chunk_size": self.batches.size,
-            "dense_layers": self._dense_layers,
-        }
+        options: Any = {"chunk_size": self.batches.size, "dense_layers": self._dense_layers}
         match config.kept_curvature:
             case "identity":
                 return curvature.identity()
@@ -169,7 +157,7 @@ class EvidencePass(DataPass):
         return curvature.fisher_exact(label_logits_fn, num_samples=samples, **options)
 
     def _order(self, data: DeviceData, key: Key, task: Array) -> Order:
-        """The task's examples; shuffled where not all of them may be measured."""
+        """Return the order of the task's examples, shuffled where not all may be measured."""
         config = self._config
         if not (config.curvature_examples or config.curvature_error):
             return data.order(task)
@@ -178,22 +166,24 @@ class EvidencePass(DataPass):
         return Order.of(order.rows, jnp.minimum(order.length, wanted))
 
     def _is_precise(self, measurement: Measurement) -> Array:
-        """Whether the curvature along Delta has the relative error that is asked for."""
+        """Tell whether the curvature along Delta has the relative error that is asked for."""
         error = self._config.curvature_error * measurement.along
-        # Few examples do not know their own spread; without a displacement there is no value.
+        # A few examples may agree by chance; without a displacement the curvature along it is 0.
         enough = measurement.examples >= FEWEST_EXAMPLES
         return (measurement.standard_error <= error) & (measurement.along > 0) & enough
 
 
 def _of_classes(logits: Array, mask: Array, most: int | None) -> Array:
-    """The columns of some classes, padded with masked ones up to the most that a task has."""
+    """Select the columns of some classes, padded with masked ones up to the most of a task."""
     if most in (None, mask.shape[0]):
         return logits
+    # Tasks differ in their number of classes; the shape must not.
     (columns,) = jnp.nonzero(mask, size=most, fill_value=mask.shape[0])
     return jnp.take(logits, columns, axis=1, fill_value=losses.MASKED_LOGIT)
 
 
 def _memory_bytes(config: Config) -> float:
-    """The bound of the flag; by default what fits a CPU's cache or is small on an accelerator."""
+    """Return the bound on a chunk's temporaries, from the setting or by the backend."""
+    # 8 MB fit a CPU's cache; 2 GB are little on an accelerator.
     default = 8 if jax.default_backend() == "cpu" else 2048
     return 1e6 * (config.curvature_memory_mb or default)

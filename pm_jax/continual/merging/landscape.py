@@ -1,12 +1,11 @@
-"""What other models would have done: every task's loss and accuracy around each merge.
+"""The scores of other models around each merge: every task's loss and accuracy.
 
-Along the segment from the model that a task started from to the trained one, and in the plane of
-the last two task vectors,
+The models lie on the segment from the model that a task started from to the trained one, and in the
+plane of the last two task vectors, which holds the models of the last two merges:
 
     previous + along (trained - previous) + across (the previous task's trained - its previous)
 
-which holds the models that the last two merges were about. A look at the validation data of all
-tasks, for analysis: nothing of it goes back into the run.
+Scores are on the validation data, for analysis; nothing of them goes back into the run.
 """
 
 from collections.abc import Mapping
@@ -21,19 +20,13 @@ from pm_jax.types import PyTree
 FILE = "landscape.npz"
 SCORES = ("accuracy", "task_aware_accuracy", "loss")
 FIGURES = ("oracle_alpha", "regret_loss", "most_accurate_alpha", "regret_accuracy")
-"""What a merge's landscape adds to its figures."""
+"""Figures that a landscape adds to those of its merge."""
 BEYOND = 4
-"""The grid goes on by one part in so many of the segment on both sides."""
+"""The grid goes beyond both ends of the segment by a quarter of it, rounded down to points."""
 
 
 def grid(points: int) -> np.ndarray:
-    """Coefficients at which a segment is looked at.
-
-    Args:
-        points: from 0 to 1, at least 2.
-
-    Returns:
-        float32 [A], evenly spaced, from about -1/4 to 5/4.
+    """Return coefficients, evenly spaced from about -1/4 to 5/4, with so many points from 0 to 1.
 
     Example:
         >>> grid(5).tolist()
@@ -44,46 +37,24 @@ def grid(points: int) -> np.ndarray:
 
 
 def plane(points: int) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates at which a plane is looked at.
-
-    Args:
-        points: on each axis, at least 2.
-
-    Returns:
-        `along` from -1/2 to 3/2 and `across` from -1 to 1, float32 [P] each, evenly spaced: the
-        model before is at (0, 0), the trained one at (1, 0), and what the last merge was of lies at
-        along = 0 on either side.
-
-    Example:
-        >>> [axis.tolist() for axis in plane(3)]
-        [[-0.5, 0.5, 1.5], [-1.0, 0.0, 1.0]]
-    """
+    """Return coordinates in a plane: `along` from -1/2 to 3/2, `across` from -1 to 1, [P] each."""
+    # The previous model is at (0, 0), the trained one at (1, 0), and the models of the last merge
+    # lie at along = 0 on either side.
     steps = np.linspace(0.0, 2.0, points, dtype=np.float32)
     return steps - 0.5, steps - 1.0
 
 
 def regret(alphas: np.ndarray, scores: np.ndarray) -> dict[str, float]:
-    """How far a merge is from the best point of its segment.
+    """Compare a merge with the best points of its segment, by total loss and by mean accuracy.
 
-    Args:
-        alphas: [A], the grid; what lies outside [0, 1] does not count.
-        scores: [A + 1, 3, t] of `SCORES`, of the t tasks seen, at the grid and at the merged model.
-
-    Returns:
-        `oracle_alpha`, where the sum of the losses is least, `regret_loss`, that sum at the merged
-        model less the least one, `most_accurate_alpha`, where the mean accuracy is best, and
-        `regret_accuracy`, a fraction. A regret is 0 where the merged model is better than the grid.
-
-    Example:
-        >>> scores = np.zeros((3, 3, 1))
-        >>> scores[:, 0, 0], scores[:, 2, 0] = [0.5, 0.75, 0.5], [2.0, 1.0, 1.5]
-        >>> list(regret(np.asarray([0.0, 1.0]), scores).values())
-        [1.0, 0.5, 1.0, 0.25]
+    `scores` [A + 1, 3, t] has `SCORES` of t tasks at the coefficients [A] and at the merged model.
     """
+    # The merge could have chosen coefficients in [0, 1] only.
     inside = (alphas >= 0) & (alphas <= 1)
     loss, accuracy = scores[:, 2].sum(axis=-1), scores[:, 0].mean(axis=-1)
     least = np.where(inside, loss[:-1], np.inf)
     most = np.where(inside, accuracy[:-1], -np.inf)
+    # A merged model that is better than the grid has no regret.
     return {
         "oracle_alpha": float(alphas[least.argmin()]),
         "regret_loss": float(max(0.0, loss[-1] - least.min())),
@@ -93,48 +64,26 @@ def regret(alphas: np.ndarray, scores: np.ndarray) -> dict[str, float]:
 
 
 def coordinates(axes: tuple[PyTree, PyTree], offset: PyTree) -> np.ndarray:
-    """Where a model lies that is near a plane.
+    """Return where a model lies by a plane's two axes, and the share of its offset that is outside.
 
-    Args:
-        axes: the two task vectors that span the plane.
-        offset: displacement of the model from the plane's origin, of the same structure.
-
-    Returns:
-        `along`, `across`, and the share of the offset's length that is outside the plane; float32
-        [3].
-
-    Example:
-        >>> axes = np.asarray([2.0, 0.0, 0.0]), np.asarray([0.0, 1.0, 0.0])
-        >>> coordinates(axes, np.asarray([1.0, 2.0, 0.0])).tolist()
-        [0.5, 2.0, 0.0]
+    The result is [along, across, share]; `offset` is the displacement from the plane's origin.
     """
     gram = np.asarray([[trees.inner(left, right) for right in axes] for left in axes])
     slopes = np.asarray([trees.inner(axis, offset) for axis in axes])
     square = float(trees.inner(offset, offset))
-    found = np.linalg.lstsq(gram, slopes, rcond=1e-6)[0]
-    outside = max(0.0, square - found @ gram @ found) / square if square else 0.0
-    return np.asarray([*found, np.sqrt(outside)], np.float32)
+    # Least squares, as the axes may be parallel or zero.
+    place = np.linalg.lstsq(gram, slopes, rcond=1e-6)[0]
+    outside = max(0.0, square - place @ gram @ place) / square if square else 0.0
+    return np.asarray([*place, np.sqrt(outside)], np.float32)
 
 
 def write(path: Path, points: int, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write the landscapes of a run, whole or not at all.
+    """Write the landscapes of a run to an .npz, whole or not at all.
 
-    Args:
-        path: of an .npz. By task merged and task looked at, NaN for tasks to come, it has
-            `accuracy`, `task_aware_accuracy` and `loss` [T, A, T] at the coefficients `alphas`
-            [A] and `merged_accuracy` ... [T, T] at the merged model; `plane_accuracy` ...
-            [T, P, P, T] at the coordinates `plane_along` and `plane_across` [P], and `plane_merged`
-            [T, 3], see `coordinates`.
-        points: of the `grid` of coefficients.
-        arrays: `landscape` [T, A + 1, 3, T]; `plane` [T, P, P, 3, T] and `plane_merged` [T, 3].
-            Either may lack.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / FILE
-        >>> write(path, 2, {"landscape": np.zeros((2, 3, 3, 2))})
-        >>> np.load(path)["loss"].shape, np.load(path)["merged_loss"].shape
-        ((2, 2, 2), (2, 2))
+    By task merged and task scored, NaN for tasks to come, the file has `accuracy`,
+    `task_aware_accuracy` and `loss` [T, A, T] at the coefficients `alphas` [A], `merged_accuracy`
+    and so on [T, T] at the merged model, `plane_accuracy` and so on [T, P, P, T] at the coordinates
+    `plane_along` and `plane_across` [P], and `plane_merged` [T, 3], see `coordinates`.
     """
     written: dict[str, Any] = {}
     if "landscape" in arrays:
@@ -147,6 +96,6 @@ def write(path: Path, points: int, arrays: Mapping[str, np.ndarray]) -> None:
         written["plane_along"], written["plane_across"] = plane(scores.shape[1])
         for number, name in enumerate(SCORES):
             written[f"plane_{name}"] = scores[..., number, :]
-    # An open file, as NumPy would add its ending to a name.
+    # An open file: NumPy would add its ending to the temporary name.
     with files.replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **written)

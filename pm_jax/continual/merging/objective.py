@@ -1,4 +1,4 @@
-"""What rules that optimise while they merge see of a task: its loss on some of its examples."""
+"""The loss of a task on some of its examples, for rules that optimise while they merge."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from pm_jax import trees
 from pm_jax.continual.placement.compiled import compiled
-from pm_jax.continual.placement.data import DeviceData, HostData, Order
+from pm_jax.continual.placement.data import DeviceData, HostData, Order, StreamData
 from pm_jax.continual.placement.data_pass import DataPass
 from pm_jax.continual.placement.devices import devices_of
 from pm_jax.continual.settings.config import Config
@@ -20,10 +20,9 @@ from pm_jax.types import Array, Batch, Key, Params, PyTree
 
 
 class ExamplesPass(DataPass):
-    """Some examples of a task in batches: `examples(data, key, task)`, leaves [B, N, ...].
+    """`config.merge_examples` drawn examples of a task: `examples(data, key, task)`.
 
-    There are `config.merge_examples` of them, drawn by the key, as evaluation sees them and in
-    batches as in training.
+    The result is one `Batch` with leaves [batches, batch size, ...].
     """
 
     def __init__(self, config: Config, input_shape: tuple[int, ...], largest_task: int):
@@ -37,13 +36,14 @@ class ExamplesPass(DataPass):
             labels = jnp.zeros(self.batches.size, jnp.int32)
             return Batch(inputs, labels, jnp.zeros(self.batches.size, jnp.float32))
 
+        # Only shapes: the transform may change them, as by a crop to the model's size.
         self._blank: PyTree = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct((number, *leaf.shape), leaf.dtype),
             jax.eval_shape(blank),
         )
 
     def begin(self, data: DeviceData, given: tuple[Key, Array]) -> tuple[PyTree, Order]:
-        """Blank batches; the first examples of the task in random order."""
+        """Begin with blank batches, and the first examples of the task in random order."""
         key, task = given
         order = data.shuffled(purpose_key(key, EXAMPLES, task), task)
         order = Order.of(order.rows, jnp.minimum(order.length, self._count))
@@ -58,38 +58,26 @@ class ExamplesPass(DataPass):
         return number + 1, kept
 
     def finish(self, carry: PyTree, data: DeviceData, given: Any) -> Batch:
-        """The batches, each divided among the devices."""
+        """Return the batches, each divided among the devices."""
         del data, given
         return self.batches.devices.spread(carry[1], axis=1)
 
 
 class Objectives:
-    """Makes the objective of a task, a function of the leaves that merge.
-
-    Args:
-        config: settings of the run.
-        model: linen module.
-        input_shape: shape of one example.
-        largest_task: examples of the largest task.
-    """
+    """Makes the objective of a task, a function of the leaves that merge."""
 
     def __init__(
-        self,
-        config: Config,
-        model: nn.Module,
-        input_shape: tuple[int, ...],
-        largest_task: int,
+        self, config: Config, model: nn.Module, input_shape: tuple[int, ...], largest_task: int
     ):
         self.devices, self._model = devices_of(config), model
         self._temperature = config.temperature
         self._examples = ExamplesPass(config, input_shape, largest_task)
 
-    def of_task(
-        self, data: DeviceData | HostData, key: Key, params: Params, task: Array
-    ) -> Objective:
-        """The objective of a task; its examples are the same whatever the parameters."""
+    def of_task(self, data: StreamData, key: Key, params: Params, task: Array) -> Objective:
+        """Make the objective of a task; its examples are the same whatever the parameters."""
         rest = data.rest if isinstance(data, HostData) else data
         classes, old_classes = self._masks(rest.class_masks, task)
+        # A Partial is a pytree, so that compiled functions take objectives as arguments.
         return Objective(
             jax.tree_util.Partial(self._logits, params),
             self._examples(data, key, task),
@@ -99,11 +87,12 @@ class Objectives:
         )
 
     def _logits(self, params: Params, leaves: Params, inputs: Array) -> Array:
+        # The objective masks classes by itself.
         every_class = jnp.ones(1, bool)
         return logits_of(self._model, trees.replace(params, leaves), inputs, every_class)
 
     @compiled()
     def _masks(self, class_masks: Array, task: Array) -> tuple[Array, Array]:
-        """Classes of a task, and of the tasks before it."""
+        """Return the classes of a task, and of the tasks before it."""
         before = jnp.arange(class_masks.shape[0])[:, None] < task
         return class_masks[task], jnp.any(class_masks & before, axis=0)

@@ -11,7 +11,7 @@ from pm_jax.continual.merging.evidence import EvidencePass, Given
 from pm_jax.continual.merging.objective import Objectives
 from pm_jax.continual.merging.statistics import StatisticsPass
 from pm_jax.continual.placement.compiled import compiled
-from pm_jax.continual.placement.data import DeviceData, HostData, resident_bytes
+from pm_jax.continual.placement.data import StreamData, resident_bytes
 from pm_jax.continual.placement.devices import devices_of
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.training.image_transforms import evaluation_transform
@@ -28,7 +28,7 @@ from pm_jax.types import Array, InvalidInput, Key, Params, PyTree
 
 
 class StreamShape(NamedTuple):
-    """What compiled functions depend on of a stream.
+    """The numbers of a stream that compiled functions depend on.
 
     Attributes:
         num_classes: C, classes of all tasks.
@@ -44,7 +44,7 @@ class StreamShape(NamedTuple):
 
     @classmethod
     def of(cls, stream: TaskStream) -> "StreamShape":
-        """The shape of a stream."""
+        """Return the shape of a stream."""
         return cls(
             stream.num_classes,
             stream.inputs.shape[1:],
@@ -57,12 +57,9 @@ class TrainingPrograms:
     """The compiled functions that know nothing of the merge rule but its hook.
 
     Attributes:
-        model: linen module.
-        partition: which leaves train and merge, from the second task on at the latest.
+        partition: leaves that train and merge, from the second task on at the latest.
         first: trains the first task.
         later: trains the other tasks; the same object as `first` where the same leaves train.
-        scores: scores of a model on the tasks.
-        mean_loss: mean loss of a model on one task.
     """
 
     def __init__(self, config: Config, shape: StreamShape, hook: TrainingHook | None):
@@ -71,11 +68,9 @@ class TrainingPrograms:
         first, later = partitions(config, jax.eval_shape(self._init, jax.random.key(0)))
         self.partition = later
         self.later = TaskProgram(config, self.model, later, shape.largest_task, hook)
-        self.first = (
-            self.later
-            if first == later
-            else TaskProgram(config, self.model, first, shape.largest_task, hook)
-        )
+        self.first = self.later
+        if first != later:
+            self.first = TaskProgram(config, self.model, first, shape.largest_task, hook)
         transform, temperature = evaluation_transform(config), config.temperature
         self.scores, self.mean_loss = (
             kind(self.model, temperature=temperature, transform=transform, devices=self.devices)
@@ -84,12 +79,12 @@ class TrainingPrograms:
 
     @compiled()
     def init(self, key: Key) -> Params:
-        """Freshly initialised parameters."""
+        """Initialise the parameters."""
         return self._init(key)
 
     @compiled()
     def trained(self, start: Params, trainable: Trainable) -> Params:
-        """The trained model as a full parameter tree, adapters folded in."""
+        """Return the trained model as a full parameter tree, adapters folded in."""
         return trained_params(start, trainable)
 
 
@@ -97,12 +92,9 @@ class Programs:
     """The compiled functions of a run, shared by seeds whose shapes agree.
 
     Attributes:
-        training: what does not depend on merging.
         merging: paths of the leaves that merge.
-        adapted: paths of those that have adapters, from the second task on at the latest.
-        evidence_pass: measures the curvature that the rule needs.
-        snapshots: takes snapshots along the training of a task.
-        statistics: adds the class statistics of a task.
+        adapted: paths of the leaves that have adapters, from the second task on at the latest.
+        objective: makes the loss of a task on some of its examples, see `Objectives.of_task`.
     """
 
     def __init__(self, config: Config, shape: StreamShape):
@@ -111,11 +103,8 @@ class Programs:
         self.training = training_programs(
             config.without_merging(), shape._replace(task_classes=0), self._rule.needs.hook
         )
-        model = self.training.model
-        self.merging, self.adapted = (
-            self.training.partition.merging,
-            self.training.partition.adapted,
-        )
+        model, partition = self.training.model, self.training.partition
+        self.merging, self.adapted = partition.merging, partition.adapted
         shapes = jax.eval_shape(self.training.init, jax.random.key(0))
         leaves = trees.select(shapes, self.merging)
         called_once = layers_called_once(model, blank_example(config, shape.input_shape))
@@ -124,42 +113,31 @@ class Programs:
         self.evidence_pass = EvidencePass(
             config, model, self._rule, leaves, shape.largest_task, called_once, shape.task_classes
         )
-        self._objectives = Objectives(config, model, shape.input_shape, shape.largest_task)
+        self.objective = Objectives(config, model, shape.input_shape, shape.largest_task).of_task
         self.statistics = StatisticsPass(config, model)
         self.snapshots = Snapshots(
             self._rule.needs.snapshots, self.merging, resident_bytes(config), self.devices
         )
 
     def evidence(
-        self,
-        data: DeviceData | HostData,
-        key: Key,
-        trained: Params,
-        previous: Params,
-        task: Array,
+        self, data: StreamData, key: Key, trained: Params, previous: Params, task: Array
     ) -> Evidence:
-        """The curvature that the rule needs of a task, and the key of its merge."""
+        """Measure the curvature that the rule needs of a task, and add the key of its merge."""
         needs = self._rule.needs.evidence
         evidence = Evidence()
         if needs & {"quadratic", "curvature_error"}:
             evidence = self.evidence_pass.run(data, Given(key, trained, previous, task))
         return evidence._replace(key=purpose_key(key, MERGE, task) if "key" in needs else None)
 
-    def objective(
-        self, data: DeviceData | HostData, key: Key, params: Params, task: Array
-    ) -> Objective:
-        """The loss of a task on some of its examples, as a function of the leaves that merge."""
-        return self._objectives.of_task(data, key, params, task)
-
     @functools.cached_property
     def merge(self) -> jax.stages.Wrapped:
-        """The compiled `merge_leaves`; the buffers of the rule's state are donated."""
+        """The compiled `merge_leaves`, to which the rule's state is donated."""
         return rules.jit_merge(self.merge_leaves)
 
     def merge_leaves(
         self, rule_state: PyTree, previous: Params, trained: Params, evidence: Evidence
     ) -> tuple[PyTree, Params, MergeInfo]:
-        """The rule's next state, the merged leaves and the info, from full parameter trees."""
+        """Return the rule's next state, the merged leaves and the info, from full trees."""
         leaves, rule_state, info = self._rule.update(
             rule_state,
             previous=trees.select(previous, self.merging),
@@ -173,7 +151,7 @@ class Programs:
     def absorb(
         self, rule_state: PyTree, merged: Params, objective: Objective, evidence: Evidence
     ) -> PyTree:
-        """The state of a rule that takes something in at the merged model."""
+        """Let the state of a rule absorb evidence at the merged model."""
         assert self._rule.needs.absorb
         leaves = trees.select(merged, self.merging)
         kernels = kernel_paths(leaves)
@@ -182,7 +160,7 @@ class Programs:
 
     @compiled()
     def between(self, previous: Params, trained: Params, alpha: Array) -> Params:
-        """The point of the merge segment with a coefficient."""
+        """Return the point of the merge segment with a coefficient."""
         ends = trees.select(previous, self.merging), trees.select(trained, self.merging)
         return trees.replace(trained, trees.lerp(*ends, alpha))
 
@@ -190,7 +168,7 @@ class Programs:
     def in_plane(
         self, previous: Params, trained: Params, across: Params, coordinates: tuple[Array, Array]
     ) -> Params:
-        """The point of the plane through `previous` along the task vector and leaves `across`."""
+        """Return a point of the plane through `previous` along the task vector and `across`."""
         start = trees.select(previous, self.merging)
         along = task_vectors.difference(trees.select(trained, self.merging), start)
         step = task_vectors.combine([along, across], list(coordinates))
@@ -198,7 +176,7 @@ class Programs:
 
     @compiled()
     def gradient_norm(self, objective: Objective, params: Params) -> Array:
-        """Norm of the gradient of a task's loss by the leaves that merge."""
+        """Return the norm of the gradient of a task's loss by the leaves that merge."""
         return objective.gradient_norm(trees.select(params, self.merging))
 
 
@@ -206,13 +184,13 @@ class Programs:
 def training_programs(
     config: Config, shape: StreamShape, hook: TrainingHook | None
 ) -> TrainingPrograms:
-    """The same functions for the same arguments: runs share them if only their merging differs."""
+    """Return the programs of training, the same object where only settings of merging differ."""
     return TrainingPrograms(config, shape, hook)
 
 
 @functools.lru_cache(maxsize=8)
 def programs_of(config: Config, shape: StreamShape) -> Programs:
-    """The same functions for the same arguments.
+    """Return the programs of a run, the same object for the same arguments.
 
     Raises:
         InvalidInput: settings that do not fit the model.
@@ -221,7 +199,11 @@ def programs_of(config: Config, shape: StreamShape) -> Programs:
 
 
 def _check_dense(leaves: Params, called_once: tuple[str, ...]) -> None:
-    """Raise `InvalidInput` where a kernel that merges cannot have Kronecker factors."""
+    """Check that every kernel that merges can have Kronecker factors.
+
+    Raises:
+        InvalidInput: one cannot.
+    """
     for path in kernel_paths(leaves):
         if layer_of(path) not in called_once:
             raise InvalidInput(

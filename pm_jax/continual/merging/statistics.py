@@ -19,14 +19,14 @@ BATCH_SIZE = 256
 
 
 def features_of(model: nn.Module, params: Params, inputs: Array) -> Array:
-    """What the classifier `head` of a model reads of examples as they are stored, [N, D]."""
+    """Return the inputs [N, D] of a model's classifier `head` for examples as they are stored."""
     return dense_layers.inputs_of(
         lambda: model.apply({"params": params}, normalized(inputs)), "head"
     )
 
 
 class StatisticsPass(DataPass):
-    """Statistics with a task's training examples added: `add(data, statistics, params, task)`."""
+    """Adds a task's training examples to statistics: `add(data, statistics, params, task)`."""
 
     Given: TypeAlias = tuple[ClassStatistics, Params, Array]
 
@@ -35,7 +35,7 @@ class StatisticsPass(DataPass):
         self._model = model
 
     def begin(self, data: DeviceData, given: Given) -> tuple[ClassStatistics, Order]:
-        """The statistics so far; the examples of the task."""
+        """Begin with the statistics so far, and the examples of the task."""
         statistics, _, task = given
         return statistics, data.order(task)
 
@@ -50,6 +50,6 @@ class StatisticsPass(DataPass):
     def finish(
         self, statistics: ClassStatistics, data: DeviceData, given: Given
     ) -> ClassStatistics:
-        """The statistics of all examples."""
+        """Return the statistics of all examples."""
         del data, given
         return statistics

@@ -1,4 +1,4 @@
-"""What is to be doubted about the merges of a run, in words."""
+"""Doubts about the merges of a run, in words."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -7,28 +7,20 @@ from typing import Any
 import numpy as np
 
 FACTOR = 3.0
-"""A predicted loss change further than this from the actual one is said to be wrong."""
+"""A predicted loss change is called wrong where a larger factor is between it and the actual."""
 NEGLIGIBLE = 1e-3
-"""Loss changes below this are not told from 0."""
+"""A loss change below this counts as 0."""
 
 
 def warnings_of(results: Mapping[str, Any]) -> list[str]:
-    """What is to be doubted about the merges of a run.
-
-    The first task has nothing to be merged with. Of a coefficient that the rule did not find in
-    closed form, such as 1/t, it is not said that it is extreme.
-
-    Args:
-        results: contents of a `results.json`.
-
-    Returns:
-        Sentences, each beginning with its task.
+    """List the doubts about all merges in the contents of a `results.json`, with their tasks.
 
     Example:
         >>> merge = {"alpha": 0.5, "predicted_loss_change": 0.031, "actual_loss_change": 0.01}
         >>> warnings_of({"merges": [{"alpha": 1.0}, merge]})
         ["task 2: the quadratic model over-predicted the rise of the task's own loss by 3.1 x ..."]
     """
+    # The first task has no earlier model to be merged with.
     return [
         f"task {task}: {text}"
         for task, merge in enumerate(results["merges"][1:], start=2)
@@ -37,49 +29,28 @@ def warnings_of(results: Mapping[str, Any]) -> list[str]:
 
 
 def of_merge(merge: Mapping[str, Any]) -> list[str]:
-    """What is to be doubted about one merge, of a task after the first.
-
-    Args:
-        merge: its figures by name; what is missing, `None` or NaN is not known.
-
-    Returns:
-        Sentences.
-
-    Example:
-        >>> of_merge({"alpha": 0.5, "alpha_raw": 0.5, "standard_error": 0.3})
-        ['the coefficient 0.50 is uncertain: its standard error 0.30 is more than half of it']
-    """
-    return [*_of_the_prediction(merge), *_of_the_coefficient(merge)]
+    """List the doubts about the figures of one merge, of a task after the first."""
+    return [*_doubts_about_prediction(merge), *_doubts_about_coefficient(merge)]
 
 
 def trusted_share(alpha_raw: float, predicted: float, actual: float) -> float:
-    """How much of a coefficient's distance from 1/t to keep where the quadratic model is wrong.
+    """Return how much of a coefficient's distance from 1/t to keep, a share from 0 to 1.
 
-    Args:
-        alpha_raw: the model's minimum, before clipping.
-        predicted: loss change of the current task by the merge; NaN if it is not known.
-        actual: the same, measured.
-
-    Returns:
-        1 where the loss changes are within `FACTOR` of each other, less in proportion to what they
-        are apart beyond it, and 0 where one is a rise and the other a fall or the minimum lies
-        outside [0, 1].
-
-    Example:
-        >>> trusted_share(0.4, 0.01, 0.02), trusted_share(0.4, 0.01, 0.06)
-        (1.0, 0.5)
+    It is 1 where the loss changes are within `FACTOR` of each other, less in proportion beyond it,
+    and 0 where they have opposite signs or the minimum `alpha_raw` lies outside [0, 1].
     """
     if not 0 <= alpha_raw <= 1:
         return 0.0
     smaller, larger = sorted((abs(predicted), abs(actual)))
+    # Without a prediction, or without a change, nothing speaks against the coefficient.
     if math.isnan(predicted + actual) or larger < NEGLIGIBLE:
         return 1.0
     return 0.0 if predicted * actual <= 0 else min(1.0, FACTOR * smaller / larger)
 
 
-def _of_the_prediction(merge: Mapping[str, Any]) -> Iterable[str]:
-    predicted = _known(merge, "predicted_loss_change")
-    actual = _known(merge, "actual_loss_change")
+def _doubts_about_prediction(merge: Mapping[str, Any]) -> Iterable[str]:
+    predicted = _figure(merge, "predicted_loss_change")
+    actual = _figure(merge, "actual_loss_change")
     smaller, larger = sorted((abs(predicted), abs(actual)))
     if math.isnan(predicted + actual) or larger < NEGLIGIBLE:
         return
@@ -100,13 +71,14 @@ def _of_the_prediction(merge: Mapping[str, Any]) -> Iterable[str]:
         )
 
 
-def _of_the_coefficient(merge: Mapping[str, Any]) -> Iterable[str]:
-    alpha, raw, error = (_known(merge, n) for n in ("alpha", "alpha_raw", "standard_error"))
-    if _known(merge, "degenerate") >= 0.5:
+def _doubts_about_coefficient(merge: Mapping[str, Any]) -> Iterable[str]:
+    alpha, raw, error = (_figure(merge, n) for n in ("alpha", "alpha_raw", "standard_error"))
+    if _figure(merge, "degenerate") >= 0.5:
         yield (
             "the curvature gave no minimum along the task vector; the coefficient "
             f"{alpha:.2f} was used for want of one"
         )
+    # A coefficient without a closed form, such as 1/t, is never called extreme.
     elif merge.get("numerator") is not None:
         if raw < -1e-6 or raw > 1 + 1e-6:
             used = f"clipped to {alpha:.2f}" if 0 <= alpha <= 1 else "used as it is"
@@ -119,18 +91,18 @@ def _of_the_coefficient(merge: Mapping[str, Any]) -> Iterable[str]:
             f"the coefficient {raw:.2f} is uncertain: its standard error {error:.2f} is more than "
             "half of it"
         )
-    if (regret := _known(merge, "regret_accuracy")) > 0.01:
+    if (regret := _figure(merge, "regret_accuracy")) > 0.01:
         yield (
-            f"a coefficient of {_known(merge, 'most_accurate_alpha'):.2f} instead of "
+            f"a coefficient of {_figure(merge, 'most_accurate_alpha'):.2f} instead of "
             f"{alpha:.2f} would have been {100 * regret:.1f} points better on validation data"
         )
 
 
-def _known(merge: Mapping[str, Any], name: str) -> float:
+def _figure(merge: Mapping[str, Any], name: str) -> float:
     value = merge.get(name)
     return math.nan if value is None else value
 
 
 def _plain(value: float) -> str:
-    """Two digits that count, without an exponent."""
+    """Write a number with two significant digits, without an exponent."""
     return np.format_float_positional(value, precision=2, fractional=False, trim="-")

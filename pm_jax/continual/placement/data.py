@@ -1,6 +1,6 @@
 """Where the examples of a stream lie: on the devices, or, if too many, in the host's memory."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +110,10 @@ class HostData(NamedTuple):
     devices: Devices
 
 
-def placed(config: Config, stream: TaskStream, split: TaskIndices) -> DeviceData | HostData:
+StreamData: TypeAlias = DeviceData | HostData
+
+
+def placed(config: Config, stream: TaskStream, split: TaskIndices) -> StreamData:
     """Put a stream and one of its splits on the devices; inputs above the budget stay on the host.
 
     Raises:
@@ -141,10 +144,8 @@ def resident_bytes(config: Config) -> float:
     return 1e6 * config.resident_mb or statistics.get("bytes_limit", float("inf")) / 2
 
 
-def of_split(
-    data: DeviceData | HostData, split: TaskIndices, class_masks: np.ndarray
-) -> DeviceData | HostData:
-    """The same inputs in memory, with another split of them."""
+def of_split(data: StreamData, split: TaskIndices, class_masks: np.ndarray) -> StreamData:
+    """Return another split of a stream, with the same inputs in memory."""
     rest = data.rest if isinstance(data, HostData) else data
     positions, sizes, masks = Devices.like(rest.labels).place((*split, class_masks))
     rest = rest._replace(positions=positions, sizes=sizes, class_masks=masks)

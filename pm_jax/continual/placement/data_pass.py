@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pm_jax.continual.placement.data import DeviceData, HostData, Order, Window
+from pm_jax.continual.placement.data import DeviceData, Order, StreamData, Window
 from pm_jax.continual.placement.devices import Devices
 from pm_jax.types import Array, Batch, PyTree
 
@@ -44,7 +44,7 @@ class Batches:
 
     def windows(
         self,
-        data: DeviceData | HostData,
+        data: StreamData,
         rows: Callable[[DeviceData], Array],
         first: int,
         stop: int,
@@ -123,11 +123,11 @@ class DataPass(abc.ABC):
     def finish(self, carry: PyTree, data: DeviceData, given: Any) -> Any:
         """What the pass returns."""
 
-    def __call__(self, data: DeviceData | HostData, *given: Any) -> Any:
+    def __call__(self, data: StreamData, *given: Any) -> Any:
         """Go over the data, with the tuple of the other arguments."""
         return self.run(data, given)
 
-    def run(self, data: DeviceData | HostData, given: Any) -> Any:
+    def run(self, data: StreamData, given: Any) -> Any:
         """Go over the data."""
         if isinstance(data, DeviceData):
             return self.resident(data, given)

@@ -23,43 +23,26 @@ def check_finite(
     config: Config,
     directory: Path | None,
 ) -> None:
-    """Check the losses of consecutive steps.
-
-    Args:
-        losses: one a step.
-        task: that they are of, counted from 0.
-        first_step: step of the task that the first loss is of, counted from 0.
-        config: settings of the run.
-        directory: where the run has saved something, or `None`.
+    """Check the losses of consecutive steps, the first of which is `first_step`, from 0.
 
     Raises:
-        TrainingDiverged: one is NaN or infinite.
+        TrainingDiverged: a loss is NaN or infinite.
 
     Example:
         >>> check_finite([0.5, float("nan")], 0, 10, Config(), None)
         Traceback (most recent call last):
         pm_jax.continual.training.divergence.TrainingDiverged: task 1, step 12: the loss is nan; ...
     """
-    values = np.asarray(losses)
-    bad = np.flatnonzero(~np.isfinite(values))
+    bad = np.flatnonzero(~np.isfinite(losses))
     if bad.size:
-        raise TrainingDiverged(
-            f"task {task + 1}, step {first_step + int(bad[0]) + 1}: the loss is "
-            f"{values[bad[0]]}; {_remedy(config, directory)}"
-        )
+        step, loss = first_step + int(bad[0]) + 1, losses[bad[0]]
+        raise _diverged(f"task {task + 1}, step {step}: the loss is {loss}", config, directory)
 
 
 def check_state(
     state: PyTree, task: int, when: str, config: Config, directory: Path | None
 ) -> None:
-    """Check what a run goes on with, before any of it is saved: a finite loss may hide what is not.
-
-    Args:
-        state: pytree of arrays; those that are not of floating-point numbers do not count.
-        task: counted from 0.
-        when: of the task, for the message.
-        config: settings of the run.
-        directory: where the run has saved something, or `None`.
+    """Check the floating-point leaves that a run goes on with, before any of them is saved.
 
     Raises:
         TrainingDiverged: a leaf holds NaN or infinity.
@@ -69,27 +52,27 @@ def check_state(
         Traceback (most recent call last):
         pm_jax.continual.training.divergence.TrainingDiverged: task 2, merge: rule/w is not ...
     """
+    # Losses do not suffice: the loss of a step is measured before its update.
     leaves = {
         path: leaf
         for path, leaf in trees.leaves_by_path(state).items()
         if jnp.issubdtype(leaf.dtype, jnp.floating)
     }
-    sound = np.asarray(_are_finite(list(leaves.values())))
-    if not sound.all():
-        raise TrainingDiverged(
-            f"task {task + 1}, {when}: {list(leaves)[int(np.argmin(sound))]} is not finite; "
-            f"{_remedy(config, directory)}"
-        )
+    finite = np.asarray(_are_finite(list(leaves.values())))
+    if not finite.all():
+        path = list(leaves)[int(np.argmin(finite))]
+        raise _diverged(f"task {task + 1}, {when}: {path} is not finite", config, directory)
 
 
+# Compiled, so that one small array comes to the host instead of every leaf.
 @jax.jit
 def _are_finite(leaves: list[Array]) -> Array:
     return jnp.asarray([jnp.isfinite(leaf).all() for leaf in leaves])
 
 
-def _remedy(config: Config, directory: Path | None) -> str:
+def _diverged(problem: str, config: Config, directory: Path | None) -> TrainingDiverged:
     kept = f"; what was saved is kept in {directory}" if directory else ""
-    return (
-        f"lower learning_rate={config.learning_rate} or set clip_norm, in another work "
+    return TrainingDiverged(
+        f"{problem}; lower learning_rate={config.learning_rate} or set clip_norm, in another work "
         f"directory{kept}"
     )

@@ -13,7 +13,7 @@ from pm_jax.types import Array, Key, PyTree
 
 
 def at_onset(hook: TrainingHook | None, rule_state: PyTree, trainable: Trainable) -> Trainable:
-    """What trains, as the hook wants it before the first step of a task."""
+    """Let the hook change the trainable leaves before the first step of a task."""
     if hook is None or hook.onset is None:
         return trainable
     return trainable.moved(hook.onset(rule_state, trainable.moving))
@@ -22,9 +22,10 @@ def at_onset(hook: TrainingHook | None, rule_state: PyTree, trainable: Trainable
 def projected(
     hook: TrainingHook | None, rule_state: PyTree, changes: Trainable, takes_part: Array
 ) -> Trainable:
-    """Gradients or updates, projected by the hook where `takes_part` (a scalar) is above 0."""
+    """Project gradients or updates by the hook where `takes_part` (a scalar) is above 0."""
     if hook is None or hook.project is None:
         return changes
+    # A cond, as the same compiled step serves before and after `project_until`.
     project = functools.partial(hook.project, rule_state)
     return changes.moved(jax.lax.cond(takes_part > 0, project, lambda same: same, changes.moving))
 
@@ -37,9 +38,10 @@ def refreshed(
     optimizer_state: PyTree,
     rule_state: PyTree,
 ) -> tuple[Trainable, PyTree]:
-    """What trains after the hook's refresh, and the optimiser's state without moments of it."""
+    """Refresh the trainable leaves by the hook, and zero the moments of all renewed entries."""
     assert hook and hook.refresh
     moving, renewed = hook.refresh(rule_state, key, trainable.moving)
+    # The optimiser also has moments of the head, which no hook renews.
     head = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, bool), trainable.head)
     cleared = optax.tree_utils.tree_map_params(
         optimizer,
@@ -51,12 +53,12 @@ def refreshed(
 
 
 def projects(hook: TrainingHook | None, step: int, total: int) -> bool:
-    """Whether the hook projects at a step of a task, counted from 0."""
+    """Tell whether the hook projects at a step of a task, counted from 0."""
     return hook is not None and step < snapshot_step(hook.project_until, total)
 
 
 def refreshes(hook: TrainingHook | None, step: int, per_epoch: int, epochs: int) -> bool:
-    """Whether the hook refreshes after so many steps of a task: between epochs, not at the end.
+    """Tell whether the hook refreshes after `step` steps: between epochs, not at the task's end.
 
     Example:
         >>> hook = TrainingHook(refresh=lambda state, key, moving: (moving, moving))

@@ -1,4 +1,4 @@
-"""What happens to images between the device's memory and the model, by the settings of a run."""
+"""Images on their way from the device's memory to the model, by the settings of a run."""
 
 from collections.abc import Callable
 
@@ -8,37 +8,24 @@ from pm_jax.types import Array, InvalidInput, Key
 
 
 def evaluation_transform(config: Config) -> Callable[[Array], Array]:
-    """Images as accuracy, losses at the merge and curvature see them.
-
-    Args:
-        config: settings.
-
-    Returns:
-        A function of uint8 images [N, H, W, channels]; the identity without `evaluation_resize`,
-        where a model resizes by itself.
-    """
+    """Make the function of uint8 images [N, H, W, channels] that every pass but training uses."""
+    # Without `evaluation_resize`, the model resizes by itself.
     if config.evaluation_resize == 1.0:
         return lambda images: images
     return lambda images: augmentation.central_view(
-        images, _shape(config, images), config.evaluation_resize
+        images, _model_size(config, images), config.evaluation_resize
     )
 
 
 def training_transform(config: Config) -> Callable[[Key, Array], Array]:
-    """Images as training sees them; without crops, a flip or nothing after `evaluation_transform`.
-
-    Args:
-        config: settings.
-
-    Returns:
-        A function of a key and uint8 images [N, H, W, channels].
-    """
+    """Make the function of a key and uint8 images [N, H, W, channels] that training uses."""
     prepare = evaluation_transform(config)
     if config.augmentation == "none":
         return lambda key, images: prepare(images)
 
     def transform(key: Key, images: Array) -> Array:
-        shape = _shape(config, images)
+        shape = _model_size(config, images)
+        # Every other augmentation crops to the model's size by itself.
         if config.augmentation == "flip":
             images = prepare(images)
         augment = augmentation.augmentation(
@@ -54,17 +41,10 @@ def training_transform(config: Config) -> Callable[[Key, Array], Array]:
 
 
 def check_images(config: Config, input_shape: tuple[int, ...]) -> None:
-    """Raise where transforms are asked for that the inputs, not being images, cannot have.
-
-    Args:
-        config: settings.
-        input_shape: of one example.
+    """Check that examples of a shape are images, where the settings transform them.
 
     Raises:
-        InvalidInput: of the setting.
-
-    Example:
-        >>> check_images(Config(augmentation="flip"), (8, 8, 1))
+        InvalidInput: they are not; the message names the setting.
     """
     for name, without in (("augmentation", "none"), ("evaluation_resize", 1.0)):
         if getattr(config, name) != without and len(input_shape) != 3:
@@ -74,8 +54,9 @@ def check_images(config: Config, input_shape: tuple[int, ...]) -> None:
             )
 
 
-def _shape(config: Config, images: Array) -> tuple[int, int]:
-    """What the model reads: its own size, or that of the images."""
+def _model_size(config: Config, images: Array) -> tuple[int, int]:
+    """Return the height and width that the model reads: its own, or those of the images."""
+    # An MLP has no size of its own and reads every pixel.
     if config.image_size and config.model != "mlp":
         return config.image_size, config.image_size
     return images.shape[1], images.shape[2]

@@ -15,9 +15,7 @@ from pm_jax.weights import pretrained
 
 
 def partitions(config: Config, params: Params) -> tuple[Partition, Partition]:
-    """What trains in the first task, and in the others; `params` may be shapes.
-
-    The two differ for adapters from scratch, where the first task trains all parameters.
+    """Sort the parameters, or their shapes, for the first task and for the later tasks.
 
     Raises:
         InvalidInput: the adapter's pattern or rank does not fit the model.
@@ -35,25 +33,24 @@ def partitions(config: Config, params: Params) -> tuple[Partition, Partition]:
         )
     except ValueError as error:
         raise InvalidInput(f"lora_{error}") from None
+    # From scratch there is nothing to adapt yet: the first task trains all parameters.
     return (everything if config.from_scratch else adapted), adapted
 
 
 def parameter_shapes(config: Config, num_classes: int, input_shape: tuple[int, ...]) -> Params:
-    """Shapes of the model's parameters, without making them.
+    """Return the shapes of the model's parameters, without making them.
 
     Raises:
-        InvalidInput: the patch size does not divide the image, or the pre-trained weights do not
-            fit.
+        InvalidInput: the images or the pre-trained weights do not fit the model.
     """
     shapes = jax.eval_shape(init_fn(config, num_classes, input_shape), jax.random.key(0))
+    # For its errors: shapes suffice to check whether the weights fit.
     starting_params(config, shapes)
     return shapes
 
 
 def starting_params(config: Config, params: Params) -> Params:
-    """The model before the first task: as initialised, or with pre-trained weights.
-
-    The classifier is always the fresh one. With shapes for `params` it checks that the weights fit.
+    """Replace initialised parameters, but for the classifier, by pre-trained ones where asked for.
 
     Raises:
         InvalidInput: the weights cannot be read or do not fit the model.
@@ -71,7 +68,7 @@ def starting_params(config: Config, params: Params) -> Params:
 def init_fn(
     config: Config, num_classes: int, input_shape: tuple[int, ...]
 ) -> Callable[[Key], Params]:
-    """A function from the run's key to freshly initialised parameters.
+    """Make the function from the run's key to freshly initialised parameters.
 
     Raises:
         InvalidInput: settings that do not fit the images.
@@ -92,6 +89,6 @@ def init_fn(
 
 
 def blank_example(config: Config, input_shape: tuple[int, ...]) -> Array:
-    """One example as the model reads it."""
+    """Return one blank example as the model reads it."""
     dtype = jnp.int32 if config.reads_text else jnp.uint8
     return normalized(jnp.zeros((1, *input_shape), dtype))

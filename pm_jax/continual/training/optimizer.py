@@ -1,8 +1,4 @@
-"""Optimiser of a task: an optax transformation, learning rates per group, a schedule by progress.
-
-The schedule is a function of the fraction of the task that is done, an array, so that tasks of
-different lengths share one compiled step.
-"""
+"""Optimiser of a task: an optax transformation, learning rates per group, and a schedule."""
 
 from collections.abc import Callable
 
@@ -14,24 +10,13 @@ from pm_jax.continual.settings.config import Config
 from pm_jax.continual.training.partition import Trainable
 from pm_jax.types import Array
 
+# Schedules count steps; here they count ten-thousandths of a task, so that tasks of different
+# lengths share one compiled step.
 SCHEDULE_RESOLUTION = 10_000
 
 
 def transformation(config: Config) -> optax.GradientTransformation:
-    """The optimiser with learning rate 1: `scaled` applies rates and schedule to its updates.
-
-    Args:
-        config: settings.
-
-    Returns:
-        An optax gradient transformation.
-
-    Example:
-        >>> updates, _ = (opt := transformation(Config(optimizer="sgd"))).update(
-        ...     jnp.ones(1), opt.init(jnp.ones(1)))
-        >>> updates.tolist()
-        [-1.0]
-    """
+    """Make the optimiser with learning rate 1; `scaled` applies rates and schedule afterwards."""
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     if config.optimizer == "sgd":
         return optax.chain(clip, optax.sgd(1.0, momentum=0.9))
@@ -39,25 +24,13 @@ def transformation(config: Config) -> optax.GradientTransformation:
 
 
 def accumulated(
-    config: Config,
-    inner: optax.GradientTransformation,
-    position: Array | int = 0,
-    count: Array | int = 1,
+    config: Config, inner: optax.GradientTransformation, position: Array | int, count: Array | int
 ) -> tuple[optax.GradientTransformation, Array | float]:
-    """The optimiser of one step of an epoch, which updates when its accumulation is complete.
+    """Make the optimiser of the step at a position of an epoch, for a task of `count` examples.
 
-    An accumulation ends after `config.accumulation_steps` steps, and with the epoch. Each example
-    in it weighs the same, so that updates are those of one batch of all its examples.
-
-    Args:
-        config: settings.
-        inner: the optimiser of an update.
-        position: of the step within the epoch, int32 scalar.
-        count: examples of the task, int32 scalar.
-
-    Returns:
-        A transformation, and the factor of the gradient of the step's mean loss. The state does not
-        depend on position and count.
+    It updates with every `config.accumulation_steps`-th step and at the end of the epoch. With it
+    comes the factor of the step's gradient by which all accumulated examples weigh the same. The
+    optimiser's state has the same form at all positions.
 
     Example:
         >>> config = Config(batch_size=2, accumulation_steps=2)
@@ -69,25 +42,15 @@ def accumulated(
         return inner, 1.0
     first = position - position % steps
     examples = jnp.minimum(count - first * size, steps * size)
-    own = jnp.minimum(count - position * size, size)
+    examples_of_step = jnp.minimum(count - position * size, size)
     number = -(-examples // size)
+    # MultiSteps averages the gradients of its steps, the last of which may have fewer examples.
     wrapped = optax.MultiSteps(inner, lambda _: number)
-    return wrapped.gradient_transformation(), own * number / examples
+    return wrapped.gradient_transformation(), examples_of_step * number / examples
 
 
 def schedule(config: Config) -> Callable[[Array | float], Array]:
-    """Factor of the learning rate over a task.
-
-    Args:
-        config: settings.
-
-    Returns:
-        A function from progress in [0, 1) to a factor in [0, 1].
-
-    Example:
-        >>> round(float(schedule(Config(schedule="linear"))(0.25)), 4)
-        0.75
-    """
+    """Make the function from progress in [0, 1) to a factor of the learning rate in [0, 1]."""
     warmup = round(config.warmup_fraction * SCHEDULE_RESOLUTION)
     rest = SCHEDULE_RESOLUTION - warmup
     course: optax.Schedule = {
@@ -105,36 +68,21 @@ def schedule(config: Config) -> Callable[[Array | float], Array]:
 
 
 def scaled(config: Config, updates: Trainable, factor: Array, class_mask: Array) -> Trainable:
-    """Updates times learning rates, zero in head columns of classes outside the mask.
-
-    Those columns have no gradient, but weight decay would move them.
-
-    Args:
-        config: settings, with the rates of the classifier and of all else.
-        updates: of the optimiser.
-        factor: of the schedule, scalar.
-        class_mask: bool [C].
-
-    Returns:
-        Updates to add to the parameters.
-
-    Example:
-        >>> updates = Trainable({}, {}, {"head/bias": jnp.ones(2)})
-        >>> scaled(Config(head_learning_rate=0.5), updates, 1.0, jnp.asarray([1, 0])).head
-        {'head/bias': Array([0.5, 0. ], dtype=float32)}
-    """
+    """Multiply updates by learning rates; head columns of classes outside the mask [C] become 0."""
     body_rate = config.learning_rate * factor
     head_rate = (config.head_learning_rate or config.learning_rate) * factor
 
-    def own_columns(update: Array) -> Array:
-        # Not by a product: what overflows in another task's column stays there.
+    def columns_of_task(update: Array) -> Array:
+        # Other columns have no gradient, but weight decay would move them. A product with the mask
+        # would make NaN of an infinite entry.
         return jnp.where(jnp.broadcast_to(class_mask, update.shape), update, 0)
 
     return Trainable(
         adapters=jax.tree.map(lambda u: u * body_rate, updates.adapters),
+        # A shared head trains among the direct leaves, at the classifier's rate all the same.
         direct={
             path: u * (head_rate if path.startswith("head/") else body_rate)
             for path, u in updates.direct.items()
         },
-        head=jax.tree.map(lambda u: own_columns(u) * head_rate, updates.head),
+        head=jax.tree.map(lambda u: columns_of_task(u) * head_rate, updates.head),
     )

@@ -44,11 +44,11 @@ class Trainable(NamedTuple):
 
     @property
     def moving(self) -> Moving:
-        """All but the head, as the hooks of merge rules see it."""
+        """All leaves but the head, as the hooks of merge rules see them."""
         return {**self.adapters, **self.direct}
 
     def moved(self, moving: Moving) -> "Trainable":
-        """The same with all but the head replaced."""
+        """Replace all leaves but the head."""
         adapters = {path: x for path, x in moving.items() if isinstance(x, lora.Adapter)}
         direct = {path: x for path, x in moving.items() if not isinstance(x, lora.Adapter)}
         return Trainable(adapters, direct, self.head)
@@ -57,19 +57,7 @@ class Trainable(NamedTuple):
 def partition(
     params: Params, *, class_incremental: bool, lora_pattern: str | None = None, rank: int = 1
 ) -> Partition:
-    """Sort the parameters of a model.
-
-    Class-incremental heads have columns that belong to tasks; otherwise the head is shared and
-    merges like any parameter.
-
-    Args:
-        params: model parameters whose classifier is the module `head`.
-        class_incremental: whether the head's columns belong to tasks.
-        lora_pattern: kernels to adapt, all else but the head frozen; `None` to train everything.
-        rank: of the adapters.
-
-    Returns:
-        A `Partition`.
+    """Sort the parameters of a model; without a LoRA pattern everything trains.
 
     Raises:
         ValueError: the pattern or the rank does not fit the model.
@@ -81,39 +69,26 @@ def partition(
         Partition(adapted=('fc/kernel',), direct=(), head=('head/kernel',))
     """
     head = trees.match_paths(params, HEAD_PATTERN)
-    adapted: tuple[str, ...] = ()
-    direct: tuple[str, ...] = ()
     if lora_pattern is None:
+        adapted: tuple[str, ...] = ()
         direct = tuple(path for path in trees.leaves_by_path(params) if path not in head)
     else:
-        adapted = lora.adapted_paths(params, lora_pattern, rank)
+        adapted, direct = lora.adapted_paths(params, lora_pattern, rank), ()
         if overlap := [path for path in adapted if path in head]:
             raise ValueError(
                 f"pattern={lora_pattern!r}: matches {overlap[0]} of the classifier, which trains "
                 "in full; narrow the pattern"
             )
-    if class_incremental:
-        return Partition(adapted, direct, head)
-    return Partition(adapted, direct + head, ())
+    # Tasks share the classes of other scenarios, whose head merges like any parameter.
+    return (
+        Partition(adapted, direct, head)
+        if class_incremental
+        else Partition(adapted, direct + head, ())
+    )
 
 
 def fresh_trainable(key: Key, partition: Partition, start: Params, rank: int) -> Trainable:
-    """Trainable parameters at the onset of a task: the model `start`, exactly.
-
-    Args:
-        key: PRNG key of the adapters.
-        partition: of the parameters.
-        start: the model that the task starts from.
-        rank: of the adapters.
-
-    Returns:
-        A `Trainable`.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> fresh_trainable(jax.random.key(0), Partition((), ("w",), ()), {"w": 1.0}, 1).direct
-        {'w': 1.0}
-    """
+    """Make the trainable parameters at the onset of a task, which give `start` exactly."""
     kernels = trees.select(start, partition.adapted)
     adapters = lora.init(key, kernels, ".*", rank) if kernels else {}
     return Trainable(
@@ -122,18 +97,6 @@ def fresh_trainable(key: Key, partition: Partition, start: Params, rank: int) ->
 
 
 def trained_params(start: Params, trainable: Trainable) -> Params:
-    """The trained model `theta_t*` as a full parameter tree, adapters folded in.
-
-    Args:
-        start: the model that the task started from.
-        trainable: what was trained.
-
-    Returns:
-        Parameters of the structure of `start`.
-
-    Example:
-        >>> trained_params({"w": 1.0, "v": 2.0}, Trainable({}, {"w": 5.0}, {}))
-        {'v': 2.0, 'w': 5.0}
-    """
+    """Return the trained model `theta_t*` as a full parameter tree, adapters folded in."""
     updated = trees.replace(start, {**trainable.direct, **trainable.head})
     return lora.fold(updated, trainable.adapters) if trainable.adapters else updated

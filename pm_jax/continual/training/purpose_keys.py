@@ -5,26 +5,12 @@ from jax.typing import ArrayLike
 
 from pm_jax.types import Key
 
-# Each is folded into the run's key first.
+# The order is part of every saved run: another one would change all random numbers.
 INITIALIZE, ADAPTERS, SHUFFLE, STEP, CURVATURE, AUGMENT, MERGE, EXAMPLES, REFRESH = range(9)
 
 
 def purpose_key(key: Key, purpose: int, *counters: ArrayLike) -> Key:
-    """The key of one purpose and place in the stream, by `fold_in`.
-
-    Args:
-        key: of the run.
-        purpose: one of the constants of this module.
-        *counters: task, epoch or step.
-
-    Returns:
-        A PRNG key.
-
-    Example:
-        >>> key = jax.random.key(0)
-        >>> bool(purpose_key(key, STEP, 1) == purpose_key(key, STEP, 2))
-        False
-    """
+    """Fold a purpose, and counters such as task, epoch or step, into the run's key."""
     for value in (purpose, *counters):
         key = jax.random.fold_in(key, value)
     return key

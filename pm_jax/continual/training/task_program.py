@@ -33,7 +33,7 @@ from pm_jax.types import Array, Batch, Key, Params, PyTree
 
 
 class Segment(NamedTuple):
-    """A piece of an epoch of a task; int32 scalars, so that every piece runs the same program.
+    """A piece of an epoch of a task; int32 scalars, so that one program runs all of them.
 
     Attributes:
         task: number of the task, from 0.
@@ -55,7 +55,7 @@ class Segment(NamedTuple):
     def of(
         cls, task: int, epoch: int, first: int, stop: int, epochs: int, projected: bool = False
     ) -> "Segment":
-        """A segment from Python ints."""
+        """Make a segment of Python numbers."""
         values = (task, epoch, first, stop, epochs, projected)
         return cls(*(jnp.asarray(value, jnp.int32) for value in values))
 
@@ -67,17 +67,10 @@ def training_loss(
     examples: int | None = None,
     temperature: float = 1.0,
 ) -> Callable[[Key, Trainable, Params, Batch, Array], Array]:
-    """The loss of a step of Perturb-and-Merge: at a random point along the task vector.
+    """Make the loss of a step of Perturb-and-Merge: at a random point along the task vector.
 
-    Args:
-        model: linen module.
-        law: perturbation, of all that trains but the head.
-        examples: N for a draw for each of N examples, as for `pm_jax.perturbed`.
-        temperature: divisor of the logits.
-
-    Returns:
-        `loss(key, trainable, start, batch, class_mask)`, float32 scalar, where `start` is the model
-        that the task started from.
+    The function is `loss(key, trainable, start, batch, class_mask)`, float32 scalar, where `start`
+    is the model that the task started from. With `examples` N it draws a point for each of them.
     """
 
     def loss_fn(
@@ -86,6 +79,7 @@ def training_loss(
         params = trees.replace(start, {**lora.dense_leaves(moving), **head})
 
         def logits_fn(params: Params, inputs: Array) -> Array:
+            # Adapters act on activations here, which is cheaper than to build each dense weight.
             with lora.branch(moving):
                 return logits_of(model, params, inputs, mask, temperature)
 
@@ -104,15 +98,7 @@ def training_loss(
 
 
 class TaskProgram:
-    """The compiled functions that train tasks with the same leaves and up to the same size.
-
-    Args:
-        config: settings of the run.
-        model: linen module.
-        partition: which of its parameters train.
-        largest_task: examples of the largest task.
-        hook: what the merge rule does in training, or `None`.
-    """
+    """The compiled functions that train tasks with the same leaves and up to the same size."""
 
     def __init__(
         self,
@@ -142,7 +128,7 @@ class TaskProgram:
     def begin(
         self, key: Key, start: Params, task: Array, rule_state: PyTree = None
     ) -> tuple[Trainable, PyTree]:
-        """What trains at the onset of a task, and the optimiser's state."""
+        """Make the trainable leaves at the onset of a task, and the optimiser's state."""
         adapter_key = purpose_key(key, ADAPTERS, task)
         trainable = fresh_trainable(adapter_key, self._partition, start, self._config.lora_rank)
         trainable = hooks.at_onset(self._hook, rule_state, trainable)
@@ -152,7 +138,7 @@ class TaskProgram:
 
     @compiled()
     def order(self, key: Key, data: DeviceData, task: Array, epoch: Array) -> Order:
-        """The examples of an epoch, shuffled."""
+        """Shuffle the examples of a task for an epoch."""
         return data.shuffled(purpose_key(key, SHUFFLE, task, epoch), task)
 
     @compiled(donate_argnums=(1, 2))
@@ -166,13 +152,13 @@ class TaskProgram:
         segment: Segment,
         rule_state: PyTree = None,
     ) -> tuple[Trainable, PyTree, Array]:
-        """Make the steps of a segment.
+        """Make the steps of a segment; also returns the losses by step of the epoch, float32.
 
-        Returns what trains and the optimiser's state, both written into the buffers of those given,
-        and the losses by step of the epoch, float32 [steps of the largest task].
+        The trainable leaves and the optimiser's state are donated.
         """
         config, task = self._config, segment.task
         count, class_mask = data.sizes[task], data.class_masks[task]
+        # Shuffled anew for every segment: a run that goes on within an epoch needs no saved order.
         order = self.order(key, data, task, segment.epoch)
         steps_per_epoch = -(-count // config.batch_size)
         updates_per_epoch = -(-steps_per_epoch // config.accumulation_steps)
@@ -215,7 +201,7 @@ class TaskProgram:
         step: Array,
         rule_state: PyTree,
     ) -> tuple[Trainable, PyTree]:
-        """Renew what the hook renews after so many steps, and clear the moments of it."""
+        """Refresh the trainable leaves by the hook, after a step of the task."""
         return hooks.refreshed(
             self._hook,
             self._accumulated()[0],
