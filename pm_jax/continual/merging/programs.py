@@ -31,10 +31,9 @@ class StreamShape(NamedTuple):
     """The numbers of a stream that compiled functions depend on.
 
     Attributes:
-        num_classes: C, classes of all tasks.
-        input_shape: shape of one example.
-        largest_task: training examples of the largest task.
-        task_classes: most classes that a task has.
+        num_classes: number of classes of all tasks.
+        largest_task: number of training examples of the largest task.
+        task_classes: largest number of classes of a task.
     """
 
     num_classes: int
@@ -58,8 +57,7 @@ class TrainingPrograms:
 
     Attributes:
         partition: leaves that train and merge, from the second task on at the latest.
-        first: trains the first task.
-        later: trains the other tasks; the same object as `first` where the same leaves train.
+        later: trains all tasks but the first; the same object as `first` if the same leaves train.
     """
 
     def __init__(self, config: Config, shape: StreamShape, hook: TrainingHook | None):

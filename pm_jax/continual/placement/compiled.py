@@ -1,4 +1,4 @@
-"""Methods that are compiled once for each object, and numbers as they take them."""
+"""Methods that are compiled once for each object, and the numbers that are given to them."""
 
 import functools
 from collections.abc import Callable
@@ -8,10 +8,7 @@ import numpy as np
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Compile a method once for each object; results lie where the object's `devices` say.
-
-    The options are those of `jax.jit`; `donate_argnums` does not count `self`.
-    """
+    """Compile a method by `self.devices.jit` with these options; arguments count without `self`."""
 
     def decorate(method: Callable[..., Any]) -> Any:
         def of_object(self: Any) -> Callable[..., Any]:
@@ -21,11 +18,12 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
             return self.devices.jit(call, **options)
 
+        # Kept by the object: a function compiled for the class would hold every object for ever.
         return functools.cached_property(functools.wraps(method)(of_object))
 
     return decorate
 
 
 def number(value: int) -> Any:
-    """A number of a task or epoch as an int32 array, so that each runs the same program."""
+    """Make an int32 array of a number: a Python number would be weakly typed, another program."""
     return np.asarray(value, np.int32)

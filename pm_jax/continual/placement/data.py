@@ -19,7 +19,7 @@ class Order(NamedTuple):
     """The examples that a pass goes over, in their order.
 
     Attributes:
-        rows: int32 [P], their rows in the stream.
+        rows: int32 [P], rows in the stream.
         weights: float32 [P], 1 for an example that counts and 0 for padding.
         length: int32 scalar, places up to the last example that counts.
     """
@@ -30,7 +30,7 @@ class Order(NamedTuple):
 
     @classmethod
     def of(cls, rows: Array, count: Array) -> "Order":
-        """The order in which the first `count` of the rows are examples."""
+        """Make the order in which the first `count` rows are examples and the others padding."""
         return cls(rows, (jnp.arange(rows.shape[0]) < count).astype(jnp.float32), count)
 
 
@@ -38,8 +38,8 @@ class Window(NamedTuple):
     """The inputs of some consecutive batches of a pass.
 
     Attributes:
-        values: uint8 [S, B, ...], of S batches.
-        first: place in the pass of the first of them, int32 scalar.
+        values: uint8 [batches, batch size, ...].
+        first: place of the first input in the pass, int32 scalar.
     """
 
     values: Array
@@ -65,17 +65,19 @@ class DeviceData(NamedTuple):
     class_masks: Array
 
     @classmethod
-    def of(cls, devices: Devices, stream: TaskStream, split: TaskIndices) -> "DeviceData":
+    def of(
+        cls, devices: Devices, stream: TaskStream, split: TaskIndices, *, with_inputs: bool = True
+    ) -> "DeviceData":
         """Put a stream and one of its splits on the devices."""
         rest = devices.place((stream.labels, split.positions, split.sizes, stream.class_masks))
-        return cls(devices.place_rows(stream.inputs), *rest)
+        return cls(devices.place_rows(stream.inputs) if with_inputs else None, *rest)
 
     def order(self, task: Array) -> Order:
-        """The examples of a task as they are stored."""
+        """Return the examples of a task in stored order."""
         return Order.of(self.positions[task], self.sizes[task])
 
     def shuffled(self, key: Key, task: Array) -> Order:
-        """The examples of a task in random order."""
+        """Return the examples of a task in random order."""
         rows, count = self.positions[task], self.sizes[task]
         draws = jax.random.uniform(key, rows.shape)
         # Padding gets a larger number than any draw, so that it stays behind the examples.
@@ -83,7 +85,7 @@ class DeviceData(NamedTuple):
         return Order.of(rows[order], count)
 
     def take(self, devices: Devices, rows: Array, places: Array) -> Array:
-        """Inputs of one batch: of the examples in some rows, which have these places in a pass."""
+        """Gather the inputs of a batch, by rows of the stream or places of the pass."""
         if isinstance(self.inputs, Window):
             values, first = self.inputs
             if devices.count == 1:
@@ -99,8 +101,8 @@ class HostData(NamedTuple):
 
     Attributes:
         inputs: uint8 [N, ...], in the host's memory.
-        rest: everything else, on the devices; its inputs are `None`.
-        window_bytes: most bytes that one window may take of a device.
+        rest: all other arrays, on the devices; its inputs are `None`.
+        window_bytes: most bytes of a device for one window.
         devices: devices that examples are divided among.
     """
 
@@ -122,6 +124,7 @@ def placed(config: Config, stream: TaskStream, split: TaskIndices) -> StreamData
     budget, devices = resident_bytes(config), devices_of(config)
     if stream.inputs.nbytes / devices.count <= budget:
         return DeviceData.of(devices, stream, split)
+    # Imported when needed: grain is an extra.
     try:
         import grain  # noqa: F401
     except ImportError:
@@ -129,17 +132,13 @@ def placed(config: Config, stream: TaskStream, split: TaskIndices) -> StreamData
             f"resident_mb={config.resident_mb:g}: inputs of {stream.inputs.nbytes / 1e6:.0f} MB "
             "are streamed, which needs grain: pip install 'pm_jax[streaming]'; or raise it"
         ) from None
-    arrays = (stream.labels, split.positions, split.sizes, stream.class_masks)
-    rest = DeviceData(None, *devices.place(arrays))
+    rest = DeviceData.of(devices, stream, split, with_inputs=False)
     return HostData(stream.inputs, rest, budget / WINDOWS_IN_MEMORY, devices)
 
 
 def resident_bytes(config: Config) -> float:
-    """How many bytes of one kind of data a run keeps on the device.
-
-    The default is half of the device's memory, and no bound on a CPU, which does not say what it
-    has.
-    """
+    """Return the bytes of one kind of data that a run may keep on a device."""
+    # Half of the device's memory by default; a CPU does not say what it has, and has no bound.
     statistics = jax.local_devices()[0].memory_stats() or {}
     return 1e6 * config.resident_mb or statistics.get("bytes_limit", float("inf")) / 2
 

@@ -1,7 +1,6 @@
-"""Passes over examples: what hands out batches, and functions that go over them one by one.
+"""Passes over examples, batch by batch.
 
-Inputs lie on the device, or come from the host window by window; both make the same steps on the
-same examples in the same order.
+Inputs lie on the device, or come from the host window by window; the batches are the same.
 """
 
 import abc
@@ -20,12 +19,7 @@ from pm_jax.types import Array, Batch, PyTree
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-    """Hands out the batches of a pass: gathered, transformed, weighed, divided among the devices.
-
-    Attributes:
-        devices: devices that the examples of a batch are divided among.
-        size: examples of a batch, a multiple of the devices.
-    """
+    """Hands out batches of `size` examples: gathered, transformed and divided among the devices."""
 
     devices: Devices
     size: int
@@ -33,7 +27,7 @@ class Batches:
     def at(
         self, data: DeviceData, order: Order, number: Array, transform: Callable[[Array], Array]
     ) -> Batch:
-        """The batch with a number, counted from 0; what lies beyond the order has weight 0."""
+        """Make the batch with a number, from 0; places beyond the order have weight 0."""
         places = number * self.size + jnp.arange(self.size)
         last = order.rows.shape[0] - 1
         inside = jnp.minimum(places, last)
@@ -43,22 +37,11 @@ class Batches:
         return self.devices.spread(Batch(inputs, data.labels[rows], weights))
 
     def windows(
-        self,
-        data: StreamData,
-        rows: Callable[[DeviceData], Array],
-        first: int,
-        stop: int,
+        self, data: StreamData, rows: Callable[[DeviceData], Array], first: int, stop: int
     ) -> Iterator[tuple[int, int, DeviceData]]:
-        """Pieces of a pass: first batch, one past the last, and the data to make them with.
+        """Split batches `first` to `stop` into (first, stop, data) by what the device can hold.
 
-        Data on the device is one piece. While one window of host data is in use, the next is on the
-        device and the one after it is being loaded.
-
-        Args:
-            data: stream with the split to go over.
-            rows: rows of the whole pass in order, int32 [P]; called for host data only.
-            first: batch to begin with.
-            stop: one past the last batch.
+        Data on the device need no split, and `rows`, the pass in order, is then not called.
         """
         if isinstance(data, DeviceData):
             yield first, stop, data
@@ -66,22 +49,26 @@ class Batches:
         import grain
 
         order = np.asarray(rows(data.rest))
+        # No window is longer than the pass, and all have one shape, for one program.
         batch_bytes = self.size * data.inputs[:1].nbytes / self.devices.count
         length = max(1, int(data.window_bytes // batch_bytes))
         length = min(length, -(-len(order) // self.size))
         columns = self.devices.columns(self.size)
 
         def load(start: int) -> tuple[int, np.ndarray]:
+            # The last window repeats the last example, which has no weight then.
             places = start * self.size + np.arange(length * self.size).reshape(length, -1)
             rows_of_process = order[np.minimum(places[:, columns], len(order) - 1)]
             return start, data.inputs[rows_of_process]
 
+        # One window is loaded ahead, while one is in use and one on its way to the device.
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
         source = grain.MapDataset.source(list(range(first, stop, length)))
         waiting = None
         for start, values in source.map(load).to_iter_dataset(options):
             first_place = self.devices.place(np.asarray(start * self.size, np.int32))
             window = Window(self.devices.place_columns(values, self.size), first_place)
+            # Yielded one round late, so that the copy to the device runs beside the computation.
             if waiting:
                 yield waiting
             waiting = start, min(start + length, stop), data.rest._replace(inputs=window)
@@ -90,13 +77,12 @@ class Batches:
 
 
 class DataPass(abc.ABC):
-    """A function that goes over examples batch by batch and is compiled as a whole.
+    """A function of data and other arguments that goes over examples, compiled as a whole.
 
-    A subclass says how to begin, what to do with a batch, and what comes out. It is called as
-    `run(data, *given)`; all three functions are given the tuple of the other arguments.
+    A subclass says how to begin, what to do with a batch, and what to return. All three functions
+    get the tuple of the other arguments.
 
     Attributes:
-        batches: what hands out the batches.
         resident: the whole pass compiled as one function, for data on the device.
         window: the batches of one window compiled, for data of the host.
     """
@@ -113,26 +99,26 @@ class DataPass(abc.ABC):
 
     @abc.abstractmethod
     def begin(self, data: DeviceData, given: Any) -> tuple[PyTree, Order]:
-        """What the pass carries before the first batch, and the examples it goes over."""
+        """Return the first carry, and the examples to go over."""
 
     @abc.abstractmethod
     def update(self, carry: PyTree, batch: Batch, data: DeviceData, given: Any) -> PyTree:
-        """What the pass carries after a batch."""
+        """Return the carry after a batch."""
 
     @abc.abstractmethod
     def finish(self, carry: PyTree, data: DeviceData, given: Any) -> Any:
-        """What the pass returns."""
+        """Return the result of the last carry."""
 
     def __call__(self, data: StreamData, *given: Any) -> Any:
-        """Go over the data, with the tuple of the other arguments."""
+        """Go over the data with some other arguments."""
         return self.run(data, given)
 
     def run(self, data: StreamData, given: Any) -> Any:
-        """Go over the data."""
+        """Go over the data with the tuple of the other arguments."""
         if isinstance(data, DeviceData):
             return self.resident(data, given)
         carry, order = self._begin(data.rest, given)
-        stop = int(self._number(order))
+        stop = int(self._batch_count(order))
         for first, last, window in self.batches.windows(data, lambda _: order.rows, 0, stop):
             # Waits, so that no more windows than planned are on the device.
             carry = jax.block_until_ready(self.window(carry, order, first, last, window, given))
@@ -140,11 +126,11 @@ class DataPass(abc.ABC):
 
     def _whole(self, data: DeviceData, given: Any) -> Any:
         carry, order = self.begin(data, given)
-        carry = self._batches_between(carry, order, 0, self._number(order), data, given)
+        carry = self._batches_between(carry, order, 0, self._batch_count(order), data, given)
         return self.finish(carry, data, given)
 
-    def _number(self, order: Order) -> Array:
-        """Batches up to the last example that counts."""
+    def _batch_count(self, order: Order) -> Array:
+        """Count the batches up to the last example that counts."""
         return -(-order.length // self.batches.size)
 
     def _batches_between(

@@ -1,9 +1,9 @@
-"""Where a run's arrays lie: on a mesh of devices that divide the examples of a batch.
+"""The mesh of devices that a run's arrays lie on.
 
-Every function of a run is one program over all of the mesh. Examples are divided along their first
-axis. Parameters, and all arrays of their shapes, are copied to each device or, with `fsdp`, divided
-among so many devices that together hold one copy. XLA moves data between devices by itself, and the
-numbers are those of one device up to the order of sums.
+Every function of a run is one program over the mesh. Examples are divided along their first axis.
+Parameters, and arrays of their shapes, are copied to each device or, with `fsdp`, divided among so
+many devices that together hold one copy. XLA moves data between devices by itself, and the numbers
+are those of one device up to the order of sums.
 """
 
 import dataclasses
@@ -32,20 +32,15 @@ Tree = TypeVar("Tree")
 class Devices:
     """A mesh of devices, and how arrays lie on it; with one device, as if there were none.
 
-    Attributes:
-        mesh: with the axes `data`, along which parameters are copied, and `fsdp`, along which they
-            are divided.
-
     Example:
         >>> devices = Devices.of(count=2, parts=2)
         >>> devices.place({"w": np.ones((4, 3))})["w"].addressable_shards[0].data.shape
         (2, 3)
         >>> devices.place_rows(np.arange(3)).tolist()  # padded
         [0, 1, 2, 0]
-        >>> jax.jit(devices.rows)(devices.place_rows(np.arange(3)), jnp.asarray([2, 1])).tolist()
-        [2, 1]
     """
 
+    # Its axes are `data`, along which parameters are copied, and `fsdp`, which divides them.
     mesh: Mesh
 
     @classmethod
@@ -86,12 +81,10 @@ class Devices:
         return -(-examples // self.count) * self.count
 
     def sharding(self, shape: tuple[int, ...]) -> NamedSharding:
-        """Return the sharding of an array without an axis of examples.
-
-        With `fsdp`, matrices and larger arrays are divided along the longest axis that allows it.
-        """
+        """Return the sharding of an array without an axis of examples."""
         parts, spec = self.mesh.shape[PARTS], list[str | None]()
         fitting = [axis for axis, length in enumerate(shape) if length % parts == 0 and length]
+        # Matrices and larger arrays are divided, along the longest axis that allows it.
         if parts > 1 and len(shape) > 1 and fitting:
             axis = max(fitting, key=lambda axis: shape[axis])
             spec = [*[None] * axis, PARTS]
@@ -103,8 +96,10 @@ class Devices:
 
     def _put(self, leaf: Any) -> Array:
         sharding = self.sharding(np.shape(leaf))
+        # An array that already spans the processes cannot be read here, only moved.
         if not processes.several() or not getattr(leaf, "is_fully_addressable", True):
             return jax.device_put(leaf, sharding)
+        # NumPy has no type for keys: their numbers are placed instead.
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jax.random.wrap_key_data(self._put(jax.random.key_data(leaf)))
         values = np.asarray(leaf)
@@ -112,6 +107,7 @@ class Devices:
 
     def whole(self, tree: PyTree) -> Any:
         """Copy arrays to NumPy's, put together from their parts; all processes must call."""
+        # Copies of every part go to every process, as NumPy sees its own devices only.
         if processes.several():
             tree = jax.jit(lambda x: x, out_shardings=NamedSharding(self.mesh, P()))(tree)
         return jax.tree.map(np.array, tree)
@@ -132,14 +128,14 @@ class Devices:
         """Divide an array by its rows, padded to equally many; a process reads only its rows."""
         if self.count == 1:
             return jnp.asarray(array)
-        each = -(-len(array) // self.count)
+        length = -(-len(array) // self.count)
 
         def part(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index
-            own = array[index[0]]
-            return np.pad(own, [(0, each - len(own)), *[(0, 0)] * (array.ndim - 1)])
+            rows = array[index[0]]
+            return np.pad(rows, [(0, length - len(rows)), *[(0, 0)] * (array.ndim - 1)])
 
-        shape = (each * self.count, *array.shape[1:])
+        shape = (length * self.count, *array.shape[1:])
         return jax.make_array_from_callback(shape, NamedSharding(self.mesh, P(EXAMPLES)), part)
 
     def columns(self, number: int) -> slice:
@@ -160,10 +156,7 @@ class Devices:
         return NamedSharding(self.mesh, P(None, EXAMPLES))
 
     def rows(self, array: Array, rows: Array) -> Array:
-        """Gather rows (int32 [B]) of an array of integers that `place_rows` divided.
-
-        The result, [B, ...], is divided among the devices, of which B must be a multiple.
-        """
+        """Gather rows (int32 [B], B a multiple of the devices) of divided integers."""
         if self.count == 1:
             return array[rows]
 
@@ -197,13 +190,11 @@ class Devices:
         )
 
     def jit(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        """Compile a function whose results lie where `sharding` says.
-
-        A run's state then always lies in the same way, so that nothing is compiled twice.
-        """
+        """Compile a function whose results lie where `sharding` says."""
         if self.count == 1:
             return jax.jit(function, **options)
 
+        # A run's state then always lies in the same way, so that nothing is compiled twice.
         @functools.wraps(function)
         def kept(*arguments: Any, **named: Any) -> Any:
             return self.keep(function(*arguments, **named))

@@ -1,7 +1,7 @@
-"""A run in several processes, each with its own devices: how they agree, and which one writes.
+"""A run in several processes with devices of their own: how they agree, and which one writes.
 
-All of them run the same program and see the same work directory; the first one writes into it. With
-one process, these functions do nothing.
+All processes run the same program and see the same work directory; the first one writes into it.
+With one process, these functions do nothing.
 """
 
 import jax
@@ -11,12 +11,12 @@ from jax.experimental import multihost_utils
 
 
 def several() -> bool:
-    """Whether there are other processes."""
+    """Tell whether there are other processes."""
     return jax.process_count() > 1
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes."""
+    """Tell whether this process is the one that writes."""
     return jax.process_index() == 0
 
 

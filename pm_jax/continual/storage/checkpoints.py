@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from pm_jax.continual.storage import manifest
 from pm_jax.types import InvalidInput, PyTree
 
 DELETED, UNFINISHED = "deleted_", ".orbax-checkpoint-tmp"
-"""Marks in the names of folders: we are deleting the one, Orbax is writing the other."""
+"""Marks in the names of folders that are being deleted, and that Orbax is writing."""
 T = TypeVar("T")
 
 
@@ -35,9 +35,7 @@ class DamagedCheckpoint(InvalidInput):
 class Checkpoints:
     """The checkpoints in a directory, of which the `keep` newest stay, and their manifest.
 
-    The calling thread writes the manifest, which lists a checkpoint once it is whole. If
-    `asynchronous`, `save` returns once the arrays are copied, and they are written meanwhile; with
-    several processes it always waits.
+    If `asynchronous`, `save` returns once the arrays are copied, and a thread writes them.
 
     Raises:
         InvalidInput: `keep` is below 1.
@@ -46,6 +44,7 @@ class Checkpoints:
     def __init__(self, directory: Path, keep: int = KEPT, *, asynchronous: bool = False):
         options = orbax.CheckpointManagerOptions(enable_async_checkpointing=True, create=True)
         self._directory, self._keep = directory.absolute(), keep
+        # Several processes must write and list in step, so they always wait.
         self._asynchronous = asynchronous and not processes.several()
         self._manager = orbax.CheckpointManager(self._directory, options=options)
         # Checksums and deletions run in this thread, one after another, beside the training.
@@ -65,14 +64,13 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, tree: PyTree) -> None:
-        """Save a pytree of arrays under a new step, whole or not at all.
-
-        This waits for the previous save. The arrays may be donated or overwritten afterwards.
+        """Save a pytree of arrays, which may be donated afterwards, whole or not at all.
 
         Raises:
             OSError: this save or the previous one could not be written.
         """
         self.finish()
+        # A kill during the save then leaves an unlisted folder, never one that looks damaged.
         manifest.uncover(self._directory, str(step))
         with self._writing(step):
             self._manager.save(step, args=orbax.args.StandardSave(tree))
@@ -91,9 +89,11 @@ class Checkpoints:
         (step, checksums), self._pending = self._pending, None
         with self._writing(step):
             self._manager.wait_until_finished()
+        # This thread alone writes the manifest, so that no entry is lost between two writers.
         manifest.enter(self._directory, checksums.result())
         kept = sorted(self._manager.all_steps())[-self._keep :]
         listed = {name.split("/")[0] for name in manifest.read_or_empty(self._directory).files}
+        # Out of the manifest before out of the directory, or a kill would leave missing files.
         manifest.uncover(self._directory, *listed.difference(map(str, kept)))
         if processes.is_first():
             for old in set(self._manager.all_steps()).difference(kept):
@@ -105,10 +105,9 @@ class Checkpoints:
         self._manager.reload()
 
     def newest(self, restore: Callable[[int], T]) -> tuple[int, T | None, list[str]]:
-        """Restore the newest step that is whole; damaged ones are set aside under another name.
+        """Restore the newest whole step by a function; damaged ones are renamed, with a warning.
 
-        `restore` is given a step and calls the method `restore`. The result is the step, what
-        `restore` returned, and a warning for each step set aside; (0, None) if no step is left.
+        The result is the step, the function's result, and the warnings; (0, None, ...) without one.
 
         Raises:
             InvalidInput: a checkpoint is as it was saved and still cannot be restored.
@@ -142,26 +141,25 @@ class Checkpoints:
         return 0, None, warnings
 
     def restore(self, step: int, like: PyTree) -> PyTree:
-        """Restore the tree saved under a step, of the structure and shapes of `like`.
-
-        Arrays come back on the devices that `like` says, NumPy arrays as NumPy arrays.
+        """Restore the tree saved under a step; `like` has its structure, shapes and devices.
 
         Raises:
             DamagedCheckpoint: it differs from what was saved; nothing is deleted.
             InvalidInput: it is as it was saved and cannot be restored.
         """
         self.finish()
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(
-                np.shape(x), x.dtype, sharding=getattr(x, "sharding", None)
-            ),
-            like,
-        )
+
+        def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+            # Without a sharding Orbax gives a NumPy array back.
+            sharding = getattr(leaf, "sharding", None)
+            return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=sharding)
+
+        target = orbax.args.StandardRestore(jax.tree.map(abstract, like))
         saved = manifest.read_or_empty(self._directory, str(step)).files
         if damages := manifest.damage(self._directory, saved):
             raise self._damaged(step, " ".join(damages[0]))
         try:
-            return self._manager.restore(step, args=orbax.args.StandardRestore(abstract))
+            return self._manager.restore(step, args=target)
         except Exception as error:  # Orbax and TensorStore raise many types for damaged files.
             why = type(error).__name__
             if not saved:

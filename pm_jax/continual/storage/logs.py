@@ -16,10 +16,7 @@ COLUMNS = ("step", "event", "task", "epoch", "loss", "alpha", "accuracy", "image
 
 
 class RunLog:
-    """The logs of one seed's run; a directory `None` writes no files, `quiet` prints nothing.
-
-    Lines after `resume_step`, which the run goes on from, are dropped, so that an interrupted run
-    leaves the same lines as an uninterrupted one.
+    """The logs of one seed's run, cut after `resume_step`; a directory `None` writes no files.
 
     Raises:
         InvalidInput: TensorBoard is asked for and tensorboardX is not installed.
@@ -49,6 +46,7 @@ class RunLog:
             entries = manifest.read_or_empty(directory).within(JSONL_FILE)
             for name, what in manifest.damage(directory, entries):
                 self.tell(f"warning: {name} {what}; what can be read of it is kept")
+            # Cut, so that an interrupted run leaves the same lines as an uninterrupted one.
             self._jsonl, self._csv_file = _reopened(directory, resume_step)
             self._csv = _csv_writer(self._csv_file)
         self._events = None
@@ -102,10 +100,7 @@ class RunLog:
 
 
 def lines_about(path: Path, event: str, task: int) -> list[dict[str, Any]]:
-    """Read the lines of a metrics.jsonl about an event of a task, which is counted from 1.
-
-    Damaged lines are left out; an absent file has no lines.
-    """
+    """Read the undamaged lines of a metrics.jsonl about an event of a task, counted from 1."""
     return [line for line in _read(path) if (line.get("event"), line.get("task")) == (event, task)]
 
 

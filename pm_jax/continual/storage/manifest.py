@@ -20,7 +20,7 @@ from pm_jax.continual.placement import processes
 
 FILE = "manifest.json"
 ASIDE = "damaged_"
-"""A damaged file that is kept gets this in front of its name."""
+"""A damaged file that is kept has this in front of its name."""
 FORM = {"about": {}, "files": {str: {"bytes": int, "sha256": str}}}
 
 Entry = Mapping[str, Any]
@@ -69,7 +69,7 @@ class Manifest:
         """Parse the bytes of a manifest's file.
 
         Raises:
-            DamagedManifest: they differ from what was written.
+            DamagedManifest: the bytes differ from those written.
         """
         try:
             fields = files.parse_json(content, FORM)

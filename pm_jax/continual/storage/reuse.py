@@ -1,4 +1,4 @@
-"""Models that were trained before and are used again, instead of training the same once more.
+"""Trained models that are used again, instead of training the same once more.
 
 A run with `keep_task_models` leaves them in `seed_<n>/task_models`, for a branch of the run and for
 `experiments.merge`. A comparison of rules leaves them in `shared_training`, for its other rules.
@@ -29,29 +29,15 @@ FIXED_IN_BRANCHES = names_of(*({*STAGES} - {"perturbation", "merging"}), identit
 Lines = list[dict[str, Any]]
 """The lines that the training of a task wrote to the log."""
 LINES = [{"seconds": (int, float), "step": int, "event": str}]
-"""Their form."""
+"""The form of `Lines` in a file."""
 
 
 def keep_task_model(
-    run: Path,
-    task: int,
-    merging: tuple[str, ...],
-    trained: Params,
-    pretrained: Params | None = None,
+    run: Path, task: int, merging: tuple[str, ...], trained: Params, pretrained: Params | None
 ) -> None:
-    """Write what a task, counted from 0, trained: what merges, and in a second file the rest.
+    """Write the leaves that a task, counted from 0, trained: those that merge, and the others.
 
-    Before the first task theta_0 is written too; without `pretrained` that is the first trained
-    model. `run` is the directory of one seed, and `merging` has the paths of the leaves that merge.
-
-    Example:
-        >>> import tempfile
-        >>> run, model = Path(tempfile.mkdtemp()), {"fc": np.ones(2), "head": {"bias": np.zeros(2)}}
-        >>> keep_task_model(run, 0, ("fc",), model)
-        >>> [sorted(read_tensors(path)) for path in task_model_files(run)[1]]
-        [['fc']]
-        >>> sorted(read_task_model(run, 1))
-        ['fc', 'head/bias']
+    The first task writes theta_0 too, which from scratch, without `pretrained`, is its own model.
     """
     from_scratch = task == 0 and pretrained is None
     # The first task of a run from scratch trains everything; any other only the classifier besides.
@@ -62,13 +48,14 @@ def keep_task_model(
     }
     if task == 0:
         theta_0 = trained if pretrained is None else pretrained
+        # theta_0 comes before the task's files, whose last one says that all are there.
         parts = {"theta_0": trees.select(theta_0, merging), **parts}
     for name, leaves in parts.items():
         _write(run, f"{TASK_MODELS}/{name}.safetensors", leaves)
 
 
 def read_task_model(run: Path, task: int) -> dict[str, np.ndarray]:
-    """Read all that a task, counted from 1, trained in a run, as `{path: leaf}`.
+    """Read all leaves that a task, counted from 1, trained in a run, as `{path: leaf}`.
 
     Raises:
         InvalidInput: a file is missing or damaged.
@@ -88,11 +75,6 @@ def task_model_files(run: Path) -> tuple[Path, tuple[Path, ...]]:
 
     Raises:
         InvalidInput: there are none.
-
-    Example:
-        >>> task_model_files(Path("/nonexistent"))
-        Traceback (most recent call last):
-        pm_jax.types.InvalidInput: run=/nonexistent: holds no task models; ...
     """
     folder = run / TASK_MODELS
     count = len(list(folder.glob("task_*.safetensors")))
@@ -106,11 +88,10 @@ def task_model_files(run: Path) -> tuple[Path, tuple[Path, ...]]:
 
 
 def check_branch(config: Config, seeds: Sequence[int]) -> None:
-    """Check that a run can branch off where its settings say; there is nothing to check for others.
+    """Check that a run can branch off where its settings say, if they do.
 
     Raises:
-        InvalidInput: `branch_from` is no run, has other settings than a branch may have or lacks
-            models of a task, or the rule takes part in training.
+        InvalidInput: `branch_from` is no run, does not fit or lacks models, or the rule does not.
     """
     source = config.branch_from
     if not source:
@@ -121,13 +102,10 @@ def check_branch(config: Config, seeds: Sequence[int]) -> None:
             "rule, or train from the beginning"
         )
     try:
-        content = files.read_json(Path(source) / CONFIG_FILE, {})
+        values: dict[str, Any] = files.read_json(Path(source) / CONFIG_FILE, {})
         # JSON has lists for tuples.
-        values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in content.items()
-        }
-        saved = Config(**values)
+        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        saved = Config(**(values | lists))
     except (OSError, ValueError, TypeError):
         raise InvalidInput(
             f"branch_from={source}: {CONFIG_FILE} cannot be read; give the work directory of a run "
@@ -156,9 +134,7 @@ def check_branch(config: Config, seeds: Sequence[int]) -> None:
 
 
 def branch_model(config: Config, seed: int, task: int, start: Params) -> tuple[Params, Lines]:
-    """Read the model that a task, counted from 0, trained in the run that a branch comes from.
-
-    The model has the structure of `start`; with it come the lines that its training logged.
+    """Read the model, and the log, of a task, from 0, in the run that a branch comes from.
 
     Raises:
         InvalidInput: a file is damaged.
@@ -175,19 +151,6 @@ class SharedTraining:
     and the task's number, and not on the merge rule. Rules that merge for inference only follow
     this one trajectory to its end, the others as far as their merges leave the model as it was
     trained. Whether a task lies on it is decided by the model that it starts from, bit for bit.
-
-    Args:
-        directory: of one seed of one configuration; made when there is something to keep.
-
-    Example:
-        >>> import tempfile
-        >>> shared = SharedTraining(Path(tempfile.mkdtemp()))
-        >>> shared.keep(0, {"w": jnp.zeros(1)}, {"w": jnp.ones(1)}, [])
-        >>> shared.find(0, {"w": jnp.zeros(1)})[0]["w"].tolist()
-        [1.0]
-        >>> shared.keep(1, {"w": jnp.ones(1)}, {"w": jnp.full(1, 2.0)}, [])
-        >>> shared.find(1, {"w": jnp.full(1, 0.5)}) is None  # it starts from another model
-        True
     """
 
     def __init__(self, directory: Path):
@@ -255,14 +218,7 @@ class SharedTraining:
 
 
 def training_name(config: Config) -> str:
-    """Name the settings that training depends on by ten digits, the same for every merge rule.
-
-    Example:
-        >>> training_name(Config(rule="averaging")) == training_name(Config(rule="sequential"))
-        True
-        >>> training_name(Config(epochs=2)) == training_name(Config(epochs=3))
-        False
-    """
+    """Name the settings that training depends on by ten digits, the same for every merge rule."""
     return configuration_hash(config.without_merging())[:10]
 
 

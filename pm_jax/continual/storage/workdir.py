@@ -42,12 +42,10 @@ def saved_form(config: Config) -> dict[str, Any]:
 def claim(workdir: Path, config: Config, file_name: str = CONFIG_FILE) -> None:
     """Make a directory the work directory of a configuration, or see that it already is.
 
-    Each kind of work directory has its own `file_name`. Nothing is touched if the claim fails.
-
     Raises:
-        InvalidInput: the directory cannot be written, has other content, or belongs to another
-            configuration (the differing flags are named).
+        InvalidInput: the directory cannot be written, or has other content or settings.
     """
+    # Nothing is touched if the claim fails.
     check_claim(workdir, config, file_name)
     try:
         workdir.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ HEAD_PATTERN = r"head/.*"
 
 
 class Partition(NamedTuple):
-    """Paths of the parameters by what happens to them; the others are frozen.
+    """Paths of the parameters that train, by how they do; the others are frozen.
 
     Attributes:
         adapted: dense kernels that train through an adapter, merge and are perturbed.
@@ -30,13 +30,7 @@ class Partition(NamedTuple):
 
 
 class Trainable(NamedTuple):
-    """What the optimiser sees, by the same names as in `Partition`.
-
-    Attributes:
-        adapters: `{path: Adapter}`.
-        direct: `{path: leaf}`.
-        head: `{path: leaf}`.
-    """
+    """The leaves that the optimiser sees by path, under the names of `Partition`."""
 
     adapters: lora.Adapters
     direct: dict[str, Array]

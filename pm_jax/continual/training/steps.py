@@ -9,11 +9,7 @@ from pm_jax.continual.settings.config import Config
 
 
 class TaskSteps(NamedTuple):
-    """The steps of each task of a run, which are counted through from the first task to the last.
-
-    Attributes:
-        per_epoch: steps of an epoch, by task.
-        epochs: epochs, by task.
+    """Steps per epoch and epochs of each task; steps of a run are counted from its first task.
 
     Example:
         >>> steps = TaskSteps((3, 2), (2, 1))

@@ -36,11 +36,9 @@ class Segment(NamedTuple):
     """A piece of an epoch of a task; int32 scalars, so that one program runs all of them.
 
     Attributes:
-        task: number of the task, from 0.
-        epoch: number of the epoch, from 0.
         first: first step within the epoch.
         stop: one past the last step; no more steps are made than the task has batches.
-        epochs: epochs of the task in all, for the schedule.
+        epochs: number of epochs of the task, for the schedule.
         projected: 1 where the rule's hook projects, 0 elsewhere.
     """
 

@@ -27,8 +27,6 @@ class TrainingState(NamedTuple):
     """The state of a task's training between two steps.
 
     Attributes:
-        trainable: leaves that train.
-        optimizer: the optimiser's state.
         trajectory: snapshots so far, for rules that need them, or `None`.
     """
 
@@ -38,15 +36,12 @@ class TrainingState(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A piece of an epoch that was trained.
+    """A piece of an epoch that was trained, with the state after it.
 
     Attributes:
-        state: state after them.
-        epoch: number of the epoch, from 0.
         step: steps of the task made so far.
-        loss: mean loss of the piece.
-        examples: examples seen in the piece, padding included.
-        seconds: time that it took.
+        loss: mean over the piece.
+        examples: number of examples in the piece, padding included.
     """
 
     state: TrainingState
