@@ -153,6 +153,11 @@ def compute_dtype(*leaves: Array) -> np.dtype:
     return np.dtype(jnp.result_type(jnp.float32, *dtypes))
 
 
+def zeros_like(tree: PyTree) -> PyTree:
+    """Zeros in the shape of a tree, in the type in which its leaves are computed."""
+    return jax.tree.map(lambda leaf: jnp.zeros_like(leaf, compute_dtype(leaf)), tree)
+
+
 def inner(left: PyTree, right: PyTree, weight: PyTree | None = None) -> Array:
     """Inner product over all leaves, `sum_p weight_p left_p right_p`.
 

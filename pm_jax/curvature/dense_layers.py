@@ -1,7 +1,7 @@
-"""The dense layers of a linen model: what reaches them, what leaves them, and their kernels.
+"""The dense layers of a linen model: their inputs, their outputs' gradients and their kernels.
 
-All that looks inside a linen model goes through `visiting`, which calls back whenever the model
-applies a layer. Layers are named by the path of their module, "a/b" for the kernel "a/b/kernel".
+Everything that looks inside a linen model goes through `visiting`, which calls back whenever the
+model applies a layer. Layers are named by the path of their module, "a/b" for "a/b/kernel".
 """
 
 from collections.abc import Callable, Collection
@@ -40,19 +40,12 @@ class LayerCall(NamedTuple):
 def visiting(
     visit: Callable[[LayerCall], Array | None], kind: type[nn.Module] = nn.Dense
 ) -> AbstractContextManager:
-    """Context in which a linen model calls back at every layer of a kind that it applies.
+    """Context in which a linen model calls `visit` at every layer of a kind that it applies.
 
-    Args:
-        visit: is given the `LayerCall`; where it returns an array, this takes the place of the
-            layer's output.
-        kind: class of the layers.
-
-    Returns:
-        A context manager around `module.apply` or `module.init`.
+    An array that `visit` returns replaces the layer's output.
 
     Example:
-        >>> layer, seen = nn.Dense(1), []
-        >>> params = {"params": {"kernel": jnp.ones((2, 1)), "bias": jnp.zeros(1)}}
+        >>> layer, params = nn.Dense(1, use_bias=False), {"params": {"kernel": jnp.ones((2, 1))}}
         >>> with visiting(lambda call: 2 * call.output):
         ...     layer.apply(params, jnp.ones((1, 2))).tolist()
         [[4.0]]
@@ -65,21 +58,14 @@ def visiting(
             return output
         inputs = args[0] if args else None
         call = LayerCall("/".join(context.module.path), context.module, inputs, output)
-        replaced = visit(call)
-        return output if replaced is None else replaced
+        replacement = visit(call)
+        return output if replacement is None else replacement
 
     return nn.intercept_methods(interceptor)
 
 
 def layers_called_once(module: nn.Module, inputs: PyTree) -> tuple[str, ...]:
-    """Names of the dense layers that a model calls exactly once.
-
-    Args:
-        module: linen module.
-        inputs: of the module; arrays or shapes.
-
-    Returns:
-        Paths of layers, in the order of the calls.
+    """Names of the dense layers that a module calls exactly once, in the order of the calls.
 
     Example:
         >>> from pm_jax.models import MLP
@@ -90,91 +76,44 @@ def layers_called_once(module: nn.Module, inputs: PyTree) -> tuple[str, ...]:
     with visiting(lambda call: calls.append(call.name)):
         # Only shapes are needed, so nothing is computed.
         jax.eval_shape(module.init, jax.random.key(0), inputs)
+    # A dict instead of a set: it keeps the order of the calls.
     return tuple(name for name in dict.fromkeys(calls) if calls.count(name) == 1)
 
 
 def kernel_paths(params: Params) -> tuple[str, ...]:
     """Paths of the dense kernels [in, out] of a parameter tree, by linen's names.
 
-    Args:
-        params: any parameter tree.
-
-    Returns:
-        Paths that end in "kernel", of two axes.
-
     Example:
         >>> kernel_paths({"fc": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}})
         ('fc/kernel',)
     """
     leaves = trees.leaves_by_path(params)
+    # Kernels of convolutions have the same name and more axes.
     return tuple(p for p, x in leaves.items() if p.split("/")[-1] == "kernel" and x.ndim == 2)
 
 
-def leaf_paths(params: PyTree, layers: Collection[str]) -> tuple[str, ...]:
-    """Paths among `params` of the kernels and biases of some layers.
-
-    Args:
-        params: flat `{path: leaf}`, or any other pytree.
-        layers: names of layers.
-
-    Returns:
-        Paths of leaves, in the tree's order.
-
-    Example:
-        >>> leaf_paths({"fc/kernel": 0, "fc/bias": 0, "norm/bias": 0}, ("fc",))
-        ('fc/bias', 'fc/kernel')
-    """
-    return tuple(
-        path
-        for path in trees.leaves_by_path(params)
-        if layer_of(path) in layers and path.rpartition("/")[2] in ("kernel", "bias")
-    )
-
-
 def layer_of(path: str) -> str:
-    """Name of the layer that a leaf belongs to.
-
-    Args:
-        path: of a leaf.
-
-    Returns:
-        The path without its last part.
-
-    Example:
-        >>> layer_of("encoder/key/kernel"), layer_of("kernel")
-        ('encoder/key', '')
-    """
+    """Name of the layer that a leaf belongs to: "a/b" for "a/b/kernel", "" for "kernel"."""
     return path.rpartition("/")[0]
 
 
 def inputs_of(apply: Callable[[], Any], layer: str) -> Array:
-    """The inputs of one dense layer of a model.
-
-    Args:
-        apply: runs the model, which calls the layer.
-        layer: its name.
-
-    Returns:
-        float32 array; of the first call, if there are several.
+    """Inputs of one dense layer while `apply()` runs the model, float32; those of its first call.
 
     Raises:
         ValueError: the model calls no dense layer of that name.
-
-    Example:
-        >>> params = {"params": {"kernel": jnp.ones((2, 1)), "bias": jnp.zeros(1)}}
-        >>> inputs_of(lambda: nn.Dense(1).apply(params, jnp.ones((1, 2))), "").tolist()
-        [[1.0, 1.0]]
     """
-    seen: dict[str, Array] = {}
+    inputs: dict[str, Array] = {}
 
+    # No lambda: an array that it returned would replace the layer's output.
     def remember(call: LayerCall) -> None:
-        seen.setdefault(call.name, call.inputs)
+        inputs.setdefault(call.name, call.inputs)
 
     with visiting(remember):
         apply()
-    if layer not in seen:
+    if layer not in inputs:
         raise ValueError(f"layer={layer!r}: no Dense layer of the model that is called")
-    return seen[layer].astype(jnp.float32)
+    return inputs[layer].astype(jnp.float32)
 
 
 def input_moments(
@@ -196,30 +135,33 @@ def input_moments(
 
     Example:
         >>> params, x = {"kernel": jnp.ones((2, 1)), "bias": jnp.zeros(1)}, jnp.asarray([[1., 2.]])
-        >>> found = input_moments(
+        >>> moments = input_moments(
         ...     lambda: nn.Dense(1).apply({"params": params}, x), ["kernel"], jnp.ones(1))
-        >>> found["kernel"][0].tolist()
+        >>> moments["kernel"][0].tolist()
         [[1.0, 2.0], [2.0, 4.0]]
     """
-    found: dict[str, tuple[Array, Array]] = {}
+    moments: dict[str, tuple[Array, Array]] = {}
 
     def add(call: LayerCall) -> None:
         path = call.kernel
         if path not in paths:
             return
+        # Layers may compute in bfloat16, in which sums over a batch lose their small terms.
         x = jnp.asarray(call.inputs, jnp.float32)
         by_example = weights.reshape(-1, *[1] * (x.ndim - 1))
         rows = (x * by_example).reshape(-1, x.shape[-1])
         products = jnp.matmul(rows.T, x.reshape(rows.shape), precision="highest")
+        # A token counts as an example of its own.
         count = jnp.sum(jnp.broadcast_to(by_example, (*x.shape[:-1], 1)))
-        total, examples = found.get(path, (0.0, 0.0))
-        found[path] = total + products, examples + count
+        total, examples = moments.get(path, (0.0, 0.0))
+        moments[path] = total + products, examples + count
 
     with visiting(add):
         apply()
-    if missing := [path for path in paths if path not in found]:
+    if missing := [path for path in paths if path not in moments]:
         raise ValueError(f"paths={missing}: no Dense layer of the model that is called")
-    return {path: found[path] for path in paths}
+    # In the order of `paths`, which does not depend on the order of the calls.
+    return {path: moments[path] for path in paths}
 
 
 class Tapped(NamedTuple):
@@ -243,28 +185,19 @@ def tapped(
     batch: Batch,
     layers: Collection[str],
 ) -> Tapped:
-    """Run a model so that gradients with respect to its dense layers' outputs can be had.
+    """Run a linen model such that gradients of the outputs of `layers` can be computed.
 
     A tap is a zero that is added to a layer's output: the gradient with respect to the tap is the
     gradient with respect to that output, for every example by itself.
 
-    Args:
-        outputs_fn: `outputs_fn(params, batch) -> [N, ...]`, which applies a linen module.
-        params: of the model.
-        batch: N examples.
-        layers: names of dense layers that the model calls exactly once.
-
-    Returns:
-        `Tapped`.
-
     Raises:
-        ValueError: a name of no such layer.
+        ValueError: the model does not call a layer exactly once.
 
     Example:
         >>> layer, params = nn.Dense(1), {"kernel": jnp.ones((1, 1)), "bias": jnp.zeros(1)}
-        >>> found = tapped(lambda p, b: layer.apply({"params": p}, b.inputs)[:, 0],
-        ...                params, Batch(jnp.asarray([[3.0]]), jnp.zeros(1, int)), [""])
-        >>> found.inputs[""].tolist(), found.pull_back(jnp.full(1, 2.0))[""].tolist()
+        >>> taps = tapped(lambda p, b: layer.apply({"params": p}, b.inputs)[:, 0],
+        ...               params, Batch(jnp.asarray([[3.0]]), jnp.zeros(1, int)), [""])
+        >>> taps.inputs[""].tolist(), taps.pull_back(jnp.full(1, 2.0))[""].tolist()
         ([[3.0]], [[2.0]])
     """
 
@@ -274,6 +207,7 @@ def tapped(
         def add_tap(call: LayerCall) -> Array | None:
             if call.name not in layers:
                 return None
+            # One tap for two calls would sum their gradients before they are squared.
             if call.name in seen:
                 name = call.name
                 raise ValueError(f"dense_layers={name}: is called more than once; leave it out")
@@ -284,7 +218,7 @@ def tapped(
             outputs = outputs_fn(params, batch)
         return outputs, seen
 
-    # The shapes of the taps are those of the layers' outputs, known only after a first run.
+    # The taps have the shapes of the layers' outputs, which only a first run tells.
     shapes = jax.eval_shape(lambda: run(None)[1])
     if missing := sorted(set(layers) - set(shapes)):
         raise ValueError(

@@ -10,11 +10,18 @@ import jax
 import jax.numpy as jnp
 
 from pm_jax import losses, trees
-from pm_jax.curvature import squared_gradients
-from pm_jax.curvature.dense_layers import leaf_paths
+from pm_jax.curvature.dense_layers import layer_of
 from pm_jax.curvature.measures import Measure, Measurement, MeasureState
 from pm_jax.curvature.quadratics import Curvature, Quadratic
-from pm_jax.curvature.squared_gradients import OutputsFn, Passes, PassesFn, SquaredGradients
+from pm_jax.curvature.squared_gradients import (
+    OutputsFn,
+    Passes,
+    PassesFn,
+    SquaredGradients,
+    by_layers,
+    by_vmap,
+    label_passes,
+)
 from pm_jax.types import Array, Batch, Key, LogitsFn, LossesFn, Params, PyTree
 
 
@@ -24,11 +31,6 @@ class Diagonal(Curvature):
 
     Attributes:
         diagonal: pytree of the structure of the parameters, float32.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> Diagonal(jnp.asarray([1.0, 3.0])).times(jnp.asarray([2.0, 2.0])).tolist()
-        [2.0, 6.0]
     """
 
     diagonal: PyTree
@@ -68,7 +70,6 @@ class DiagonalQuadratic(Quadratic):
         the running sums equal its list of one Fisher and one model per task
 
     Example:
-        >>> import jax.numpy as jnp
         >>> first = DiagonalQuadratic.at(jnp.zeros(2), diagonal=jnp.asarray([1.0, 3.0]))
         >>> second = DiagonalQuadratic.at(jnp.ones(2), diagonal=jnp.asarray([1.0, 1.0]))
         >>> both = first + second
@@ -86,7 +87,7 @@ class DiagonalQuadratic(Quadratic):
     @classmethod
     def zero(cls, center: Params) -> DiagonalQuadratic:
         """The quadratic that is 0 everywhere: the memory before the first task."""
-        return cls.at(center, _zeros(center))
+        return cls.at(center, trees.zeros_like(center))
 
     @property
     def diagonal(self) -> PyTree:
@@ -104,9 +105,8 @@ def fisher_empirical(
     Args:
         losses_fn: `losses_fn(params, batch) -> [N]`.
         chunk_size: examples whose gradients are in memory at a time (see `chunk_for_memory`).
-        dense_layers: paths of linen Dense layers of the model, "a/b" for the kernel "a/b/kernel",
-            whose squares may be had without per-example gradients (see `squared_gradients`): the
-            same numbers, faster. The parameters are then a flat `{path: leaf}`.
+        dense_layers: names "a/b" of linen Dense layers that `squared_gradients.by_layers` measures:
+            the same numbers, faster. The parameters are then a flat `{path: leaf}`.
 
     Returns:
         A `Measure`; its quadratic is diagonal.
@@ -119,7 +119,6 @@ def fisher_empirical(
         <https://arxiv.org/abs/1905.12558>`_, 2019
 
     Example:
-        >>> import jax.numpy as jnp
         >>> from pm_jax.curvature.measures import measure_all
         >>> losses_fn = lambda w, batch: batch.inputs @ w
         >>> examples = Batch(jnp.asarray([[1.0, 2.0], [3.0, 0.0]]), jnp.zeros(2, int))
@@ -129,6 +128,7 @@ def fisher_empirical(
 
     def passes(outputs: Array, keys: Key | None) -> Passes:
         del keys
+        # The outputs are losses here: the cotangent 1 pulls back their gradients.
         return Passes(jnp.ones_like(outputs)[None], jnp.ones((1, *outputs.shape)))
 
     return _diagonal_measure(losses_fn, passes, chunk_size, dense_layers)
@@ -145,24 +145,22 @@ def fisher_exact(
 
     Args:
         logits_fn: `logits_fn(params, inputs) -> [N, C]`.
-        num_samples: `None` for the sum over all labels, C backward passes; otherwise the mean over
-            that many labels drawn from the model, with the key folded with each example's index.
-        chunk_size: examples whose gradients are in memory at a time.
+        num_samples: `None` for the sum over all labels, C backward passes; otherwise the number of
+            labels drawn from the model per example, with the key folded with its index.
+        chunk_size: as for `fisher_empirical`.
         dense_layers: as for `fisher_empirical`.
 
     Returns:
         A `Measure`; its quadratic is diagonal. Sampling needs a key in `init`.
 
     Raises:
-        ValueError: chunk_size or num_samples below 1; in `update`, no key to sample with, or a name
-            that is no dense layer.
+        ValueError: chunk_size or num_samples below 1; in `update`, no key, or a name of no layer.
 
     References:
         Martens, `New Insights and Perspectives on the Natural Gradient Method
         <https://arxiv.org/abs/1412.1193>`_, 2020
 
     Example:
-        >>> import jax.numpy as jnp
         >>> from pm_jax.curvature.measures import measure_all
         >>> examples = Batch(jnp.ones((1, 1)), jnp.zeros(1, int))
         >>> measure = fisher_exact(lambda w, x: x * w[None])
@@ -173,8 +171,7 @@ def fisher_exact(
     def outputs(params: Params, batch: Batch) -> Array:
         return logits_fn(params, batch.inputs)
 
-    passes = squared_gradients.label_passes(num_samples)
-    return _diagonal_measure(outputs, passes, chunk_size, dense_layers)
+    return _diagonal_measure(outputs, label_passes(num_samples), chunk_size, dense_layers)
 
 
 def identity() -> Measure:
@@ -184,7 +181,6 @@ def identity() -> Measure:
         A `Measure`; its quadratic is diagonal, and its error 0.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> from pm_jax.curvature.measures import measure_all
         >>> examples = Batch(jnp.ones((2, 1)), jnp.zeros(2, int))
         >>> float(measure_all(identity(), jnp.zeros(2), examples, 1, jnp.asarray([1.0, 3.0])).along)
@@ -196,6 +192,7 @@ def identity() -> Measure:
         return MeasureState.start(params, direction, key, one)
 
     def update(state: MeasureState, batch: Batch) -> MeasureState:
+        # `d^T d` is the same for every example: there is no mean to update.
         along = jnp.full_like(state.mean, jnp.nan)
         if state.direction is not None:
             along = trees.inner(state.direction, state.direction)
@@ -216,10 +213,9 @@ def chunk_for_memory(params: Params, memory_bytes: float) -> int:
         memory_bytes: bound in bytes on the gradients of one chunk.
 
     Returns:
-        A chunk size of at least 1 and at most 1024.
+        A chunk size from 1 to 1024.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> chunk_for_memory(jnp.zeros(1000), 8000)
         2
     """
@@ -236,45 +232,43 @@ def _diagonal_measure(
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size}: must be at least 1")
 
-    def add_chunk(state: MeasureState, chunk: Batch) -> tuple[MeasureState, None]:
-        weights = losses.weights_of(chunk)
-        squares = _squares(state, chunk, weights, state.keys(weights.shape[0]))
-        total = jax.tree.map(jnp.add, state.total, squares.total)
-        return state._replace(total=total).plus(squares.along, weights), None
-
-    def _squares(state, chunk, weights, keys) -> SquaredGradients:
-        options = {"weights": weights, "keys": keys}
+    def squares_of(state: MeasureState, chunk: Batch) -> SquaredGradients:
+        keys = state.keys(chunk.labels.shape[0])
         if not dense_layers:
-            return squared_gradients.by_vmap(
-                outputs_fn, passes_fn, state.params, chunk, direction=state.direction, **options
+            return by_vmap(outputs_fn, passes_fn, state.params, chunk, keys, state.direction)
+        dense = [
+            path
+            for path in state.params
+            if layer_of(path) in dense_layers and path.rpartition("/")[2] in ("kernel", "bias")
+        ]
+        rest = [path for path in state.params if path not in dense]
+        parts = [
+            way(
+                # The other leaves are constants here, so no gradients of them are formed.
+                lambda some, batch: outputs_fn({**state.params, **some}, batch),
+                passes_fn,
+                {path: state.params[path] for path in paths},
+                chunk,
+                keys,
+                state.direction and {path: state.direction[path] for path in paths},
             )
-        dense = leaf_paths(state.params, dense_layers)
-        parts = []
-        for way, paths in (
-            (squared_gradients.by_layers, dense),
-            (squared_gradients.by_vmap, tuple(p for p in state.params if p not in dense)),
-        ):
-            if paths:
-                parts.append(
-                    way(
-                        lambda some, batch: outputs_fn({**state.params, **some}, batch),
-                        passes_fn,
-                        {path: state.params[path] for path in paths},
-                        chunk,
-                        direction=state.direction and {p: state.direction[p] for p in paths},
-                        **options,
-                    )
-                )
+            for way, paths in ((by_layers, dense), (by_vmap, rest))
+            if paths
+        ]
         total = {path: leaf for part in parts for path, leaf in part.total.items()}
-        return SquaredGradients(
-            {path: total[path] for path in state.params},
-            functools.reduce(jnp.add, [part.along for part in parts]),
-        )
+        along = [part.along for part in parts if part.along is not None]
+        return SquaredGradients(total, functools.reduce(jnp.add, along) if along else None)
+
+    def add_chunk(state: MeasureState, chunk: Batch) -> tuple[MeasureState, None]:
+        squares = squares_of(state, chunk)
+        total = jax.tree.map(jnp.add, state.total, squares.total)
+        return state._replace(total=total).plus(squares.along, losses.weights_of(chunk)), None
 
     def init(params: Params, direction: PyTree | None = None, key: Key | None = None):
-        return MeasureState.start(params, direction, key, _zeros(params))
+        return MeasureState.start(params, direction, key, trees.zeros_like(params))
 
     def update(state: MeasureState, batch: Batch) -> MeasureState:
+        # Chunks are padded, and padding must not move the indices of the next batch's examples.
         position = state.position + state.stride * batch.labels.shape[0]
         chunks = losses.in_batches(batch, min(chunk_size, batch.labels.shape[0]))
         return jax.lax.scan(add_chunk, state, chunks)[0]._replace(position=position)
@@ -283,7 +277,3 @@ def _diagonal_measure(
         return state.measurement(DiagonalQuadratic.at(state.params, state.average(state.total)))
 
     return Measure(init, update, finalize)
-
-
-def _zeros(params: Params) -> PyTree:
-    return jax.tree.map(lambda leaf: jnp.zeros_like(leaf, trees.compute_dtype(leaf)), params)

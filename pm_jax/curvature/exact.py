@@ -1,9 +1,9 @@
-"""Exact curvature of a loss on examples that are kept: Gauss-Newton matrix or Hessian.
+"""Exact curvature of a loss on stored examples: Gauss-Newton matrix or Hessian.
 
 Nothing is approximated and nothing but the examples is stored: every question streams over them
-with jvp, vjp or hvp products. It serves tasks whose data may be kept (the current one), analysis,
-and tests. `gauss_newton` and `hessian` measure the same matrices along one direction while the
-examples go by.
+with jvp, vjp or hvp products. It serves tasks whose data may be stored (the current one), analysis,
+and tests. `gauss_newton` and `hessian` measure the same matrices along one direction, batch by
+batch, and store no examples.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pm_jax.types import Array, Batch, Key, LogitsFn, LossesFn, Params, PyTree
 
 
 class Point(NamedTuple):
-    """Where and on what an exact curvature is taken.
+    """The parameters and the examples that an exact curvature belongs to.
 
     Attributes:
         center: the parameters.
@@ -65,16 +65,18 @@ class Exact(Curvature):
             raise ValueError(f"matrix={self.matrix!r}: must be 'gauss_newton' or 'hessian'")
 
     def times(self, direction: PyTree) -> PyTree:
-        """`H d`: a jvp and a vjp for each batch, of the gradient for the Hessian."""
+        """`H d`: a jvp and a vjp a batch, of the gradient for the Hessian."""
 
         def of_batch(center: Params, batch: Batch) -> PyTree:
             weights = losses.weights_of(batch)
             if self.matrix == "hessian":
-
-                def sum_loss(params: Params, batch: Batch) -> Array:
-                    return jnp.sum(weights * self.model(params, batch))
-
-                return products.hessian_vector_product(sum_loss, center, direction, batch)
+                return products.hessian_vector_product(
+                    lambda params, some: jnp.sum(weights * self.model(params, some)),
+                    center,
+                    direction,
+                    batch,
+                )
+            # An axis for one direction; its tangents must have the parameters' type.
             one = jax.tree.map(lambda d, p: jnp.asarray(d, p.dtype)[None], direction, center)
             product = products.gauss_newton_times(self.model, center, one, batch.inputs, weights)
             return jax.tree.map(lambda leaf: leaf[0], product)
@@ -82,7 +84,7 @@ class Exact(Curvature):
         return self._sum_of_means(of_batch)
 
     def along(self, direction: PyTree) -> Array:
-        """`d^T H d`, scalar: one jvp for each batch, two nested ones for the Hessian."""
+        """`d^T H d`, scalar: one jvp a batch, two nested ones for the Hessian."""
 
         def of_batch(center: Params, batch: Batch) -> Array:
             if self.matrix == "hessian":
@@ -98,11 +100,7 @@ class Exact(Curvature):
         return isinstance(other, Exact) and self._static() == other._static()
 
     def plus(self, other: Exact) -> Exact:
-        """The sum, which keeps the examples of both.
-
-        Raises:
-            ValueError: the other one is of another model, matrix or batch size.
-        """
+        """The sum, which keeps the examples of both; they need one model, matrix and batch size."""
         if not self.joins(other):
             raise ValueError(
                 f"other={type(other).__name__}: must have the same model, matrix and batch size; "
@@ -116,11 +114,7 @@ class Exact(Curvature):
         return dataclasses.replace(self, points=points)
 
     def trace(self) -> Array:
-        """Trace of the Gauss-Newton matrix, scalar, from the gradients of every label.
-
-        Raises:
-            ValueError: the matrix is a Hessian.
-        """
+        """Trace of the Gauss-Newton matrix, scalar, from the gradients of every label."""
         if self.matrix == "hessian":
             raise ValueError(
                 "matrix='hessian': its trace takes a product for every parameter; use "
@@ -128,12 +122,12 @@ class Exact(Curvature):
             )
 
         def of_batch(center: Params, batch: Batch) -> Array:
+            # The trace is the sum of the diagonal, which is the exact Fisher's.
             squares = squared_gradients.by_vmap(
                 lambda params, some: self.model(params, some.inputs),
                 squared_gradients.label_passes(None),
                 center,
                 batch,
-                weights=losses.weights_of(batch),
             ).total
             return functools.reduce(jnp.add, map(jnp.sum, jax.tree.leaves(squares)))
 
@@ -148,10 +142,8 @@ class Exact(Curvature):
         def of_point(point: Point) -> PyTree:
             batches = losses.in_batches(point.examples, self.batch_size)
             first = jax.tree.map(lambda leaf: leaf[0], batches)
-            shapes = jax.eval_shape(of_batch, point.center, first)
-            zeros = jax.tree.map(
-                lambda x: jnp.zeros(x.shape, jnp.promote_types(jnp.float32, x.dtype)), shapes
-            )
+            # The sums of a scan need their shapes before the first batch.
+            zeros = trees.zeros_like(jax.eval_shape(of_batch, point.center, first))
 
             def add(carry, batch):
                 total, weight = carry
@@ -160,7 +152,7 @@ class Exact(Curvature):
 
             start = (zeros, jnp.zeros((), trees.compute_dtype(losses.weights_of(batches))))
             (total, weight), _ = jax.lax.scan(add, start, batches)
-            # Points without examples have no curvature, rather than an undefined one.
+            # A point whose examples are all padding has no curvature, not an undefined one.
             factor = point.factor / jnp.where(weight > 0, weight, 1)
             return jax.tree.map(lambda leaf: (factor * leaf).astype(leaf.dtype), total)
 
@@ -170,7 +162,7 @@ class Exact(Curvature):
 
 @flax.struct.dataclass
 class ExactQuadratic(Quadratic):
-    """The quadratic of tasks with their exact curvature, on examples that are kept in it.
+    """A quadratic with exact curvature, which stores the examples of its tasks.
 
     Example:
         >>> examples = Batch(jnp.ones((3, 1)), jnp.zeros(3, int))
@@ -199,7 +191,7 @@ class ExactQuadratic(Quadratic):
 class AlongDirection(Curvature):
     """Curvature along one direction only: `H = value d d^T / (d^T d)^2`, with `d^T H d = value`.
 
-    It stands for the exact curvature of a task along the task vector, where only this counts.
+    A merge rule that only asks about the task vector gets the exact curvature along it.
 
     Attributes:
         direction: d; where it is 0, so is H.
@@ -225,7 +217,7 @@ class AlongDirection(Curvature):
         return self.value * self._share(direction) ** 2
 
     def joins(self, other: Curvature) -> bool:
-        """Two directions have no sum of this form."""
+        """False: two directions have no sum of this form."""
         return False
 
     def plus(self, other: AlongDirection) -> AlongDirection:
@@ -238,8 +230,7 @@ class AlongDirection(Curvature):
 
     def trace(self) -> Array:
         """Trace of H, scalar."""
-        square = trees.inner(self.direction, self.direction)
-        return jnp.where(square > 0, self.value / self._square(), 0.0)
+        return self._share(self.direction) * self.value / self._square()
 
     def _share(self, direction: PyTree) -> Array:
         """`d . x / d . d`, the component of x along d."""
@@ -265,7 +256,6 @@ def gauss_newton(logits_fn: LogitsFn) -> Measure:
         <https://doi.org/10.1162/08997660260028683>`_, 2002
 
     Example:
-        >>> import jax.numpy as jnp
         >>> from pm_jax.curvature.measures import measure_all
         >>> examples = Batch(jnp.ones((1, 1)), jnp.zeros(1, int))
         >>> measure = gauss_newton(lambda w, x: x * w[None])
@@ -289,22 +279,17 @@ def hessian(losses_fn: LossesFn) -> Measure:
         A `Measure` whose `init` needs a direction and whose quadratic is `None`.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> from pm_jax.curvature.measures import measure_all
         >>> examples = Batch(jnp.asarray([1.0, 3.0]), jnp.zeros(2, int))
         >>> measure = hessian(lambda w, batch: batch.inputs * w**2)
         >>> float(measure_all(measure, 5.0, examples, 2, 1.0).along)
         4.0
     """
-
-    def along(params: Params, direction: PyTree, batch: Batch) -> Array:
-        return products.hessian_along(losses_fn, params, direction, batch)
-
-    return _directional_measure(along)
+    return _directional_measure(functools.partial(products.hessian_along, losses_fn))
 
 
 def _directional_measure(along: Callable[[Params, PyTree, Batch], Array]) -> Measure:
-    """Accumulate `along(params, direction, batch)`, one value per example."""
+    """Accumulate `along(params, direction, batch)`, one value per example, and no quadratic."""
 
     def init(params: Params, direction: PyTree | None = None, key: Key | None = None):
         if direction is None:

@@ -25,7 +25,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from pm_jax import losses, task_vectors, trees
+from pm_jax import losses, trees
 from pm_jax.curvature import diagonal, products, squared_gradients
 from pm_jax.curvature.dense_layers import layer_of, tapped
 from pm_jax.curvature.measures import Measure, Measurement, MeasureState
@@ -72,21 +72,12 @@ class Kronecker(Curvature):
 
     def times(self, direction: PyTree) -> PyTree:
         """`H d`: `sum_slots A d G` for a kernel."""
-        product = {}
-        for path, leaf in trees.leaves_by_path(direction).items():
-            if path in self.inputs:
-                # Slot by slot: the intermediates of all slots at once would take as much memory.
-                factors = (self.inputs[path], self.outputs[path])
-                product[path] = jax.lax.fori_loop(
-                    0,
-                    len(factors[0]),
-                    lambda slot, total, leaf=leaf, factors=factors: (
-                        total + _between(factors[0][slot], leaf, factors[1][slot])
-                    ),
-                    jnp.zeros_like(leaf),
-                )
-            else:
-                product[path] = self.diagonal[path] * leaf
+        product = {
+            path: _between(self.inputs[path], leaf, self.outputs[path])
+            if path in self.inputs
+            else self.diagonal[path] * leaf
+            for path, leaf in trees.leaves_by_path(direction).items()
+        }
         return trees.replace(direction, product)
 
     def plus(self, other: Kronecker) -> Kronecker:
@@ -96,6 +87,7 @@ class Kronecker(Curvature):
             last = len(slots) - 1
             slot = jnp.minimum(self.tasks, last)
             new = other.inputs[path][0], other.outputs[path][0]
+            # Computed for every task and used where no slot is free: the number of tasks is traced.
             shared = _nearest((slots[last], self.outputs[path][last]), new)
             full = self.tasks > last
             inputs[path], outputs[path] = (
@@ -107,23 +99,16 @@ class Kronecker(Curvature):
 
     def scaled(self, factor: Array | float) -> Kronecker:
         """The matrix times a number: one factor of each product, and the diagonal."""
-        inputs, diagonal = (
-            jax.tree.map(lambda leaf: factor * leaf, tree) for tree in (self.inputs, self.diagonal)
-        )
+        # Not the outputs as well, or the products would be multiplied twice.
+        inputs, diagonal = jax.tree.map(lambda x: factor * x, (self.inputs, self.diagonal))
         return Kronecker(inputs, self.outputs, diagonal, self.tasks)
 
     def trace(self) -> Array:
         """Trace of H, scalar: a Kronecker product has the product of both traces."""
-
-        def traces(factors: Array) -> Array:
-            return jnp.trace(factors, axis1=1, axis2=2)
-
-        kernels = [
-            jnp.vdot(traces(x), traces(self.outputs[path])) for path, x in self.inputs.items()
-        ]
-        return functools.reduce(
-            jnp.add, [*kernels, *(jnp.sum(x) for x in self.diagonal.values())], jnp.zeros(())
-        )
+        traces = jax.tree.map(lambda x: jnp.trace(x, axis1=1, axis2=2), (self.inputs, self.outputs))
+        kernels = jax.tree.leaves(jax.tree.map(jnp.vdot, *traces))
+        others = [jnp.sum(leaf) for leaf in self.diagonal.values()]
+        return functools.reduce(jnp.add, [*kernels, *others], jnp.zeros(()))
 
 
 @flax.struct.dataclass
@@ -156,19 +141,23 @@ class KroneckerQuadratic(Quadratic):
     def zero(cls, center: Params, kernels: Sequence[str], slots: int) -> KroneckerQuadratic:
         """The quadratic that is 0 everywhere, with room for the factors of some tasks."""
         leaves = trees.leaves_by_path(center)
-        inputs, outputs = (
-            {path: jnp.zeros((slots, *(leaves[path].shape[axis],) * 2)) for path in kernels}
-            for axis in (0, 1)
-        )
+        one = Factors.zero({path: leaves[path] for path in kernels})
+        inputs, outputs = jax.tree.map(lambda x: jnp.zeros((slots, *x.shape)), tuple(one))
         rest = {path: x for path, x in leaves.items() if path not in inputs}
         none = jnp.zeros((), jnp.int32)
-        curvature = Kronecker(inputs, outputs, task_vectors.difference(rest, rest), none)
-        return super().at(center, curvature)
+        return super().at(center, Kronecker(inputs, outputs, trees.zeros_like(rest), none))
 
 
-def _between(left: Array, middle: Array, right: Array) -> Array:
-    product = jnp.matmul(left, middle, precision="highest")
-    return jnp.matmul(product, right, precision="highest")
+def _between(inputs: Array, kernel: Array, outputs: Array) -> Array:
+    """`sum_slots A D G` for a displacement D of a kernel."""
+
+    def add(slot: Array, total: Array) -> Array:
+        # float32 on all devices: TPUs would multiply in bfloat16.
+        product = jnp.matmul(inputs[slot], kernel, precision="highest")
+        return total + jnp.matmul(product, outputs[slot], precision="highest")
+
+    # Slot by slot: all at once would hold an array of the kernel's size for every slot.
+    return jax.lax.fori_loop(0, len(inputs), add, jnp.zeros_like(kernel))
 
 
 def _nearest(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -180,17 +169,21 @@ def _nearest(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[A
     """
     left, right = (jnp.stack(pair) for pair in zip(first, second, strict=True))
 
-    def products(sides: Array) -> Array:
+    def gram(sides: Array) -> Array:
         return jnp.einsum("iab,jab->ij", sides, sides, precision="highest")
 
     # The left singular vector is sum_i c_i A_i where c is the first eigenvector of this.
-    square = jnp.matmul(products(right), products(left), precision="highest")
+    square = jnp.matmul(gram(right), gram(left), precision="highest")
+    # Divisions by the largest entry keep float32 in range; tiny leaves factors that are all 0 at 0.
     square /= jnp.maximum(jnp.max(square), jnp.finfo(square.dtype).tiny)
+    # The power iteration: no eigenvector of the 2 x 2 matrix, which is not symmetric, is needed in
+    # full precision, and entries stay at least 0, which keeps the factors positive semi-definite.
     weights = jnp.ones(2, square.dtype)
     for _ in range(POWER_STEPS):
         weights = square @ weights
         weights /= jnp.maximum(jnp.max(weights), jnp.finfo(square.dtype).tiny)
     inputs = jnp.tensordot(weights, left, 1)
+    # The best right side for this left side: the projection of the sum onto it.
     overlaps = jnp.einsum("ab,iab->i", inputs, left, precision="highest")
     norm = jnp.sum(inputs**2)
     outputs = jnp.tensordot(overlaps / jnp.where(norm > 0, norm, 1), right, 1)
@@ -223,22 +216,9 @@ def factors(
     passes_fn: PassesFn,
     params: Params,
     batch: Batch,
-    *,
-    weights: Array,
     keys: Key | None = None,
 ) -> Factors:
-    """Sum the Kronecker factors of linen Dense kernels over a batch.
-
-    Args:
-        outputs_fn: of the model, which applies a linen module.
-        passes_fn: of the matrix that is measured.
-        params: flat `{path: kernel [in, out]}` of Dense layers of that module.
-        batch: N examples.
-        weights: of the examples, [N].
-        keys: one per example, or `None`.
-
-    Returns:
-        `Factors`, float32.
+    """Sum the Kronecker factors of linen Dense kernels, flat `{path: kernel}`, over a batch.
 
     Raises:
         ValueError: a path that is no kernel of a Dense layer that is called exactly once.
@@ -247,15 +227,16 @@ def factors(
         >>> import flax.linen as nn
         >>> from pm_jax.curvature.squared_gradients import Passes
         >>> layer, params = nn.Dense(1, use_bias=False), {"kernel": jnp.ones((2, 1))}
-        >>> found = factors(
+        >>> sums = factors(
         ...     lambda p, b: layer.apply({"params": p}, b.inputs)[:, 0],
         ...     lambda outputs, _: Passes(jnp.full((1, 1), 3.0), jnp.ones((1, 1))),
-        ...     params, Batch(jnp.asarray([[1.0, 2.0]]), jnp.zeros(1, int)), weights=jnp.ones(1))
-        >>> found.inputs["kernel"].tolist(), found.outputs["kernel"].tolist()
+        ...     params, Batch(jnp.asarray([[1.0, 2.0]]), jnp.zeros(1, int)))
+        >>> sums.inputs["kernel"].tolist(), sums.outputs["kernel"].tolist()
         ([[1.0, 2.0], [2.0, 4.0]], [[9.0]])
     """
+    weights = losses.weights_of(batch)
     names = {path: layer_of(path) for path in params}
-    layers = tapped(outputs_fn, params, batch, set(names.values()))
+    taps = tapped(outputs_fn, params, batch, set(names.values()))
 
     def by_token(values: Array) -> Array:  # [N, tokens, width]
         return values.astype(jnp.float32).reshape(len(weights), -1, values.shape[-1])
@@ -265,18 +246,19 @@ def factors(
 
     inputs = {}
     for path, name in names.items():
-        x = by_token(layers.inputs[name])
+        x = by_token(taps.inputs[name])
+        # A mean over tokens on this side and a sum on the other: the expanding convention.
         inputs[path] = moments(weights / x.shape[1], x)
 
     def add_pass(total, one):
-        gradients = layers.pull_back(one.cotangents)
+        gradients = taps.pull_back(one.cotangents)
         return {
             path: total[path] + moments(one.weights * weights, by_token(gradients[name]))
             for path, name in names.items()
         }, None
 
     start = Factors.zero(params).outputs
-    return Factors(inputs, jax.lax.scan(add_pass, start, passes_fn(layers.outputs, keys))[0])
+    return Factors(inputs, jax.lax.scan(add_pass, start, passes_fn(taps.outputs, keys))[0])
 
 
 def fisher_kronecker(
@@ -297,8 +279,8 @@ def fisher_kronecker(
         kernels: paths of kernels "a/b/kernel" of Dense layers that are called exactly once; the
             parameters are a flat `{path: leaf}`.
         num_samples: as for `fisher_exact`.
-        chunk_size: of the other leaves, as for `fisher_exact`.
-        dense_layers: of the other leaves, as for `fisher_exact`.
+        chunk_size: for the other leaves, as for `fisher_exact`.
+        dense_layers: for the other leaves, as for `fisher_exact`.
 
     Returns:
         A `Measure`; its quadratic is a `KroneckerQuadratic`. Sampling needs a key in `init`.
@@ -313,8 +295,8 @@ def fisher_kronecker(
         >>> examples = Batch(jnp.full((1, 1), 2.0), jnp.zeros(1, int))
         >>> logits_fn = lambda p, inputs: layer.apply({"params": p}, inputs)
         >>> measure = fisher_kronecker(logits_fn, ("kernel",))
-        >>> found = measure_all(measure, params, examples, 1).quadratic
-        >>> found.curvature.inputs["kernel"].tolist(), found.curvature.outputs["kernel"].tolist()
+        >>> fisher = measure_all(measure, params, examples, 1).quadratic.curvature
+        >>> fisher.inputs["kernel"].tolist(), fisher.outputs["kernel"].tolist()
         ([[[4.0]]], [[[0.25, -0.25], [-0.25, 0.25]]])
     """
     passes = squared_gradients.label_passes(num_samples)
@@ -342,13 +324,13 @@ def fisher_kronecker(
             passes,
             {path: state.params[path] for path in kernels},
             batch,
-            weights=weights,
-            keys=state.keys(weights.shape[0]),
+            state.keys(weights.shape[0]),
         )
         if rest_state is not None:
-            index = {"position": state.position, "stride": state.stride}
-            rest_state = others(state.params)[0].update(rest_state._replace(**index), batch)
-        values = jnp.full(weights.shape, jnp.nan)
+            # Both parts sample the same labels, also where `in_groups` has moved the indices.
+            rest_state = rest_state._replace(position=state.position, stride=state.stride)
+            rest_state = others(state.params)[0].update(rest_state, batch)
+        values = None
         if state.direction is not None:
             values = products.gauss_newton_along(
                 logits_fn, state.params, state.direction, batch.inputs
@@ -358,9 +340,8 @@ def fisher_kronecker(
 
     def finalize(state: MeasureState) -> Measurement:
         sums, rest_state = state.total
-        inputs, outputs = (
-            {path: x[None] for path, x in side.items()} for side in state.average(sums)
-        )
+        # One task fills one slot.
+        inputs, outputs = jax.tree.map(lambda x: x[None], tuple(state.average(sums)))
         diagonal = {} if rest_state is None else state.average(rest_state.total)
         return state.measurement(KroneckerQuadratic.at(state.params, inputs, outputs, diagonal))
 

@@ -1,7 +1,7 @@
-"""Curvature of low rank, which keeps what is correlated across all of the model.
+"""Curvature of low rank, which keeps correlations between all parameters of the model.
 
 `H = sum_k b_k b_k^T` with K columns b of the size of the model. The columns of one task come from
-products of its curvature with a few directions; those of a sum of tasks are its leading ones.
+products of its curvature with a few directions; a sum of tasks keeps its leading eigenvectors.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from pm_jax import losses, task_vectors, trees
+from pm_jax import losses, trees
 from pm_jax.curvature.measures import Measure, Measurement, MeasureState
 from pm_jax.curvature.products import gauss_newton_along, gauss_newton_times
 from pm_jax.curvature.quadratics import Curvature, Quadratic
@@ -60,12 +60,14 @@ class LowRank(Curvature):
     def plus(self, other: LowRank) -> LowRank:
         """The leading part of the sum, of this one's rank."""
         rank = len(jax.tree.leaves(self.columns)[0])
+        # The eigenvectors of B B^T [P, P] are B v for the eigenvectors v of B^T B [2K, 2K].
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), self.columns, other.columns)
         vectors = jnp.linalg.eigh(_inner_products(both, both))[1]
+        # `eigh` sorts by eigenvalue: the last ones lead.
         return LowRank(_combined(vectors[:, -rank:], both))
 
     def scaled(self, factor: Array | float) -> LowRank:
-        """The matrix times a number: its columns times the root."""
+        """The matrix times a number: its columns times the square root."""
         dtype = trees.compute_dtype(*jax.tree.leaves(self.columns))
         root = trees.safe_sqrt(jnp.asarray(factor, dtype))
         return LowRank(jax.tree.map(lambda x: root * x, self.columns))
@@ -103,23 +105,24 @@ class LowRankQuadratic(Quadratic):
 
     @classmethod
     def of_products(cls, center: Params, tests: PyTree, products: PyTree) -> LowRankQuadratic:
-        """The quadratic of one task from `products = H tests`, leaves [K, ...] both.
+        """The quadratic of one task with `H tests = products`, leaves [K, ...] both.
 
-        It has these products itself, but for eigenvalues of `tests^T H tests` below
-        `SMALLEST_EIGENVALUE` of the largest, which are left out.
+        Eigenvalues of `tests^T H tests` below `SMALLEST_EIGENVALUE` of the largest are left out.
         """
         core = _inner_products(tests, products)
+        # Symmetric but for rounding; `eigh` reads one triangle.
         values, vectors = jnp.linalg.eigh((core + core.T) / 2)
         kept = values > SMALLEST_EIGENVALUE * jnp.maximum(values[-1], 0)
+        # The inner `where` keeps powers of numbers below 0, which are NaN, out of gradients.
         weights = vectors * jnp.where(kept, jnp.where(kept, values, 1) ** -0.5, 0)[None, :]
         return cls.at(center, LowRank(_combined(weights, products)))
 
 
 def gauss_newton_low_rank(logits_fn: LogitsFn, *, rank: int = 16) -> Measure:
-    """Gauss-Newton matrix of low rank, by its products with some directions.
+    """Gauss-Newton matrix of low rank, `Y (O^T Y)^+ Y^T` of its products `Y = G O` (Nystrom).
 
-    One of these is that of the measure, where one is given: the quadratic is exact along it. The
-    others are random, and the quadratic is `Y (O^T Y)^+ O^T` of `Y = G O` (Nystrom).
+    The columns of O are the direction of the measure, where one is given, and random ones: the
+    quadratic is exact along the former.
 
     Args:
         logits_fn: `logits_fn(params, inputs) -> [N, C]`.
@@ -139,8 +142,8 @@ def gauss_newton_low_rank(logits_fn: LogitsFn, *, rank: int = 16) -> Measure:
         >>> from pm_jax.curvature.measures import measure_all
         >>> examples = Batch(jnp.ones((1, 1)), jnp.zeros(1, int))
         >>> measure = gauss_newton_low_rank(lambda w, x: x * w[None], rank=1)
-        >>> found = measure_all(measure, jnp.zeros(2), examples, 1, jnp.asarray([1.0, 3.0]))
-        >>> round(float(found.quadratic.curvature_along(jnp.asarray([1.0, 3.0]))), 5)
+        >>> result = measure_all(measure, jnp.zeros(2), examples, 1, jnp.asarray([1.0, 3.0]))
+        >>> round(float(result.quadratic.curvature_along(jnp.asarray([1.0, 3.0]))), 5)
         1.0
     """
     if rank < 1:
@@ -148,14 +151,13 @@ def gauss_newton_low_rank(logits_fn: LogitsFn, *, rank: int = 16) -> Measure:
 
     def init(params: Params, direction: PyTree | None = None, key: Key | None = None):
         tests = _test_directions(params, direction, key, rank)
-        sums = jax.tree.map(jnp.zeros_like, tests)
-        return MeasureState.start(params, direction, key, (tests, sums))
+        return MeasureState.start(params, direction, key, (tests, trees.zeros_like(tests)))
 
     def update(state: MeasureState, batch: Batch) -> MeasureState:
         weights = losses.weights_of(batch)
         tests, sums = state.total
         products = gauss_newton_times(logits_fn, state.params, tests, batch.inputs, weights)
-        values = jnp.full(weights.shape, jnp.nan)
+        values = None
         if state.direction is not None:
             values = gauss_newton_along(logits_fn, state.params, state.direction, batch.inputs)
         total = (tests, jax.tree.map(jnp.add, sums, products))
@@ -172,33 +174,33 @@ def gauss_newton_low_rank(logits_fn: LogitsFn, *, rank: int = 16) -> Measure:
 def _test_directions(
     params: Params, direction: PyTree | None, key: Key | None, count: int
 ) -> PyTree:
-    """Directions to multiply with, [K, ...]: the one given, then standard normal ones.
-
-    All have one norm, or the largest would decide which eigenvalues are left out.
-    """
+    """Directions to multiply with, [K, ...]: the measure's own, then standard normal ones."""
     given = 0 if direction is None else 1
     if key is None and count > given:
         raise ValueError("key=None: random directions need a PRNG key in Measure.init")
-    zero = task_vectors.difference(params, params)
+    zero = trees.zeros_like(params)
     rows = []
     if direction is not None:
         size = sum(leaf.size for leaf in jax.tree.leaves(zero))
+        # All directions have about one norm, sqrt(P), as standard normal ones do; otherwise the
+        # longest would decide which eigenvalues are left out.
         norm = trees.norm(direction)
         scale = jnp.where(norm > 0, size**0.5 / jnp.where(norm > 0, norm, 1), 0)
         rows.append(jax.tree.map(lambda x, z: (scale * x).astype(z.dtype), direction, zero))
     if key is not None:
-        keys = [jax.random.fold_in(key, number) for number in range(count - given)]
-        rows += [trees.gaussian_like(one, zero) for one in keys]
+        numbers = range(count - given)
+        rows += [trees.gaussian_like(jax.random.fold_in(key, n), zero) for n in numbers]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
 
 
 def _inner_products(left: PyTree, right: PyTree) -> Array:
     """Inner products of stacked trees [K, ...] and [L, ...], [K, L]."""
 
-    def of_leaf(a: Array, b: Array) -> Array:
+    # float32 on all devices: eigenvalues of less precise products would come out negative.
+    def in_leaf(a: Array, b: Array) -> Array:
         return jnp.matmul(a.reshape(len(a), -1), b.reshape(len(b), -1).T, precision="highest")
 
-    return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(of_leaf, left, right)))
+    return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(in_leaf, left, right)))
 
 
 def _combined(weights: Array, stacked: PyTree) -> PyTree:

@@ -75,17 +75,22 @@ class MeasureState(NamedTuple):
         return cls(params, direction, key, total, zero, zero, zero, position, stride)
 
     def keys(self, examples: int) -> Key | None:
-        """A key for each of the next examples, by its index; `None` without a key."""
+        """Keys of the next examples, [N]; `None` without a key."""
         if self.key is None:
             return None
+        # By an example's index, so that its labels do not depend on batch sizes or groups.
         index = self.position + self.stride * jnp.arange(examples)
         return jax.vmap(jax.random.fold_in, (None, 0))(self.key, index)
 
-    def plus(self, values: Array, weights: Array) -> "MeasureState":
-        """Add `d^T H_n d` of some examples, [N], by Chan's update: exact for any grouping."""
+    def plus(self, values: Array | None, weights: Array) -> "MeasureState":
+        """Add `d^T H_n d` of N examples (`None` without a direction) by Chan's update.
+
+        The update is exact, however the examples are grouped into batches.
+        """
         weights = weights.astype(self.mean.dtype)
         count = jnp.sum(weights)
-        values = jnp.where(weights > 0, values, 0)
+        # Padding repeats an example whose value may be infinite, and infinity times 0 is NaN.
+        values = jnp.where(weights > 0, jnp.nan if values is None else values, 0)
         mean = jnp.sum(weights * values) / jnp.maximum(count, 1)
         squares = jnp.sum(weights * (values - mean) ** 2)
         total = self.examples + count
@@ -95,7 +100,7 @@ class MeasureState(NamedTuple):
             examples=total,
             mean=self.mean + shift * fraction,
             squares=self.squares + squares + shift**2 * self.examples * fraction,
-            position=self.position + self.stride * values.shape[0],
+            position=self.position + self.stride * weights.shape[0],
         )
 
     def average(self, sums: PyTree) -> PyTree:
@@ -105,6 +110,7 @@ class MeasureState(NamedTuple):
     def measurement(self, quadratic: Quadratic | None) -> Measurement:
         """The result so far, with the quadratic that the total stands for."""
         variance = self.squares / jnp.maximum(self.examples - 1, 1)
+        # Of a mean over the examples: their standard deviation over the root of their number.
         error = jnp.sqrt(variance / jnp.maximum(self.examples, 1))
         return Measurement(quadratic, self.mean, error, self.examples)
 
@@ -128,28 +134,21 @@ SUMS = ("total", "examples", "mean", "squares")
 
 
 def in_groups(measure: Measure, groups: int) -> Measure:
-    """Let a measure also report its result without each of K groups of examples.
+    """Let a measure also report its result without each of K groups of examples, in `left_out`.
 
     The n-th example belongs to group n modulo K, so examples should come in random order. Every
     example is measured once, in batches a K-th as large, and K sums are in memory instead of one.
     The result over all examples stays the same.
 
-    Args:
-        measure: of any kind.
-        groups: K, at least 2.
-
-    Returns:
-        A `Measure` whose `Measurement` has `left_out`.
-
     Raises:
-        ValueError: fewer groups.
+        ValueError: fewer than two groups.
 
     Example:
         >>> from pm_jax.curvature import diagonal
         >>> examples = Batch(jnp.asarray([[1.0], [3.0], [2.0]]), jnp.zeros(3, int))
         >>> measure = diagonal.fisher_empirical(lambda w, batch: batch.inputs @ w)
-        >>> found = measure_all(in_groups(measure, 2), jnp.zeros(1), examples, 3)
-        >>> found.left_out.quadratic.diagonal.tolist()  # of the second alone, and of the others
+        >>> result = measure_all(in_groups(measure, 2), jnp.zeros(1), examples, 3)
+        >>> result.left_out.quadratic.diagonal.tolist()  # of the second alone, and of the others
         [[9.0], [2.5]]
     """
     if groups < 2:
@@ -164,34 +163,40 @@ def in_groups(measure: Measure, groups: int) -> Measure:
     def update(state: MeasureState, batch: Batch) -> MeasureState:
         batch = batch._replace(weights=losses.weights_of(batch))
         size = batch.labels.shape[0]
+        # The first row of a group k in this batch is the first one whose index is k modulo K.
         first = (jnp.arange(groups) - state.position) % groups
         rows = first[:, None] + groups * jnp.arange(-(-size // groups))[None, :]
 
-        def of_group(given: tuple[dict[str, PyTree], Array]) -> dict[str, PyTree]:
-            sums, rows = given
+        def measured_group(group: tuple[dict[str, PyTree], Array]) -> dict[str, PyTree]:
+            sums, rows = group
+            # Groups have equal shapes; rows beyond the batch repeat its last one, with weight 0.
             members = jax.tree.map(lambda leaf: leaf[jnp.minimum(rows, size - 1)], batch)
             members = members._replace(weights=members.weights * (rows < size))
             index = {"position": state.position + rows[0], "stride": groups * state.stride}
             return _sums(measure.update(state._replace(**sums, **index), members))
 
-        sums = jax.lax.map(of_group, (_sums(state), rows))
+        # One group at a time, not a vmap: K batches of gradients would be in memory together.
+        sums = jax.lax.map(measured_group, (_sums(state), rows))
         return state._replace(**sums, position=state.position + size)
 
     def finalize(state: MeasureState) -> Measurement:
         start = measure.init(state.params, state.direction, state.key).total
 
-        def of_some(kept: Array) -> Measurement:
-            """The result for the groups whose weight in `kept` [K] is 1."""
+        def result_for(members: Array) -> Measurement:
+            """The result for the groups whose entry in `members` [K] is 1."""
 
-            def total(first: Array, each: Array) -> Array:
+            def total(initial: Array, sums: Array) -> Array:
                 # Leaves that are not sums, such as a key, are the same for every group.
-                if not jnp.issubdtype(first.dtype, jnp.inexact):
-                    return first
-                return first + jnp.tensordot(kept, each - first[None], 1, precision="highest")
+                if not jnp.issubdtype(initial.dtype, jnp.inexact):
+                    return initial
+                # What is there before the first batch, such as test directions, counts once.
+                steps = sums - initial[None]
+                return initial + jnp.tensordot(members, steps, 1, precision="highest")
 
-            examples = kept * state.examples
+            examples = members * state.examples
             mean = jnp.sum(examples * state.mean) / jnp.maximum(jnp.sum(examples), 1)
-            squares = kept * state.squares + examples * (state.mean - mean) ** 2
+            # Chan's update again: deviations within groups, and those of the groups' means.
+            squares = members * state.squares + examples * (state.mean - mean) ** 2
             return measure.finalize(
                 state._replace(
                     total=jax.tree.map(total, start, state.total),
@@ -202,8 +207,8 @@ def in_groups(measure: Measure, groups: int) -> Measure:
             )
 
         others = 1 - jnp.eye(groups, dtype=state.examples.dtype)
-        left_out = jax.lax.map(of_some, others)
-        return of_some(jnp.ones_like(others[0]))._replace(left_out=left_out)
+        left_out = jax.lax.map(result_for, others)
+        return result_for(jnp.ones_like(others[0]))._replace(left_out=left_out)
 
     return Measure(init, update, finalize)
 
@@ -237,9 +242,8 @@ def measure_all(
         ValueError: no examples, batch size below 1, or a direction that is needed and missing.
 
     Example:
-        >>> import jax.numpy as jnp
-        >>> examples = Batch(jnp.asarray([[1.0], [3.0]]), jnp.zeros(2, int))
         >>> from pm_jax.curvature import diagonal
+        >>> examples = Batch(jnp.asarray([[1.0], [3.0]]), jnp.zeros(2, int))
         >>> measure = diagonal.fisher_empirical(lambda w, batch: batch.inputs @ w)
         >>> float(measure_all(measure, jnp.zeros(1), examples, 2, jnp.ones(1)).along)
         5.0
@@ -248,6 +252,7 @@ def measure_all(
     def step(state, batch):
         return measure.update(state, batch), None
 
+    # A scan compiles one update, whatever the number of batches.
     batches = losses.in_batches(examples, batch_size)
     state, _ = jax.lax.scan(step, measure.init(params, direction, key), batches)
     return measure.finalize(state)

@@ -112,7 +112,7 @@ class Quadratic:
         """The quadratic of one task, `1/2 (theta - center)^T H (theta - center)`."""
         # A new tree: an nnx state is made of mutable variables, which go on training.
         center = jax.tree.map(jnp.asarray, center)
-        zero = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, trees.compute_dtype(leaf)), center)
+        zero = trees.zeros_like(center)
         return cls(center, zero, trees.inner(zero, zero), curvature)
 
     @property

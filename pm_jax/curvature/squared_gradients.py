@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pm_jax import trees
+from pm_jax import losses, trees
 from pm_jax.curvature import dense_layers
 from pm_jax.types import Array, Batch, Key, Params, PyTree
 
@@ -35,7 +35,7 @@ class Passes(NamedTuple):
 
 
 OutputsFn = Callable[[Params, Batch], Array]
-"""Outputs [N, ...] of a batch of N examples, each from its own example only."""
+"""Outputs [N, ...] of a batch of N examples; a row depends on its example only."""
 
 PassesFn = Callable[[Array, Key | None], Passes]
 """The passes for outputs [N, ...], with one key per example or none."""
@@ -46,29 +46,20 @@ class SquaredGradients(NamedTuple):
 
     Attributes:
         total: sum over passes and examples, pytree of the parameters' structure.
-        along: `sum_p squares_np d_p^2` of every example, [N]; NaN without a direction.
+        along: `sum_p squares_np d_p^2` of every example, [N]; `None` without a direction.
     """
 
     total: PyTree
-    along: Array
+    along: Array | None
 
 
 def label_passes(num_samples: int | None) -> PassesFn:
-    """Passes of the exact Fisher of logits: of every label, or of some that the model draws.
+    """Passes of the exact Fisher for logits [N, C]: one per class, weighted by its probability.
 
-    Args:
-        num_samples: `None` for a pass per class, weighted by its probability; otherwise that many
-            labels, drawn with the key of each example.
-
-    Returns:
-        A `PassesFn` for logits [N, C].
+    With `num_samples`, that many labels are drawn with the key of every example instead.
 
     Raises:
         ValueError: num_samples below 1; when it is called, no keys to sample with.
-
-    Example:
-        >>> label_passes(None)(jnp.zeros((1, 2)), None).weights.tolist()
-        [[0.5], [0.5]]
     """
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"num_samples={num_samples}: must be at least 1, or None for all labels")
@@ -83,6 +74,7 @@ def label_passes(num_samples: int | None) -> PassesFn:
             if keys is None:
                 raise ValueError("key=None: sampled labels need a PRNG key in Measure.init")
             draw = functools.partial(jax.random.categorical, shape=(num_samples,))
+            # Examples on axis 1, because passes come first in `Passes`.
             labels = jax.vmap(draw, out_axes=1)(keys, logits)
             weights = jnp.full((num_samples, examples), 1 / num_samples)
         # d log p_label / d logits.
@@ -97,45 +89,37 @@ def by_vmap(
     passes_fn: PassesFn,
     params: Params,
     batch: Batch,
-    *,
-    weights: Array,
     keys: Key | None = None,
     direction: PyTree | None = None,
 ) -> SquaredGradients:
-    """Sum of squared gradients by forming the gradient of every example.
+    """Sum squared gradients by forming the gradient of every example, N of them in memory.
 
-    Args:
-        outputs_fn: of the model.
-        passes_fn: of the matrix that is measured.
-        params: pytree of floating-point arrays.
-        batch: N examples; N gradients are in memory at a time.
-        weights: of the examples, [N].
-        keys: one per example, or `None`.
-        direction: d, of the structure of the parameters, or `None`.
-
-    Returns:
-        `SquaredGradients`, float32 (float64 for float64 leaves).
+    `params` and `direction` are pytrees, `keys` [N]; float32 (float64 for float64 leaves).
 
     Example:
         >>> one_pass = lambda outputs, _: Passes(jnp.ones_like(outputs)[None], jnp.ones((1, 1)))
         >>> batch = Batch(jnp.asarray([[1.0], [3.0]]), jnp.zeros(2, int))
-        >>> by_vmap(lambda w, b: b.inputs @ w, one_pass, jnp.ones(1), batch,
-        ...         weights=jnp.ones(2)).total
-        Array([10.], dtype=float32)
+        >>> by_vmap(lambda w, b: b.inputs @ w, one_pass, jnp.ones(1), batch).total.tolist()
+        [10.0]
     """
 
     def squares_of(example: Batch, key: Key | None) -> PyTree:
+        # The model reads batches: this one has a single example.
         single = jax.tree.map(lambda leaf: leaf[None], example)
         outputs, pull_back = jax.vjp(lambda p: outputs_fn(p, single), params)
         passes = passes_fn(outputs, None if key is None else key[None])
 
         def add_pass(total, one):
             gradient = pull_back(one.cotangents)[0]
+            # Cast before the square: bfloat16 would keep eight bits of it.
             squares = jax.tree.map(lambda g: g.astype(trees.compute_dtype(g)) ** 2, gradient)
             return jax.tree.map(lambda t, s: t + one.weights[0] * s, total, squares), None
 
-        return jax.lax.scan(add_pass, _zeros(params), passes)[0]
+        # A scan over the passes, not a vmap: one gradient per example is in memory, not one per
+        # example and label.
+        return jax.lax.scan(add_pass, trees.zeros_like(params), passes)[0]
 
+    weights = losses.weights_of(batch)
     squares = jax.vmap(squares_of, (0, None if keys is None else 0))(batch, keys)
     # Products with vectors, not sums over an axis, and none of it fused into the outer products:
     # XLA's CPU reductions over a leading axis are ten times slower.
@@ -144,7 +128,7 @@ def by_vmap(
         lambda s: jnp.tensordot(weights.astype(s.dtype), s, 1, precision="highest"), squares
     )
     if direction is None:
-        return SquaredGradients(total, jnp.full(weights.shape, jnp.nan))
+        return SquaredGradients(total, None)
     along = jax.tree.map(
         lambda s, d: jnp.tensordot(s, d.astype(s.dtype) ** 2, d.ndim, precision="highest"),
         squares,
@@ -158,92 +142,71 @@ def by_layers(
     passes_fn: PassesFn,
     params: Params,
     batch: Batch,
-    *,
-    weights: Array,
     keys: Key | None = None,
     direction: PyTree | None = None,
 ) -> SquaredGradients:
-    """Sum of squared gradients of linen Dense layers, from their inputs and output gradients.
+    """Sum squared gradients of linen Dense layers, from their inputs and output gradients.
 
-    Args:
-        outputs_fn: of the model, which applies a linen module.
-        passes_fn: of the matrix that is measured.
-        params: flat `{path: leaf}` of kernels and biases of Dense layers of that module, as given
-            by `trees.select`.
-        batch: N examples.
-        weights: of the examples, [N].
-        keys: one per example, or `None`.
-        direction: d, of the structure of the parameters, or `None`.
-
-    Returns:
-        `SquaredGradients`, float32.
+    `params` and `direction` are flat `{path: leaf}` of kernels and biases, `keys` [N]; float32.
 
     Raises:
         ValueError: a path that is no kernel or bias of a Dense layer that is called exactly once.
 
     Example:
         >>> import flax.linen as nn
-        >>> layer = nn.Dense(1)
-        >>> params = {"kernel": jnp.ones((1, 1)), "bias": jnp.zeros(1)}
+        >>> layer, params = nn.Dense(1), {"kernel": jnp.ones((1, 1)), "bias": jnp.zeros(1)}
         >>> batch = Batch(jnp.asarray([[1.0], [3.0]]), jnp.zeros(2, int))
-        >>> found = by_layers(
+        >>> squares = by_layers(
         ...     lambda p, b: layer.apply({"params": p}, b.inputs)[:, 0],
         ...     lambda outputs, _: Passes(jnp.ones_like(outputs)[None], jnp.ones((1, 2))),
-        ...     params, batch, weights=jnp.ones(2))
-        >>> found.total["kernel"].item(), found.total["bias"].item()
+        ...     params, batch)
+        >>> squares.total["kernel"].item(), squares.total["bias"].item()
         (10.0, 2.0)
     """
     layers = {dense_layers.layer_of(path) for path in params}
-    seen = dense_layers.tapped(outputs_fn, params, batch, layers)
+    taps = dense_layers.tapped(outputs_fn, params, batch, layers)
+    weights = losses.weights_of(batch)
 
     def add_pass(carry, one):
-        gradients = seen.pull_back(one.cotangents)
+        gradients = taps.pull_back(one.cotangents)
         total, along = carry
         for path in params:
             name, _, kind = path.rpartition("/")
             added, values = _dense_squares(
-                seen.inputs[name] if kind == "kernel" else None,
+                taps.inputs[name] if kind == "kernel" else None,
                 gradients[name],
                 one.weights * weights,
-                one.weights,
                 None if direction is None else direction[path],
             )
             total = {**total, path: total[path] + added}
-            along = along + values
+            # Per example and so without the examples' weights, which the mean over them applies.
+            along = along + one.weights * values
         return (total, along), None
 
-    start = (_zeros(params), jnp.zeros(weights.shape, jnp.float32))
-    (total, along), _ = jax.lax.scan(add_pass, start, passes_fn(seen.outputs, keys))
-    return SquaredGradients(total, along if direction is not None else along * jnp.nan)
+    start = (trees.zeros_like(params), jnp.zeros(weights.shape, jnp.float32))
+    (total, along), _ = jax.lax.scan(add_pass, start, passes_fn(taps.outputs, keys))
+    return SquaredGradients(total, None if direction is None else along)
 
 
-def _dense_squares(inputs, gradients, weights, pass_weights, direction):
+def _dense_squares(inputs, gradients, weights, direction):
     """Weighted sum of one leaf's squared gradients, and their values along d^2 per example.
 
     `inputs` [N, ..., in] for a kernel and `None` for a bias, `gradients` [N, ..., out].
     """
     examples = gradients.shape[0]
     g = gradients.astype(jnp.float32).reshape(examples, -1, gradients.shape[-1])
+    # The factors whose product is the squared gradient of an example n, by their axes.
     if inputs is None:
-        squares = jnp.sum(g, axis=1) ** 2
-        spec = "o"
+        axes, squares = "no", [jnp.sum(g, axis=1) ** 2]
     elif g.shape[1] > 1:
+        # The square of a sum over tokens t is no product of squares: gradients are formed.
         x = inputs.astype(jnp.float32).reshape(examples, -1, inputs.shape[-1])
-        squares = jnp.einsum("nti,nto->nio", x, g, precision="highest") ** 2
-        spec = "io"
+        axes, squares = "nio", [jnp.einsum("nti,nto->nio", x, g, precision="highest") ** 2]
     else:
-        x, g = inputs.astype(jnp.float32).reshape(examples, -1) ** 2, g[:, 0] ** 2
-        total = jnp.einsum("n,ni,no->io", weights, x, g, precision="highest")
-        if direction is None:
-            return total, 0.0
-        values = jnp.einsum("ni,io,no->n", x, direction**2, g, precision="highest")
-        return total, pass_weights * values
-    total = jnp.einsum(f"n,n{spec}->{spec}", weights, squares, precision="highest")
+        x = inputs.astype(jnp.float32).reshape(examples, -1)
+        axes, squares = "ni,no", [x**2, g[:, 0] ** 2]
+    leaf = "o" if inputs is None else "io"
+    total = jnp.einsum(f"n,{axes}->{leaf}", weights, *squares, precision="highest")
     if direction is None:
         return total, 0.0
-    values = jnp.einsum(f"n{spec},{spec}->n", squares, direction**2, precision="highest")
-    return total, pass_weights * values
-
-
-def _zeros(params: Params) -> PyTree:
-    return jax.tree.map(lambda p: jnp.zeros_like(p, trees.compute_dtype(p)), params)
+    return total, jnp.einsum(f"{axes},{leaf}->n", *squares, direction**2, precision="highest")

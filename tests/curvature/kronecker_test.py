@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pm_jax import losses, trees
+from pm_jax import trees
 from pm_jax.curvature import kronecker
 from pm_jax.curvature.diagonal import fisher_exact
 from pm_jax.curvature.exact import gauss_newton
@@ -170,7 +170,10 @@ def test_factors_are_moments_of_inputs_and_output_gradients(tokens):
     params, batch = problem(6, tokens)
     weights = jnp.asarray([1.0, 1.0, 0.0, 1.0, 1.0, 1.0])
     found = kronecker.factors(
-        outputs_of(params), of_labels, trees.select(params, KERNELS), batch, weights=weights
+        outputs_of(params),
+        of_labels,
+        trees.select(params, KERNELS),
+        batch._replace(weights=weights),
     )
     leaves = {path: np.asarray(x, np.float64) for path, x in trees.leaves_by_path(params).items()}
     a = {path: 0.0 for path in KERNELS}
@@ -196,7 +199,7 @@ def test_factors_are_moments_of_inputs_and_output_gradients(tokens):
 def test_for_one_example_the_diagonal_is_that_of_the_exact_fisher():
     params, batch = problem(1, 1)
     selected = trees.select(params, KERNELS)
-    found = kronecker.factors(outputs_of(params), of_labels, selected, batch, weights=jnp.ones(1))
+    found = kronecker.factors(outputs_of(params), of_labels, selected, batch)
     exact = measure_all(
         fisher_exact(lambda p, inputs: outputs_of(params)(p, Batch(inputs, batch.labels))),
         selected,
@@ -235,8 +238,8 @@ def test_the_measure_is_a_mean_of_factors_and_of_the_other_leaves_diagonal(num_s
     quadratic = found[0].quadratic
     if num_samples is None:
         sums = kronecker.factors(
-            outputs_of(params), of_labels, trees.select(params, KERNELS), batch,
-            weights=jnp.full(7, 1 / 7),
+            outputs_of(params), of_labels, trees.select(params, KERNELS),
+            batch._replace(weights=jnp.full(7, 1 / 7)),
         )  # fmt: skip
         for path in KERNELS:
             np.testing.assert_allclose(
@@ -261,5 +264,5 @@ def test_a_kernel_that_is_no_dense_layer_is_refused():
     with pytest.raises(ValueError, match="are no linen Dense layers"):
         kronecker.factors(
             lambda _, batch: outputs_of(params)({}, batch), of_labels,
-            {"third/kernel": jnp.ones((5, 3))}, batch, weights=losses.weights_of(batch),
+            {"third/kernel": jnp.ones((5, 3))}, batch,
         )  # fmt: skip
