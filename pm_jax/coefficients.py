@@ -10,14 +10,14 @@ from pm_jax.curvature.quadratics import Quadratic, SumQuadratic
 from pm_jax.types import Array, Params, PyTree
 
 SWEEPS = 1000
-"""Sweeps of coordinate descent over the groups of joint coefficients."""
+"""Sweeps of coordinate descent over the groups of joint coefficients: a fixed number, for jit."""
 
 
 class MergeCoefficient(NamedTuple):
     """A merge coefficient and the numbers behind it; float32 scalars, or [G] for several groups.
 
     Attributes:
-        alpha: the coefficient to use, in [0, 1] if clipped.
+        alpha: the coefficient of the merge, in [0, 1] if clipped.
         alpha_raw: the unconstrained minimiser, `numerator / denominator`.
         numerator: `-Delta . grad Q(theta_hat)`.
         denominator: `Delta^T H Delta`, over all tasks.
@@ -65,7 +65,6 @@ def merge_coefficient(
         Perturb-and-Merge, `arXiv 2505.22389 <https://arxiv.org/abs/2505.22389>`_, section 3.1
 
     Example:
-        >>> import jax.numpy as jnp
         >>> from pm_jax.curvature import DiagonalQuadratic
         >>> old = DiagonalQuadratic.at(jnp.zeros(1), diagonal=jnp.asarray([3.0]))
         >>> new = DiagonalQuadratic.at(jnp.ones(1), diagonal=jnp.asarray([1.0]))
@@ -94,27 +93,23 @@ def merge_coefficients(
 
         argmin_{0 <= a <= 1} Q(previous + sum_g a_g Delta_g),   Delta_g the group's part of Delta
 
-    Where H has no entries between leaves, the Gram matrix of disjoint groups is diagonal, and the
-    box's minimum is that of each group by itself, clipped. Otherwise see `box_minimum`. Where a
-    group has none, its alpha is 1/t.
+    Where H has no entries between leaves, the Gram matrix of the groups is diagonal, and the joint
+    minimum consists of the groups' clipped minima. Otherwise see `box_minimum`. A group without a
+    minimum has the alpha 1/t.
 
     Args:
         quadratic: the sum over all tasks seen, the current one included.
         previous: `theta_hat_{t-1}`, L leaves.
         task_vector: Delta, of the same structure.
-        groups: L numbers from 0 to G - 1, the group of each leaf.
+        groups: L numbers from 0 to G - 1, the groups of the leaves.
         task: t, counted from 1; an array or an int.
-        clip: restrict each alpha to [0, 1].
+        clip: restrict all alphas to [0, 1].
 
     Returns:
         A `MergeCoefficient` of arrays [G], whose standard error is NaN; its denominator is the
         diagonal of the Gram matrix. All are degenerate where that is not positive semi-definite.
 
-    References:
-        The box problem of Perturb-and-Merge's quadratic, ours
-
     Example:
-        >>> import jax.numpy as jnp
         >>> from pm_jax.curvature import DiagonalQuadratic
         >>> old = DiagonalQuadratic.at([jnp.zeros(1)] * 2, [jnp.ones(1), jnp.full(1, 3.0)])
         >>> new = DiagonalQuadratic.at([jnp.ones(1)] * 2, [jnp.ones(1)] * 2)
@@ -129,16 +124,16 @@ def merge_coefficients(
         )
         return merge_coefficient_of(-slopes, curvatures, task=task, clip=clip)
     leaves, structure = jax.tree.flatten(task_vector)
-    directions = [
-        jax.tree.unflatten(
-            structure,
-            [x if its_group == group else jnp.zeros_like(x)
-             for x, its_group in zip(leaves, groups, strict=True)],
-        )
-        for group in range(max(groups) + 1)
-    ]  # fmt: skip
+
+    def part(group: int) -> PyTree:
+        pairs = zip(leaves, groups, strict=True)
+        parts = [x if number == group else jnp.zeros_like(x) for x, number in pairs]
+        return jax.tree.unflatten(structure, parts)
+
+    directions = [part(group) for group in range(max(groups) + 1)]
     slopes = jnp.stack([quadratic.gradient_along(previous, direction) for direction in directions])
     gram = quadratic.gram(directions)
+    # Numerators, denominators and the fallback are those of the groups' separate minima.
     alone = merge_coefficient_of(-slopes, jnp.diagonal(gram), task=task, clip=clip)
     together, sound = box_minimum(gram, -slopes, clip=clip)
     usable = sound & ~alone.degenerate & (jnp.asarray(task) > 1)
@@ -161,8 +156,8 @@ def box_minimum(gram: Array, slopes: Array, *, clip: bool = True) -> tuple[Array
         clip: keep a in [0, 1].
 
     Returns:
-        `(a, sound)`: the minimum [K], and whether G is positive semi-definite to rounding; where it
-        is not, a is no minimum.
+        `(a, sound)`: the minimum [K], and whether G is positive semi-definite to rounding; if not,
+        a is no minimum.
 
     References:
         Wright, `Coordinate Descent Algorithms <https://arxiv.org/abs/1502.04759>`_, 2015
@@ -174,10 +169,13 @@ def box_minimum(gram: Array, slopes: Array, *, clip: bool = True) -> tuple[Array
     """
     gram, slopes = (jnp.asarray(gram) + jnp.asarray(gram).T) / 2, jnp.asarray(slopes)
     finite = jnp.all(jnp.isfinite(gram)) & jnp.all(jnp.isfinite(slopes))
+    # An eigendecomposition of NaN is undefined; `sound` already says that there is no minimum.
     gram = jnp.where(finite, gram, 0)
     values = jnp.linalg.eigvalsh(gram)
+    # The tolerance of float32: the zero eigenvalues of a singular matrix are rounded too.
     sound = finite & (values[0] >= -1e-5 * jnp.abs(values[-1]))
     curved = jnp.diagonal(gram) > 0
+    # The ridge makes the minimum unique where two groups have the same effect.
     gram += 1e-6 * jnp.mean(jnp.diagonal(gram)) * jnp.eye(len(gram), dtype=gram.dtype)
 
     def improve(step: Array, a: Array) -> Array:
@@ -197,31 +195,26 @@ def merge_coefficient_of(
     curvature_error: Array | float = float("nan"),
     clip: bool = True,
 ) -> MergeCoefficient:
-    """The quotient of the closed form, entry by entry, or 1/t where there is none.
+    """The quotient of the closed form, scalar or [G], or 1/t where there is none.
 
-    Args:
-        numerator: `-Delta . grad Q(theta_hat)`, scalar or [G].
-        denominator: `Delta^T H Delta` over all tasks, of the same shape.
-        task: t, counted from 1; an array or an int.
-        curvature_error: standard error of the current task's `Delta^T H_t Delta`.
-        clip: restrict alpha to [0, 1].
-
-    Returns:
-        A `MergeCoefficient`; see `merge_coefficient`.
+    The arguments and the result are explained at `merge_coefficient` and `MergeCoefficient`.
 
     Example:
-        >>> found = merge_coefficient_of(jnp.asarray(3.0), jnp.asarray(0.0), task=4)
-        >>> float(found.alpha), bool(found.degenerate)
+        >>> coefficient = merge_coefficient_of(jnp.asarray(3.0), jnp.asarray(0.0), task=4)
+        >>> float(coefficient.alpha), bool(coefficient.degenerate)
         (0.25, True)
     """
     task = jnp.asarray(task)
     first = task <= 1
     solvable = jnp.isfinite(numerator) & jnp.isfinite(denominator)
+    # Numbers below the smallest normal one have lost digits, or count as 0 on some devices.
     solvable &= denominator > jnp.finfo(denominator.dtype).tiny
+    # Divided by 1 where there is no minimum: XLA computes both sides of the `where` below.
     quotient = numerator / jnp.where(solvable, denominator, 1)
     solvable &= jnp.isfinite(quotient)
     fallback = 1 / jnp.maximum(task, 1).astype(quotient.dtype)
     raw = jnp.where(first, 1.0, jnp.where(solvable, quotient, fallback))
+    # The current curvature c is part of both, so that d alpha / d c = (1 - alpha) / denominator.
     error = jnp.abs(1 - raw) / jnp.where(solvable, denominator, 1) * curvature_error
     return MergeCoefficient(
         alpha=jnp.clip(raw, 0, 1) if clip else raw,
@@ -234,7 +227,7 @@ def merge_coefficient_of(
 
 
 def jackknife_error(left_out: Array) -> Array:
-    """Standard error of an estimate from what it is without each of K groups of examples.
+    """Standard error of an estimate, from its K values without one group of the examples.
 
         sqrt( (K - 1) / K sum_k (a_k - mean a)^2 )
 

@@ -1,8 +1,8 @@
 """A classifier from class statistics: linear discriminant analysis over all classes seen.
 
-Where tasks train their own columns of a classifier over their own classes, nothing ever compares
-classes of different tasks. Means of each class and one covariance of all, which add up over tasks
-and keep no example, give a classifier that does, in closed form:
+A classifier whose columns are trained task by task never compares classes of different tasks. The
+means of the classes and one covariance within them, which add up over tasks and keep no example,
+give a classifier that does, in closed form:
 
     kernel_c = S^-1 m_c,    bias_c = log(pi_c) - 1/2 m_c^T S^-1 m_c
 
@@ -25,7 +25,7 @@ from pm_jax.types import Array
 
 
 class ClassStatistics(NamedTuple):
-    """What is kept of the features of all examples seen; float32.
+    """Counts, means and scatter of the features of all examples seen; float32.
 
     Attributes:
         counts: examples of each class, [C].
@@ -46,25 +46,20 @@ class ClassStatistics(NamedTuple):
 
     @classmethod
     def zero(cls, num_classes: int, width: int) -> "ClassStatistics":
-        """Nothing seen yet."""
+        """The statistics of no examples."""
         return cls(
             jnp.zeros(num_classes), jnp.zeros((num_classes, width)), jnp.zeros((width, width))
         )
 
     def plus(self, features: Array, labels: Array, weights: Array) -> "ClassStatistics":
-        """With some more examples, by Chan's update: exact for any grouping.
+        """Add N examples, features [N, D], by Chan's update: exact for any grouping.
 
-        Args:
-            features: float32 [N, D].
-            labels: int32 [N].
-            weights: of each example, [N]; 0 for padding.
-
-        Returns:
-            The statistics of all.
+        A weight of 0 marks padding.
         """
         member = jax.nn.one_hot(labels, self.counts.shape[0]) * weights[:, None]
         count = member.sum(axis=0)
         mean = _matmul(member.T, features) / jnp.maximum(count, 1)[:, None]
+        # The root, because the offset appears twice in the scatter.
         offset = (features - mean[labels]) * jnp.sqrt(weights)[:, None]
         total = self.counts + count
         shift = mean - self.means
@@ -76,26 +71,26 @@ class ClassStatistics(NamedTuple):
         )
 
     def classifier(self) -> tuple[Array, Array]:
-        """The discriminant over the classes that have examples.
+        """Kernel [D, C] and bias [C] whose logits are log posteriors up to a constant.
 
-        Returns:
-            Kernel [D, C] and bias [C]: logits are log posteriors up to a constant; -1e30 for
-            classes without examples.
+        Classes without examples have the logit -1e30.
         """
         seen = self.counts > 0
         precision_means = jnp.linalg.solve(self.covariance(), self.means.T)
+        # 1 instead of 0 for classes without examples: their logarithm is computed and not used.
         shares = jnp.where(seen, self.counts, 1.0) / jnp.maximum(self.counts.sum(), 1.0)
         quadratic = jnp.sum(self.means.T * precision_means, axis=0)
         bias = jnp.where(seen, jnp.log(shares) - 0.5 * quadratic, MASKED_LOGIT)
         return jnp.where(seen, precision_means, 0.0), bias
 
     def covariance(self) -> Array:
-        """Covariance within classes [D, D], shrunk as far as so few examples call for.
+        """Covariance within classes [D, D], shrunk the more, the fewer the examples are.
 
-        The identity where there is no spread to estimate it from.
+        It is the identity where the examples have no spread.
         """
         width, examples = self.scatter.shape[0], jnp.maximum(self.counts.sum(), 1.0)
         plain = self.scatter / examples
+        # Equation 23 of Chen et al. without its terms of order 1 / D.
         trace, square = jnp.trace(plain), jnp.sum(plain**2)
         wanted, excess = square + trace**2, (examples + 1) * (square - trace**2 / width)
         share = jnp.where(wanted < excess, wanted / jnp.where(excess > 0, excess, 1.0), 1.0)

@@ -37,14 +37,14 @@ Adapters = dict[str, Adapter]
 
 
 class AdaptedKernel(NamedTuple):
-    """A dense kernel and the branch of its adapter, `kernel + scale a @ b`, not added up.
+    """A dense kernel and the branch of its adapter: `kernel + scale a @ b` before the sum.
 
-    `pm_jax.perturbed` makes them of adapters, since a perturbation along the task vector scales
-    the branch.
+    `pm_jax.perturbed` turns adapters into it: a perturbation along the task vector scales the
+    branch.
 
     Attributes:
         kernel: [in, out].
-        adapter: whose product is added.
+        adapter: the factors of the product that is added.
         scale: scalar, or [N] for one scale per example.
     """
 
@@ -54,24 +54,11 @@ class AdaptedKernel(NamedTuple):
 
 
 def adapted_paths(params: Params, pattern: str, rank: int) -> tuple[str, ...]:
-    """Paths of the dense kernels that a pattern selects for adapters of some rank.
-
-    Args:
-        params: any parameter tree.
-        pattern: regular expression over "a/b/c", matched in full.
-        rank: of the adapters.
-
-    Returns:
-        The matching paths in the tree's order.
+    """Paths of the dense kernels that a regular expression over "a/b/c" selects for adapters.
 
     Raises:
         ValueError: no match, a matching leaf that is not [in, out], or a rank below 1 or above
             the smaller side of a kernel.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> adapted_paths({"key": {"kernel": jnp.ones((4, 4))}}, ".*kernel", 2)
-        ('key/kernel',)
     """
     paths = trees.match_paths(params, pattern)
     for path, kernel in trees.select(params, paths).items():
@@ -88,25 +75,20 @@ def adapted_paths(params: Params, pattern: str, rank: int) -> tuple[str, ...]:
 
 
 def init(key: Key, params: Params, pattern: str, rank: int) -> Adapters:
-    """Fresh adapters, whose product is zero.
+    """Fresh adapters `{path: Adapter}`, whose product is zero: A is random and B is 0.
 
-    A is uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5), B is 0, and there is no alpha/rank
-    factor.
+    The kernels are selected as by `adapted_paths`; there is no factor alpha/rank.
 
     Args:
-        key: PRNG key, folded with each kernel's path.
+        key: PRNG key, folded with every kernel's path.
         params: any parameter tree.
-        pattern: regular expression over "a/b/c" that selects the dense kernels to adapt.
+        pattern: regular expression over "a/b/c".
         rank: of every adapter.
-
-    Returns:
-        `{path: Adapter}`.
 
     Raises:
         ValueError: as `adapted_paths`.
 
     Example:
-        >>> import jax, jax.numpy as jnp
         >>> adapters = init(jax.random.key(0), {"key": {"kernel": jnp.ones((4, 6))}}, ".*", 2)
         >>> adapters["key/kernel"].a.shape, adapters["key/kernel"].b.shape
         ((4, 2), (2, 6))
@@ -115,45 +97,22 @@ def init(key: Key, params: Params, pattern: str, rank: int) -> Adapters:
 
     def fresh(kernel_key: Key, kernel: Array) -> Adapter:
         rows, columns = kernel.shape
-        a = input_factor(kernel_key, rows, rank)
-        return Adapter(a, jnp.zeros((rank, columns), jnp.float32))
+        b = jnp.zeros((rank, columns), jnp.float32)
+        return Adapter(input_factor(kernel_key, rows, rank), b)
 
     return jax.tree.map(fresh, trees.leaf_keys(key, kernels), kernels)
 
 
 def input_factor(key: Key, rows: int, rank: int) -> Array:
-    """A fresh A, uniform in +-1/sqrt(rows).
-
-    Args:
-        key: PRNG key.
-        rows: of the kernel.
-        rank: of the adapter.
-
-    Returns:
-        float32 [rows, rank].
-
-    Example:
-        >>> bool((abs(input_factor(jax.random.key(0), 4, 2)) <= 0.5).all())
-        True
-    """
+    """A fresh A for a kernel of some rows, float32 [rows, rank]."""
+    # Kaiming's law with a = sqrt(5): uniform in +-1/sqrt(rows), as in Hu et al.'s code.
     bound = rows**-0.5
     return jax.random.uniform(key, (rows, rank), jnp.float32, -bound, bound)
 
 
 def displacement(adapters: Adapters) -> dict[str, Array]:
-    """The dense task vector that adapters stand for, `A B`.
-
-    Args:
-        adapters: `{path: Adapter}`.
-
-    Returns:
-        `{path: float32 [in, out]}`.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> displacement({"k": Adapter(jnp.ones((1, 2)), jnp.ones((2, 1)))})["k"].tolist()
-        [[2.0]]
-    """
+    """The dense task vector `A B` of adapters, `{path: float32 [in, out]}`."""
+    # Without the highest precision TPUs multiply in bfloat16.
     return {
         path: jnp.matmul(adapter.a, adapter.b, precision="highest")
         for path, adapter in adapters.items()
@@ -169,19 +128,19 @@ def fold(params: Params, adapters: Adapters, coefficient: Array | float = 1.0) -
         coefficient: scalar; 1 for the trained model, alpha for a merged one.
 
     Returns:
-        The parameters with the adapted kernels replaced, each in its own type.
+        The parameters with the adapted kernels replaced, in the kernels' types.
 
     Raises:
         ValueError: an adapter whose path the parameters do not have.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> adapters = {"k": Adapter(jnp.ones((1, 2)), jnp.ones((2, 1)))}
         >>> fold({"k": jnp.ones((1, 1))}, adapters, 0.5)["k"].tolist()
         [[2.0]]
     """
     kernels = trees.select(params, tuple(adapters))
     steps = displacement(adapters)
+    # Added in float32 and cast once: a small step would be lost in a bfloat16 kernel.
     folded = {
         path: (kernel.astype(jnp.float32) + coefficient * steps[path]).astype(kernel.dtype)
         for path, kernel in kernels.items()
@@ -190,54 +149,30 @@ def fold(params: Params, adapters: Adapters, coefficient: Array | float = 1.0) -
 
 
 def count(adapters: PyTree) -> int:
-    """Number of trainable numbers in adapters (or in any other tree of arrays).
-
-    Args:
-        adapters: `{path: Adapter}`.
-
-    Returns:
-        An int.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> count({"k": Adapter(jnp.ones((5, 2)), jnp.ones((2, 3)))})
-        16
-    """
+    """Number of trainable numbers in adapters (or in any other tree of arrays)."""
     return sum(leaf.size for leaf in jax.tree.leaves(adapters))
 
 
 def squared_norm(adapters: Adapters) -> Array:
     """`sum ||A B||^2` over all adapters from rank-sized Gram matrices, without forming A B.
 
-    Args:
-        adapters: `{path: Adapter}`.
-
-    Returns:
-        float32 scalar.
-
     Example:
-        >>> import jax.numpy as jnp
         >>> float(squared_norm({"k": Adapter(jnp.ones((1, 2)), jnp.ones((2, 3)))}))
         12.0
     """
     total = jnp.zeros((), jnp.float32)
+    # tr(A^T A B B^T); the greedy order of products forms both Gram matrices first.
     for a, b in adapters.values():
         total += jnp.einsum("ir,is,ro,so->", a, a, b, b, precision="highest", optimize="greedy")
     return total
 
 
 def dense_leaves(leaves: Mapping[str, Array | Adapter | AdaptedKernel]) -> dict[str, Array]:
-    """The arrays among leaves of which some have a branch: what belongs into the parameters.
+    """The leaves that go into the parameters: arrays, and the kernel of an `AdaptedKernel`.
 
-    Args:
-        leaves: `{path: array, Adapter or AdaptedKernel}`.
-
-    Returns:
-        `{path: array}`: arrays as they are, and the kernel of an `AdaptedKernel`; an `Adapter` has
-        none.
+    An `Adapter` has no kernel and is left out.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> adapter = Adapter(jnp.ones((1, 2)), jnp.ones((2, 1)))
         >>> list(dense_leaves({"k": AdaptedKernel(jnp.ones((1, 1)), adapter, 1.5), "l": adapter}))
         ['k']
@@ -256,16 +191,14 @@ def branch(adapters: Mapping[str, Any], scale: Array | float = 1.0):
     backward pass forms gradients of A and B only.
 
     Args:
-        adapters: `{path of a kernel: Adapter or AdaptedKernel}`, paths within the module that is
-            applied; other leaves have no branch and are left out.
-        scale: scalar, or [N] for one scale per example (the first axis of every layer's input);
-            an `AdaptedKernel` has its own.
+        adapters: `{path of a kernel within the module: Adapter or AdaptedKernel}`; other leaves
+            have no branch.
+        scale: scalar, or [N] for one scale per example; an `AdaptedKernel` has its own.
 
     Returns:
         A context manager around `module.apply`.
 
     Example:
-        >>> import flax.linen as nn, jax, jax.numpy as jnp
         >>> layer, x = nn.Dense(3, name="head"), jnp.ones((1, 2))
         >>> params = layer.init(jax.random.key(0), x)
         >>> adapters = {"kernel": Adapter(jnp.ones((2, 1)), jnp.ones((1, 3)))}
@@ -294,8 +227,11 @@ def branch(adapters: Mapping[str, Any], scale: Array | float = 1.0):
         # Matrices, because a CPU differentiates products of more axes with slow copies.
         low = jnp.asarray(call.inputs, output.dtype).reshape(-1, a.shape[0]) @ a
         low = low.reshape(*output.shape[:-1], a.shape[1])
+        # Scaled in the width of the rank, before the product with B. Per-example scales [N] meet
+        # the first axis of [N, ..., rank].
         factor = jnp.asarray(factor, output.dtype)
         low *= factor.reshape(factor.shape + (1,) * (low.ndim - factor.ndim))
         return output + (low.reshape(-1, a.shape[1]) @ b).reshape(output.shape)
 
+    # All modules, so that an adapter of a layer that is not `Dense` is an error, not passed over.
     return visiting(add_branch, kind=nn.Module)

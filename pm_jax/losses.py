@@ -1,4 +1,4 @@
-"""Losses per example, and what masks and padding do to them."""
+"""Losses per example, their masks and their padding."""
 
 from collections.abc import Callable
 
@@ -13,20 +13,7 @@ MASKED_LOGIT = -1e30
 
 
 def mask_logits(logits: Array, class_mask: Array) -> Array:
-    """Logits with the classes outside a mask put out of the running.
-
-    Args:
-        logits: float [N, C].
-        class_mask: bool or 0/1 [C], true where the class takes part.
-
-    Returns:
-        float32 [N, C], -1e30 where masked.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> mask_logits(jnp.ones((1, 2)), jnp.asarray([True, False])).tolist()
-        [[1.0, -1.0000000150474662e+30]]
-    """
+    """Logits [N, C] in float32, -1e30 for the classes that a mask [C], bool or 0/1, leaves out."""
     return jnp.where(class_mask[None, :] > 0, logits.astype(jnp.float32), MASKED_LOGIT)
 
 
@@ -40,7 +27,6 @@ def cross_entropy(logits_fn: LogitsFn) -> LossesFn:
         `losses_fn(params, batch) -> [N]`.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> losses = cross_entropy(lambda w, x: x @ w)
         >>> batch = Batch(jnp.ones((1, 2)), jnp.zeros(1, int))
         >>> round(float(losses(jnp.zeros((2, 2)), batch)[0]), 4)  # log 2
@@ -55,19 +41,7 @@ def cross_entropy(logits_fn: LogitsFn) -> LossesFn:
 
 
 def weights_of(batch: Batch) -> Array:
-    """The weights of a batch, ones where none are given.
-
-    Args:
-        batch: N examples.
-
-    Returns:
-        float32 [N], or of the labels' shape for several batches.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> weights_of(Batch(jnp.ones((2, 3)), jnp.zeros(2, int))).tolist()
-        [1.0, 1.0]
-    """
+    """Weights of a batch in the labels' shape, ones where none are given."""
     if batch.weights is None:
         return jnp.ones(batch.labels.shape, jnp.float32)
     return batch.weights
@@ -83,7 +57,6 @@ def mean(losses_fn: LossesFn) -> Callable[[Params, Batch], Array]:
         `loss_fn(params, batch) -> scalar`.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> loss = mean(lambda w, batch: w * batch.inputs)
         >>> batch = Batch(jnp.asarray([1.0, 5.0]), jnp.zeros(2, int), jnp.asarray([1.0, 0.0]))
         >>> float(loss(2.0, batch))
@@ -92,6 +65,7 @@ def mean(losses_fn: LossesFn) -> Callable[[Params, Batch], Array]:
 
     def loss_fn(params: Params, batch: Batch) -> Array:
         weights = weights_of(batch)
+        # At least 1 in the divisor: a batch of padding has the loss 0, not NaN.
         return jnp.sum(weights * losses_fn(params, batch)) / jnp.maximum(jnp.sum(weights), 1.0)
 
     return loss_fn
@@ -105,22 +79,22 @@ def in_batches(examples: Batch, batch_size: int) -> Batch:
         batch_size: B, at least 1.
 
     Returns:
-        A `Batch` whose leaves are [ceil(N / B), B, ...], to scan over; padding repeats the first
-        example.
+        A `Batch` with leaves [ceil(N / B), B, ...], to scan over.
 
     Raises:
         ValueError: no examples, or a batch size below 1.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> in_batches(Batch(jnp.ones((3, 5)), jnp.zeros(3, int)), 2).weights.tolist()
         [[1.0, 1.0], [1.0, 0.0]]
     """
     count = examples.labels.shape[0]
     if count < 1 or batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: it and the {count} examples must be at least 1")
+    # Rounded up: `//` rounds down, also below 0.
     number = -(-count // batch_size)
     index = jnp.arange(number * batch_size)
+    # Padding repeats an example, on which a model computes nothing unusual.
     padded: PyTree = jax.tree.map(
         lambda leaf: leaf[jnp.where(index < count, index, 0)],
         examples._replace(weights=weights_of(examples)),

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from pm_jax import lora, task_vectors, trees
 from pm_jax.lora import AdaptedKernel, Adapter
-from pm_jax.types import Array, Key, Params, PyTree
+from pm_jax.types import Array, Key, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,17 +97,10 @@ def one_sided(epsilon: float = 0.5, probability: float = 0.5) -> Perturbation:
 
     Args:
         epsilon: radius in (0, 1].
-        probability: of +epsilon.
-
-    Returns:
-        A `Perturbation`.
+        probability: p of +epsilon.
 
     Raises:
         ValueError: epsilon or probability out of range.
-
-    Example:
-        >>> one_sided(0.5, 0.25).probabilities
-        (0.75, 0.25)
     """
     pair = _checked_probabilities((1 - probability, probability), 2)
     return Perturbation((0.0, _checked_epsilon(epsilon)), pair)
@@ -118,14 +111,8 @@ def antithetic(epsilon: float = 0.5) -> Perturbation:
 
     Its weight is `lam = epsilon^2 / 2`; `epsilon sqrt(2/3)` matches the default of `symmetric`.
 
-    Args:
-        epsilon: radius in (0, 1].
-
-    Returns:
-        A `Perturbation`.
-
     Raises:
-        ValueError: epsilon out of range.
+        ValueError: epsilon outside (0, 1].
 
     Example:
         >>> curvature_weight(antithetic(0.5))
@@ -140,31 +127,17 @@ def gaussian(epsilon: float = 0.5, probability: float = 2 / 3) -> Perturbation:
 
     Args:
         epsilon: norm of the noise over that of the task vector, in (0, 1].
-        probability: with which a step is perturbed at all.
-
-    Returns:
-        A `Perturbation`.
+        probability: of a step that is perturbed at all.
 
     Raises:
         ValueError: epsilon or probability out of range.
-
-    Example:
-        >>> gaussian().gaussian
-        True
     """
+    # 2/3, the probability with which `symmetric` moves away from 0.
     return dataclasses.replace(one_sided(epsilon, probability), gaussian=True)
 
 
 def none() -> Perturbation:
-    """No perturbation: `s = 0`.
-
-    Returns:
-        A `Perturbation`.
-
-    Example:
-        >>> none().steps
-        (0.0,)
-    """
+    """No perturbation: `s = 0`."""
     return Perturbation()
 
 
@@ -195,22 +168,9 @@ def curvature_weight(perturbation: Perturbation) -> float:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def sample(key: Key, perturbation: Perturbation, shape: tuple[int, ...] = ()) -> Array:
-    """Draw `s`.
-
-    Args:
-        key: PRNG key.
-        perturbation: the law (static).
-        shape: `()` for one draw a batch, `(N,)` for one per example (static).
-
-    Returns:
-        Array of the shape, float32 (float64 where JAX is set to it).
-
-    Example:
-        >>> import jax
-        >>> sample(jax.random.key(0), symmetric(0.5), (3,)).shape
-        (3,)
-    """
+    """Draw `s`, float32 (or float64): shape `()` for a batch, `(N,)` for one per example."""
     steps = jnp.asarray(perturbation.steps, jnp.result_type(float))
+    # A certain value takes no random numbers.
     if len(perturbation.steps) == 1:
         return jnp.broadcast_to(steps[0], shape)
     return jax.random.choice(key, steps, shape, p=jnp.asarray(perturbation.probabilities))
@@ -237,7 +197,6 @@ def displace(
         ValueError: structures differ, or one draw per example for a leaf that examples share.
 
     Example:
-        >>> import jax, jax.numpy as jnp
         >>> displace(jax.random.key(0), symmetric(), 0.5, jnp.asarray([3.0]), jnp.ones(1)).tolist()
         [4.0]
     """
@@ -251,23 +210,25 @@ def displace(
     if not perturbation.gaussian:
         if jnp.ndim(step):
             _check_adapters_only(params)
-        return jax.tree.map(along_delta, params, base, is_leaf=_is_adapter)
-    dense = jax.tree.map(_dense_leaf, params, base, is_leaf=_is_adapter)
-    delta = jax.tree.map(
+        return _map(along_delta, params, base)
+    # Where an adapter trains, noise moves the base's kernel, to which the branch is added.
+    dense = _map(lambda leaf, start: start if _is_adapter(leaf) else leaf, params, base)
+    delta = _map(
         lambda leaf, start: None if _is_adapter(leaf) else task_vectors.difference(leaf, start),
         params,
         base,
-        is_leaf=_is_adapter,
     )
     leaves = jax.tree.leaves(params, is_leaf=_is_adapter)
     adapters = {str(number): leaf for number, leaf in enumerate(leaves) if _is_adapter(leaf)}
+    # ||Delta|| over arrays and adapters together.
     length = trees.safe_sqrt(trees.inner(delta, delta) + lora.squared_norm(adapters))
-    moved = task_vectors.apply(dense, noise_of_norm(key, dense, step * length))
-    return jax.tree.map(
+    # A normal vector over its norm is uniform on the sphere.
+    noise = trees.gaussian_like(key, dense)
+    moved = task_vectors.apply(dense, noise, step * length / trees.norm(noise))
+    return _map(
         lambda leaf, point: AdaptedKernel(point, leaf, 1.0) if _is_adapter(leaf) else point,
         params,
         moved,
-        is_leaf=_is_adapter,
     )
 
 
@@ -275,9 +236,8 @@ def _is_adapter(leaf: Any) -> bool:
     return isinstance(leaf, Adapter)
 
 
-def _dense_leaf(leaf: Array | Adapter, start: Array) -> Array:
-    """The leaf that a branch is added to: the base's where an adapter trains."""
-    return start if isinstance(leaf, Adapter) else leaf
+_map = functools.partial(jax.tree.map, is_leaf=_is_adapter)
+"""`jax.tree.map` for which an adapter is one leaf."""
 
 
 def _check_adapters_only(params: Params) -> None:
@@ -287,28 +247,6 @@ def _check_adapters_only(params: Params) -> None:
                 f"examples: one draw per example needs adapters, and {trees.path_name(path)} is an "
                 "array that all examples share; leave examples out for one draw per batch"
             )
-
-
-def noise_of_norm(key: Key, tree: PyTree, length: Array) -> PyTree:
-    """Noise in the shape of a tree, of a given global norm and uniformly random direction.
-
-    Args:
-        key: PRNG key, folded with each leaf's path.
-        tree: pytree of arrays that gives the shapes.
-        length: norm over all leaves together, scalar.
-
-    Returns:
-        float32 pytree.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> from pm_jax import trees
-        >>> noise = noise_of_norm(jax.random.key(0), [jnp.ones(3), jnp.ones(2)], 2.0)
-        >>> round(float(trees.norm(noise)), 5)
-        2.0
-    """
-    noise = trees.gaussian_like(key, tree)
-    return task_vectors.scale(noise, length / trees.norm(noise))
 
 
 def perturbed(
@@ -321,12 +259,12 @@ def perturbed(
     """The loss at a random point along the task vector.
 
     Args:
-        loss_fn: `loss_fn(params, *args, **kwargs) -> scalar`, or `(scalar, aux)`. Where `params`
-            has an `Adapter` it is given an `AdaptedKernel`, for `lora.branch`.
+        loss_fn: `loss_fn(params, *args, **kwargs) -> scalar`, or `(scalar, aux)`. An `Adapter` in
+            `params` reaches it as an `AdaptedKernel`, for `lora.branch`.
         perturbation: the law, made by a factory such as `symmetric()`.
         has_aux: whether `loss_fn` returns auxiliary outputs too, as for `jax.grad`.
-        examples: N for a draw of its own for each of the N examples of a batch, where all that
-            `params` has is adapters; `None` for one draw per call.
+        examples: N to draw `s` for every example of a batch, which needs `params` of adapters only;
+            `None` for one draw per call.
 
     Returns:
         `perturbed_loss(key, params, base, *args, **kwargs)`: differentiable in `params` (the
@@ -334,14 +272,13 @@ def perturbed(
         `antithetic`, whose auxiliary outputs are those of the last).
 
     Raises:
-        ValueError: when called, a Gaussian law with a draw per example, or leaves that examples
+        ValueError: draws per example of a Gaussian law, or, when called, of leaves that examples
             share.
 
     References:
         Perturb-and-Merge, `arXiv 2505.22389 <https://arxiv.org/abs/2505.22389>`_, section 3.2
 
     Example:
-        >>> import jax, jax.numpy as jnp
         >>> loss = perturbed(lambda w, x: jnp.sum(w * x), antithetic(0.5))
         >>> float(loss(jax.random.key(0), jnp.asarray([2.0]), jnp.asarray([0.0]), 3.0))
         6.0
@@ -354,11 +291,13 @@ def perturbed(
     shape = () if examples is None else (examples,)
 
     def perturbed_loss(key: Key, params: Params, base: Params, *args: Any, **kwargs: Any) -> Any:
+        # Without a perturbation no random number is drawn.
         if perturbation == none():
             return loss_fn(params, *args, **kwargs)
         step_key, direction_key = jax.random.split(key)
         total, aux = jnp.zeros(()), None
         for step, weight in perturbation.draws(step_key, shape):
+            # All values of `s` share one random direction; only their steps differ.
             point = displace(direction_key, perturbation, step, params, base)
             output = loss_fn(point, *args, **kwargs)
             loss, aux = output if has_aux else (output, None)

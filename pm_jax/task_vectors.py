@@ -1,4 +1,4 @@
-"""Task vectors: the displacement from one model to another, and what is done with it."""
+"""Task vectors: displacements from one model to another, and their arithmetic."""
 
 from collections.abc import Sequence
 
@@ -28,12 +28,12 @@ def difference(trained: Params, previous: Params) -> PyTree:
         <https://arxiv.org/abs/2212.04089>`_, 2023
 
     Example:
-        >>> import jax.numpy as jnp
         >>> difference({"w": jnp.asarray([3.0])}, {"w": jnp.asarray([1.0])})["w"].tolist()
         [2.0]
     """
 
     def leaf_difference(new, old):
+        # Cast first: a difference of bfloat16 weights may need more digits than bfloat16 has.
         dtype = trees.compute_dtype(new, old)
         return jnp.asarray(new, dtype) - jnp.asarray(old, dtype)
 
@@ -55,7 +55,6 @@ def apply(params: Params, task_vector: PyTree, coefficient: Array | float = 1.0)
         The moved model, computed in float32 and cast once to the leaf's own type.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> apply(jnp.asarray([1.0]), jnp.asarray([2.0]), 0.5).tolist()
         [2.0]
     """
@@ -69,20 +68,7 @@ def apply(params: Params, task_vector: PyTree, coefficient: Array | float = 1.0)
 
 
 def scale(task_vector: PyTree, coefficient: Array | float) -> PyTree:
-    """A task vector times a scalar.
-
-    Args:
-        task_vector: pytree of arrays.
-        coefficient: scalar.
-
-    Returns:
-        The scaled displacement, float32 (float64 for float64 leaves).
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> scale(jnp.asarray([2.0]), 0.25).tolist()
-        [0.5]
-    """
+    """A task vector times a scalar, float32 (float64 for float64 leaves)."""
     return combine([task_vector], [coefficient])
 
 
@@ -100,7 +86,6 @@ def combine(task_vectors: Sequence[PyTree], coefficients: Sequence[Array | float
         ValueError: no task vector, or another number of coefficients.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> combine([jnp.asarray([1.0]), jnp.asarray([10.0])], [2.0, 0.5]).tolist()
         [7.0]
     """

@@ -20,54 +20,27 @@ from pm_jax.types import Array, Key, Params, PyTree
 def path_name(path: tuple) -> str:
     """Name of a leaf, "a/b/c", from its `jax.tree_util` key path.
 
-    The attribute `value` that `flax.nnx` variables add at the end is left out.
-
-    Args:
-        path: key path as given by `jax.tree_util.tree_leaves_with_path`.
-
-    Returns:
-        The entries of the path joined by "/".
-
     Example:
-        >>> import jax
         >>> (path, _), = jax.tree_util.tree_leaves_with_path({"layer": {"kernel": 1.0}})
         >>> path_name(path)
         'layer/kernel'
     """
+    # `flax.nnx` variables add the attribute `value`, which is no part of a leaf's name.
     if path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
         path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def leaves_by_path(tree: PyTree) -> dict[str, Array]:
-    """All leaves of a tree in a flat dict, keyed by "a/b/c".
-
-    Args:
-        tree: any pytree.
-
-    Returns:
-        `{path: leaf}` in the tree's own order.
-
-    Example:
-        >>> leaves_by_path({"a": {"b": 1, "c": 2}})
-        {'a/b': 1, 'a/c': 2}
-    """
+    """All leaves of a tree in a flat dict `{"a/b/c": leaf}`, in the tree's order."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def match_paths(tree: PyTree, pattern: str) -> tuple[str, ...]:
-    """Paths of the leaves whose whole "a/b/c" matches a regular expression.
-
-    Args:
-        tree: any pytree.
-        pattern: regular expression, matched in full.
-
-    Returns:
-        The matching paths in the tree's order.
+    """Paths of the leaves whose whole "a/b/c" matches a regular expression, in the tree's order.
 
     Raises:
-        ValueError: the pattern is no regular expression, or matches nothing; the message then
-            lists the nearest paths.
+        ValueError: no regular expression, or no match; the message then lists the nearest paths.
 
     Example:
         >>> match_paths({"key": {"kernel": 0, "bias": 0}, "mlp": {"kernel": 0}}, ".*/kernel")
@@ -80,6 +53,7 @@ def match_paths(tree: PyTree, pattern: str) -> tuple[str, ...]:
     paths = list(leaves_by_path(tree))
     matched = tuple(path for path in paths if compiled.fullmatch(path))
     if not matched:
+        # Paths that contain a match come from a pattern that forgot the rest of the path.
         containing = [path for path in paths if compiled.search(path)]
         near = containing[:3] or difflib.get_close_matches(pattern, paths, 3, 0.0) or paths[:3]
         raise ValueError(
@@ -90,14 +64,7 @@ def match_paths(tree: PyTree, pattern: str) -> tuple[str, ...]:
 
 
 def select(tree: PyTree, paths: tuple[str, ...] | str) -> dict[str, Array]:
-    """Some leaves of a tree in a flat dict, by their paths or by a pattern.
-
-    Args:
-        tree: any pytree.
-        paths: a tuple of paths, or a regular expression as in `match_paths`.
-
-    Returns:
-        `{path: leaf}`, itself a pytree.
+    """Some leaves of a tree as `{path: leaf}`, by their paths or by a pattern of `match_paths`.
 
     Raises:
         ValueError: a path that does not exist, or a pattern that matches nothing.
@@ -115,14 +82,7 @@ def select(tree: PyTree, paths: tuple[str, ...] | str) -> dict[str, Array]:
 
 
 def replace(tree: PyTree, leaves: Mapping[str, Array]) -> PyTree:
-    """The tree with some leaves replaced: the way back from `select`.
-
-    Args:
-        tree: any pytree.
-        leaves: `{path: new leaf}`.
-
-    Returns:
-        A tree of the same structure.
+    """The tree with the leaves of `{path: new leaf}` replaced: the way back from `select`.
 
     Raises:
         ValueError: a path that the tree does not have.
@@ -131,6 +91,7 @@ def replace(tree: PyTree, leaves: Mapping[str, Array]) -> PyTree:
         >>> replace({"a": {"b": 1, "c": 2}}, {"a/c": 5})
         {'a': {'b': 1, 'c': 5}}
     """
+    # Raises for a path that the tree does not have, which the map below would pass over.
     select(tree, tuple(leaves))
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaves.get(path_name(path), leaf), tree
@@ -138,13 +99,7 @@ def replace(tree: PyTree, leaves: Mapping[str, Array]) -> PyTree:
 
 
 def compute_dtype(*leaves: Array) -> np.dtype:
-    """Type in which leaves are computed: float32, or float64 if one of them is float64.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> compute_dtype(jnp.ones(2, jnp.bfloat16)).name
-        'float32'
-    """
+    """Type in which leaves are computed: float32, or float64 if one of them is float64."""
     # A shape has a type and no value; asarray turns NumPy's float64 into what JAX is set to.
     dtypes = (
         leaf.dtype if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.asarray(leaf).dtype
@@ -164,22 +119,22 @@ def inner(left: PyTree, right: PyTree, weight: PyTree | None = None) -> Array:
     Args:
         left: pytree of arrays.
         right: pytree of the same structure and shapes.
-        weight: the same again, or `None` for ones.
+        weight: likewise, or `None` for ones.
 
     Returns:
-        Scalar, float32 (float64 for float64 leaves), accumulated in that type.
+        Scalar, float32 (float64 for float64 leaves).
 
     Raises:
         ValueError: the structures differ.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> float(inner({"a": jnp.arange(3.0)}, {"a": jnp.ones(3)}))
         3.0
     """
 
     def leaf_product(*factors):
         dtype = compute_dtype(*factors)
+        # Cast before the product: bfloat16 would round every term of the sum.
         product = jnp.asarray(factors[0], dtype)
         for factor in factors[1:]:
             product = product * jnp.asarray(factor, dtype)
@@ -191,19 +146,7 @@ def inner(left: PyTree, right: PyTree, weight: PyTree | None = None) -> Array:
 
 
 def norm(tree: PyTree) -> Array:
-    """Euclidean norm over all leaves, with gradient 0 (not NaN) at the origin.
-
-    Args:
-        tree: pytree of arrays.
-
-    Returns:
-        Scalar, float32 (float64 for float64 leaves).
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> float(norm([jnp.asarray(3.0), jnp.asarray(4.0)]))
-        5.0
-    """
+    """Euclidean norm over all leaves, scalar, with gradient 0 (not NaN) at the origin."""
     return safe_sqrt(inner(tree, tree))
 
 
@@ -211,11 +154,11 @@ def safe_sqrt(value: Array) -> Array:
     """Square root of a non-negative scalar, with gradient 0 (not infinity) at 0.
 
     Example:
-        >>> import jax
         >>> float(jax.grad(safe_sqrt)(0.0))
         0.0
     """
     positive = value > 0
+    # Two `where`: the gradient of the branch that is not chosen is 0 times infinity without one.
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, value, 1.0)), 0.0)
 
 
@@ -237,7 +180,6 @@ def lerp(previous: Params, new: Params, alpha: Array | float) -> Params:
         AssertionError: structures or shapes differ.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> lerp(jnp.asarray([0.0, 1.0]), jnp.asarray([4.0, 1.0]), 0.25).tolist()
         [1.0, 1.0]
     """
@@ -254,42 +196,22 @@ def lerp(previous: Params, new: Params, alpha: Array | float) -> Params:
 
 
 def leaf_keys(key: Key, tree: PyTree) -> PyTree:
-    """One PRNG key per leaf, from a stable hash of its path: independent of the leaves' order.
-
-    Args:
-        key: PRNG key.
-        tree: any pytree.
-
-    Returns:
-        A tree of the same structure whose leaves are keys.
+    """A tree of PRNG keys, one per leaf, which do not depend on the order or number of leaves.
 
     Example:
-        >>> import jax
         >>> first = leaf_keys(jax.random.key(0), {"a": 1, "b": 2})
         >>> second = leaf_keys(jax.random.key(0), {"b": 2, "c": 3})
         >>> bool(first["b"] == second["b"])
         True
     """
+    # A checksum, because Python's `hash` of a string changes from process to process.
     return jax.tree_util.tree_map_with_path(
         lambda path, _: jax.random.fold_in(key, zlib.crc32(path_name(path).encode())), tree
     )
 
 
 def gaussian_like(key: Key, tree: PyTree) -> PyTree:
-    """Standard normal noise in the shape of a tree, float32 (float64 for float64 leaves).
-
-    Args:
-        key: PRNG key, folded with the path of each leaf.
-        tree: pytree of arrays.
-
-    Returns:
-        A tree of the same structure and shapes.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> gaussian_like(jax.random.key(0), {"a": jnp.ones((2, 3))})["a"].shape
-        (2, 3)
-    """
+    """Standard normal noise in the shape of a tree, float32 (float64 for float64 leaves)."""
     return jax.tree.map(
         lambda k, leaf: jax.random.normal(k, jnp.shape(leaf), compute_dtype(leaf)),
         leaf_keys(key, tree),

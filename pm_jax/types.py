@@ -1,4 +1,4 @@
-"""The shapes of things: what the functions of pm_jax take and return."""
+"""Types of the values that the functions of pm_jax exchange."""
 
 import textwrap
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -15,7 +15,7 @@ Params: TypeAlias = Any
 
 
 class InvalidInput(ValueError):
-    """A mistake of the user's: one line that names the argument, its value and the remedy."""
+    """A mistake of the user's; its one line names the argument, its value and the remedy."""
 
     def __init__(self, message: str):
         # Names quoted from a file may hold line breaks.
@@ -23,18 +23,8 @@ class InvalidInput(ValueError):
 
 
 def cause(error: Exception) -> str:
-    """What went wrong in a library, for the line of an `InvalidInput`.
-
-    Args:
-        error: whose message may be long, of many lines, or quote what was read.
-
-    Returns:
-        Its type and message, cut to a phrase.
-
-    Example:
-        >>> cause(OSError("no space left on device"))
-        'OSError: no space left on device'
-    """
+    """Type and message of a library's error, cut to a phrase for the line of an `InvalidInput`."""
+    # Messages of file readers may have many lines and quote the file.
     return textwrap.shorten(f"{type(error).__name__}: {error}", 200)
 
 

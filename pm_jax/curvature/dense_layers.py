@@ -205,14 +205,13 @@ def tapped(
         seen: dict[str, tuple[Array, Array]] = {}
 
         def add_tap(call: LayerCall) -> Array | None:
-            if call.name not in layers:
+            if (name := call.name) not in layers:
                 return None
             # One tap for two calls would sum their gradients before they are squared.
-            if call.name in seen:
-                name = call.name
+            if name in seen:
                 raise ValueError(f"dense_layers={name}: is called more than once; leave it out")
-            seen[call.name] = call.inputs, call.output
-            return None if taps is None else call.output + taps[call.name]
+            seen[name] = call.inputs, call.output
+            return None if taps is None else call.output + taps[name]
 
         with visiting(add_tap):
             outputs = outputs_fn(params, batch)

@@ -152,7 +152,7 @@ def _between(inputs: Array, kernel: Array, outputs: Array) -> Array:
     """`sum_slots A D G` for a displacement D of a kernel."""
 
     def add(slot: Array, total: Array) -> Array:
-        # float32 on all devices: TPUs would multiply in bfloat16.
+        # Without the highest precision TPUs multiply in bfloat16.
         product = jnp.matmul(inputs[slot], kernel, precision="highest")
         return total + jnp.matmul(product, outputs[slot], precision="highest")
 
@@ -176,8 +176,8 @@ def _nearest(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[A
     square = jnp.matmul(gram(right), gram(left), precision="highest")
     # Divisions by the largest entry keep float32 in range; tiny leaves factors that are all 0 at 0.
     square /= jnp.maximum(jnp.max(square), jnp.finfo(square.dtype).tiny)
-    # The power iteration: no eigenvector of the 2 x 2 matrix, which is not symmetric, is needed in
-    # full precision, and entries stay at least 0, which keeps the factors positive semi-definite.
+    # A power iteration, since not all devices have eigenvectors of matrices that are not symmetric.
+    # Its entries stay at least 0, and so the factors stay positive semi-definite.
     weights = jnp.ones(2, square.dtype)
     for _ in range(POWER_STEPS):
         weights = square @ weights

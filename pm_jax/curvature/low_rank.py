@@ -196,7 +196,7 @@ def _test_directions(
 def _inner_products(left: PyTree, right: PyTree) -> Array:
     """Inner products of stacked trees [K, ...] and [L, ...], [K, L]."""
 
-    # float32 on all devices: eigenvalues of less precise products would come out negative.
+    # In bfloat16, as TPUs multiply by default, small eigenvalues would come out negative.
     def in_leaf(a: Array, b: Array) -> Array:
         return jnp.matmul(a.reshape(len(a), -1), b.reshape(len(b), -1).T, precision="highest")
 
