@@ -235,7 +235,7 @@ def jackknife_error(left_out: Array) -> Array:
         left_out: the estimates a, [K], of groups of about equal size.
 
     Returns:
-        Scalar. It is itself known to about `1 / sqrt(2 (K - 1))` of its value.
+        Scalar, whose relative error is about `1 / sqrt(2 (K - 1))`.
 
     References:
         Efron and Stein, `The Jackknife Estimate of Variance

@@ -93,7 +93,7 @@ def summarize(accuracy, initial=None) -> dict[str, float]:
         nan
     """
     if initial is None:
-        initial = np.full(len(accuracy), np.nan)
+        initial = np.full(len(_matrix(accuracy)), np.nan)
     return {
         "final_average_accuracy": final_average_accuracy(accuracy),
         "average_incremental_accuracy": average_incremental_accuracy(accuracy),

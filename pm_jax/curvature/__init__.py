@@ -1,4 +1,4 @@
-"""Curvature: what a finished task leaves behind, and how it is measured."""
+"""Curvature: the quadratic that a finished task leaves behind, and how it is measured."""
 
 from pm_jax.curvature.diagonal import (
     DiagonalQuadratic,

@@ -165,7 +165,7 @@ def input_moments(
 
 
 class Tapped(NamedTuple):
-    """A batch on its way through dense layers, and the way back to them.
+    """The pass of a batch through dense layers, and the gradients' way back to them.
 
     Attributes:
         outputs: of the model, [N, ...].
@@ -202,20 +202,20 @@ def tapped(
     """
 
     def run(taps: dict[str, Array] | None) -> tuple[Array, dict[str, tuple[Array, Array]]]:
-        seen: dict[str, tuple[Array, Array]] = {}
+        calls: dict[str, tuple[Array, Array]] = {}
 
         def add_tap(call: LayerCall) -> Array | None:
             if (name := call.name) not in layers:
                 return None
             # One tap for two calls would sum their gradients before they are squared.
-            if name in seen:
+            if name in calls:
                 raise ValueError(f"dense_layers={name}: is called more than once; leave it out")
-            seen[name] = call.inputs, call.output
+            calls[name] = call.inputs, call.output
             return None if taps is None else call.output + taps[name]
 
         with visiting(add_tap):
             outputs = outputs_fn(params, batch)
-        return outputs, seen
+        return outputs, calls
 
     # The taps have the shapes of the layers' outputs, which only a first run tells.
     shapes = jax.eval_shape(lambda: run(None)[1])
@@ -224,6 +224,6 @@ def tapped(
             f"dense_layers={missing}: are no linen Dense layers of the model that is applied"
         )
     taps = {name: jnp.zeros(output.shape, output.dtype) for name, (_, output) in shapes.items()}
-    outputs, pull_back, seen = jax.vjp(run, taps, has_aux=True)
-    inputs = {name: x for name, (x, _) in seen.items()}
+    outputs, pull_back, calls = jax.vjp(run, taps, has_aux=True)
+    inputs = {name: x for name, (x, _) in calls.items()}
     return Tapped(outputs, inputs, lambda cotangents: pull_back(cotangents)[0])

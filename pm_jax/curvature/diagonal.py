@@ -209,7 +209,7 @@ def chunk_for_memory(params: Params, memory_bytes: float) -> int:
     """Number of per-example gradients that fit into a memory bound.
 
     Args:
-        params: the parameters that gradients are taken of.
+        params: the parameters whose gradients are computed.
         memory_bytes: bound in bytes on the gradients of one chunk.
 
     Returns:

@@ -65,7 +65,7 @@ class Exact(Curvature):
             raise ValueError(f"matrix={self.matrix!r}: must be 'gauss_newton' or 'hessian'")
 
     def times(self, direction: PyTree) -> PyTree:
-        """`H d`: a jvp and a vjp a batch, of the gradient for the Hessian."""
+        """`H d`: a jvp and a vjp per batch, of the gradient for the Hessian."""
 
         def of_batch(center: Params, batch: Batch) -> PyTree:
             weights = losses.weights_of(batch)
@@ -84,7 +84,7 @@ class Exact(Curvature):
         return self._sum_of_means(of_batch)
 
     def along(self, direction: PyTree) -> Array:
-        """`d^T H d`, scalar: one jvp a batch, two nested ones for the Hessian."""
+        """`d^T H d`, scalar: one jvp per batch, two nested ones for the Hessian."""
 
         def of_batch(center: Params, batch: Batch) -> Array:
             if self.matrix == "hessian":
@@ -145,13 +145,12 @@ class Exact(Curvature):
             # The sums of a scan need their shapes before the first batch.
             zeros = trees.zeros_like(jax.eval_shape(of_batch, point.center, first))
 
-            def add(carry, batch):
-                total, weight = carry
-                total = jax.tree.map(jnp.add, total, of_batch(point.center, batch))
-                return (total, weight + jnp.sum(batch.weights)), None
+            def add(total, batch):
+                return jax.tree.map(jnp.add, total, of_batch(point.center, batch)), None
 
-            start = (zeros, jnp.zeros((), trees.compute_dtype(losses.weights_of(batches))))
-            (total, weight), _ = jax.lax.scan(add, start, batches)
+            total, _ = jax.lax.scan(add, zeros, batches)
+            weights = losses.weights_of(batches)
+            weight = jnp.sum(weights, dtype=trees.compute_dtype(weights))
             # A point whose examples are all padding has no curvature, not an undefined one.
             factor = point.factor / jnp.where(weight > 0, weight, 1)
             return jax.tree.map(lambda leaf: (factor * leaf).astype(leaf.dtype), total)

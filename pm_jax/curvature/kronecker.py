@@ -41,8 +41,8 @@ POWER_STEPS = 50
 class Kronecker(Curvature):
     """Kronecker factors for dense kernels, a diagonal for the other leaves.
 
-    A sum of Kronecker products is none, so every task keeps its own factors, in a slot of a
-    preallocated axis. Tasks beyond the slots share the last one, as the Kronecker product that is
+    A sum of Kronecker products is no Kronecker product, so the factors of every task fill a slot of
+    a preallocated axis. Tasks beyond the slots share the last one, as the Kronecker product that is
     nearest to their sum in the Frobenius norm. What this loses moves the slopes of a sum about
     another center by several per cent; about the first one they are exact.
 
@@ -104,7 +104,7 @@ class Kronecker(Curvature):
         return Kronecker(inputs, self.outputs, diagonal, self.tasks)
 
     def trace(self) -> Array:
-        """Trace of H, scalar: a Kronecker product has the product of both traces."""
+        """Trace of H, scalar; that of a Kronecker product is the product of its factors' traces."""
         traces = jax.tree.map(lambda x: jnp.trace(x, axis1=1, axis2=2), (self.inputs, self.outputs))
         kernels = jax.tree.leaves(jax.tree.map(jnp.vdot, *traces))
         others = [jnp.sum(leaf) for leaf in self.diagonal.values()]

@@ -20,7 +20,7 @@ from pm_jax.curvature.quadratics import Curvature, Quadratic
 from pm_jax.types import Array, Batch, Key, LogitsFn, Params, PyTree
 
 SMALLEST_EIGENVALUE = 1e-5
-"""Over the largest one: below it, float32 leaves nothing of a direction's curvature."""
+"""As a share of the largest: float32 resolves no curvature below it."""
 
 
 @flax.struct.dataclass
@@ -60,7 +60,8 @@ class LowRank(Curvature):
     def plus(self, other: LowRank) -> LowRank:
         """The leading part of the sum, of this one's rank."""
         rank = len(jax.tree.leaves(self.columns)[0])
-        # The eigenvectors of B B^T [P, P] are B v for the eigenvectors v of B^T B [2K, 2K].
+        # B v is an eigenvector of B B^T [P, P] for an eigenvector v of B^T B [2K, 2K], and has the
+        # root of its eigenvalue for a norm, as a column must.
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), self.columns, other.columns)
         vectors = jnp.linalg.eigh(_inner_products(both, both))[1]
         # `eigh` sorts by eigenvalue: the last ones lead.
@@ -110,7 +111,7 @@ class LowRankQuadratic(Quadratic):
         Eigenvalues of `tests^T H tests` below `SMALLEST_EIGENVALUE` of the largest are left out.
         """
         core = _inner_products(tests, products)
-        # Symmetric but for rounding; `eigh` reads one triangle.
+        # The products are rounded, so that the core is not quite symmetric.
         values, vectors = jnp.linalg.eigh((core + core.T) / 2)
         kept = values > SMALLEST_EIGENVALUE * jnp.maximum(values[-1], 0)
         # The inner `where` keeps powers of numbers below 0, which are NaN, out of gradients.
@@ -174,10 +175,7 @@ def gauss_newton_low_rank(logits_fn: LogitsFn, *, rank: int = 16) -> Measure:
 def _test_directions(
     params: Params, direction: PyTree | None, key: Key | None, count: int
 ) -> PyTree:
-    """Directions to multiply with, [K, ...]: the measure's own, then standard normal ones."""
-    given = 0 if direction is None else 1
-    if key is None and count > given:
-        raise ValueError("key=None: random directions need a PRNG key in Measure.init")
+    """Directions to multiply with, [K, ...]: the measure's one, then standard normal ones."""
     zero = trees.zeros_like(params)
     rows = []
     if direction is not None:
@@ -187,9 +185,11 @@ def _test_directions(
         norm = trees.norm(direction)
         scale = jnp.where(norm > 0, size**0.5 / jnp.where(norm > 0, norm, 1), 0)
         rows.append(jax.tree.map(lambda x, z: (scale * x).astype(z.dtype), direction, zero))
+    numbers = range(count - len(rows))
     if key is not None:
-        numbers = range(count - given)
         rows += [trees.gaussian_like(jax.random.fold_in(key, n), zero) for n in numbers]
+    elif numbers:
+        raise ValueError("key=None: random directions need a PRNG key in Measure.init")
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
 
 

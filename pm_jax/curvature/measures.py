@@ -1,4 +1,4 @@
-"""The grammar of measures: how curvature is measured while batches stream by.
+"""Measures: how curvature is measured while batches stream by.
 
 A `Measure` is a triple of pure functions in the manner of a gradient transformation:
 

@@ -197,7 +197,7 @@ class Quadratic:
 
 @flax.struct.dataclass
 class SumQuadratic:
-    """The sum of quadratics of different kinds: every question is put to each of them.
+    """The sum of quadratics of different kinds; its answers are the sums of the terms' answers.
 
     Attributes:
         terms: the quadratics.
