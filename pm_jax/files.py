@@ -23,6 +23,7 @@ LARGEST = 2**63
 @contextlib.contextmanager
 def replacing(path: Path, *, unique: bool = False) -> Iterator[Path]:
     """Yield a temporary path, which replaces the file at the end unless an error is raised."""
+    # Unique names let several processes write the same file at a time; the last one wins.
     middle = f".{uuid.uuid4().hex}" if unique else ""
     temporary = path.with_name(path.name + middle + TEMPORARY)
     try:
@@ -93,6 +94,8 @@ def parse_json(content: str | bytes, form: Any = object) -> Any:
 
 def fits(value: Any, form: Any) -> bool:
     """Tell whether a JSON value has a form."""
+    # A form is a type, a tuple of types, [form] for a list, {str: form} for a dict with any names,
+    # or {name: form, ...} for a dict that has at least these names.
     if isinstance(form, list):
         return isinstance(value, list) and all(fits(item, form[0]) for item in value)
     if isinstance(form, dict):

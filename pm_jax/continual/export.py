@@ -20,7 +20,9 @@ from pm_jax.weights import peft_adapter, pretrained
 class Destinations:
     """The paths that a merged model is written to."""
 
+    # File of the whole model, ending in .safetensors; `None` not to write it.
     model: Path | None = None
+    # Folder of the LoRA adapter; `None` not to write it.
     adapter: Path | None = None
     overwrite: bool = False
 
@@ -44,6 +46,7 @@ def check(
                 f"{','.join(map(str, seeds))} a call, which does not train a finished run again"
             )
         _check_path(flag, path, is_file=path is model, overwrite=destinations.overwrite)
+        # The run makes its work directory, so that one may still be absent.
         if path.parent.is_dir() or path.parent.absolute() != (workdir and workdir.absolute()):
             files.check_folder(flag, path)
         layout_for(config)

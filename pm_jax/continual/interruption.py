@@ -58,6 +58,7 @@ class StopRequests:
             signal.signal(*self._before.popitem())  # type: ignore[arg-type]
 
     def _receive(self, number: int, frame: object) -> None:
+        # With the handlers restored, a second Ctrl-C ends a run that does not get to its next save.
         del frame
         self._number = number
         self._restore_handlers()
@@ -75,6 +76,7 @@ class StopRequests:
                 end = processes.agreed(min(first + self._steps, stop)) if self._noting else stop
                 clock = time.perf_counter()
                 yield first, end, data
+                # The time of a step is not known before, so pieces grow until they take a second.
                 if time.perf_counter() - clock < SECONDS / 2 and end - first == self._steps:
                     self._steps *= 2
                 first = end

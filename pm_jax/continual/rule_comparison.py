@@ -46,6 +46,7 @@ def configurations(
         name, *pairs = label.split("+")
         try:
             settings = _settings_of(name, pairs, parse)
+            # The perturbation belongs to that method; other rules are compared as published.
             if name != "perturb_and_merge":
                 settings.setdefault("perturbation", "none")
             configs[label] = dataclasses.replace(base, rule=name, **settings)
@@ -112,6 +113,7 @@ def run_rules(
     claim(workdir, owner, COMPARISON_FILE)
     for label, config in configs.items():
         try:
+            # Rules whose training is the same find it here, under a name made of its settings.
             shared = workdir / SHARED_FOLDER / reuse.training_name(config)
             options = dataclasses.replace(options, shared=shared)
             run_seeds(config, seeds, directories[label], options)
@@ -128,6 +130,7 @@ def write_tables(
 ) -> list[Path]:
     """Write the table as CSV, JSON and LaTeX into a directory, and return the files."""
     files = [csv, json, latex] = [workdir / f"comparison.{kind}" for kind in ("csv", "json", "tex")]
+    # The JSON also has the values over the seeds, for tests of significance.
     records = comparison.as_records(rows)
     for record, row in zip(records, rows, strict=True):
         record["over_seeds"] = row.figures

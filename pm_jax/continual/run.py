@@ -56,6 +56,7 @@ def run_seeds(
                     place = directory / RESULTS_FILE
                     print(f"seed {seed}: already finished, see {place}", flush=True)
                 continue
+            # Before the learner is made: loading data and models is part of the time.
             clock = time.perf_counter()
             _run_seed(Learner(config, seed, directory, options), directory, clock)
         processes.wait_for_all("finished")
@@ -87,6 +88,7 @@ def _note_start(directory: Path, learner: Learner) -> None:
     """Note the length of the run and its origin, after the origins of its earlier processes."""
     earlier = manifest.read_or_empty(directory).about.get("made_with", [])
     now = provenance(learner.config)
+    # One entry for each change of versions or devices, not for each continued process.
     made_with = earlier if earlier[-1:] == [now] else [*earlier, now]
     manifest.note(directory, total_steps=learner.total_steps, made_with=made_with)
     manifest.uncover(directory, *FINISHED_FILES)
@@ -147,6 +149,7 @@ def describe(config: Config, seed: int = 0) -> str:
         return lora.count(trees.select(shapes, tuple(paths)))
 
     kernels = trees.select(shapes, later.adapted)
+    # A kernel [in, out] has adapters [in, r] and [r, out].
     adapters = sum(config.lora_rank * sum(kernel.shape) for kernel in kernels.values())
 
     def trained(partition: Partition) -> int:

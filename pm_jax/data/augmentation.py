@@ -33,6 +33,7 @@ def random_resized_crop(
     draws = jax.random.uniform(key, (count, CROP_ATTEMPTS, 4))
 
     def crop(image: Array, box: Array) -> Array:
+        # A translation is in pixels of the output, hence the box's corner times the zoom.
         zoom = jnp.asarray(shape) / box[2:]
         return jax.image.scale_and_translate(
             image, (*shape, channels), (0, 1), zoom, -box[:2] * zoom, "bicubic"
@@ -50,8 +51,10 @@ def crop_boxes(
     ratio: tuple[float, float] = CROP_RATIO,
 ) -> Array:
     """Turn uniform draws [N, attempts, 4] into boxes [N, 4] by torchvision's law."""
+    # The area is uniform between the bounds in `scale`, which are shares of the image.
     area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[..., 0])
     low, high = math.log(ratio[0]), math.log(ratio[1])
+    # Log-uniform, so that a wide box is as likely as a high one.
     aspect = jnp.exp(low + (high - low) * draws[..., 1])
     # Height and width of the box from its area and its width over height.
     sides = jnp.round(jnp.sqrt(jnp.stack([area / aspect, area * aspect], axis=-1)))
@@ -62,6 +65,7 @@ def crop_boxes(
     # argmax finds the first attempt that fits, and 0 where none does.
     first = jnp.argmax(fits, axis=1)[:, None, None]
     chosen = jnp.take_along_axis(boxes, first, axis=1)[:, 0]
+    # Where no attempt fits: the largest central box of an allowed aspect ratio.
     central = (min(height, round(width / ratio[0])), min(width, round(height * ratio[1])))
     corner = ((height - central[0]) // 2, (width - central[1]) // 2)
     fallback = jnp.asarray([[*corner, *central]], jnp.float32)

@@ -91,6 +91,8 @@ def auto_augment(key: Key, images: Array) -> Array:
 def operate(images: Array, operation: Array, strength: Array) -> Array:
     """Apply to each image the operation of its number in `OPERATIONS`, its strength in [-1, 1]."""
 
+    # The strength where an operation was drawn, else 0, at which all but auto_contrast, equalize
+    # and invert are the identity. Its sign is the direction of warps and blends.
     def amount(name: str) -> Array:
         return jnp.where(operation == OPERATIONS.index(name), strength, 0.0)[:, None, None]
 
@@ -148,6 +150,7 @@ def _equalizing(images: Array) -> Array:
     def one(values: Array) -> Array:
         counts = jnp.bincount(values, length=256)
         last = jnp.max(values)
+        # Pillow leaves out the last occupied level when it divides the pixels among 255 steps.
         step = (values.size - counts[last]) // 255
         below = jnp.cumsum(counts) - counts
         table = jnp.minimum((step // 2 + below) // jnp.maximum(step, 1), 255)

@@ -27,6 +27,7 @@ def rotated(arrays: LabelledArrays, degrees: float) -> LabelledArrays:
 
     def turn(images: np.ndarray) -> np.ndarray:
         values = images.astype(np.float32)
+        # Order 1 is bilinear; corners that come from outside an image are black.
         turned = ndimage.rotate(values, degrees, axes=(2, 1), reshape=False, order=1)
         return np.clip(np.round(turned), 0, 255).astype(np.uint8)
 

@@ -56,6 +56,7 @@ def examples(
     name, features = builder.info.full_name, builder.info.features
     try:
         if _has_random_access(builder):
+            # Images stay encoded: threads decode those that are wanted, later.
             source = builder.as_data_source(split=split, decoders=_encoded(features, features))
             for position in range(len(source)) if positions is None else positions.tolist():
                 yield source[position]

@@ -40,6 +40,7 @@ def load(
         train, test = options.get("train_per_class", 0), options.get("test_per_class", 0)
         arrays = keep_first(arrays, train, test)
     else:
+        # Where tasks bring new classes, the domains of a data set are pooled.
         names = [f"{dataset}/{domain}" for domain in DOMAINS.get(dataset, ())] or [dataset]
         domains = load_images(names, data_dir, **options)
         arrays = domains[0] if len(domains) == 1 else _pooled(domains, dataset)

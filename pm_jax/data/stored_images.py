@@ -43,6 +43,7 @@ def decoded(
                 f"({type(error).__name__}: {error}); prepare it again"
             ) from error
         if side:
+            # The largest central square, so that no image is distorted.
             converted = ImageOps.fit(converted, (side, side), Image.Resampling.BICUBIC)
         return np.asarray(converted).reshape(*converted.size[::-1], channels)
 
@@ -131,6 +132,7 @@ def keep(
             np.lib.format.write_array_header_1_0(file, header)
             for image in images:
                 file.write(image.tobytes())
+        # The labels come last: they grow while the images are drawn from the files.
         with _writing(folder / f"{stem}.labels.npy") as file:
             np.save(file, np.asarray(labels, np.int64))
     except OSError as error:

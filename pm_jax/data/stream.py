@@ -141,6 +141,7 @@ def class_incremental(
     if class_order == "groups":
         groups = _given_groups(generator, arrays.class_groups, num_tasks, base_classes)
     else:
+        # "given" is the order of the numbers.
         order = np.arange(num_classes)
         order = generator.permutation(order) if class_order == "random" else order
         groups = _class_groups(order, num_tasks, base_classes)
@@ -172,6 +173,7 @@ def domain_incremental(
     rows: dict[str, list[np.ndarray]] = {"train": [], "validation": [], "test": []}
     offset = 0
     for domain in domains:
+        # Versions of the same examples have equal labels, so the same ones are held out of all.
         train, validation = _hold_out(domain.train_labels, seed, validation_fraction)
         rows["train"].append(offset + train)
         rows["validation"].append(offset + validation)
@@ -228,6 +230,7 @@ def _count_classes(domains: Sequence[LabelledArrays]) -> int:
 
 def _class_groups(order: np.ndarray, num_tasks: int, base_classes: int) -> list[np.ndarray]:
     rest = order[base_classes:]
+    # The first task may have a number of classes of its own; the others share the rest evenly.
     later_tasks = num_tasks - (1 if base_classes else 0)
     if num_tasks < 1 or len(rest) < later_tasks or (later_tasks == 0 and len(rest)):
         first = f" after base_classes={base_classes}" if base_classes else ""

@@ -59,6 +59,7 @@ def _encoder(path: str, max_tokens: int):
             f"tokenizer={path}: cannot be read ({error}); give the tokenizer.json of the model"
         ) from error
     tokenizer.enable_truncation(max_tokens)
+    # The text encoder masks id 0, which is where the vocabularies of BERT have [PAD].
     padding = tokenizer.token_to_id("[PAD]") or 0
     tokenizer.enable_padding(length=max_tokens, pad_id=padding)
 

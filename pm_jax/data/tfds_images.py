@@ -83,10 +83,13 @@ def _builder(name: str, data_dir: str) -> Any:
 def _parts(name: str, builder: Any, train_per_class: int, test_per_class: int) -> list[_Part]:
     """Choose the examples to train on and to test on."""
     splits = builder.info.splits
+    # Without a split for testing, the one for validation is used.
     held_out = next((split for split in ("test", "validation") if split in splits), None)
     if "train" in splits and held_out:
         parts = [_Part("train", "", train_per_class), _Part(held_out, "", test_per_class)]
     else:
+        # ImageNet-R and -A have one split: 20 % of every class are for testing, as many as
+        # the 24,000 and 6,000 images of ImageNet-R in L2P (https://arxiv.org/abs/2112.08654).
         only = "train" if "train" in splits else "test"
         parts = [_Part(only, "train", train_per_class), _Part(only, "test", test_per_class)]
     if parts[0].split not in splits:
@@ -127,6 +130,7 @@ def _positions(name: str, builder: Any, part: _Part) -> np.ndarray | None:
     """Find the places of a part's examples in its split, rising; `None` for all."""
     if not part.side and not part.per_class:
         return None
+    # A first pass over the labels alone, so that only chosen images are decoded.
     examples = prepared.examples(builder, part.split, ("label",))
     labels = np.fromiter((example["label"] for example in examples), np.int64)
     positions = _divided(name, labels)[part.side] if part.side else np.arange(len(labels))
@@ -182,6 +186,7 @@ def _folders(builder: Any, stored_size: int, cache_dir: str) -> list[Path]:
 
 def _renumbered(data_sets: list[LabelledArrays], classes: Any) -> list[LabelledArrays]:
     """Number the classes that have a training example in any data set 0..C-1."""
+    # imagenet_r declares 1,000 classes and has 200; the others are dropped, in their order.
     trained = np.unique(np.concatenate([arrays.train_labels for arrays in data_sets]))
     tested = np.unique(np.concatenate([arrays.test_labels for arrays in data_sets]))
     name = data_sets[0].name

@@ -57,6 +57,7 @@ class TextEncoder(nn.Module):
         x = nn.LayerNorm(epsilon=epsilon, dtype=self.dtype, name="embed_norm")(x)
         for layer in range(self.depth):
             name = f"blocks_{layer}"
+            # ViT and BERT share the block; they differ in where its norms stand.
             block = Block(self.num_heads, hidden, epsilon, self.dtype, post_norm=True, name=name)
             x = block(x, mask)
         # Padding does not count; a text of nothing else has the mean 0, not 0 / 0.

@@ -146,6 +146,7 @@ def _runner(rule: MergeRule, inputs: Inputs, seed: int) -> Callable[..., Params]
         for task, file in enumerate(inputs.models):
             trained = load(file)
             fisher = load(inputs.fishers[task]) if inputs.fishers else None
+            # The part and the task number the draws, so that no two parts draw alike.
             place = np.asarray([*part, task], np.uint32)
             state, merged = update(state, previous, trained, fisher, place)
             # Otherwise the next model is loaded while this one is still in memory.

@@ -58,6 +58,9 @@ def peft_adapter(
         ValueError: a displacement is not of this rank.
     """
     entries = LAYOUTS[layout](depth_of(trees.leaves_by_path(merged)))
+    # Merging the adapters of T tasks gives the product of their factors, concatenated along the
+    # rank. This adapter is that product in another basis: A has the leading right singular vectors
+    # of the displacement, and B its components along them.
     factors = _factors_by_name(start, merged, [e for e in entries if e.path in paths], rank)
     modules = {name: _module(name, layout) for name in factors}
     tensors = {}
@@ -66,6 +69,7 @@ def peft_adapter(
         tensors[f"{_PREFIX}{modules[name]}.lora_B.weight"] = b
     theirs = export_params(merged, layout)
     head = {entry.name: theirs[entry.name] for entry in entries if entry.path.startswith("head/")}
+    # With lora_alpha = r PEFT's factor lora_alpha / r is 1.
     exported_rank = len(next(iter(factors.values()))[0])
     config = {
         "peft_type": "LORA",
@@ -140,6 +144,7 @@ def _stacked(params: Params, members: Mapping[str, Sequence[Entry]]) -> Tensors:
         columns, rows = leaves[group[0].path].shape
         blocks = np.zeros((group[0].part[1] if group[0].part else 1, rows, columns))
         for entry in group:
+            # Rows of parts that did not train, as the key of a joint matrix, stay zero.
             blocks[entry.part[0] if entry.part else 0] = np.asarray(leaves[entry.path]).T
         matrices[name] = blocks.reshape(-1, columns)
     return matrices

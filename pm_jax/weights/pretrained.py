@@ -168,6 +168,7 @@ def resize_positions(positions: np.ndarray, tokens: int) -> np.ndarray:
     old, new = (round((count - 1) ** 0.5) for count in (positions.shape[1], tokens))
     if old * old + 1 != positions.shape[1] or new * new + 1 != tokens:
         raise ValueError(f"tokens={tokens}: positions are resized between square grids only")
+    # The first position belongs to the class token, and stays as it is.
     grid = jnp.asarray(positions[:, 1:]).reshape(1, old, old, -1)
     resized = jax.image.resize(grid, (1, new, new, grid.shape[-1]), "bicubic")
     flat = np.asarray(resized).reshape(1, new * new, -1)

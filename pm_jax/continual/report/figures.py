@@ -149,6 +149,7 @@ def landscape(
     alphas: np.ndarray, values: np.ndarray, merged: np.ndarray, used: np.ndarray, best: np.ndarray
 ) -> "Figure":
     """Draw a score along the segment of every merge but the first, one panel each."""
+    # Values [T, A, T] are by merge, coefficient and task; those at merged models are [T, T].
     panels = len(values) - 1
     rows = -(-panels // 2)
     figure = _figure(0.8 + 1.8 * rows)

@@ -67,6 +67,7 @@ def _ranges(s: Settings) -> Iterator[Condition]:
     yield "randaugment_magnitude", magnitude, "must lie in [0, 10]"
     yield "warmup_fraction", 0 <= s.warmup_fraction < 1, "must lie in [0, 1)"
     yield "validation_fraction", 0 < s.validation_fraction < 1, "must lie between 0 and 1"
+    # One point is no segment and no plane: both ends must be measured.
     yield "landscape_points", s.landscape_points != 1, "must be 0, or at least 2"
     yield "plane_points", s.plane_points != 1, "must be 0, or at least 2"
     yield "hidden_sizes", min(s.hidden_sizes, default=0) >= 1, "needs one width or more"
@@ -78,11 +79,13 @@ def _stream(s: Settings) -> Iterator[Condition]:
     remedy = f"with branch_from from 1 to num_tasks={s.num_tasks}, without it 0"
     yield "from_task", branch, remedy
     by_class = s.scenario == "class_incremental"
+    # Digits are turned into domains here; other data must bring theirs.
     has_domains = s.dataset in ("digits", *sources.DOMAINS)
     remedy = f"dataset={s.dataset} has no domains; use scenario=class_incremental"
     yield "scenario", has_domains or by_class, remedy
     remedy = f"the classes of a {s.scenario} stream have one classifier; use trained"
     yield "classifier", s.classifier == "trained" or by_class, remedy
+    # Digits and archives are arrays already, so their images have one size.
     several_sizes = s.dataset != "digits" and not s.dataset.endswith(".npz")
     remedy = f"dataset={s.dataset} has images of one size; use 0"
     yield "stored_size", not s.stored_size or several_sizes, remedy
@@ -105,6 +108,7 @@ def _model(s: Settings) -> Iterator[Condition]:
 
 def _perturbation(s: Settings) -> Iterator[Condition]:
     """Yield the conditions on one draw per example."""
+    # Per-example draws scale adapter branches; anything else would need weights per example.
     if s.perturb_per == "example":
         yield "perturb_per", s.adapter == "lora", "needs adapter=lora; use perturb_per=batch"
         remedy = (
@@ -136,6 +140,7 @@ def check_rule(settings: Settings, rule: MergeRule) -> None:
             f"curvature=exact_all: rule={s.rule} takes curvature of one task at a time; use "
             "fisher_exact, or perturb_and_merge"
         )
+    # Rules that keep any kind of curvature have a parameter `memory`; others read entries.
     takes = inspect.signature(rules.REGISTRY[s.rule]).parameters
     if s.kept_curvature in ("kronecker", "low_rank") and "memory" not in takes:
         raise InvalidInput(

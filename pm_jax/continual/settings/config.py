@@ -60,6 +60,7 @@ class Config(Settings):
     @functools.cached_property
     def merge_rule(self) -> MergeRule:
         """The merge rule with its settings."""
+        # Exact curvature is not kept from task to task: another rule replays the data of all tasks.
         replays = self.rule == "perturb_and_merge" and self.curvature == "exact_all"
         return rules.make(
             "exact_curvature" if replays else self.rule,
@@ -73,6 +74,7 @@ class Config(Settings):
         match self.kept_curvature:
             case "kronecker":
                 kernels = kernel_paths(params)
+                # Slots beyond the number of tasks would stay empty.
                 slots = min(self.num_tasks, self.curvature_slots)
                 return KroneckerQuadratic.zero(params, kernels, slots)
             case "low_rank":
@@ -157,6 +159,7 @@ class Config(Settings):
         return {**settings, "rgb": bool(self.pretrained)}
 
     def _texts(self) -> stream.LabelledArrays:
+        # Public text models come with their tokenizer in the same folder.
         beside = str(pathlib.Path(self.pretrained).parent / "tokenizer.json")
         arrays = texts.load(
             self.dataset,

@@ -31,11 +31,15 @@ class RunOptions:
         InvalidInput: a number out of range; the message names it, its value and the remedy.
     """
 
+    # Steps between checkpoints within a task; 0 for task boundaries only.
     checkpoint_every: int = 0
+    # Number of a seed's newest checkpoints that stay, at least 1.
     keep_checkpoints: int = KEPT
     quiet: bool = False
     tensorboard: bool = False
+    # Write the models that are merged, in `seed_<n>/task_models`.
     keep_task_models: bool = False
+    # Folder of the task training in common with other merge rules; `None` for none.
     shared: Path | None = None
     stop: Stop | None = None
 

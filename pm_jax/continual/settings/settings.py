@@ -72,12 +72,14 @@ class Settings:
     """Everything that determines the numbers of a run; its fields are the flags of the binaries."""
 
     # Stream.
+    # scikit-learn brings the digits along: the default run downloads nothing.
     dataset: str = _stream(
         "digits",
         "digits (scikit-learn's), the path of an .npz with x_train, y_train, x_test and y_test, or "
         "an image or text classification data set that tensorflow-datasets has prepared, such as "
         "cifar100, imagenet_r or clinc_oos.",
     )
+    # A path is no identity: a run may go on after its data have moved.
     data_dir: str = _stream(
         "", "Where tensorflow-datasets has its data; empty for its default.", identity=False
     )
@@ -114,6 +116,7 @@ class Settings:
         0, "Class-incremental: classes of the first task; 0 for an even share."
     )
     rotation_step: float = _stream(20.0, "Domain-incremental digits: degrees from task to task.")
+    # Every merge measures its loss change on held-out examples, so some are always needed.
     validation_fraction: float = _stream(
         0.15, "Share of each class's training data that is held out for validation."
     )
@@ -135,6 +138,7 @@ class Settings:
     )
     max_tokens: Positive = _model(32, "Text: tokens that texts are cut or padded to.")
     vocabulary: Positive = _model(30522, "text_encoder: number of token ids.")
+    # Unlike stored_size, this resizes at every step and takes no room on a disk.
     image_size: Natural = _model(
         0, "vit: side in pixels that images are resized to on the device; 0 to leave them."
     )
@@ -143,6 +147,7 @@ class Settings:
         "Type of the models' computation; parameters, adapters, curvature and merges are float32.",
         ("float32", "bfloat16"),
     )
+    # 0 means "that of the public weights", which differs between the two encoders.
     layer_norm_epsilon: NonNegativeReal = _model(
         0.0,
         "Of the layer norms; 0 for 1e-6 in a vit, which is timm's and AugReg's, and 1e-12 in text "
@@ -161,6 +166,7 @@ class Settings:
         "task trains all parameters).",
         ("full", "lora"),
     )
+    # Rank and pattern are those of the paper: https://arxiv.org/abs/2505.22389
     lora_rank: Positive = _training(10, "lora: rank of the adapters.")
     lora_pattern: str = _training(
         "",
@@ -170,9 +176,11 @@ class Settings:
 
     # Training.
     epochs: Positive = _training(3, "Passes over the data of a task.")
+    # From scratch, the first task also stands in for the pre-training that adapters presuppose.
     first_task_epochs: Natural = _training(
         9, "The same for the first task of a run from scratch; 0 for no more."
     )
+    # The code of the paper repeats the data ten times an epoch.
     epoch_repeats: Positive = _training(1, "Passes over the data that count as one epoch.")
     batch_size: Positive = _training(32, "Examples per step.")
     accumulation_steps: Positive = _training(
@@ -185,11 +193,13 @@ class Settings:
     head_learning_rate: NonNegativeReal = _training(
         0.0, "The same for the classifier; 0 for equal."
     )
+    # The code of the paper divides by 28; the curvature is then that of the divided logits too.
     temperature: PositiveReal = _training(
         1.0, "Logits are divided by it in the loss, and so in its curvature."
     )
     weight_decay: NonNegativeReal = _training(0.0, "Decoupled weight decay (adamw).")
     schedule: str = _training("constant", "Course of the learning rate over each task.", SCHEDULES)
+    # The fractions of the code of the paper; other schedules do not read them.
     milestones: tuple[float, ...] = _training(
         (0.5, 0.8),
         "schedule=milestones: fractions of a task after each of which the rate is a tenth.",
@@ -198,6 +208,7 @@ class Settings:
     clip_norm: NonNegativeReal = _training(0.0, "Bound on the gradient's global norm; 0 for none.")
 
     # Devices.
+    # Devices change numbers by rounding only, so a run may go on with more or fewer.
     devices: Natural = _placement(
         1,
         "Devices that the examples of each step are divided among, with the numbers of one up to "
@@ -218,11 +229,14 @@ class Settings:
         "randaugment and autoaugment (ImageNet's policy) come before both.",
         augmentation.AUGMENTATIONS,
     )
+    # The bounds of torchvision's RandomResizedCrop.
     crop_scale: tuple[float, ...] = _training(
         (0.08, 1.0), "Least and greatest area of a random crop over that of the image."
     )
+    # Two operations of magnitude 9 are the choice of the RandAugment paper for ResNet-50.
     randaugment_layers: Positive = _training(2, "randaugment: operations for each image.")
     randaugment_magnitude: float = _training(9.0, "randaugment: strength of each, 0 to 10.")
+    # Placement, not identity: streamed and resident inputs give the same numbers.
     resident_mb: NonNegativeReal = _placement(
         0.0,
         "Inputs that would take more than so many MB of a device stay in the host's memory and are "
@@ -243,12 +257,15 @@ class Settings:
         "the training loss is taken.",
         ("symmetric", "gaussian", "one_sided", "antithetic", "none"),
     )
+    # The choices of the paper: p * epsilon ** 2 = 1/12 of the curvature along the task vector is
+    # added to the loss.
     epsilon: float = _perturbation(
         0.5, "Radius of the perturbation over the task vector, in (0, 1]."
     )
     probabilities: tuple[float, ...] = _perturbation(
         (1 / 3, 1 / 3, 1 / 3), "symmetric: of 0, +epsilon and -epsilon; fractions may be given."
     )
+    # Without adapters all examples share the perturbed weights, so only lora draws per example.
     perturb_per: str = _perturbation(
         "batch", "One draw per batch or, with lora, per example.", ("batch", "example")
     )
@@ -260,6 +277,8 @@ class Settings:
         "Settings of the rule that are not its defaults, as clip=false for perturb_and_merge; "
         "several with commas between them.",
     )
+    # The paper measures fisher_empirical, which fades with the square of the residuals where the
+    # exact Fisher fades with the residuals: well-fitted tasks would count for less.
     curvature: str = _merging(
         "fisher_exact",
         "Curvature that a task leaves behind for the merge rule: the diagonal of the Fisher of the "
@@ -272,12 +291,14 @@ class Settings:
     stored_curvature: str = _merging(
         "fisher_exact", "exact_current: what earlier tasks left behind.", STORED_CURVATURES
     )
+    # Rank and slots fix the memory's shape, so that one compilation serves the whole stream.
     curvature_rank: Positive = _merging(
         16, "low_rank: columns of the size of what merges, of a task and of the memory of all."
     )
     curvature_slots: Positive = _merging(
         16, "kronecker: tasks whose factors are kept apart; later ones share the last slot."
     )
+    # One label a pass is unbiased and costs one backward pass instead of one per class.
     curvature_samples: Natural = _merging(
         1,
         "fisher_exact, gauss_newton_diag, kronecker: labels drawn per example; 0 for the sum over "
@@ -292,6 +313,7 @@ class Settings:
         "standard error along the task vector is at most this, which bounds that of the "
         "coefficient; 0 to go on to the last example.",
     )
+    # The settings of that run are compared when it is read, so its path may change.
     branch_from: str = _merging(
         "",
         "Work directory of a run with keep_task_models, of other merging or perturbation: the "
@@ -323,6 +345,7 @@ class Settings:
         "1/t, the further the more the two differ. The report says it in any case.",
         ("off", "warn", "shrink"),
     )
+    # A landscape evaluates every point on all tasks seen, so it is off unless it is asked for.
     landscape_points: Natural = _merging(
         0,
         "Points between the model that a task started from and the trained one at which, after "
@@ -334,6 +357,7 @@ class Settings:
         "The same on a square of so many points a side, in the plane of the last two tasks' task "
         "vectors; 0 for none.",
     )
+    # 8 MB stay in the cache of a CPU; 2048 MB are little of an accelerator's memory.
     curvature_memory_mb: NonNegativeReal = _merging(
         0.0,
         "Bound in MB on the per-example gradients in memory at a time; 0 for 8 on a CPU and 2048 "
