@@ -1,1 +1,1 @@
-"""What a user runs; from a checkout, as `python -m experiments.NAME`."""
+"""The commands for users; from a checkout, `python -m experiments.NAME`."""

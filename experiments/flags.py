@@ -206,7 +206,7 @@ def export_from_flags() -> Destinations:
 
 
 def _is_default_stream(config: Config) -> bool:
-    """Whether the choice for sequential training holds."""
+    """Tell whether the choice for sequential training applies to a configuration."""
     default = Config()
     return all(getattr(config, name) == getattr(default, name) for name in SEQUENTIAL_DEPENDS_ON)
 
@@ -264,21 +264,21 @@ def _with_preset(argv: Sequence[str]) -> list[str]:
     """Put the flagfile of `--preset=NAME` before all other flags, so that they override it."""
     result = [argv[0]]
     for name in _given(argv, "preset"):
-        known = sorted(path.stem for path in PRESETS.glob("*.flags"))
-        if name not in known:
-            raise InvalidInput(f"--preset={name}: must be one of {', '.join(known)}")
+        presets = sorted(path.stem for path in PRESETS.glob("*.flags"))
+        if name not in presets:
+            raise InvalidInput(f"--preset={name}: must be one of {', '.join(presets)}")
         result.append(f"--flagfile={PRESETS / f'{name}.flags'}")
     return [*result, *argv[1:]]
 
 
 def _given(argv: Sequence[str], name: str) -> list[str]:
     """Find the values in `--name=value` and `--name value`."""
-    found = []
+    texts = []
     for argument, following in zip(argv[1:], [*argv[2:], ""], strict=False):
         flag, equals, value = argument.lstrip("-").partition("=")
         if argument.startswith("-") and flag == name:
-            found.append(value if equals else following)
-    return found
+            texts.append(value if equals else following)
+    return texts
 
 
 def fail(message: str, values: flags.FlagValues = flags.FLAGS, *, code: int = 2) -> NoReturn:
@@ -339,7 +339,7 @@ def _of_the_machine(error: Exception, values: flags.FlagValues) -> str | None:
 
 
 def _without_room(error: BaseException | None) -> bool:
-    """Whether a full disk is behind an error."""
+    """Tell whether a full disk is the cause of an error."""
     while error:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             return True

@@ -271,14 +271,14 @@ def measure(sizes: Sizes, table: Table) -> None:
     expected = table.number(compilation) + 3 * repeats * seconds
 
     def ratios() -> Sequence[float]:
-        found = interleaved({"perturbed": perturbed, "plain": plain}, repeats)
-        return [found["perturbed"] / found["plain"]]
+        seconds = interleaved({"perturbed": perturbed, "plain": plain}, repeats)
+        return [seconds["perturbed"] / seconds["plain"]]
 
     def rest() -> Sequence[float]:
         calls = {"fisher": work.fisher, "merge": work.merging(), "accuracy": work.accuracy}
-        found = interleaved({"epoch": perturbed, **calls}, max(1, repeats // 2))
-        evaluated = 2 * images / found["accuracy"]
-        return [found["fisher"] / found["epoch"], 1000 * found["merge"], evaluated]
+        seconds = interleaved({"epoch": perturbed, **calls}, max(1, repeats // 2))
+        evaluated = 2 * images / seconds["accuracy"]
+        return [seconds["fisher"] / seconds["epoch"], 1000 * seconds["merge"], evaluated]
 
     table.stage(["perturbed / plain epoch"], expected, ratios)
     names = ["Fisher of 24 kernels / epoch", "merge, ms", "evaluation, images/s"]

@@ -85,12 +85,12 @@ def _end(process: subprocess.Popen) -> None:
 
 def _results(workdir: Path) -> dict[str, Any]:
     """Read every results.json below a work directory, without its seconds."""
-    found = {}
+    contents = {}
     for path in sorted(workdir.rglob("results.json")):
         content = json.loads(path.read_text())
         del content["seconds"]
-        found[path.relative_to(workdir).as_posix()] = content
-    return found
+        contents[path.relative_to(workdir).as_posix()] = content
+    return contents
 
 
 if __name__ == "__main__":

@@ -44,15 +44,15 @@ COMPILATION = "/jax/core/compile/backend_compile_duration"
 @contextlib.contextmanager
 def compilations() -> Iterator[list[float]]:
     """Collect the seconds of each compilation, as they come."""
-    found: list[float] = []
+    durations: list[float] = []
 
     def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event == COMPILATION:
-            found.append(duration_secs)
+            durations.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        yield found
+        yield durations
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
 
@@ -70,7 +70,7 @@ class WatchedLearner(Learner):
     """A learner that measures memory, time and compilations after every task, a row each."""
 
     def run(self) -> dict[str, Any]:
-        """As `Learner.run`."""
+        """Learn all tasks, with the compilations counted."""
         self.rows: list[dict[str, float]] = []
         with compilations() as self._compiled:
             results = super().run()
@@ -125,14 +125,14 @@ def trends(rows: Sequence[dict[str, float]]) -> dict[str, Trend]:
     """
     tasks = np.arange(len(rows) - WARM_UP)
     away = tasks - tasks.mean()
-    found = {}
+    fitted = {}
     for name in rows[0]:
         values = np.asarray([row[name] for row in rows[WARM_UP:]], np.float64)
         slope = away @ values / (away @ away)
         rest = values - values.mean() - slope * away
         error = np.sqrt(rest @ rest / (len(rest) - 2) / (away @ away))
-        found[name] = Trend(*map(float, (values.mean(), slope, error)))
-    return found
+        fitted[name] = Trend(*map(float, (values.mean(), slope, error)))
+    return fitted
 
 
 def measured(config: Config, directory: Path) -> list[dict[str, float]]:
@@ -146,10 +146,10 @@ def main(argv: Sequence[str]) -> None:
     """Print a table for each rule, and the slopes."""
     del argv
     values = flags.FLAGS
-    own = {name: value for name, value in SMALL.items() if not values[name].present}
+    defaults = {name: value for name, value in SMALL.items() if not values[name].present}
     try:
         configs = [
-            experiment_flags.config_from_flags(rule=rule, **own) for rule in values.run_rules
+            experiment_flags.config_from_flags(rule=rule, **defaults) for rule in values.run_rules
         ]
         if configs[0].num_tasks < WARM_UP + 3:
             raise InvalidInput(f"num_tasks={configs[0].num_tasks}: must be at least {WARM_UP + 3}")

@@ -52,8 +52,8 @@ def measure(rule: MergeRule, shapes: Params) -> tuple[float, float, float]:
         return Evidence(quadratic, jnp.zeros(()), jax.random.key(task))
 
     @rules.jit_merge
-    def merge(state, previous, trained, found):
-        merged, state, info = rule.update(state, previous=previous, trained=trained, evidence=found)
+    def merge(state, previous, trained, given):
+        merged, state, info = rule.update(state, previous=previous, trained=trained, evidence=given)
         return state, merged, info
 
     previous = model(0)
@@ -61,14 +61,14 @@ def measure(rule: MergeRule, shapes: Params) -> tuple[float, float, float]:
     seconds = nbytes = 0.0
     for task in range(TASKS):
         trained = model(task + 1)
-        found = jax.block_until_ready(evidence(trained, task))
+        given = jax.block_until_ready(evidence(trained, task))
         if not task:
-            program = merge.lower(state, previous, trained, found).compile()
+            program = merge.lower(state, previous, trained, given).compile()
             sizes: Any = program.memory_analysis()
             nbytes = sizes.temp_size_in_bytes + sizes.output_size_in_bytes
             nbytes -= sizes.alias_size_in_bytes
         clock = time.perf_counter()
-        state, previous, _ = jax.block_until_ready(merge(state, previous, trained, found))
+        state, previous, _ = jax.block_until_ready(merge(state, previous, trained, given))
         seconds = time.perf_counter() - clock
     return seconds, nbytes, float(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
 

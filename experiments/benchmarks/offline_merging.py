@@ -97,8 +97,8 @@ def main(argv: Sequence[str]) -> None:
         bases = {count: measure(small[: count + 1]) for count in counts}
         paths = write_models(folder, shapes, counts[-1])
         for count in counts:
-            found = measure(paths[: count + 1])
-            seconds, computing, megabytes = np.subtract(found, bases[count])
+            figures = measure(paths[: count + 1])
+            seconds, computing, megabytes = np.subtract(figures, bases[count])
             print(f"{count:2} models, peak above the baseline, MB {megabytes:7.1f}")
             print(f"{count:2} models, baseline, MB                {bases[count][-1]:7.1f}")
             print(f"{count:2} models, s above the baseline        {seconds:7.1f}")

@@ -61,8 +61,8 @@ flags.DEFINE_string("workdir", "runs/ablation", "Where the runs go; finished one
 def alphas(directory: Path) -> str:
     """Average the merge coefficients of the tasks over the seeds in a work directory."""
     results = [json.loads(path.read_text()) for path in directory.glob("seed_*/results.json")]
-    found = [[merge["alpha"] for merge in result["merges"]] for result in results]
-    return " ".join(f"{value:.2f}" for value in np.mean(np.asarray(found, float), axis=0))
+    by_seed = [[merge["alpha"] for merge in result["merges"]] for result in results]
+    return " ".join(f"{value:.2f}" for value in np.mean(np.asarray(by_seed, float), axis=0))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -99,13 +99,13 @@ def _study(arms: dict[str, list[Config]], workdir: Path) -> None:
     validated, tested, coefficients = {}, {}, []
     for arm, grid in arms.items():
         folder = workdir / arm.replace(" ", "_")
-        found = {}
+        summaries = {}
         for cell in grid:
             rate, epochs = cell.learning_rate, cell.epochs
             directory = folder / f"rate_{rate:g}_epochs_{epochs}"
-            found[cell] = run_seeds(cell, grid_seeds, directory, RunOptions(quiet=True))
-            validated[f"{arm}, rate {rate:g}, {epochs} epochs"] = found[cell]
-        best = max(found, key=lambda cell: found[cell]["final_average_accuracy"]["mean"])
+            summaries[cell] = run_seeds(cell, grid_seeds, directory, RunOptions(quiet=True))
+            validated[f"{arm}, rate {rate:g}, {epochs} epochs"] = summaries[cell]
+        best = max(summaries, key=lambda cell: summaries[cell]["final_average_accuracy"]["mean"])
         chosen = dataclasses.replace(best, evaluate_on="test")
         label = f"{arm} (learning_rate={best.learning_rate:g}, epochs={best.epochs})"
         tested[label] = run_seeds(chosen, values.seeds, folder / "test", RunOptions(quiet=True))

@@ -59,15 +59,15 @@ def main(argv: Sequence[str]) -> None:
         for cell in cells:
             epochs, rate, temperature = cell.epochs, cell.learning_rate, cell.temperature
             where = Path(values.workdir) / f"epochs_{epochs}_rate_{rate:g}_temp_{temperature:g}"
-            found = {}
+            accuracies = {}
             for rule in (REFERENCE, *rest):
                 config = dataclasses.replace(cell, **RULES[rule])
                 directory = where / rule.replace(" ", "_")
                 summary = run_seeds(config, values.seeds, directory, RunOptions(quiet=True))
-                found[rule] = 100 * summary["final_average_accuracy"]["mean"]
-            gains = " | ".join(f"{found[rule] - found[REFERENCE]:+.1f}" for rule in rest)
+                accuracies[rule] = 100 * summary["final_average_accuracy"]["mean"]
+            gains = " | ".join(f"{accuracies[rule] - accuracies[REFERENCE]:+.1f}" for rule in rest)
             head = f"| {round(epochs * steps)} | {rate:g} | {temperature:g} "
-            print(f"{head}| {found[REFERENCE]:.1f} | {gains} |", flush=True)
+            print(f"{head}| {accuracies[REFERENCE]:.1f} | {gains} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def _tables(images: Array, operation: Array, amount) -> Array:
     level = jnp.arange(256.0)[None, :, None]
     # Posterizing drops the lowest bits: grey levels become multiples of a power of two.
     unit = jnp.exp2(jnp.round(BITS * jnp.abs(amount("posterize"))))
-    kept = jnp.floor(level / unit) * unit
+    posterized = jnp.floor(level / unit) * unit
     threshold = 256 * (1 - jnp.abs(amount("solarize")))
     mean = jnp.round(jnp.mean(_grey(images), axis=(1, 2)))[:, None, :]
     contrast = mean + (1 + BLEND * amount("contrast")) * (level - mean)
@@ -130,7 +130,7 @@ def _tables(images: Array, operation: Array, amount) -> Array:
     tables = {
         "brightness": level * (1 + BLEND * amount("brightness")),
         "contrast": contrast,
-        "posterize": kept,
+        "posterize": posterized,
         "solarize": jnp.where(level >= threshold, 255 - level, level),
         "auto_contrast": jnp.where(high > low, stretched, level),
         "equalize": _equalizing(images),

@@ -100,7 +100,7 @@ def _with_tensorflow(
     # Interleaved files would change the order of the examples.
     in_order = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
     dataset = builder.as_dataset(split=split, decoders=decoders, read_config=in_order)
-    wanted = None if positions is None else set(positions.tolist())
+    chosen = None if positions is None else set(positions.tolist())
     for position, example in enumerate(tfds.as_numpy(dataset)):
-        if wanted is None or position in wanted:
+        if chosen is None or position in chosen:
             yield example

@@ -21,7 +21,7 @@ TEST_FRACTION = 0.2
 
 
 class _Part(NamedTuple):
-    """Examples to read: a split, the side of its division (if any), and how many of each class."""
+    """Examples to read: a split, the side of its division (if any), and their number per class."""
 
     split: str
     side: str
@@ -81,7 +81,7 @@ def _builder(name: str, data_dir: str) -> Any:
 
 
 def _parts(name: str, builder: Any, train_per_class: int, test_per_class: int) -> list[_Part]:
-    """Choose the examples to train on and to test on."""
+    """Choose the split, or side of a split, to train on and the one to test on."""
     splits = builder.info.splits
     # Without a split for testing, the one for validation is used.
     held_out = next((split for split in ("test", "validation") if split in splits), None)

@@ -51,7 +51,9 @@ def _merge(merge: Merge, inputs: Inputs) -> str:
     entries = inputs.base.entries
     with (
         # float64 is on for this merge only if a file holds it: it would slow the others down.
-        jax.enable_x64(any(_is_double(file) for file in inputs.files)),
+        jax.enable_x64(
+            any(e.dtype == "F64" for file in inputs.files for e in file.entries.values())
+        ),
         writing(
             merge.output, entries, _provenance(merge, inputs), overwrite=merge.overwrite
         ) as file,
@@ -67,7 +69,7 @@ def _merge(merge: Merge, inputs: Inputs) -> str:
 
 
 class _Pieces:
-    """Merged values, piece by piece, in the order of the elements of each tensor."""
+    """Merger of tensors piece by piece, in the order of the elements of each tensor."""
 
     def __init__(
         self, inputs: Inputs, by_settings: list[tuple[MergeRule, tuple[str, ...]]], seed: int
@@ -176,10 +178,6 @@ def _rounded(merge: Merge, name: str, values: np.ndarray, dtype: np.dtype) -> me
     return rounded.reshape(-1).view(np.uint8).data
 
 
-def _is_double(file: TensorFile) -> bool:
-    return any(entry.dtype == "F64" for entry in file.entries.values())
-
-
 def _version() -> str:
     try:
         return metadata.version("pm_jax")
@@ -223,8 +221,8 @@ def _report(merge: Merge, inputs: Inputs, of_tensor: dict[str, MergeRule]) -> st
     ]
     if mixed:
         lines.append(f"of several types, written in the base's: {files.listed(mixed)}")
-    if kept := [name for name, entry in entries.items() if entry.dtype not in FLOATS]:
-        lines.append(f"not floating-point, left as the base's: {files.listed(kept)}")
+    if copied := [name for name, entry in entries.items() if entry.dtype not in FLOATS]:
+        lines.append(f"not floating-point, left as the base's: {files.listed(copied)}")
     if any(rule.needs.scope == "model" for rule in of_tensor.values()):
         lines.append(f"{merge.rule} looks at all tensors at once: they were held in memory")
     return "\n".join(lines)

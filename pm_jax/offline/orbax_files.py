@@ -29,14 +29,14 @@ def to_safetensors(argument: str, directory: Path, path: Path) -> None:
             with writing(path, _entries(leaves), {}) as file:
                 for name, leaf in leaves.items():
                     # Orbax skips the placeholders, so that one array is in memory at a time.
-                    wanted = jax.tree.map(
+                    request = jax.tree.map(
                         lambda other, leaf=leaf: (
                             _shape(leaf) if other is leaf else orbax.PLACEHOLDER
                         ),
                         tree,
                     )
                     restored = checkpointer.restore(
-                        directory, args=orbax.args.PyTreeRestore(wanted, restore_args=as_arrays)
+                        directory, args=orbax.args.PyTreeRestore(request, restore_args=as_arrays)
                     )
                     file.write(
                         np.asarray(trees.leaves_by_path(restored)[name], leaf.dtype).tobytes()

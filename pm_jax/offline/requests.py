@@ -16,7 +16,7 @@ OF_FISHERS = frozenset({"quadratic", "curvature_error", "curvature_along"})
 
 @dataclasses.dataclass(frozen=True)
 class Merge:
-    """A request: which files to merge, how, and where to."""
+    """Request for a merge: which files to merge, how, and where to."""
 
     # File of theta_0, in safetensors; like the others it may be a folder of Orbax, which is turned
     # into a temporary file beside the output first.
@@ -42,7 +42,7 @@ class Merge:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Files whose headers agree."""
+    """Opened files, whose headers agree."""
 
     # theta_0, which gives the output its names, shapes and types.
     base: TensorFile
@@ -55,7 +55,7 @@ class Inputs:
 
     @property
     def files(self) -> tuple[TensorFile, ...]:
-        """All files."""
+        """Base, models and Fisher files, in this order."""
         return (self.base, *self.models, *self.fishers)
 
 

@@ -29,15 +29,13 @@ FLOATS = {
 }
 """Floating-point types, by their names in a header; these merge."""
 
-WHOLE_NUMBERS = {
-    "BOOL": np.dtype(np.bool_),
-    **{
-        f"{kind.upper()}{8 * size}": np.dtype(f"{kind}{size}")
-        for kind in "iu"
-        for size in (1, 2, 4, 8)
-    },
+WHOLE_NUMBERS = {"BOOL": np.dtype(np.bool_)} | {
+    f"{kind.upper()}{8 * size}": np.dtype(f"{kind}{size}") for kind in "iu" for size in (1, 2, 4, 8)
 }
 """Types that are copied as they are."""
+
+PIECE = 1 << 22
+"""Bytes in memory at a time while a tensor is copied."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +58,7 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class TensorFile:
-    """A safetensors file of which the header is read and checked, and nothing else."""
+    """Safetensors file whose header is read and checked, and nothing else."""
 
     # The argument that named the file, for messages.
     argument: str
@@ -129,13 +127,13 @@ class TensorFile:
             )
         return values
 
-    def copy(self, name: str, target: BinaryIO, piece: int = 1 << 22) -> None:
-        """Copy a tensor of any type to an open file, with `piece` bytes in memory at a time."""
+    def copy(self, name: str, target: BinaryIO) -> None:
+        """Copy a tensor of any type to an open file, a piece at a time."""
         entry = self.entries[name]
         with self.path.open("rb") as source:
             source.seek(self.start + entry.begin)
-            for place in range(entry.begin, entry.end, piece):
-                target.write(source.read(min(piece, entry.end - place)))
+            for place in range(entry.begin, entry.end, PIECE):
+                target.write(source.read(min(PIECE, entry.end - place)))
 
     def sha256(self) -> str:
         """Return the SHA-256 of the whole file, in hexadecimal."""

@@ -113,12 +113,11 @@ def _augreg(depth: int) -> list[Entry]:
 
 
 def _bert(depth: int) -> list[Entry]:
-    embeddings = "embeddings"
     entries = [
-        Entry("word_embed/embedding", f"{embeddings}.word_embeddings.weight"),
-        Entry("position_embed/embedding", f"{embeddings}.position_embeddings.weight"),
-        Entry("type_embed/embedding", f"{embeddings}.token_type_embeddings.weight"),
-        *_norm("embed_norm", f"{embeddings}.LayerNorm"),
+        Entry("word_embed/embedding", "embeddings.word_embeddings.weight"),
+        Entry("position_embed/embedding", "embeddings.position_embeddings.weight"),
+        Entry("type_embed/embedding", "embeddings.token_type_embeddings.weight"),
+        *_norm("embed_norm", "embeddings.LayerNorm"),
         *_linear("head", "classifier"),
     ]
     norms = ("attention.output.LayerNorm", "output.LayerNorm")

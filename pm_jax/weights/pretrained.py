@@ -59,10 +59,10 @@ def layout_of(tensors: Mapping[str, np.ndarray]) -> str:
     for layout, signature in _SIGNATURES.items():
         if signature in tensors:
             return layout
-    known = "; ".join(f"{layout} has {name}" for layout, name in _SIGNATURES.items())
+    layouts = "; ".join(f"{layout} has {name}" for layout, name in _SIGNATURES.items())
     raise InvalidInput(
         f"pretrained: its tensors ({files.listed(sorted(tensors))}) are not named in a known "
-        f"layout: {known}; give weights of one of them"
+        f"layout: {layouts}; give weights of one of them"
     )
 
 

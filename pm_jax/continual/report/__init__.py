@@ -1,1 +1,1 @@
-"""Results of finished runs, read and shown."""
+"""Reading the results of finished runs, and showing them in tables, plots and pages."""

@@ -1,4 +1,4 @@
-"""Merge rules side by side over the same seeds: ranks, paired differences, and tables of them.
+"""Comparison of merge rules over the same seeds: ranks, paired differences, and tables of them.
 
 References:
     Demsar, `Statistical Comparisons of Classifiers over Multiple Data Sets
@@ -30,7 +30,7 @@ NAN = float("nan")
 
 
 class Comparison(NamedTuple):
-    """The figures of one merge rule, beside those of the others."""
+    """Figures of one merge rule, beside those of the others."""
 
     rule: str
     # Values over the seeds by name; fractions, NaN where a figure does not apply.
@@ -77,12 +77,12 @@ def compare(
         InvalidInput: the rules were not run with the same seeds.
     """
     seeds = {label: [run["seed"] for run in runs] for label, runs in results.items()}
-    reference, wanted = next(iter(seeds.items()))
+    reference, seeds_of_reference = next(iter(seeds.items()))
     for label, seeds_of_rule in seeds.items():
-        if seeds_of_rule != wanted:
+        if seeds_of_rule != seeds_of_reference:
             raise InvalidInput(
                 f"seeds={_joined(seeds_of_rule)}: of {label}, those of {reference} are "
-                f"{_joined(wanted)}; only the same ones can be compared"
+                f"{_joined(seeds_of_reference)}; only the same ones can be compared"
             )
     final = [[run["final_average_accuracy"] for run in runs] for runs in results.values()]
     labels = list(results)

@@ -1,4 +1,4 @@
-"""Plots of merge rules side by side; they need the extra `plots`."""
+"""Plots that compare merge rules; they need the extra `plots`."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

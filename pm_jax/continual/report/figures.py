@@ -148,7 +148,7 @@ def loss_changes(runs: Sequence[Results]) -> "Figure":
 def landscape(
     alphas: np.ndarray, values: np.ndarray, merged: np.ndarray, used: np.ndarray, best: np.ndarray
 ) -> "Figure":
-    """Draw a score along the segment of every merge but the first, one panel each."""
+    """Draw a score along the segment of every merge but the first, in a panel for each."""
     # Values [T, A, T] are by merge, coefficient and task; those at merged models are [T, T].
     panels = len(values) - 1
     rows = -(-panels // 2)
@@ -226,7 +226,7 @@ def deviation(values: np.ndarray) -> np.ndarray | None:
 
 
 def _finish(figure: "Figure", axes, first: int, last: int) -> None:
-    """Add the legend, and label the axis of tasks with whole numbers."""
+    """Add the legend, and number the axis of tasks with whole numbers."""
     axes.set_xlim(first - 0.3, last + 0.3)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(axis="y", color="0.9")

@@ -74,13 +74,13 @@ def inspect(workdir: Path) -> Inspection:
     Raises:
         InvalidInput: there is no such directory, or no run in it.
     """
-    wanted = "give the work directory of a run of experiments.train or experiments.compare"
+    remedy = "give the work directory of a run of experiments.train or experiments.compare"
     if not workdir.is_dir():
-        raise InvalidInput(f"DIR={workdir}: is no directory; {wanted}")
+        raise InvalidInput(f"DIR={workdir}: is no directory; {remedy}")
     # A run that has lost its settings is still a run: the manifest remembers them.
     present = {*manifest.read_or_empty(workdir).files, *(path.name for path in workdir.glob("*"))}
     if not present & {CONFIG_FILE, COMPARISON_FILE}:
-        raise InvalidInput(f"DIR={workdir}: holds no run; {wanted}")
+        raise InvalidInput(f"DIR={workdir}: holds no run; {remedy}")
     damaged, unlisted, intact = _verified(workdir)
 
     def line(kind: str, path: Path, what: str, texts: Mapping[str, str]) -> str:

@@ -59,7 +59,7 @@ class Config(Settings):
 
     @functools.cached_property
     def merge_rule(self) -> MergeRule:
-        """The merge rule with its settings."""
+        """Merge rule, with its settings."""
         # Exact curvature is not kept from task to task: another rule replays the data of all tasks.
         replays = self.rule == "perturb_and_merge" and self.curvature == "exact_all"
         return rules.make(

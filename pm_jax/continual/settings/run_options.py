@@ -17,7 +17,7 @@ class Stop(Protocol):
     """The object that a run asks whether to end early, such as `interruption.StopRequests`."""
 
     def received(self) -> signal.Signals | None:
-        """Return the signal that came, if one did."""
+        """Return the signal that came, or `None`."""
 
     def cut(self, stretches: Iterable[tuple[int, int, Data]]) -> Iterator[tuple[int, int, Data]]:
         """Cut stretches of steps into pieces short enough to obey a signal soon."""
@@ -25,7 +25,7 @@ class Stop(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """The things that a run saves, shows and shares.
+    """Settings of a run that do not change its numbers.
 
     Raises:
         InvalidInput: a number out of range; the message names it, its value and the remedy.
