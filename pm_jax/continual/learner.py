@@ -15,7 +15,7 @@ from pm_jax.continual.merging.programs import Programs, StreamShape, programs_of
 from pm_jax.continual.merging.records import Records
 from pm_jax.continual.placement import processes
 from pm_jax.continual.placement.compiled import number
-from pm_jax.continual.placement.data import of_split, placed
+from pm_jax.continual.placement.data import of_split, place_stream
 from pm_jax.continual.placement.devices import devices_of
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.settings.run_options import RunOptions
@@ -74,7 +74,7 @@ class Learner:
         self.programs = programs or programs_of(config, StreamShape.of(lessons))
         self._devices = devices_of(config)
         self.key = self._devices.place(jax.random.key(seed))
-        self.training_data = placed(config, lessons, lessons.train)
+        self.training_data = place_stream(config, lessons, lessons.train)
         self.held_out_data, self.validation_data = (
             of_split(self.training_data, split, self.stream.class_masks)
             for split in (getattr(self.stream, config.evaluate_on), self.stream.validation)
@@ -117,8 +117,8 @@ class Learner:
         """Learn all tasks, from the newest whole checkpoint on; returns the results as JSON.
 
         Raises:
-            TrainingDiverged: the loss is no longer finite.
-            InvalidInput: a checkpoint that is whole and does not fit.
+            TrainingDiverged: a number is no longer finite.
+            InvalidInput: a whole checkpoint does not fit.
             Interrupted: `options.stop` had a request to end; everything is saved.
             OSError: a checkpoint could not be written.
         """
@@ -277,7 +277,7 @@ class Learner:
         loss = self.merging.held_out_loss(finished.trained, task)
         # The last update can be what diverges, and no later loss would show it.
         last = self.steps.of_task(task) - 1
-        check_finite([loss], task, last, self.config, self.directory)
+        check_finite(np.asarray([loss]), task, last, self.config, self.directory)
         if self.options.keep_task_models and self.directory:
             pretrained = None if self.config.from_scratch else finished.start
             # All processes take part in putting the parts together; one writes.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pm_jax.continual import Learner, RunOptions
-from pm_jax.continual.placement.data import HostData, placed
+from pm_jax.continual.placement.data import HostData, place_stream
 from pm_jax.continual.placement.data_pass import Batches
 from pm_jax.types import InvalidInput
 from tests.small_runs import (
@@ -55,7 +55,7 @@ def test_a_streamed_run_has_the_numbers_of_a_resident_one(config):
 def test_stretches_bring_the_examples_of_a_pass_in_its_order():
     config = dataclasses.replace(BY_CLASS, resident_mb=BUDGET_MB)
     stream = config.task_stream(0)
-    data = placed(config, stream, stream.test)
+    data = place_stream(config, stream, stream.test)
     rows = np.random.default_rng(0).permutation(len(stream.labels))[:1000].astype(np.int32)
     pieces = list(Batches(data.devices, 64).windows(data, lambda _: rows, 3, 16))
     assert [piece[:2] for piece in pieces] == [(n, min(n + 2, 16)) for n in range(3, 16, 2)]
@@ -75,7 +75,7 @@ def test_the_budget_decides_and_by_default_the_devices_memory(monkeypatch):
 
     def kind(budget):
         config = dataclasses.replace(BY_CLASS, resident_mb=budget)
-        return type(placed(config, stream, stream.train)).__name__
+        return type(place_stream(config, stream, stream.train)).__name__
 
     size = stream.inputs.nbytes / 1e6
     assert kind(0.0) == "DeviceData"  # a CPU does not say

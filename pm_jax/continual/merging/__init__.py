@@ -1,1 +1,1 @@
-"""What follows the training of a task: evidence, the merge, and its evaluation."""
+"""The work after the training of a task: evidence, the merge, and its evaluation."""

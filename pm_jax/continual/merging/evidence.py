@@ -122,7 +122,7 @@ class EvidencePass(DataPass):
             return logits_of(self._model, params, inputs, mask, config.temperature)
 
         def task_logits_fn(leaves: Params, inputs: Array) -> Array:
-            return _of_classes(logits_fn(leaves, inputs), mask, self._task_classes)
+            return _select_columns(logits_fn(leaves, inputs), mask, self._task_classes)
 
         # Sample labels over all columns, so that the draws do not depend on how classes are split
         # into tasks. Without samples, a backward pass is made for each of the task's labels only.
@@ -173,7 +173,7 @@ class EvidencePass(DataPass):
         return (measurement.standard_error <= error) & (measurement.along > 0) & enough
 
 
-def _of_classes(logits: Array, mask: Array, most: int | None) -> Array:
+def _select_columns(logits: Array, mask: Array, most: int | None) -> Array:
     """Select the columns of some classes, padded with masked ones up to the most of a task."""
     if most in (None, mask.shape[0]):
         return logits

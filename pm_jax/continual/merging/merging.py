@@ -153,7 +153,7 @@ class Merging:
                 figures |= self._look_along(task, finished, merged, records)
         if task and self._config.plane_points:
             with records.timed("landscape"):
-                self._look_across(task, finished, merged, state.task_vector, records)
+                self._look_across(task, finished, merged, state, records)
         if (statistics := state.statistics) is not None:
             with records.timed("classifier"):
                 add = self.programs.statistics
@@ -241,15 +241,10 @@ class Merging:
         return landscape.regret(alphas, scores) if task else {}
 
     def _look_across(
-        self,
-        task: int,
-        finished: TrainedTask,
-        merged: Params,
-        across: dict[str, Array],
-        records: Records,
+        self, task: int, finished: TrainedTask, merged: Params, state: RunState, records: Records
     ) -> None:
         """Record the scores in the plane of the last two task vectors."""
-        seen = self.tasks_seen(task)
+        seen, across = self.tasks_seen(task), state.task_vector
         rows, columns = landscape.plane(self._config.plane_points)
         scores = records.arrays["plane"][task]
         for row, along in enumerate(rows):

@@ -33,13 +33,12 @@ class Records:
         arrays: all records, for checkpoints; NaN until they are measured.
     """
 
-    def __init__(self, tasks: int, config: Config, onset: bool):
-        """With `onset` the gradient norm at the onset of each task is among the figures."""
+    def __init__(self, tasks: int, config: Config, with_onset: bool):
         landscape_points, plane_points = config.landscape_points, config.plane_points
         self._fields = (
             *MERGE_FIELDS,
             *config.merge_rule.needs.figures,
-            *(("onset_gradient_norm",) if onset else ()),
+            *(("onset_gradient_norm",) if with_onset else ()),
             *(landscape.FIGURES if landscape_points else ()),
         )
         self.arrays: dict[str, np.ndarray] = {

@@ -13,13 +13,7 @@ NEGLIGIBLE = 1e-3
 
 
 def warnings_of(results: Mapping[str, Any]) -> list[str]:
-    """List the doubts about all merges in the contents of a `results.json`, with their tasks.
-
-    Example:
-        >>> merge = {"alpha": 0.5, "predicted_loss_change": 0.031, "actual_loss_change": 0.01}
-        >>> warnings_of({"merges": [{"alpha": 1.0}, merge]})
-        ["task 2: the quadratic model over-predicted the rise of the task's own loss by 3.1 x ..."]
-    """
+    """List the doubts about all merges in the contents of a `results.json`, with their tasks."""
     # The first task has no earlier model to be merged with.
     return [
         f"task {task}: {text}"

@@ -115,7 +115,7 @@ class HostData(NamedTuple):
 StreamData: TypeAlias = DeviceData | HostData
 
 
-def placed(config: Config, stream: TaskStream, split: TaskIndices) -> StreamData:
+def place_stream(config: Config, stream: TaskStream, split: TaskIndices) -> StreamData:
     """Put a stream and one of its splits on the devices; inputs above the budget stay on the host.
 
     Raises:

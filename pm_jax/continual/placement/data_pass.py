@@ -79,9 +79,6 @@ class Batches:
 class DataPass(abc.ABC):
     """A function of data and other arguments that goes over examples, compiled as a whole.
 
-    A subclass says how to begin, what to do with a batch, and what to return. All three functions
-    get the tuple of the other arguments.
-
     Attributes:
         resident: the whole pass compiled as one function, for data on the device.
         window: the batches of one window compiled, for data of the host.
@@ -105,9 +102,10 @@ class DataPass(abc.ABC):
     def update(self, carry: PyTree, batch: Batch, data: DeviceData, given: Any) -> PyTree:
         """Return the carry after a batch."""
 
-    @abc.abstractmethod
     def finish(self, carry: PyTree, data: DeviceData, given: Any) -> Any:
-        """Return the result of the last carry."""
+        """Return the result of the last carry, by default the carry itself."""
+        del data, given
+        return carry
 
     def __call__(self, data: StreamData, *given: Any) -> Any:
         """Go over the data with some other arguments."""
@@ -119,14 +117,14 @@ class DataPass(abc.ABC):
             return self.resident(data, given)
         carry, order = self._begin(data.rest, given)
         stop = int(self._batch_count(order))
-        for first, last, window in self.batches.windows(data, lambda _: order.rows, 0, stop):
+        for *bounds, window in self.batches.windows(data, lambda _: order.rows, 0, stop):
             # Waits, so that no more windows than planned are on the device.
-            carry = jax.block_until_ready(self.window(carry, order, first, last, window, given))
+            carry = jax.block_until_ready(self.window(carry, order, bounds, window, given))
         return self._finish(carry, data.rest, given)
 
     def _whole(self, data: DeviceData, given: Any) -> Any:
         carry, order = self.begin(data, given)
-        carry = self._batches_between(carry, order, 0, self._batch_count(order), data, given)
+        carry = self._batches_between(carry, order, (0, self._batch_count(order)), data, given)
         return self.finish(carry, data, given)
 
     def _batch_count(self, order: Order) -> Array:
@@ -134,14 +132,11 @@ class DataPass(abc.ABC):
         return -(-order.length // self.batches.size)
 
     def _batches_between(
-        self,
-        carry: PyTree,
-        order: Order,
-        first: Array | int,
-        stop: Array | int,
-        data: DeviceData,
-        given: Any,
+        self, carry: PyTree, order: Order, bounds: Any, data: DeviceData, given: Any
     ) -> PyTree:
+        """Update the carry by the batches from the first bound to the second."""
+        first, stop = bounds
+
         def step(number: Array, carry: PyTree) -> PyTree:
             batch = self.batches.at(data, order, number, self._transform)
             return self.update(carry, batch, data, given)

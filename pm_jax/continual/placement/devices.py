@@ -30,15 +30,7 @@ Tree = TypeVar("Tree")
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """A mesh of devices, and how arrays lie on it; with one device, as if there were none.
-
-    Example:
-        >>> devices = Devices.of(count=2, parts=2)
-        >>> devices.place({"w": np.ones((4, 3))})["w"].addressable_shards[0].data.shape
-        (2, 3)
-        >>> devices.place_rows(np.arange(3)).tolist()  # padded
-        [0, 1, 2, 0]
-    """
+    """A mesh of devices, and how arrays lie on it; with one device, as if there were none."""
 
     # Its axes are `data`, along which parameters are copied, and `fsdp`, which divides them.
     mesh: Mesh

@@ -1,1 +1,1 @@
-"""What a run keeps in its work directory."""
+"""The files that a run keeps in its work directory."""

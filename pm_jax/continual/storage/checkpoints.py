@@ -105,9 +105,7 @@ class Checkpoints:
         self._manager.reload()
 
     def newest(self, restore: Callable[[int], T]) -> tuple[int, T | None, list[str]]:
-        """Restore the newest whole step by a function; damaged ones are renamed, with a warning.
-
-        The result is the step, the function's result, and the warnings; (0, None, ...) without one.
+        """Restore the newest whole step by a function; returns step, result and warnings, or 0.
 
         Raises:
             InvalidInput: a checkpoint is as it was saved and still cannot be restored.

@@ -28,7 +28,7 @@ Entry = Mapping[str, Any]
 
 
 class DamagedManifest(ValueError):
-    """A manifest differs from what was written."""
+    """A manifest whose bytes differ from those written."""
 
 
 class Damage(NamedTuple):

@@ -35,7 +35,7 @@ LINES = [{"seconds": (int, float), "step": int, "event": str}]
 def keep_task_model(
     run: Path, task: int, merging: tuple[str, ...], trained: Params, pretrained: Params | None
 ) -> None:
-    """Write the leaves that a task, counted from 0, trained: those that merge, and the others.
+    """Write the merging leaves that a task, from 0, trained, and in a second file its other leaves.
 
     The first task writes theta_0 too, which from scratch, without `pretrained`, is its own model.
     """

@@ -1,6 +1,5 @@
 """A run whose numbers are no longer finite ends with one line that says where and what to do."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -13,15 +12,11 @@ from pm_jax.types import Array, PyTree
 
 
 class TrainingDiverged(RuntimeError):
-    """A number is no longer finite; the message names it, and task and step."""
+    """A run that stops because a number is not finite; the message names it, task and step."""
 
 
 def check_finite(
-    losses: Sequence[float] | np.ndarray,
-    task: int,
-    first_step: int,
-    config: Config,
-    directory: Path | None,
+    losses: np.ndarray, task: int, first_step: int, config: Config, directory: Path | None
 ) -> None:
     """Check the losses of consecutive steps, the first of which is `first_step`, from 0.
 

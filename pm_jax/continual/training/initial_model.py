@@ -50,7 +50,7 @@ def parameter_shapes(config: Config, num_classes: int, input_shape: tuple[int, .
 
 
 def starting_params(config: Config, params: Params) -> Params:
-    """Replace initialised parameters, but for the classifier, by pre-trained ones where asked for.
+    """Replace initialised parameters by pre-trained ones, but for the classifier, if asked for.
 
     Raises:
         InvalidInput: the weights cannot be read or do not fit the model.

@@ -55,12 +55,6 @@ def partition(
 
     Raises:
         ValueError: the pattern or the rank does not fit the model.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> params = {"fc": {"kernel": jnp.ones((4, 4))}, "head": {"kernel": jnp.ones((4, 2))}}
-        >>> partition(params, class_incremental=True, lora_pattern="fc/.*")
-        Partition(adapted=('fc/kernel',), direct=(), head=('head/kernel',))
     """
     head = trees.match_paths(params, HEAD_PATTERN)
     if lora_pattern is None:

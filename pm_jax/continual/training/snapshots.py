@@ -16,17 +16,17 @@ from pm_jax.types import Array, Params
 class Snapshots:
     """Takes snapshots at K fractions of a task's steps, none without fractions.
 
-    Beyond `resident_bytes` the host keeps them instead of the devices.
+    Beyond a budget of bytes the host keeps them instead of the devices.
     """
 
     def __init__(
         self,
         fractions: tuple[float, ...],
         merging: tuple[str, ...],
-        resident_bytes: float,
+        budget: float,
         devices: Devices,
     ):
-        self._fractions, self._merging, self._budget = fractions, merging, resident_bytes
+        self._fractions, self._merging, self._budget = fractions, merging, budget
         self._devices, self._filled = devices, devices.jit(_filled, donate_argnums=0)
 
     def steps(self, total: int) -> tuple[int, ...]:

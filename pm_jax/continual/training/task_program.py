@@ -59,11 +59,7 @@ class Segment(NamedTuple):
 
 
 def training_loss(
-    model: nn.Module,
-    law: Perturbation,
-    *,
-    examples: int | None = None,
-    temperature: float = 1.0,
+    model: nn.Module, law: Perturbation, *, examples: int | None = None, temperature: float = 1.0
 ) -> Callable[[Key, Trainable, Params, Batch, Array], Array]:
     """Make the loss of a step of Perturb-and-Merge: at a random point along the task vector.
 
@@ -96,7 +92,7 @@ def training_loss(
 
 
 class TaskProgram:
-    """The compiled functions that train tasks with the same leaves and up to the same size."""
+    """The compiled functions that train the same leaves for tasks of any size up to the largest."""
 
     def __init__(
         self,
