@@ -134,14 +134,11 @@ def read_archive(path: Path, needs: str, fits: Callable[[np.ndarray], bool]) -> 
             raise InvalidInput(
                 f"dataset={path}: x_{part} is {inputs.dtype} {inputs.shape}; {needs}"
             )
-        _check_labels(path, part, labels, len(inputs))
+        integers = labels.shape == inputs.shape[:1] and labels.dtype.kind in "iu"
+        if not integers or min(labels, default=0) < 0:
+            raise InvalidInput(
+                f"dataset={path}: y_{part} is {labels.dtype} {labels.shape}; it must hold a whole "
+                f"number from 0 on for each of {len(inputs)} examples"
+            )
     x_train, y_train, x_test, y_test = (fields[name] for name in ARCHIVE_FIELDS)
     return LabelledArrays(x_train, y_train, x_test, y_test, path.stem)
-
-
-def _check_labels(path: Path, part: str, labels: np.ndarray, examples: int) -> None:
-    if labels.shape != (examples,) or labels.dtype.kind not in "iu" or min(labels, default=0) < 0:
-        raise InvalidInput(
-            f"dataset={path}: y_{part} is {labels.dtype} {labels.shape}; it must hold a whole "
-            f"number from 0 on for each of {examples} examples"
-        )

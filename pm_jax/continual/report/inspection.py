@@ -96,12 +96,6 @@ def inspect(workdir: Path) -> Inspection:
     )
 
 
-class _Verified(NamedTuple):
-    damaged: dict[Path, str]
-    unlisted: list[Path]
-    intact: int
-
-
 def _below(directory: Path) -> list[Path]:
     """List everything below a directory, in order; what a run deletes meanwhile may be missing."""
     return sorted(
@@ -111,8 +105,8 @@ def _below(directory: Path) -> list[Path]:
     )
 
 
-def _verified(workdir: Path) -> _Verified:
-    """Compare all files below a directory with the manifests that are there, or should be."""
+def _verified(workdir: Path) -> tuple[dict[Path, str], list[Path], int]:
+    """Compare all files with the manifests: the damaged, the unlisted and the number intact."""
     paths = _below(workdir)
     # Ignore the manifest's temporary file: the files that it will list may not exist yet.
     in_the_making = manifest.FILE + files.TEMPORARY
@@ -146,7 +140,7 @@ def _verified(workdir: Path) -> _Verified:
         for path in contents
         if path not in covered and owner[path] not in blind
     }
-    return _Verified(damaged, sorted(unlisted), intact)
+    return damaged, sorted(unlisted), intact
 
 
 def _has_manifest(path: Path) -> bool:
