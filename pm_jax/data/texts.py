@@ -32,11 +32,8 @@ def load(
         InvalidInput: data or tokenizer are missing, damaged or of another kind.
     """
     encode = _encoder(tokenizer, max_tokens)
-    if dataset.endswith(".npz"):
-        needs = "a text model needs strings [N]"
-        arrays = sources.read_archive(Path(dataset), needs, _are_texts)
-    else:
-        arrays = _prepared(dataset, data_dir)
+    archive = dataset.endswith(".npz")
+    arrays = load_archive(Path(dataset)) if archive else _prepared(dataset, data_dir)
     return sources.keep_first(arrays, train_per_class, test_per_class).with_inputs(encode)
 
 
@@ -70,8 +67,10 @@ def _encoder(path: str, max_tokens: int):
     return encode
 
 
-def _are_texts(inputs: np.ndarray) -> bool:
-    return inputs.dtype.kind == "U" and inputs.ndim == 1
+def load_archive(path: Path) -> LabelledArrays:
+    """Load the user's `.npz`: strings [N], labels from 0 on; raises `InvalidInput`."""
+    needs = "a text model needs strings [N]"
+    return sources.read_archive(path, needs, lambda x: x.dtype.kind == "U" and x.ndim == 1)
 
 
 def _prepared(name: str, data_dir: str) -> LabelledArrays:

@@ -109,7 +109,7 @@ HEADER = "{'descr': '|u1', 'fortran_order': False, 'shape': (%s), }\n"
 )
 def test_headers_that_lie(tmp_path, header, version):
     path = with_header(tmp_path / "mine.npz", header, version)
-    for read in (sources.read_archive, pretrained.read_tensors):
+    for read in (sources.load_archive, pretrained.read_tensors):
         assert "mine.npz: cannot be read (" in line_of(read, path)
 
 
@@ -117,11 +117,11 @@ def test_headers_that_lie(tmp_path, header, version):
 def test_files_that_are_no_archive(tmp_path, content):
     path = tmp_path / "mine.npz"
     path.write_bytes(content)
-    for read in (sources.read_archive, pretrained.read_tensors):
+    for read in (sources.load_archive, pretrained.read_tensors):
         assert "mine.npz: cannot be read (" in line_of(read, path)
     np.save(tmp_path / "one.npy", LABELS)
     (tmp_path / "one.npy").rename(path)
-    assert "cannot be read" in line_of(sources.read_archive, path)
+    assert "cannot be read" in line_of(sources.load_archive, path)
 
 
 class Canary:
@@ -140,10 +140,10 @@ def test_nothing_is_unpickled(tmp_path):
     for field in IMAGES:
         archive(path, **{field: objects})
         assert "Object arrays cannot be loaded" in line_of(use_data, path)
-        assert "Object arrays cannot be loaded" in line_of(texts._archive, path)
+        assert "Object arrays cannot be loaded" in line_of(texts.load_archive, path)
         assert "Object arrays cannot be loaded" in line_of(pretrained.read_tensors, path)
     path.write_bytes(pickle.dumps(Canary(trace)))
-    for read in (sources.read_archive, pretrained.read_tensors):
+    for read in (sources.load_archive, pretrained.read_tensors):
         line_of(read, path)
     np.save(tmp_path / "x.images.npy", objects, allow_pickle=True)
     np.save(tmp_path / "x.labels.npy", objects, allow_pickle=True)
