@@ -7,8 +7,8 @@ A factory takes the hyper-parameters and returns a `MergeRule`, two pure functio
     params, state, info = rule.update(                        # after each task
         state, previous=start, trained=trained, evidence=evidence)
 
-What whoever calls them must arrange is written in a value beside them, `rule.needs`. A wrapper is a
-function from a rule to a rule, such as `jackknifed`.
+The third field, `rule.needs`, says what their caller must arrange. A wrapper is a function from a
+rule to a rule, such as `jackknifed`.
 """
 
 from collections.abc import Callable
@@ -29,18 +29,17 @@ class Evidence(NamedTuple):
     Attributes:
         quadratic: curvature of the task's loss at the trained model.
         curvature_error: standard error of `Delta^T H_t Delta` over the task's examples, scalar.
-        key: PRNG key of this merge; what is random in a leaf folds in its path.
-        trajectory: float32 snapshots of the merging leaves along the task's training, stacked
-            [K, ...], at `Requirements.snapshots`.
+        key: PRNG key of this merge; random numbers of a leaf come from it and the leaf's path.
+        trajectory: float32 snapshots of training at `Requirements.snapshots`, leaves [K, ...].
         objective: the task's loss on some of its examples, at the trained model's classifier.
         onset_gradient_norm: `Objective.gradient_norm` at the model that the task started from.
         input_moments: `{path of a dense kernel: [in, in]}`, second moments of the layer's inputs;
-            in the evidence that a rule absorbs only.
+            only in the evidence that a rule absorbs.
         adapters: the task's adapters; their products are 0 where the task trained in full.
-        all_objectives: those of every task of the stream, stacked (see `objectives.stack`); for
-            analysis only, as no learner has the data of earlier tasks.
+        all_objectives: the objectives of every task, stacked by `objectives.stack`; for analysis
+            only, as no learner has the data of earlier tasks.
         curvature_along: exact `Delta^T H_t Delta`, scalar, where it was measured.
-        left_out: the measurements without each of `Requirements.example_groups`, stacked.
+        left_out: measurements without each of `Requirements.example_groups`, stacked.
     """
 
     quadratic: Quadratic | None = None
@@ -60,14 +59,14 @@ class MergeInfo(NamedTuple):
     """Figures of a merge; float32 scalars, NaN where a figure does not apply.
 
     Attributes:
-        alpha: the coefficient used; the mean over all entries where each has its own.
-        alpha_raw: before clipping.
-        numerator: of the closed form.
-        denominator: of the closed form.
-        standard_error: of `alpha_raw`, over the current task's examples.
-        predicted_loss_change: of the current task, trained to merged model.
+        alpha: the coefficient used; the mean over all entries where there are several.
+        alpha_raw: the coefficient before clipping.
+        numerator: dividend of the closed form.
+        denominator: divisor of the closed form.
+        standard_error: error of `alpha_raw`, over the current task's examples.
+        predicted_loss_change: the current task's loss at the merged model less the trained one's.
         degenerate: 1 where the curvature gave no minimum and alpha is 1/t, else 0; the share of
-            such entries where each has its own coefficient.
+            such entries where there are several coefficients.
         figures: other figures of the rule, under the names in `Requirements.figures`.
     """
 
@@ -96,10 +95,9 @@ class TrainingHook(NamedTuple):
     """Functions of the rule's state that a learner calls, inside jit, while a task trains.
 
     Attributes:
-        onset: `onset(state, moving) -> moving`, of what trains before the first step.
-        project: `project(state, moving) -> moving`, of a step's gradients and of the optimiser's
-            updates.
-        project_until: share of the task's steps in which `project` takes part.
+        onset: `onset(state, moving) -> moving`, on the leaves before the first step.
+        project: `project(state, moving) -> moving`, on the gradients and updates of a step.
+        project_until: share of the task's steps in which `project` is called.
         refresh: `refresh(state, key, moving) -> (moving, renewed)`, between epochs; the optimiser's
             moments are cleared where `renewed` (bool, of the same structure) is true.
         refresh_every: epochs from one `refresh` to the next.
@@ -116,15 +114,12 @@ class InitFn(Protocol):
     """Makes the state of a rule."""
 
     def __call__(self, params: Params, /, *args: Any, **given: Any) -> Any:
-        """Return the state before the first task.
+        """Return the state before the first task, a pytree of arrays whose shapes stay.
 
         Args:
             params: the pre-trained model `theta_0`, the leaves that merge.
             *args: none so far.
             **given: `adapters` of product 0, for a rule that reads `Evidence.adapters`.
-
-        Returns:
-            A pytree of arrays, whose shapes no merge changes.
         """
 
 
@@ -137,13 +132,10 @@ class UpdateFn(Protocol):
         """Return the merged model, the next state and the figures of the merge.
 
         Args:
-            state: of the rule, before this task.
+            state: the rule's state before this task.
             previous: the model that the task started from.
             trained: the model that it ended with, of the same structure.
-            evidence: with the fields that the rule reads; a rule that reads none has a default.
-
-        Returns:
-            `(params, state, info)`; all depend on the arguments only.
+            evidence: the fields that the rule reads; a rule that reads none has a default.
         """
 
 
@@ -154,19 +146,18 @@ class Requirements(NamedTuple):
         evidence: names of the fields of `Evidence` that `update` reads.
         next_task_from: the model that the next task starts from: "merged", "trained", or "initial"
             for theta_0.
-        scope: how much of a model `update` must see at once to give the same parameters: any
-            "element" by itself, each "tensor" by itself, or the whole "model".
-        snapshots: when `Evidence.trajectory` is kept, fractions of the task's steps in [0, 1].
+        scope: how much of a model `update` must see at once to give the same parameters: one
+            "element", one "tensor", or the whole "model".
+        snapshots: fractions of the task's steps, in [0, 1], at which `trajectory` is kept.
         figures: names of the entries of `MergeInfo.figures`.
-        example_groups: K of `Evidence.left_out` (see `measures.in_groups`), where that is read.
-        hook: takes part in the training of a task; or `None`.
+        example_groups: K of `Evidence.left_out` (see `measures.in_groups`).
+        hook: functions that training calls, or `None`.
         absorb: `absorb(state, evidence) -> state`, called after the merge with the same evidence
             measured anew at the merged model and with `input_moments`; or `None`.
-        keeps_tasks: whether the state holds a vector of each task, of the size of what merges; a
-            run then keeps it in the host's memory between merges.
+        keeps_tasks: whether the state has a model-sized vector for every task; a run then keeps it
+            in the host's memory between merges.
         tasks_at_once: whether all tasks are trained as one.
-        analysis_only: whether the rule is no method but a bound for methods, because it needs the
-            data of all tasks.
+        analysis_only: whether the rule needs the data of all tasks: a bound, not a method.
     """
 
     evidence: frozenset[str] = frozenset()
@@ -189,13 +180,7 @@ class Requirements(NamedTuple):
 
 
 class MergeRule(NamedTuple):
-    """A merge rule: two pure functions, and what they ask of whoever calls them.
-
-    Attributes:
-        init: see `InitFn`.
-        update: see `UpdateFn`.
-        needs: see `Requirements`.
-    """
+    """A merge rule: two pure functions, and what they ask of their caller."""
 
     init: InitFn
     update: UpdateFn

@@ -7,18 +7,18 @@ import jax
 import jax.numpy as jnp
 
 from pm_jax import task_vectors, trees
-from pm_jax.coefficients import predicted_loss_change
+from pm_jax.coefficients import merge_coefficient_of
 from pm_jax.curvature.dense_layers import kernel_paths
 from pm_jax.curvature.diagonal import DiagonalQuadratic
 from pm_jax.curvature.quadratics import Curvature, Quadratic
 from pm_jax.lora import Adapter
 from pm_jax.rules import gradient_projection
-from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Moving, Requirements, TrainingHook
-from pm_jax.rules.building import quadratic_of, require
+from pm_jax.rules.base import Evidence, MergeRule, Moving, Requirements, TrainingHook
+from pm_jax.rules.building import info_of, quadratic_of, require
 from pm_jax.types import Array, Params
 
 LARGEST_THRESHOLD = 0.999
-"""A larger share of the energy would take rounding errors for inputs."""
+"""Beyond this share of the energy the memory would fill with rounding errors."""
 
 
 class BecameState(NamedTuple):
@@ -26,7 +26,7 @@ class BecameState(NamedTuple):
 
     Attributes:
         tasks: int32 scalar, tasks merged so far.
-        precision: Lam, the curvature of the tasks so far; the coefficient asks for no slope.
+        precision: Lam, the curvature of the tasks so far; the coefficient needs no slope.
         projectors: `{path of a dense kernel: [in, in]}`, see `gradient_projection`.
     """
 
@@ -48,11 +48,11 @@ def became(
         a = d^T F_t d / d^T (F_t + Lam) d,    d = theta_free - theta_GP
         theta_t = lerp(theta_GP, theta_free, a),    Lam <- F(at theta_t) + decay Lam
 
-    The first task trains freely and is kept as trained. From the second on, the first stage removes
-    from what trains all that acts on the inputs of earlier tasks (gradient projection memory); the
-    second goes on from there without. F is the curvature per example, F_t at theta_free: diagonal
-    in the paper, here of the memory's kind. One of low rank is measured along the task vector, of
-    which d is a part, and may be too small along d.
+    The first task trains freely and is kept as trained. From the second on, a first stage removes
+    from gradients and updates all that acts on the inputs of earlier tasks (gradient projection
+    memory); the second stage goes on freely. F is the curvature per example, F_t at theta_free:
+    diagonal in the paper, here of the memory's kind. A low-rank one is measured along the task
+    vector, of which d is a part, and may be too small along d.
 
     These details are ours, as the paper's text was not at hand:
 
@@ -60,13 +60,12 @@ def became(
     - The optimiser's updates are projected like the gradients: Adam rescales element by element,
       which alone would leave the complement of the memory.
     - Leaves that are not dense kernels (biases, norms, convolutions, embeddings) rest in the first
-      stage: whatever moves them acts on old inputs too. A classifier with columns of its own for
-      each task trains in both.
-    - With LoRA the projection acts on the adapted kernels through A [in, rank] of `W + A B`: A is
-      projected when it is drawn, and its gradients and updates after, so `x A B = 0` for every x in
-      the memory, whatever B is.
-    - Inputs are those of the merged model on `Evidence.objective`'s examples. The threshold of task
-      t, counted from 0, is `threshold + threshold_growth t`, at most 0.999.
+      stage: a change of them acts on old inputs too. A classifier with columns per task trains in
+      both.
+    - With LoRA, A [in, rank] of `W + A B` is projected when it is drawn, and so are its gradients
+      and updates: `x A B = 0` for every x in the memory, whatever B is.
+    - The memory is of the merged model's inputs on `Evidence.objective`'s examples. The threshold
+      of task t, counted from 0, is `threshold + threshold_growth t`, at most 0.999.
 
     A projector takes in^2 numbers a kernel: about twice a ViT-B's parameters if all of it trains.
 
@@ -74,14 +73,13 @@ def became(
         projected: share of a task's steps with projection, in [0, 1); 0 leaves the stage out.
         threshold: share of the inputs' energy that the memory keeps, in (0, 1); 0.97 is the value
             for CIFAR-100, 0.985 with growth 0.0003 for MiniImageNet.
-        threshold_growth: added for each task, at least 0.
-        decay: gamma, of the earlier tasks' precision, in [0, 1].
+        threshold_growth: what each task adds to the threshold, at least 0.
+        decay: gamma, factor of the earlier tasks' precision, in [0, 1].
         memory: the quadratic that is 0 everywhere, of the kind that the evidence has.
 
     Returns:
         A `MergeRule` that needs `quadratic` (of the memory's kind), `trajectory` and, to absorb a
-        merge, the quadratic and `input_moments` at the merged model. Its predicted loss change is
-        from theta_free.
+        merge, `input_moments`. Its predicted loss change is from theta_free.
 
     Raises:
         ValueError: a setting out of range.
@@ -116,16 +114,10 @@ def became(
         free_step = task_vectors.difference(trained, projected_model)
         current = quadratic.curvature_along(free_step)
         total = current + state.precision.along(free_step)
-        solvable = jnp.isfinite(total) & (total > jnp.finfo(total.dtype).tiny)
-        quotient = jnp.where(solvable, current / jnp.where(solvable, total, 1.0), 1 / tasks)
-        alpha = jnp.where(tasks <= 1, 1.0, quotient)
-        info = MergeInfo.of(alpha, (tasks > 1) & ~solvable)._replace(
-            numerator=current,
-            denominator=total,
-            predicted_loss_change=predicted_loss_change(alpha, current),
-            figures={"memory_share": _share(state.projectors)},
-        )
-        merged = trees.lerp(projected_model, trained, alpha)
+        coefficient = merge_coefficient_of(current, total, task=tasks, clip=False)
+        info = info_of(coefficient, current)
+        info = info._replace(figures={"memory_share": _share(state.projectors)})
+        merged = trees.lerp(projected_model, trained, coefficient.alpha)
         return merged, state._replace(tasks=tasks), info
 
     def absorb(state: BecameState, evidence: Evidence) -> BecameState:
@@ -158,21 +150,24 @@ def _outside(state: BecameState, moving: Moving) -> Moving:
     def leaf(path: str, change: Array | Adapter) -> Array | Adapter:
         if isinstance(change, Adapter):
             a = gradient_projection.removed(state.projectors[path], change.a)
+            # B may change as it likes: no old input passes through A.
             return change._replace(a=a)
         if path in state.projectors:
             return gradient_projection.removed(state.projectors[path], change)
+        # Not 0 in the first task, which has nothing to protect.
         return jnp.where(state.tasks > 0, 0.0, change)
 
     return {path: leaf(path, change) for path, change in moving.items()}
 
 
 def _fresh_outside(state: BecameState, moving: Moving) -> Moving:
-    """Leaves to train at the onset of a task: adapters start outside the memory."""
+    """The leaves at the onset of a task: adapters start outside the memory."""
     adapters: Moving = {path: x for path, x in moving.items() if isinstance(x, Adapter)}
     return {**moving, **_outside(state, adapters)}
 
 
 def _share(projectors: dict[str, Array]) -> Array:
-    """Share of the input directions that the memory holds, mean over kernels."""
+    """Share of the input directions in the memory, mean over kernels."""
+    # The trace of a projector is the number of its directions.
     shares = [jnp.trace(p) / p.shape[0] for p in projectors.values()]
     return jnp.mean(jnp.stack(shares)) if shares else jnp.zeros(())

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pm_jax import task_vectors, trees
+from pm_jax.coefficients import MergeCoefficient, predicted_loss_change
 from pm_jax.curvature.diagonal import Diagonal
 from pm_jax.curvature.quadratics import Curvature, Quadratic
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Requirements
@@ -17,27 +18,23 @@ MEASURES = {
     "Kronecker": "fisher_kronecker",
     "LowRank": "gauss_newton_low_rank",
 }
-"""Measures to name in errors, by the kind of curvature that they find."""
+"""Measures to name in errors, by the kind of curvature that they measure."""
 
 
 class TaskCount(NamedTuple):
-    """State of a rule that only counts.
-
-    Attributes:
-        tasks: int32 scalar, tasks merged so far.
-    """
+    """State of a rule that only counts the tasks merged so far, an int32 scalar."""
 
     tasks: Array
 
+    @classmethod
+    def zero(cls, params: Params) -> "TaskCount":
+        """The state before the first task."""
+        del params
+        return cls(jnp.zeros((), jnp.int32))
+
 
 def merge_by_count(coefficient: Callable[[Array], Array]) -> MergeRule:
-    """A rule whose coefficient depends only on how many tasks were merged.
-
-    Args:
-        coefficient: from t, an int32 scalar counted from 1, to a float32 scalar.
-
-    Returns:
-        A `MergeRule` that needs no evidence; its info has NaN where curvature would be needed.
+    """A rule whose coefficient depends only on t, the number of tasks, counted from 1.
 
     Example:
         >>> rule = merge_by_count(lambda t: 1 / t)
@@ -45,10 +42,6 @@ def merge_by_count(coefficient: Callable[[Array], Array]) -> MergeRule:
         >>> float(info.alpha), float(info.denominator)
         (1.0, nan)
     """
-
-    def init(params: Params) -> TaskCount:
-        del params
-        return TaskCount(jnp.zeros((), jnp.int32))
 
     def update(
         state: TaskCount, *, previous: Params, trained: Params, evidence: Evidence | None = None
@@ -58,7 +51,7 @@ def merge_by_count(coefficient: Callable[[Array], Array]) -> MergeRule:
         info = MergeInfo.of(coefficient(tasks))
         return trees.lerp(previous, trained, info.alpha), TaskCount(tasks), info
 
-    return MergeRule(init, update, Requirements(scope="element"))
+    return MergeRule(TaskCount.zero, update, Requirements(scope="element"))
 
 
 class RunningTaskVector(NamedTuple):
@@ -84,22 +77,8 @@ def merge_running_task_vector(
 
         theta_hat_t = theta_0 + scale v_t,   v_t = accumulate(v_{t-1}, theta_t* - theta_0, t, key)
 
-    Merging is for inference: the next task starts from the trained model.
-
-    Args:
-        accumulate: from v_{t-1} (zero at first), the task's own vector, t (int32 scalar, from 1)
-            and the key of the merge to v_t.
-        scale: coefficient of the task vector.
-        evidence_fields: names of the fields of `Evidence` that `accumulate` reads: "key", or none.
-
-    Returns:
-        A `MergeRule`.
-
-    Example:
-        >>> rule = merge_running_task_vector(lambda old, new, t, key: new, 0.5)
-        >>> state = rule.init(jnp.ones(1))
-        >>> rule.update(state, previous=jnp.ones(1), trained=jnp.full(1, 3.0))[0].tolist()
-        [2.0]
+    with v_0 = 0 and t an int32 scalar from 1. Merging is for inference: the next task starts from
+    the trained model. `evidence_fields` holds "key" where `accumulate` draws random numbers.
     """
 
     def init(params: Params) -> RunningTaskVector:
@@ -128,75 +107,31 @@ def merge_running_task_vector(
 
 
 def origin_of(params: Params) -> Params:
-    """The pre-trained model as a rule keeps it: a new tree of its arrays.
-
-    The state of an nnx model is made of mutable variables, which go on training.
-
-    Args:
-        params: pytree of arrays.
-
-    Returns:
-        The same arrays.
-
-    Example:
-        >>> origin_of({"w": 1.0})["w"].shape
-        ()
-    """
+    """The pre-trained model as a rule keeps it: the same arrays in a new tree."""
+    # An nnx state is made of mutable variables, which go on training: the tree must be a copy.
     return jax.tree.map(jnp.asarray, params)
 
 
+def stacked_zeros(tree: PyTree, count: int) -> PyTree:
+    """Room for one tree of each of `count` tasks: zeros [count, ...] of every leaf's type."""
+    return jax.tree.map(lambda leaf: jnp.zeros((count, *leaf.shape), leaf.dtype), tree)
+
+
 def key_of(evidence: Evidence | None) -> Key:
-    """The key of a merge.
-
-    Args:
-        evidence: of the task.
-
-    Returns:
-        A PRNG key.
-
-    Raises:
-        ValueError: the evidence has none.
-
-    Example:
-        >>> key_of(Evidence())
-        Traceback (most recent call last):
-        ValueError: evidence.key=None: the rule draws random numbers; give a PRNG key
-    """
+    """The PRNG key of a merge; raises ValueError where the evidence has none."""
     if evidence is None or evidence.key is None:
         raise ValueError("evidence.key=None: the rule draws random numbers; give a PRNG key")
     return evidence.key
 
 
 def diagonal_of(evidence: Evidence) -> PyTree:
-    """The diagonal of a task's curvature, for rules that work entry by entry.
-
-    Args:
-        evidence: of the task.
-
-    Returns:
-        Pytree of the structure of the parameters.
-
-    Raises:
-        ValueError: the evidence has no quadratic, or one of another kind.
-
-    Example:
-        >>> from pm_jax.curvature import DiagonalQuadratic
-        >>> diagonal_of(Evidence(DiagonalQuadratic.at(jnp.zeros(1), jnp.ones(1)))).tolist()
-        [1.0]
-    """
+    """The diagonal of a task's curvature; raises ValueError where it is of another kind."""
     curvature: Any = quadratic_of(evidence, Diagonal).curvature
     return curvature.diagonal
 
 
 def quadratic_of(evidence: Evidence, kind: type[Curvature]) -> Quadratic:
-    """The quadratic of a task, whose curvature is of the kind that a rule keeps.
-
-    Args:
-        evidence: of the task.
-        kind: a subclass of `Curvature`.
-
-    Returns:
-        Its quadratic.
+    """The quadratic of a task, whose curvature must be of the kind that a rule keeps.
 
     Raises:
         ValueError: the evidence has no quadratic, or one of another kind.
@@ -216,35 +151,38 @@ def quadratic_of(evidence: Evidence, kind: type[Curvature]) -> Quadratic:
     return quadratic
 
 
-def mean_of_entries(tree: PyTree) -> Array:
-    """Mean over the entries of all leaves.
-
-    Args:
-        tree: pytree of arrays.
-
-    Returns:
-        float32 scalar.
+def with_fallback(weights: PyTree, fallback: Array | float) -> tuple[PyTree, MergeInfo]:
+    """Weights entry by entry with a fallback where they are not finite, and the info of both.
 
     Example:
-        >>> float(mean_of_entries([jnp.asarray(True), jnp.zeros(3)]))
-        0.25
+        >>> weights, info = with_fallback(jnp.asarray([0.5, jnp.nan]), 0.0)
+        >>> weights.tolist(), float(info.alpha), float(info.degenerate)
+        ([0.5, 0.0], 0.25, 0.5)
     """
+    missing = jax.tree.map(lambda weight: ~jnp.isfinite(weight), weights)
+    weights = jax.tree.map(lambda w, none: jnp.where(none, fallback, w), weights, missing)
+    return weights, MergeInfo.of(_mean_of_entries(weights), _mean_of_entries(missing))
+
+
+def _mean_of_entries(tree: PyTree) -> Array:
     leaves = jax.tree.leaves(tree)
     total = sum(jnp.sum(leaf, dtype=jnp.float32) for leaf in leaves)
+    # Dividing by a Python int would overflow: models have more than 2^31 entries.
     return total / jnp.float32(sum(leaf.size for leaf in leaves))
 
 
+def info_of(coefficient: MergeCoefficient, curvature: Array) -> MergeInfo:
+    """The info of a coefficient, with the current task's `Delta^T H_t Delta` for its prediction."""
+    return MergeInfo.of(coefficient.alpha, coefficient.degenerate)._replace(
+        alpha_raw=coefficient.alpha_raw,
+        numerator=coefficient.numerator,
+        denominator=coefficient.denominator,
+        predicted_loss_change=predicted_loss_change(coefficient.alpha, curvature),
+    )
+
+
 def require(name: str, value: float | str, holds: bool, wanted: str) -> None:
-    """Check a setting of a rule.
-
-    Args:
-        name: of the setting.
-        value: given for it.
-        holds: whether the rule takes the value.
-        wanted: what it would take.
-
-    Raises:
-        ValueError: it does not hold.
+    """Raise ValueError where a setting's value does not hold, and say what the rule wants.
 
     Example:
         >>> require("scale", -1.0, False, "above 0")
@@ -256,16 +194,13 @@ def require(name: str, value: float | str, holds: bool, wanted: str) -> None:
 
 
 def jit_merge(update: Callable[..., Any]) -> jax.stages.Wrapped:
-    """Compile a merge so that it needs little memory beyond what it is given.
-
-    The buffers of the state that it is given are donated, so that state cannot be used again. To be
-    written into without a copy, the next state must be the first of the results.
+    """Compile a merge for the default backend so that it needs little memory beyond its inputs.
 
     Args:
-        update: pure function `(state, ...) -> (next state, ...)`.
+        update: pure function `(state, ...) -> (next state, ...)`, the next state first.
 
     Returns:
-        The compiled function, for the default backend.
+        The compiled function. It donates the state's buffers, so that state cannot be used again.
 
     Example:
         >>> import jax.numpy as jnp
@@ -284,4 +219,6 @@ def jit_merge(update: Callable[..., Any]) -> jax.stages.Wrapped:
         # XLA's default CPU schedule starts every leaf before it finishes any, which keeps all
         # temporaries in memory; this one goes leaf by leaf.
         options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    # Donated buffers are handed to the results in their order: the next state, which comes first,
+    # is written into them without a copy.
     return jax.jit(update, donate_argnums=0, compiler_options=options)

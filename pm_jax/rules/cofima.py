@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from pm_jax import trees
 from pm_jax.curvature.diagonal import DiagonalQuadratic
-from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Requirements
-from pm_jax.rules.building import diagonal_of, mean_of_entries, require
+from pm_jax.rules.base import Evidence, MergeRule, Requirements
+from pm_jax.rules.building import diagonal_of, require, with_fallback
 from pm_jax.types import Array, Params, PyTree
 
 
@@ -17,7 +17,7 @@ class CofimaState(NamedTuple):
 
     Attributes:
         tasks: int32 scalar, tasks merged so far.
-        fisher: of the last task only, float32.
+        fisher: diagonal of the last task only, float32.
     """
 
     tasks: Array
@@ -31,8 +31,7 @@ def cofima(*, step: float = 0.4, cap: float = 0.0) -> MergeRule:
         theta_hat_t = ((1 - step) F_{t-1} theta_hat_{t-1} + step F_t theta_t*)
                       / ((1 - step) F_{t-1} + step F_t)
 
-    Entries whose denominator vanishes take CoMA's step. Training of the next task starts from the
-    merged model.
+    Entries whose denominator vanishes take CoMA's step.
 
     Args:
         step: lambda of the paper, in (0, 1].
@@ -40,26 +39,21 @@ def cofima(*, step: float = 0.4, cap: float = 0.0) -> MergeRule:
             batch-mean gradients; ours are per example, to which that number does not carry over.
 
     Returns:
-        A `MergeRule` that needs `quadratic` (a `DiagonalQuadratic`); its `update` raises ValueError
-        for any other.
+        A `MergeRule` that needs `quadratic` (a `DiagonalQuadratic`).
 
     Raises:
-        ValueError: step or cap out of range.
+        ValueError: step or cap out of range, or in `update` another kind of quadratic.
 
     References:
         Marouf et al., `Weighted Ensemble Models Are Strong Continual Learners
         <https://arxiv.org/abs/2312.08977>`_, ECCV 2024
 
     Example:
-        >>> rule = cofima(step=0.5)
-        >>> state, merged = rule.init(jnp.zeros(1)), jnp.zeros(1)
-        >>> for trained, fisher in [(1.0, 3.0), (5.0, 1.0)]:
-        ...     trained = jnp.full(1, trained)
-        ...     evidence = Evidence(DiagonalQuadratic.at(trained, jnp.full(1, fisher)))
-        ...     merged, state, _ = rule.update(
-        ...         state, previous=merged, trained=trained, evidence=evidence)
-        >>> merged.tolist()  # (3 * 1 + 1 * 5) / (3 + 1)
-        [2.0]
+        >>> rule, start = cofima(step=0.5), jnp.zeros(1)
+        >>> state = CofimaState(jnp.asarray(1), jnp.full(1, 3.0))  # one task, of Fisher 3
+        >>> evidence = Evidence(DiagonalQuadratic.at(start, jnp.ones(1)))
+        >>> rule.update(state, previous=start, trained=start + 4, evidence=evidence)[0].tolist()
+        [1.0]
     """
     require("step", step, 0 < step <= 1, "in (0, 1]")
     require("cap", cap, cap >= 0, "at least 0, where 0 is none")
@@ -74,14 +68,12 @@ def cofima(*, step: float = 0.4, cap: float = 0.0) -> MergeRule:
 
         def weight(old, new):
             total = (1 - step) * old + step * new
+            # NaN marks the entries that neither Fisher weighs; below `tiny` the quotient is noise.
             return jnp.where(total > jnp.finfo(total.dtype).tiny, step * new / total, jnp.nan)
 
         weights = jax.tree.map(weight, state.fisher, fisher)
-        without = jax.tree.map(lambda w: ~jnp.isfinite(w), weights)
-        plain = jnp.where(tasks == 1, 1.0, step)
-        weights = jax.tree.map(lambda w, none: jnp.where(none, plain, w), weights, without)
+        weights, info = with_fallback(weights, jnp.where(tasks == 1, 1.0, step))
         merged = jax.tree.map(trees.lerp, previous, trained, weights)
-        info = MergeInfo.of(mean_of_entries(weights), mean_of_entries(without))
         return merged, CofimaState(tasks, fisher), info
 
     return MergeRule(init, update, Requirements(frozenset({"quadratic"}), scope="element"))

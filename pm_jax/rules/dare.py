@@ -19,14 +19,13 @@ def dare(*, on: str = "averaging", drop: float = 0.5, scale: float = 0.0) -> Mer
 
         tau' = mask tau / (1 - drop),   mask = 0 with probability `drop`, else 1
 
-    whose mean is tau. The task vector is that of the other rule: from the merged model that the
-    task started from for averaging, from `theta_0` for the others. Where the next task starts is
-    the other rule's as well.
+    whose mean is tau. The task vector begins at the merged model that the task started from for
+    averaging, at `theta_0` for the others. The next task starts where the other rule says.
 
     Args:
         on: "averaging", "task_arithmetic" or "ties".
         drop: probability in [0, 1); with 0 it is the other rule.
-        scale: of the other rule, not of averaging; 0 for its default.
+        scale: the other rule's, which averaging lacks; 0 for its default.
 
     Returns:
         A `MergeRule` that needs `key`.
@@ -60,6 +59,7 @@ def dare(*, on: str = "averaging", drop: float = 0.5, scale: float = 0.0) -> Mer
         merged, state, info = rule.update(
             state, previous=previous, trained=sparse, evidence=evidence
         )
+        # The sparsified model is float32, and so is a merge with it.
         return jax.tree.map(lambda x, y: x.astype(y.dtype), merged, trained), state, info
 
     return rule._replace(update=update, needs=rule.needs._replace(evidence=frozenset({"key"})))
@@ -69,6 +69,7 @@ def _sparsified(key: Array, base: Params, trained: Params, drop: float) -> Param
     """The trained model with its task vector sparsified, float32 (float64 for such leaves)."""
 
     def leaf(leaf_key, low, high):
+        # float32 even for bfloat16 models, whose rounding would drop small entries of tau'.
         dtype = trees.compute_dtype(low, high)
         low, high = low.astype(dtype), high.astype(dtype)
         kept = jax.random.bernoulli(leaf_key, 1 - drop, low.shape)

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from pm_jax import losses, task_vectors, trees
-from pm_jax.coefficients import merge_coefficient_of, predicted_loss_change
+from pm_jax.coefficients import merge_coefficient_of
 from pm_jax.curvature.exact import ExactQuadratic
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Requirements
-from pm_jax.rules.building import require
+from pm_jax.rules.building import info_of, origin_of, require, stacked_zeros
+from pm_jax.rules.objectives import map_tasks
 from pm_jax.types import Array, Params
 
 
@@ -32,8 +33,8 @@ def exact_curvature(*, clip: bool = True, max_tasks: int = 10) -> MergeRule:
                   / sum_{i<=t} Delta_t^T G_i Delta_t
 
     with `G_i` the Gauss-Newton matrix of task i's loss at `theta_i*` on some of its training
-    examples, by jvp. What is left between this coefficient and the oracle's is due to the expansion
-    itself. An analysis tool: it keeps every model and needs the data of earlier tasks.
+    examples, by jvp. The remaining gap between this coefficient and the oracle's is due to the
+    expansion itself. An analysis tool: it keeps every model and needs the data of earlier tasks.
 
     Args:
         clip: restrict alpha to [0, 1].
@@ -56,9 +57,7 @@ def exact_curvature(*, clip: bool = True, max_tasks: int = 10) -> MergeRule:
     require("max_tasks", max_tasks, max_tasks >= 1, "at least 1")
 
     def init(params: Params) -> ExactCurvatureState:
-        models = jax.tree.map(
-            lambda x: jnp.zeros((max_tasks, *jnp.shape(x)), jnp.asarray(x).dtype), params
-        )
+        models = stacked_zeros(origin_of(params), max_tasks)
         return ExactCurvatureState(jnp.zeros((), jnp.int32), models)
 
     def update(
@@ -72,8 +71,8 @@ def exact_curvature(*, clip: bool = True, max_tasks: int = 10) -> MergeRule:
         )
         delta = task_vectors.difference(trained, previous)
 
-        def of_task(number: Array) -> Array:
-            """One task's term of the sum: its slope at the previous model and its curvature."""
+        def slope_and_curvature(number: Array) -> Array:
+            """One task's term of both sums, the slope at the previous model."""
             objective = objectives.task(number)
             model = jax.tree.map(lambda stack: stack[number], models)
 
@@ -86,23 +85,15 @@ def exact_curvature(*, clip: bool = True, max_tasks: int = 10) -> MergeRule:
             term = ExactQuadratic.at(model, examples, logits_fn, batch_size=size)
             return jnp.stack([term.gradient_along(previous, delta), term.curvature_along(delta)])
 
-        terms = jax.lax.map(
-            lambda number: jax.lax.cond(
-                number <= state.tasks, of_task, lambda _: jnp.zeros(2), number
-            ),
-            jnp.arange(min(max_tasks, len(objectives.classes))),
-        )
+        numbers = jnp.arange(min(max_tasks, len(objectives.classes)))
+        terms = map_tasks(slope_and_curvature, numbers <= state.tasks)
         slope, curvature = jnp.sum(terms, axis=0)
         tasks = state.tasks + 1
-        overflow = jnp.where(tasks > max_tasks, jnp.nan, 0.0)
         coefficient = merge_coefficient_of(-slope, curvature, task=tasks, clip=clip)
-        current = terms[jnp.minimum(state.tasks, len(terms) - 1), 1]
-        info = MergeInfo.of(coefficient.alpha + overflow, coefficient.degenerate)._replace(
-            alpha_raw=coefficient.alpha_raw,
-            numerator=coefficient.numerator,
-            denominator=coefficient.denominator,
-            predicted_loss_change=predicted_loss_change(coefficient.alpha, current),
-        )
+        # A traced count cannot raise; the index of its term stays inside the array.
+        overflow = jnp.where(tasks > max_tasks, jnp.nan, 0.0)
+        info = info_of(coefficient, terms[jnp.minimum(state.tasks, len(terms) - 1), 1])
+        info = info._replace(alpha=info.alpha + overflow)
         merged = trees.lerp(previous, trained, info.alpha)
         return merged, ExactCurvatureState(tasks, models), info
 

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from pm_jax.curvature.diagonal import Diagonal, DiagonalQuadratic
-from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Requirements
-from pm_jax.rules.building import diagonal_of, mean_of_entries, quadratic_of
+from pm_jax.rules.base import Evidence, MergeRule, Requirements
+from pm_jax.rules.building import diagonal_of, quadratic_of, with_fallback
 from pm_jax.types import Params
 
 NEGLIGIBLE = 1e-30
@@ -19,7 +19,6 @@ def fisher_averaging() -> MergeRule:
 
     It is the unconstrained minimum of the quadratic that Perturb-and-Merge minimises along one
     direction, and its state is the same sum. Entries without curvature keep the last merged model.
-    Training of the next task starts from the merged model.
 
     Returns:
         A `MergeRule` without settings that needs `quadratic` (a `DiagonalQuadratic`); its `update`
@@ -32,8 +31,7 @@ def fisher_averaging() -> MergeRule:
     Example:
         >>> rule = fisher_averaging()
         >>> state, merged = rule.init(jnp.zeros(1)), jnp.zeros(1)
-        >>> for trained, fisher in [(1.0, 3.0), (5.0, 1.0)]:
-        ...     trained = jnp.full(1, trained)
+        >>> for trained, fisher in [(jnp.full(1, 1.0), 3.0), (jnp.full(1, 5.0), 1.0)]:
         ...     evidence = Evidence(DiagonalQuadratic.at(trained, jnp.full(1, fisher)))
         ...     merged, state, _ = rule.update(
         ...         state, previous=merged, trained=trained, evidence=evidence)
@@ -45,22 +43,18 @@ def fisher_averaging() -> MergeRule:
         memory = state.plus(quadratic_of(evidence, Diagonal))
 
         def minimum(center, total, gradient, last, new):
+            # NaN marks the entries that no task's Fisher weighs.
             step = jnp.where(total > NEGLIGIBLE, gradient / total, jnp.nan)
             center, last = center.astype(step.dtype), last.astype(step.dtype)
             return jnp.where(jnp.isfinite(step), center - step, last).astype(new.dtype)
 
+        def share(current, total):
+            usable = (total > NEGLIGIBLE) & jnp.isfinite(total)
+            return jnp.where(usable, current / total, jnp.nan)
+
         total = memory.diagonal
         merged = jax.tree.map(minimum, memory.center, total, memory.gradient, previous, trained)
-        curved = jax.tree.map(lambda curvature: (curvature > NEGLIGIBLE) & jnp.isfinite(curvature),
-                             total)  # fmt: skip
-        shares = jax.tree.map(
-            lambda current, all_tasks, usable: jnp.where(usable, current / all_tasks, 0.0),
-            diagonal_of(evidence),
-            total,
-            curved,
-        )
-        without = jax.tree.map(jnp.logical_not, curved)
-        info = MergeInfo.of(mean_of_entries(shares), mean_of_entries(without))
+        _, info = with_fallback(jax.tree.map(share, diagonal_of(evidence), total), 0.0)
         return merged, memory, info
 
     needs = Requirements(frozenset({"quadratic"}), scope="element")

@@ -22,35 +22,17 @@ from pm_jax.types import Array, Params
 
 
 def removed(projector: Array, change: Array) -> Array:
-    """A change of a kernel without its component in the memory, `D - P D`.
-
-    Args:
-        projector: P [in, in].
-        change: D [in, ...], such as a gradient.
-
-    Returns:
-        Array of the shape of `change`.
-
-    Example:
-        >>> removed(jnp.diag(jnp.asarray([1.0, 0.0])), jnp.ones((2, 1))).tolist()
-        [[0.0], [1.0]]
-    """
+    """A change [in, ...] of a kernel without its component in the memory, `D - P D`."""
+    # On accelerators the default precision would leave a part of the component.
     return change - jnp.matmul(projector, change, precision="highest")
 
 
 def grown(projector: Array, moments: Array, threshold: Array | float) -> Array:
-    """The memory with the directions that a task's inputs need beyond it.
+    """The memory with the fewest directions added that give it enough of a task's inputs.
 
-    The principal directions of the part of the inputs outside the memory are added, as few as are
-    needed for the memory to hold the share `threshold` of the inputs' energy.
-
-    Args:
-        projector: P [in, in].
-        moments: second moments of the inputs, `mean_n x_n x_n^T` [in, in], not centred.
-        threshold: share of `tr(moments)`, in (0, 1).
-
-    Returns:
-        P' [in, in].
+    `moments` are the inputs' second moments, `mean_n x_n x_n^T` [in, in], not centred; the memory
+    is to hold the share `threshold` of their trace, in (0, 1). New directions are principal ones of
+    the inputs' part outside the memory.
 
     Example:
         >>> moments = jnp.diag(jnp.asarray([90.0, 9.0, 1.0]))
@@ -59,10 +41,12 @@ def grown(projector: Array, moments: Array, threshold: Array | float) -> Array:
         [1.0, 1.0, 0.0]
     """
     outside = removed(projector, removed(projector, moments).T)
+    # Rounding makes the matrix asymmetric and its smallest eigenvalues negative.
     values, vectors = jnp.linalg.eigh((outside + outside.T) / 2)
     values, vectors = jnp.maximum(values[::-1], 0), vectors[:, ::-1]
     total = jnp.trace(moments)
-    # Energy that is held before a direction is added.
+    # The energy in the memory before a direction is added: the one that crosses the threshold
+    # still belongs to it.
     before = total - jnp.sum(values) + jnp.cumsum(values) - values
     needed = (before < threshold * total) & (values > 0)
     added = vectors * needed[None, :]
@@ -70,29 +54,12 @@ def grown(projector: Array, moments: Array, threshold: Array | float) -> Array:
 
 
 def input_moments(objective: Objective, leaves: Params, paths: Collection[str]) -> dict[str, Array]:
-    """Second moments of the inputs of linen Dense layers, a mean over examples and token axes.
+    """Second moments [in, in] of the inputs of linen Dense layers, by the path of their kernel.
 
-    Args:
-        objective: of the task, with the model and examples.
-        leaves: that merge, of the model to measure at.
-        paths: of the kernels.
-
-    Returns:
-        `{path: float32 [in, in]}`, in the order of the paths.
+    They are means over examples and token axes at the model of the leaves.
 
     Raises:
         ValueError: a kernel of no Dense layer that the model calls.
-
-    Example:
-        >>> import flax.linen as nn
-        >>> from pm_jax.types import Batch
-        >>> logits = jax.tree_util.Partial(
-        ...     lambda leaves, x: nn.Dense(1).apply({"params": leaves}, x))
-        >>> batches = Batch(jnp.asarray([[[1.0, 2.0]]]), jnp.zeros((1, 1), int), jnp.ones((1, 1)))
-        >>> objective = Objective(logits, batches, jnp.ones(1, bool), jnp.zeros(1, bool))
-        >>> leaves = {"kernel": jnp.ones((2, 1)), "bias": jnp.zeros(1)}
-        >>> input_moments(objective, leaves, ["kernel"])["kernel"].tolist()
-        [[1.0, 2.0], [2.0, 4.0]]
     """
 
     def of_batch(number: Array) -> dict[str, tuple[Array, Array]]:
@@ -101,6 +68,7 @@ def input_moments(objective: Objective, leaves: Params, paths: Collection[str]) 
             lambda: objective.logits(leaves, batch.inputs), paths, losses.weights_of(batch)
         )
 
+    # One batch at a time, for the memory of its activations.
     sums = jax.lax.map(of_batch, jnp.arange(objective.batches.labels.shape[0]))
     return {
         path: jnp.sum(products, axis=0) / jnp.sum(count) for path, (products, count) in sums.items()

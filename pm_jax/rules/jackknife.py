@@ -13,30 +13,23 @@ from pm_jax.types import Array, Params
 
 
 class JackknifeState(NamedTuple):
-    """State of a rule with an error bar.
-
-    Attributes:
-        rule: the state of the wrapped rule.
-        left_out: its states as they would be without each group of examples, stacked [K, ...].
-    """
+    """State of the wrapped rule, and its K states without a group of examples, stacked."""
 
     rule: Any
     left_out: Any
 
 
 def jackknifed(rule: MergeRule, groups: int) -> MergeRule:
-    """A rule that also finds the standard error of its coefficient over all tasks' examples.
-
-    The wrapped rule is asked K more times, each time with the evidence of every task so far without
-    one of K groups of examples. Models and coefficients are those of the wrapped rule.
+    """Add to a rule the standard error of its coefficient over all tasks' examples.
 
         jackknife_error = sqrt( (K - 1) / K sum_k (alpha_k - mean alpha)^2 )
 
-    with alpha before clipping. It is NaN where one of the coefficients is degenerate. The states
-    take K times the memory of the wrapped rule's on top of it.
+    with alpha_k before clipping, from the evidence of every task so far without one of K groups of
+    its examples; NaN where one of them is degenerate. Models and coefficients are those of the
+    wrapped rule. The state takes K times more memory than the wrapped rule's.
 
     Args:
-        rule: needs `quadratic`, and reads of the examples only what `measures.in_groups` measures.
+        rule: reads `quadratic`, and of the examples only the figures of `measures.in_groups`.
         groups: K, at least 2.
 
     Returns:
@@ -69,19 +62,20 @@ def jackknifed(rule: MergeRule, groups: int) -> MergeRule:
         models = {"previous": previous, "trained": trained}
         merged, rule_state, info = rule.update(state.rule, **models, evidence=evidence)
 
-        def without_group(given: tuple[Any, Measurement]) -> tuple[Any, Array, Array]:
-            rule_state, measured = given
+        def without_group(state_and_measured: tuple[Any, Measurement]) -> tuple[Any, Array, Array]:
+            rule_state, measured = state_and_measured
             along = None if evidence.curvature_along is None else measured.along
             others = evidence._replace(
                 quadratic=measured.quadratic, curvature_along=along, left_out=None
             )
-            # What is not returned here, such as the merged model, is never computed.
+            # XLA never computes the results that are dropped here, such as the merged model.
             _, rule_state, info = rule.update(rule_state, **models, evidence=others)
             return rule_state, info.alpha_raw, info.degenerate
 
         measured = _left_out(evidence, groups)
-        # One after the other: in parallel they would take K times the memory of a merge.
+        # One group after the other: in parallel they would take K times the memory of a merge.
         left_out, alphas, degenerate = jax.lax.map(without_group, (state.left_out, measured))
+        # A degenerate coefficient is 1/t and would hide how far the others vary.
         unsound = jnp.any(degenerate > 0) | (info.degenerate > 0)
         error = jnp.where(unsound, jnp.nan, jackknife_error(alphas))
         info = info._replace(figures={**info.figures, "jackknife_error": error})
@@ -98,10 +92,10 @@ def jackknifed(rule: MergeRule, groups: int) -> MergeRule:
 def _left_out(evidence: Evidence, groups: int) -> Measurement:
     """The measurements without each group; raises ValueError for another number of groups."""
     measured = evidence.left_out
-    given = 0 if measured is None else len(measured.examples)
-    if measured is None or given != groups:
+    count = 0 if measured is None else len(measured.examples)
+    if measured is None or count != groups:
         raise ValueError(
-            f"evidence.left_out: has {given} groups and jackknife={groups} needs as many; measure "
+            f"evidence.left_out: has {count} groups and jackknife={groups} needs as many; measure "
             f"by measures.in_groups(measure, {groups})"
         )
     return measured

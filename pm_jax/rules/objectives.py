@@ -1,8 +1,4 @@
-"""The current task's loss as a merge rule sees it: a function of the leaves that merge.
-
-A rule that optimises while it merges is given an `Objective`: a pytree with the model inside, which
-passes through jit like any evidence.
-"""
+"""The current task's loss as a merge rule sees it: a function of the leaves that merge."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -16,15 +12,15 @@ from pm_jax.types import Array, Batch, Params
 
 
 class Objective(NamedTuple):
-    """A model with some examples of the current task.
+    """A model with some examples of the current task, a pytree that passes through jit.
 
     Attributes:
-        logits: `logits(leaves, inputs) -> float32 [N, C]` over all classes; a
+        logits: `logits(leaves, inputs) -> float32 [N, C]` over all classes, a
             `jax.tree_util.Partial` of a fixed function.
         batches: `Batch` whose leaves are [B, N, ...].
-        classes: bool [C], of the current task.
-        old_classes: bool [C], of the tasks before; none at the first task.
-        temperature: that the training loss divides the logits by.
+        classes: bool [C], true for the current task's classes.
+        old_classes: bool [C], true for those of the tasks before; none at the first task.
+        temperature: divisor of the logits in the training loss.
     """
 
     logits: Callable[..., Array]
@@ -47,8 +43,7 @@ class Objective(NamedTuple):
         values = optax.softmax_cross_entropy_with_integer_labels(
             losses.mask_logits(logits / self.temperature, self.classes), batch.labels
         )
-        weights = losses.weights_of(batch)
-        return jnp.sum(weights * values) / jnp.maximum(jnp.sum(weights), 1.0), logits
+        return weighted_mean(values, batch), logits
 
     def task(self, number: Array | int) -> "Objective":
         """One of the objectives that were stacked."""
@@ -61,23 +56,15 @@ class Objective(NamedTuple):
         return jax.nn.log_softmax(losses.mask_logits(logits, self.old_classes) / temperature)
 
     def mean_over_batches(self, figures: Callable[[Array], Array]) -> Array:
-        """Mean of `figures(number of a batch)`, each batch weighing as its examples."""
+        """Mean of `figures(number of a batch)`, in which a batch weighs as much as its examples."""
         weights = jnp.sum(losses.weights_of(self.batches), axis=1)
+        # lax.map keeps the activations of one batch at a time; vmap would keep all of them.
         values = jax.lax.map(figures, jnp.arange(weights.shape[0]))
         total = jnp.tensordot(weights, values, 1, precision="highest")
         return total / jnp.maximum(jnp.sum(weights), 1.0)
 
     def gradient_norm(self, leaves: Params) -> Array:
-        """Norm of a batch's gradient of the loss by the leaves, its mean over the batches.
-
-        Example:
-            >>> logits = jax.tree_util.Partial(lambda w, x: x * w[None])
-            >>> batches = Batch(jnp.ones((1, 1, 1)), jnp.zeros((1, 1), int), jnp.ones((1, 1)))
-            >>> masks = jnp.ones(2, bool), jnp.zeros(2, bool)
-            >>> objective = Objective(logits, batches, *masks)
-            >>> round(float(objective.gradient_norm(jnp.zeros(2))), 4)  # (-1/2, 1/2)
-            0.7071
-        """
+        """Norm of the gradient of a batch's loss by the leaves, its mean over the batches."""
 
         def norm_on(number: Array) -> Array:
             return trees.norm(jax.grad(self.loss, has_aux=True)(leaves, self.batch(number))[0])
@@ -85,15 +72,17 @@ class Objective(NamedTuple):
         return self.mean_over_batches(norm_on)
 
 
+def weighted_mean(values: Array, batch: Batch) -> Array:
+    """Mean of values [N] by the batch's weights, 0 for a batch of padding."""
+    weights = losses.weights_of(batch)
+    # The bound keeps a batch of padding, whose weights are all 0, from dividing by 0.
+    return jnp.sum(weights * values) / jnp.maximum(jnp.sum(weights), 1.0)
+
+
 def stack(objectives: Sequence[Objective], seen: Array) -> Objective:
-    """Objectives of one model on several tasks as one, which a compiled function can loop over.
+    """Objectives of one model on T tasks as one with a leading axis T, to loop over when compiled.
 
-    Args:
-        objectives: of T tasks, with batches of the same shapes.
-        seen: bool [T]; the examples of the others get weight 0.
-
-    Returns:
-        An `Objective` whose batches and classes have a leading axis T; `task` takes one out.
+    The examples of the tasks that are not `seen` (bool [T]) get weight 0.
 
     Example:
         >>> batches = Batch(jnp.ones((1, 2, 1)), jnp.zeros((1, 2), int), jnp.ones((1, 2)))
@@ -104,5 +93,16 @@ def stack(objectives: Sequence[Objective], seen: Array) -> Objective:
     """
     parts = [(one.batches, one.classes, one.old_classes) for one in objectives]
     batches, classes, old_classes = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+    # Weights instead of fewer tasks: the shapes stay, and so does the compiled function.
     batches = batches._replace(weights=losses.weights_of(batches) * seen[:, None, None])
     return objectives[0]._replace(batches=batches, classes=classes, old_classes=old_classes)
+
+
+def map_tasks(figures: Callable[[Array], Array], seen: Array) -> Array:
+    """`figures(number)` of every task that is seen (bool [T]), stacked; 0 for the others."""
+    # lax.map and not vmap, which would turn `cond` into computing the figures of every task.
+    nothing = jnp.zeros_like(jax.eval_shape(figures, jnp.int32(0)))
+    return jax.lax.map(
+        lambda number: jax.lax.cond(seen[number], figures, lambda _: nothing, number),
+        jnp.arange(seen.shape[0]),
+    )

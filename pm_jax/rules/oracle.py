@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from pm_jax import losses, trees
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Requirements
 from pm_jax.rules.building import TaskCount, require
-from pm_jax.rules.objectives import Objective
+from pm_jax.rules.objectives import Objective, map_tasks, weighted_mean
 from pm_jax.types import Array, Params
 
 CRITERIA = ("loss", "accuracy")
@@ -17,14 +17,14 @@ def oracle(*, criterion: str = "loss", points: int = 21) -> MergeRule:
 
         alpha_t = argmin_a sum_{i<=t} L_i(theta_hat_{t-1} + a (theta_t* - theta_hat_{t-1}))
 
-    over a grid of a in [0, 1], with the tasks' true losses on some training examples of each. An
-    analysis tool, which tells how much a coefficient could gain at most: it needs the data of
-    earlier tasks, which no continual learner has. `alpha_1` is 1.
+    over a grid of a in [0, 1], with the tasks' true losses on some training examples of each;
+    `alpha_1` is 1. An analysis tool, which tells how much a coefficient could gain at most: it
+    needs the data of earlier tasks, which no continual learner has.
 
     Args:
         criterion: "loss", the sum above, or "accuracy", the mean over the tasks of their accuracy
             over all classes seen, of equal ones the one with the least loss.
-        points: of the grid, at least 2.
+        points: number of points of the grid, at least 2.
 
     Returns:
         A `MergeRule` that needs `all_objectives`; its info has `total_loss`, the sum at the merged
@@ -34,15 +34,11 @@ def oracle(*, criterion: str = "loss", points: int = 21) -> MergeRule:
         ValueError: a setting out of range.
 
     Example:
-        >>> oracle(criterion="accuracy").needs.next_task_from
-        'merged'
+        >>> oracle(criterion="accuracy").needs.figures
+        ('total_loss',)
     """
     require("criterion", criterion, criterion in CRITERIA, f"one of {', '.join(CRITERIA)}")
     require("points", points, points >= 2, "at least 2")
-
-    def init(params: Params) -> TaskCount:
-        del params
-        return TaskCount(jnp.zeros((), jnp.int32))
 
     def update(
         state: TaskCount, *, previous: Params, trained: Params, evidence: Evidence
@@ -51,24 +47,27 @@ def oracle(*, criterion: str = "loss", points: int = 21) -> MergeRule:
         if objectives is None:
             raise ValueError("evidence.all_objectives=None: the oracle looks at all tasks")
         alphas = jnp.linspace(0.0, 1.0, points)
+        # One point after the other: in parallel the grid would take a model for every point.
         totals, errors = jax.lax.map(
             lambda alpha: _loss_and_error(objectives, trees.lerp(previous, trained, alpha)), alphas
         )
+        # Infinite, because NaN has no place in an order.
         totals = jnp.where(jnp.isnan(totals), jnp.inf, totals)
         first = errors if criterion == "accuracy" else totals
+        # lexsort takes its last key first, and among equals of both the smaller alpha.
         best = jnp.where(state.tasks == 0, points - 1, jnp.lexsort((totals, first))[0])
         info = MergeInfo.of(alphas[best])._replace(figures={"total_loss": totals[best]})
         merged = trees.lerp(previous, trained, info.alpha)
         return merged, TaskCount(state.tasks + 1), info
 
     needs = Requirements(frozenset({"all_objectives"}), figures=("total_loss",), analysis_only=True)
-    return MergeRule(init, update, needs)
+    return MergeRule(TaskCount.zero, update, needs)
 
 
 def _loss_and_error(objectives: Objective, leaves: Params) -> tuple[Array, Array]:
     """Sum of the losses of the tasks with examples, and of their errors over all their classes."""
-    counts = jnp.sum(losses.weights_of(objectives.batches), axis=(1, 2))
-    seen = jnp.any(objectives.classes & (counts > 0)[:, None], axis=0)
+    nonempty = jnp.sum(losses.weights_of(objectives.batches), axis=(1, 2)) > 0
+    seen = jnp.any(objectives.classes & nonempty[:, None], axis=0)
 
     def of_task(number: Array) -> Array:
         objective = objectives.task(number)
@@ -77,16 +76,9 @@ def _loss_and_error(objectives: Objective, leaves: Params) -> tuple[Array, Array
             batch = objective.batch(index)
             loss, logits = objective.loss(leaves, batch)
             wrong = jnp.argmax(losses.mask_logits(logits, seen), axis=-1) != batch.labels
-            weights = losses.weights_of(batch)
-            return jnp.stack([loss, jnp.sum(weights * wrong) / jnp.maximum(jnp.sum(weights), 1.0)])
+            return jnp.stack([loss, weighted_mean(wrong, batch)])
 
         return objective.mean_over_batches(of_batch)
 
-    by_task = jax.lax.map(
-        lambda number: jax.lax.cond(
-            counts[number] > 0, of_task, lambda _: jnp.zeros(2, jnp.float32), number
-        ),
-        jnp.arange(counts.shape[0]),
-    )
-    total, error = jnp.sum(by_task, axis=0)
+    total, error = jnp.sum(map_tasks(of_task, nonempty), axis=0)
     return total, error

@@ -19,8 +19,7 @@ class PamState(NamedTuple):
     Attributes:
         tasks: int32 scalar, tasks merged so far.
         origin: the pre-trained model `theta_0`, `{path: leaf}`.
-        shared: G, `{path: float32 displacement}`, an `Adapter` for an adapted kernel; 0 before the
-            first task that moves the model.
+        shared: G, `{path: float32 displacement}`, an `Adapter` for an adapted kernel; 0 at first.
     """
 
     tasks: Array
@@ -37,19 +36,19 @@ def pam(*, share: float = 0.5, every: int = 1) -> MergeRule:
     Details that are ours, where the paper's text was not at hand:
 
     - Every task starts from theta_0 with a fresh R; G enters its training only in this way.
-    - Entries start anew every `every` epochs: those of B at 0, those of A at a fresh draw; their
-      moments in the optimiser are cleared. `|G|` is large if among the `share` largest of its
-      matrix, ties included.
+    - Entries start anew every `every` epochs: B's at 0, A's at a fresh draw, both with cleared
+      moments in the optimiser. `|G|` is large if among the `share` largest of its matrix, ties
+      included.
     - G is R for the first task that moves the model.
-    - Leaves that train without an adapter go the same way by their displacement from theta_0: they
-      start anew at theta_0's value.
+    - For leaves that train without an adapter R is the displacement from theta_0, and an entry
+      starts anew at theta_0's value.
 
     Args:
-        share: of each matrix's entries that are kept in line, in (0, 1].
-        every: epochs between looks, at least 1.
+        share: share of each matrix's entries that count as large, in (0, 1].
+        every: epochs between renewals, at least 1.
 
     Returns:
-        A `MergeRule` that needs `adapters`; its `init` takes adapters of the shapes to come too.
+        A `MergeRule` that needs `adapters`; its `init` also takes adapters, for their shapes.
 
     Raises:
         ValueError: a setting out of range.
@@ -60,9 +59,8 @@ def pam(*, share: float = 0.5, every: int = 1) -> MergeRule:
     Example:
         >>> rule = pam()
         >>> state, start = rule.init({"w": jnp.zeros(1)}), {"w": jnp.zeros(1)}
-        >>> for trained in (2.0, 4.0):
-        ...     merged, state, _ = rule.update(
-        ...         state, previous=start, trained={"w": jnp.full(1, trained)})
+        >>> for trained in ({"w": jnp.full(1, 2.0)}, {"w": jnp.full(1, 4.0)}):
+        ...     merged, state, _ = rule.update(state, previous=start, trained=trained)
         >>> merged["w"].tolist()
         [3.0]
     """
@@ -80,32 +78,27 @@ def pam(*, share: float = 0.5, every: int = 1) -> MergeRule:
         del previous
         adapters = (evidence.adapters if evidence else None) or {}
         leaves = trees.leaves_by_path(trained)
-        own: Moving = {**task_vectors.difference(leaves, state.origin), **adapters}
-        # A fresh adapter has an A that is not 0, but its product A B is 0.
-        still = [jnp.all(_moved(shared) == 0) for shared in state.shared.values()]
+        displacements: Moving = {**task_vectors.difference(leaves, state.origin), **adapters}
+        # A fresh adapter has an A that is not 0; its product A B is 0 because B is.
+        still = [
+            jnp.all((g.b if isinstance(g, Adapter) else g) == 0) for g in state.shared.values()
+        ]
         first = jnp.all(jnp.stack(still))
         shared: Moving = jax.tree.map(
-            lambda g, r: jnp.where(first, r, (g + r) / 2), state.shared, own
+            lambda g, r: jnp.where(first, r, (g + r) / 2), state.shared, displacements
         )
+        # At first the trained model itself, without the rounding of a sum.
         merged = {
             path: jnp.where(first, leaves[path], _at(state.origin[path], shared[path]))
             for path in leaves
         }
         info = MergeInfo.of(jnp.where(first, 1.0, 0.5))
-        return (
-            trees.replace(trained, merged),
-            state._replace(tasks=state.tasks + 1, shared=shared),
-            info,
-        )
+        state = state._replace(tasks=state.tasks + 1, shared=shared)
+        return trees.replace(trained, merged), state, info
 
     hook = TrainingHook(refresh=functools.partial(_realigned, share), refresh_every=every)
     needs = Requirements(frozenset({"adapters"}), next_task_from="initial", hook=hook)
     return MergeRule(init, update, needs)
-
-
-def _moved(displacement: Array | Adapter) -> Array:
-    """An array that is 0 exactly where the displacement is 0."""
-    return displacement.b if isinstance(displacement, Adapter) else displacement
 
 
 def _at(origin: Array, displacement: Array | Adapter) -> Array:
@@ -116,35 +109,31 @@ def _at(origin: Array, displacement: Array | Adapter) -> Array:
 
 def _realigned(share: float, state: PamState, key: Key, moving: Moving) -> tuple[Moving, Moving]:
     """Renew the entries of the wrong sign; returns the leaves and which entries (bool)."""
+    # One leaf for each path: an adapter is two leaves, but draws one A.
     keys = trees.leaf_keys(key, dict.fromkeys(moving, 0))
     opposed_to = functools.partial(opposed_entries, share=share)
     moved = dict(moving)
+    # The caller clears the optimiser's moments where this is true: they point the old way.
     renewed: Moving = jax.tree.map(lambda x: jnp.zeros(x.shape, bool), moving)
     fresh: Array | Adapter
-    for path, own in moving.items():
+    for path, leaf in moving.items():
         shared = state.shared.get(path)
-        if isinstance(own, Adapter) and isinstance(shared, Adapter):
-            fresh = Adapter(lora.input_factor(keys[path], *own.a.shape), jnp.zeros_like(own.b))
-            renewed[path] = Adapter(opposed_to(shared.a, own.a), opposed_to(shared.b, own.b))
-        elif not isinstance(own, Adapter) and not isinstance(shared, Adapter | None):
+        if isinstance(leaf, Adapter) and isinstance(shared, Adapter):
+            fresh = Adapter(lora.input_factor(keys[path], *leaf.a.shape), jnp.zeros_like(leaf.b))
+            renewed[path] = Adapter(opposed_to(shared.a, leaf.a), opposed_to(shared.b, leaf.b))
+        elif not isinstance(leaf, Adapter) and not isinstance(shared, Adapter | None):
             fresh = state.origin[path]
-            renewed[path] = opposed_to(shared, own - state.origin[path])
-        else:  # in full, where the tasks to come have an adapter, or not among what merges
+            renewed[path] = opposed_to(shared, leaf - state.origin[path])
+        else:  # a leaf that does not merge, or trains in full now and with an adapter later
             continue
-        moved[path] = jax.tree.map(jnp.where, renewed[path], fresh, own)
+        moved[path] = jax.tree.map(jnp.where, renewed[path], fresh, leaf)
     return moved, renewed
 
 
-def opposed_entries(shared: Array, own: Array, share: float = 0.5) -> Array:
-    """Entries whose sign differs from that of a large entry of another matrix.
+def opposed_entries(shared: Array, task: Array, share: float = 0.5) -> Array:
+    """True where |G| is among its `share` largest entries, ties included, and `G R < 0`.
 
-    Args:
-        shared: G, any shape.
-        own: R, of the same shape.
-        share: of G's entries that are large, in (0, 1], ties included.
-
-    Returns:
-        bool, true where |G| is large and `G R < 0`.
+    G is the shared matrix and R the task's, of any but the same shape.
 
     Example:
         >>> shared = jnp.asarray([[4.0, -3.0], [1.0, 0.5]])
@@ -153,4 +142,5 @@ def opposed_entries(shared: Array, own: Array, share: float = 0.5) -> Array:
     """
     sizes = jnp.sort(jnp.abs(shared), axis=None)
     smallest = sizes[sizes.size - max(1, round(share * sizes.size))]
-    return (jnp.abs(shared) >= smallest) & (shared * own < 0)
+    # Before the first task G is 0 and all tie, but nothing has another sign than 0.
+    return (jnp.abs(shared) >= smallest) & (shared * task < 0)

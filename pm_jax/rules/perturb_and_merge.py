@@ -8,11 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pm_jax import task_vectors, trees
-from pm_jax.coefficients import (
-    MergeCoefficient,
-    merge_coefficient,
-    merge_coefficients,
-)
+from pm_jax.coefficients import MergeCoefficient, merge_coefficient, merge_coefficients
 from pm_jax.curvature.diagonal import DiagonalQuadratic
 from pm_jax.curvature.exact import AlongDirection
 from pm_jax.curvature.quadratics import Quadratic, SumQuadratic
@@ -27,7 +23,7 @@ class PerturbAndMergeState(NamedTuple):
 
     Attributes:
         tasks: int32 scalar, tasks merged so far.
-        memory: the sum of the quadratics of all tasks; its size does not grow with the tasks.
+        memory: the sum of all tasks' quadratics, of one size.
     """
 
     tasks: Array
@@ -48,41 +44,36 @@ def perturb_and_merge(
         alpha_t = - sum_{i<=t} (theta_hat_{t-1} - theta_i*)^T F_i Delta_t
                   / sum_{i<=t} Delta_t^T F_i Delta_t
 
-    Training of the next task starts from the merged model. The perturbation of the training loss is
-    not part of the rule (see `pm_jax.perturbation`).
+    The next task starts from the merged model. The perturbation of the training loss is not part of
+    the rule (see `pm_jax.perturbation`).
 
     Args:
         clip: restrict alpha to [0, 1], as the paper does.
         normalize: "none", as the paper, or "trace": each task's curvature over its trace, so that
             tasks count alike however small the loss that they were trained to.
-        per: what has a coefficient of its own: the "model", as in the paper, a "block" (of a path
-            up to its first part with a number), a "module", a "tensor", or what a regular
-            expression matches at the beginning of a path. They minimise the quadratic together.
-        jackknife: K, to find the standard error of alpha over the examples of all tasks as
-            `jackknife_error` in the info's figures: from K coefficients, each without one of K
-            groups of every task's examples. At K times the memory, and for one coefficient. 0 for
-            none.
+        per: the part of the model that has a coefficient: the "model", as in the paper, a "block"
+            (a path up to its first part with a number), a "module", a "tensor", or the match of a
+            regular expression at the beginning of a path. They minimise the quadratic together.
+        jackknife: K, at least 2, for an error bar as in `jackknifed`, of a single coefficient; 0
+            for none.
         memory: the quadratic that is 0 everywhere, of the kind that the evidence has.
 
     Returns:
         A `MergeRule` that needs `quadratic` (of the memory's kind), `curvature_error`, `left_out`
-        for a jackknife, and for one coefficient `curvature_along`: where it is given, it stands for
-        the current task's curvature along Delta. Its `update` raises ValueError for any other
-        quadratic. Where there are several coefficients, its info has their mean over all entries,
-        and no standard error.
+        for a jackknife, and for a single coefficient `curvature_along`, which replaces the current
+        task's curvature along Delta where it is given. The info of several coefficients has their
+        mean over all entries, and no standard error.
 
     Raises:
-        ValueError: a setting that is none of these.
+        ValueError: a setting out of range, or in `update` another kind of quadratic.
 
     References:
         Perturb-and-Merge, `arXiv 2505.22389 <https://arxiv.org/abs/2505.22389>`_, NeurIPS 2025
 
     Example:
-        >>> import jax.numpy as jnp
         >>> rule = perturb_and_merge()
         >>> state, start = rule.init(jnp.zeros(1)), jnp.zeros(1)
-        >>> for trained, fisher in [(1.0, 3.0), (5.0, 1.0)]:
-        ...     trained = jnp.full(1, trained)
+        >>> for trained, fisher in [(jnp.full(1, 1.0), 3.0), (jnp.full(1, 5.0), 1.0)]:
         ...     evidence = Evidence(DiagonalQuadratic.at(trained, jnp.full(1, fisher)))
         ...     start, state, info = rule.update(
         ...         state, previous=start, trained=trained, evidence=evidence)
@@ -91,7 +82,7 @@ def perturb_and_merge(
     """
     kinds = ("none", "trace")
     require("normalize", normalize, normalize in kinds, f"one of {', '.join(kinds)}")
-    group_names([], per)  # says whether the expression can be read
+    group_names([], per)  # raises here, and not in `init`, for an expression that cannot be read
     require("jackknife", jackknife, jackknife == 0 or jackknife >= 2, "0, or at least 2")
     require("per", per, not jackknife or per == "model", "model for a jackknife, or jackknife=0")
 
@@ -117,6 +108,7 @@ def perturb_and_merge(
             # the stored one in the sum that is minimised, but not in the memory.
             quadratic = Quadratic.at(trained, AlongDirection(delta, along))
             total = state.memory + quadratic.scaled(scale)
+        # Numbers instead of names: they index an array inside jit.
         names = group_names(list(trees.leaves_by_path(delta)), per)
         groups = tuple(sorted(set(names)).index(name) for name in names)
         if max(groups) == 0:
@@ -128,6 +120,7 @@ def perturb_and_merge(
         else:
             coefficient = merge_coefficients(total, previous, delta, groups, task=tasks, clip=clip)
         structure = jax.tree.structure(delta)
+        # One alpha for each leaf.
         alphas = jax.tree.unflatten(structure, [coefficient.alpha[group] for group in groups])
         rest = jax.tree.map(lambda alpha, step: (1 - alpha) * step, alphas, delta)
         change = 0.5 * quadratic.curvature_along(rest)
@@ -142,14 +135,7 @@ def perturb_and_merge(
 
 
 def group_names(paths: Sequence[str], per: str) -> list[str]:
-    """The groups of leaves that share a coefficient.
-
-    Args:
-        paths: of the leaves.
-        per: "model", "block", "module", "tensor", or a regular expression.
-
-    Returns:
-        The name of each leaf's group; "" where an expression does not match.
+    """Name each leaf's group, which shares a coefficient; "" where an expression does not match.
 
     Raises:
         InvalidInput: an expression that cannot be read, or matches none of the paths.
@@ -162,6 +148,7 @@ def group_names(paths: Sequence[str], per: str) -> list[str]:
     """
     patterns = {
         "model": "",
+        # The alternative is for a path without a number: its first part.
         "block": r"(?:[^/]*/)*?[^/]*\d[^/]*|[^/]*",
         "module": r".*(?=/)|",
         "tensor": r".*",
@@ -172,7 +159,7 @@ def group_names(paths: Sequence[str], per: str) -> list[str]:
         raise InvalidInput(
             f"per={per}: must be model, block, module, tensor or a regular expression ({error})"
         ) from None
-    names = [found[0] if (found := pattern.match(path)) else "" for path in paths]
+    names = [match[0] if (match := pattern.match(path)) else "" for path in paths]
     if per not in patterns and paths and not any(names):
         raise InvalidInput(
             f"rule_settings=per={per}: matches no leaf that merges; they are {', '.join(paths[:3])}"
@@ -182,13 +169,15 @@ def group_names(paths: Sequence[str], per: str) -> list[str]:
 
 
 def _inverse(value: Array) -> Array:
-    """`1 / value`, or 1 where that is not a number to divide by."""
+    """`1 / value`, or 1 where the value is not one to divide by."""
+    # Two `where`s: the division by 0 in the branch that is not chosen would still be computed.
     sound = jnp.isfinite(value) & (value > jnp.finfo(value.dtype).tiny)
     return jnp.where(sound, 1 / jnp.where(sound, value, 1.0), 1.0)
 
 
-def _info(found: MergeCoefficient, groups: Sequence[int], sizes: Sequence[int]) -> MergeInfo:
-    """The info of one coefficient, or of several as their mean over all entries."""
+def _info(coefficient: MergeCoefficient, groups: Sequence[int], sizes: Sequence[int]) -> MergeInfo:
+    """The info of G coefficients, the mean over all entries; leaves have a group and a size."""
+    # float32: the number of a model's entries may not fit int32.
     entries = jnp.bincount(
         jnp.asarray(groups), jnp.asarray(sizes, jnp.float32), length=max(groups) + 1
     )
@@ -197,11 +186,11 @@ def _info(found: MergeCoefficient, groups: Sequence[int], sizes: Sequence[int]) 
         return jnp.sum(values * entries) / jnp.sum(entries)
 
     return MergeInfo(
-        alpha=mean(found.alpha),
-        alpha_raw=mean(found.alpha_raw),
-        numerator=jnp.sum(found.numerator),
-        denominator=jnp.sum(found.denominator),
-        standard_error=jnp.sum(found.standard_error),
+        alpha=mean(coefficient.alpha),
+        alpha_raw=mean(coefficient.alpha_raw),
+        numerator=jnp.sum(coefficient.numerator),
+        denominator=jnp.sum(coefficient.denominator),
+        standard_error=jnp.sum(coefficient.standard_error),
         predicted_loss_change=jnp.full((), jnp.nan),
-        degenerate=mean(found.degenerate.astype(jnp.float32)),
+        degenerate=mean(coefficient.degenerate.astype(jnp.float32)),
     )

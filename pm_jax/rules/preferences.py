@@ -1,8 +1,8 @@
 """Weights of tasks from target data, for Tunable MAGMAX: which tasks the target resembles.
 
-Features are rows of float arrays; which layer of which model gives them is up to the caller: one
-model for all, or for every task the model `theta_0 + tau_i` on both sides. All is done once and in
-float64, by NumPy.
+Features are rows of float arrays, [A, D] of the source and [B, D] of the target. The caller chooses
+the layer and the model that give them: one model for all, or for task i the model `theta_0 + tau_i`
+on both sides. Everything is computed once and in float64, by NumPy.
 
 References:
     Tunable MAGMAX, `arXiv 2605.20803 <https://arxiv.org/abs/2605.20803>`_
@@ -20,15 +20,12 @@ REGULARIZATION, ITERATIONS = 0.1, 100
 
 
 def label_counts(labels: ArrayLike, class_masks: ArrayLike) -> tuple[float, ...]:
-    """Share of the target's labels that are of each task's classes.
+    """Weights of T tasks of sum 1: the shares of the target's labels among each task's classes.
 
     Args:
-        labels: of the target's examples, int [M].
-        class_masks: bool [T, C], the classes of each task. A class of several tasks counts for
-            each.
-
-    Returns:
-        T weights of sum 1.
+        labels: labels of the target's examples, int [M].
+        class_masks: bool [T, C], the classes of each task; a class of several tasks counts for
+            all of them.
 
     Raises:
         ValueError: no label is of any task.
@@ -45,33 +42,15 @@ def label_counts(labels: ArrayLike, class_masks: ArrayLike) -> tuple[float, ...]
 
 
 def weights_of_distances(distances: Sequence[float]) -> tuple[float, ...]:
-    """Weights of tasks from the target's distance to each, `exp(-100 d)` brought to sum 1.
-
-    Args:
-        distances: [T].
-
-    Returns:
-        T weights of sum 1.
-
-    Example:
-        >>> weights_of_distances([0.3, 0.3])
-        (0.5, 0.5)
-    """
+    """Weights of T tasks from the target's distance to each, `exp(-100 d)` brought to sum 1."""
     exponents = -SHARPNESS * np.asarray(distances, np.float64)
-    # Relative to the largest, or all might underflow.
+    # Relative to the largest, because all might underflow.
     values = np.exp(exponents - exponents.max())
     return tuple((values / values.sum()).tolist())
 
 
 def cosine_distance(source: ArrayLike, target: ArrayLike) -> float:
-    """Half of one minus the cosine of both mean features.
-
-    Args:
-        source: features [A, D].
-        target: features [B, D].
-
-    Returns:
-        From 0 to 1.
+    """Half of one minus the cosine of both mean features, from 0 to 1.
 
     Example:
         >>> cosine_distance([[1.0, 0.0]], [[0.0, 2.0]])
@@ -83,27 +62,18 @@ def cosine_distance(source: ArrayLike, target: ArrayLike) -> float:
 
 
 def mmd_distance(source: ArrayLike, target: ArrayLike) -> float:
-    """Maximum mean discrepancy, the root of its unbiased square or of 0 where that is negative.
+    """Maximum mean discrepancy: the root of its unbiased square, or 0 where that is negative.
 
-    Each of the three kernel matrices is Gaussian, `exp(-|x - y|^2 / (2 m))` with m the median of
-    its own squared distances between different examples; the choice of that scale is ours.
-
-    Args:
-        source: features [A, D], two at least.
-        target: features [B, D], two at least.
-
-    Returns:
-        At least 0.
+    The kernel matrices (within source, within target, across) are Gaussian, `exp(-|x - y|^2 / 2 m)`
+    with m the median of the matrix's squared distances; this scale is our choice. Both sides have
+    two examples at least.
 
     References:
         Gretton et al., `A Kernel Two-Sample Test
         <https://jmlr.org/papers/v13/gretton12a.html>`_, 2012, equation 3
-
-    Example:
-        >>> mmd_distance([[0.0], [1.0]], [[0.0], [1.0]])
-        0.0
     """
     left, right = (np.asarray(x, np.float64) for x in (source, target))
+    # Without the diagonal, on which an example meets itself: so the square is unbiased.
     within = sum(_kernel_mean(x, x, ~np.eye(len(x), dtype=bool)) for x in (left, right))
     across = _kernel_mean(left, right, np.ones((len(left), len(right)), bool))
     return float(np.sqrt(max(0.0, within - 2 * across)))
@@ -112,41 +82,32 @@ def mmd_distance(source: ArrayLike, target: ArrayLike) -> float:
 def _kernel_mean(left: np.ndarray, right: np.ndarray, pairs: np.ndarray) -> float:
     squares = _squared_distances(left, right)[pairs]
     median = np.median(squares)
+    # A median of 0 has no scale: most examples are the same, and their kernel is 1.
     return float(np.exp(-squares / (2 * median)).mean()) if median else 1.0
 
 
 def _squared_distances(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    from scipy.spatial import distance  # as the package is to import fast
+    from scipy.spatial import distance  # here, because SciPy would slow the package's import
 
     return distance.cdist(left, right, "sqeuclidean")
 
 
 def sinkhorn_distance(source: ArrayLike, target: ArrayLike) -> float:
-    """Cost of entropic optimal transport between both sets of features.
+    """Cost of entropic optimal transport between both sets of features, from 0 to 1.
 
     The cost of a pair is its squared distance over that of the farthest pair; examples of a set
     weigh the same. Regularisation 0.1, 100 iterations.
 
-    Args:
-        source: features [A, D].
-        target: features [B, D].
-
-    Returns:
-        From 0 to 1.
-
     References:
         Cuturi, `Sinkhorn Distances <https://arxiv.org/abs/1306.0895>`_, NeurIPS 2013
-
-    Example:
-        >>> round(sinkhorn_distance([[0.0], [1.0]], [[0.0], [1.0]]), 6)
-        4.5e-05
     """
     left, right = (np.asarray(x, np.float64) for x in (source, target))
     cost = _squared_distances(left, right)
     if not cost.max():
         return 0.0
     cost /= cost.max()
-    kernel = np.exp(-cost / REGULARIZATION)  # not below exp(-10)
+    # At least exp(-10), because costs are at most 1: no sum below is 0.
+    kernel = np.exp(-cost / REGULARIZATION)
     columns = np.ones(len(right))
     for _ in range(ITERATIONS):
         rows = 1 / (len(left) * (kernel @ columns))
@@ -160,16 +121,13 @@ DISTANCES = {"cosine": cosine_distance, "mmd": mmd_distance, "sinkhorn": sinkhor
 def from_features(
     distance: str, sources: Sequence[ArrayLike], target: ArrayLike
 ) -> tuple[float, ...]:
-    """Weights of tasks from the features of their examples and of the target's.
+    """Weights of T tasks of sum 1, a `preference` of `tunable_magmax`, from features.
 
     Args:
         distance: "cosine", "mmd" or "sinkhorn".
-        sources: for each task the features of its examples, [A_i, D].
-        target: features of the target's examples, [B, D]; or for each task, by its own model,
-            [T, B, D].
-
-    Returns:
-        T weights of sum 1, a `preference` of `tunable_magmax`.
+        sources: features [A_i, D] of the examples of each task.
+        target: features of the target's examples, [B, D], or [T, B, D] where every task's model
+            gives them.
 
     Raises:
         ValueError: an unknown distance, or another number of targets than tasks.

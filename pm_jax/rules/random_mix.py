@@ -1,4 +1,4 @@
-"""Random mix: of every entry the task vector of a random task."""
+"""Random mix: every entry comes from the task vector of a random task."""
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +11,14 @@ from pm_jax.rules.building import merge_running_task_vector, require
 def random_mix(*, scale: float = 1.0) -> MergeRule:
     """Move the pre-trained model by entries of task vectors, each of a random task.
 
-    Entry for entry and task for task the newest takes the place of the one that is kept with
-    probability 1/t, so that every task seen has the same chance. Merging is for inference.
+    The task vector of task t replaces the kept one with probability 1/t, drawn entry by entry, so
+    that every task seen has the same chance.
 
     Args:
-        scale: of the merged task vector, above 0.
+        scale: coefficient of the merged task vector, above 0.
 
     Returns:
-        A `MergeRule` that needs `key`.
+        A `MergeRule` that needs `key`; the next task starts from the trained model.
 
     Raises:
         ValueError: scale out of range.
@@ -43,6 +43,7 @@ def random_mix(*, scale: float = 1.0) -> MergeRule:
         def leaf(leaf_key, a, b):
             return jnp.where(jax.random.bernoulli(leaf_key, 1 / tasks, a.shape), b, a)
 
+        # A key folded from the leaf's path, so that a leaf's draws do not depend on the others.
         return jax.tree.map(leaf, trees.leaf_keys(key, old), old, new)
 
     return merge_running_task_vector(mixed, scale, frozenset({"key"}))

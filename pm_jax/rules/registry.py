@@ -48,21 +48,18 @@ REGISTRY: dict[str, Callable[..., MergeRule]] = {
 
 
 def make(name: str, settings: str = "", **given: Any) -> MergeRule:
-    """A merge rule from its name and a line of settings.
+    """Make a merge rule from its name and a line of settings.
 
     Args:
-        name: one of `REGISTRY`.
+        name: a name in `REGISTRY`.
         settings: "name=value,name=value" of the factory's keywords; numbers may be fractions, the
             numbers of a tuple are separated by colons.
-        **given: values that the caller has for some settings, used where the rule has them; they
-            are not for `settings` to change.
-
-    Returns:
-        A `MergeRule`.
+        **given: the caller's values for settings, used where the rule has them; `settings` cannot
+            change them.
 
     Raises:
-        InvalidInput: no such rule or setting, or a value that the rule does not take; the message
-            names the rule's settings.
+        InvalidInput: no such rule or setting, or a value out of range; the message names the
+            rule's settings.
 
     Example:
         >>> make("perturb_and_merge", "clip=false").needs.next_task_from
@@ -73,9 +70,10 @@ def make(name: str, settings: str = "", **given: Any) -> MergeRule:
     keywords = inspect.signature(REGISTRY[name]).parameters
     values = {key: value for key, value in given.items() if key in keywords}
     defaults = {
-        key: each.default
-        for key, each in keywords.items()
-        if key not in values and not callable(each.default)  # no line can say a function
+        key: parameter.default
+        for key, parameter in keywords.items()
+        # A line of text cannot give a function, such as the memory's.
+        if key not in values and not callable(parameter.default)
     }
     listed = ", ".join(f"{key}={_written(value)}" for key, value in defaults.items())
     remedy = f"{name} takes {listed or 'no settings'}" + (" by default" if listed else "")
@@ -97,23 +95,14 @@ def make(name: str, settings: str = "", **given: Any) -> MergeRule:
 
 
 def number(text: str) -> float:
-    """A finite number, which may be written as a fraction.
-
-    Args:
-        text: "0.25", "1e-3" or "1/4".
-
-    Returns:
-        The number.
-
-    Raises:
-        ValueError: it is none, or not finite.
+    """Read a finite number, which may be written as a fraction; raises ValueError for others.
 
     Example:
         >>> number("1/4")
         0.25
     """
     try:
-        # Not all by Fraction, which writes 1e999999999 out.
+        # Fraction reads fractions only: it would write out all digits of 1e999999999.
         value = float(fractions.Fraction(text)) if "/" in text else float(text)
     except ArithmeticError:
         value = math.inf
@@ -123,7 +112,8 @@ def number(text: str) -> float:
 
 
 def _read(text: str, default: Any) -> Any:
-    """A value of the default's type."""
+    """Read a value of the default's type."""
+    # Before the numbers: a bool is an int, and bool("false") is true.
     if isinstance(default, bool):
         return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
     if isinstance(default, tuple):
@@ -132,12 +122,14 @@ def _read(text: str, default: Any) -> Any:
 
 
 def _written(value: Any) -> str:
+    """Write a value as `_read` reads it."""
     if isinstance(value, bool):
         return str(value).lower()
     return ":".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _kind(default: Any) -> str:
+    """Describe the values of the default's type in an error."""
     kinds = {
         bool: "true or false",
         int: "a whole number",

@@ -1,6 +1,6 @@
 """Exact selection of the largest or of random entries, without sorting.
 
-The k-th largest value is found bit by bit, from the highest on: 32 counts over the entries, which
+The k-th largest value is built bit by bit, from the highest on: 32 counts over the entries, which
 reduce leaf by leaf and so keep sharded leaves sharded.
 """
 
@@ -14,15 +14,9 @@ from pm_jax.types import Array, Key
 
 @jax.jit
 def kth_largest(leaves: Sequence[Array], count: Array | int) -> Array:
-    """The value that exactly `count` entries reach, if no two are equal there.
+    """The k-th largest entry of all leaves, k = `count`; 0 where there are fewer.
 
-    Args:
-        leaves: float32, not negative, or uint32; less than 2^32 entries in all.
-        count: k, from 1 on; for uint32 from 0 on.
-
-    Returns:
-        Scalar of the leaves' type: the k-th largest entry, 0 where there are fewer, and the
-        greatest uint32 for k = 0.
+    Leaves are float32, not negative, or uint32, where k = 0 gives the greatest uint32.
 
     Example:
         >>> float(kth_largest([jnp.asarray([3.0, 0.5]), jnp.asarray([2.0])], 2))
@@ -31,26 +25,21 @@ def kth_largest(leaves: Sequence[Array], count: Array | int) -> Array:
     # The bits of floats that are not negative are in the order of their values.
     bits = [jax.lax.bitcast_convert_type(leaf, jnp.uint32) for leaf in leaves]
 
-    def step(position, found):
-        candidate = found | (jnp.uint32(1) << (31 - position).astype(jnp.uint32))
+    def step(position, prefix):
+        candidate = prefix | (jnp.uint32(1) << (31 - position).astype(jnp.uint32))
+        # uint32 counts up to 2^32 entries, where int32 would overflow at 2^31.
         reached = sum(jnp.sum(leaf >= candidate, dtype=jnp.uint32) for leaf in bits)
-        return jnp.where(reached >= jnp.asarray(count, jnp.uint32), candidate, found)
+        return jnp.where(reached >= jnp.asarray(count, jnp.uint32), candidate, prefix)
 
-    found = jax.lax.fori_loop(0, 32, step, jnp.zeros((), jnp.uint32))
-    return jax.lax.bitcast_convert_type(found, leaves[0].dtype)
+    largest = jax.lax.fori_loop(0, 32, step, jnp.zeros((), jnp.uint32))
+    return jax.lax.bitcast_convert_type(largest, leaves[0].dtype)
 
 
 @jax.jit
 def random_members(key: Key, members: Array, count: Array | int) -> Array:
-    """Choose a number of members, every subset with the same probability.
+    """Choose `count` of the members (bool, any shape), every subset with the same probability.
 
-    Args:
-        key: PRNG key.
-        members: bool, any shape.
-        count: how many, int32 scalar, not negative; all where there are fewer.
-
-    Returns:
-        bool of the same shape.
+    All are chosen where there are fewer; the count is an int32 scalar, not negative.
 
     Example:
         >>> members = jnp.asarray([True, False, True, True])
@@ -59,6 +48,7 @@ def random_members(key: Key, members: Array, count: Array | int) -> Array:
         (2, False)
     """
     flat = members.ravel()
+    # The last bit is set, so that a member's draw is never the 0 of the others.
     draws = jnp.where(flat, jax.random.bits(key, flat.shape, jnp.uint32) | 1, 0)
     threshold = kth_largest([draws], count)
     above, tied = draws > threshold, flat & (draws == threshold)
@@ -67,7 +57,7 @@ def random_members(key: Key, members: Array, count: Array | int) -> Array:
     def first(tied):
         return tied & (jnp.cumsum(tied, dtype=jnp.int32) <= missing)
 
-    # Equal draws are rare; of them the first.
+    # Equal draws are rare: the running sum over all entries is skipped unless they are too many.
     too_many = jnp.sum(tied, dtype=jnp.int32) > missing
     tied = jax.lax.cond(too_many, first, lambda tied: tied, tied)
     return (above | tied).reshape(members.shape)

@@ -12,13 +12,11 @@ def task_arithmetic(*, scale: float = 0.3) -> MergeRule:
 
         theta_hat_t = theta_0 + scale sum_{i<=t} (theta_i* - theta_0)
 
-    Tasks are trained one after the other; merging is for inference.
-
     Args:
-        scale: of every task vector, above 0; it does not fall with the number of tasks.
+        scale: coefficient of every task vector, above 0; it does not fall with the number of tasks.
 
     Returns:
-        A `MergeRule` that needs no evidence.
+        A `MergeRule` that needs no evidence; the next task starts from the trained model.
 
     Raises:
         ValueError: scale out of range.
@@ -30,16 +28,10 @@ def task_arithmetic(*, scale: float = 0.3) -> MergeRule:
     Example:
         >>> rule = task_arithmetic(scale=0.5)
         >>> state = rule.init(jnp.zeros(1))
-        >>> for trained in (1.0, 3.0):
-        ...     trained = jnp.full(1, trained)
+        >>> for trained in (jnp.full(1, 1.0), jnp.full(1, 3.0)):
         ...     merged, state, _ = rule.update(state, previous=None, trained=trained)
         >>> merged.tolist()
         [2.0]
     """
     require("scale", scale, scale > 0, "above 0")
-
-    def add(old, new, tasks, key):
-        del tasks, key
-        return jax.tree.map(jnp.add, old, new)
-
-    return merge_running_task_vector(add, scale)
+    return merge_running_task_vector(lambda old, new, *_: jax.tree.map(jnp.add, old, new), scale)

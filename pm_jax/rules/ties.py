@@ -15,7 +15,7 @@ from pm_jax.types import Params, PyTree
 
 
 class TiesState(NamedTuple):
-    """State of TIES; the sums are of trimmed task vectors, by the sign of their entries.
+    """State of TIES: sums and counts of the trimmed task vectors' entries by their sign.
 
     Attributes:
         origin: the pre-trained model `theta_0`.
@@ -35,22 +35,19 @@ class TiesState(NamedTuple):
 def ties(*, scale: float = 0.55, keep: float = 0.2, trim: str = "global") -> MergeRule:
     """Merge the large entries of all task vectors that agree in sign.
 
-    Each `tau_i = theta_i* - theta_0` keeps its largest magnitudes, and those that equal the
-    smallest of them. An entry's sign is that of the sum over tasks; where that is 0, of the sum of
-    all elected signs, and negative where that is 0 too. `theta_0` moves by `scale` times the mean
-    of the entries that are not zero and have the elected sign. Merging is for inference.
-
-    The sums and counts by sign say all that is needed of earlier tasks, so that the state does not
-    grow with them. The threshold is exact.
+    Each `tau_i = theta_i* - theta_0` keeps its largest magnitudes, ties with the smallest of them
+    included. An entry's sign is that of the sum over tasks; where that is 0, of the sum of all
+    elected signs, and negative where that is 0 too. `theta_0` moves by `scale` times the mean of
+    the entries that are not zero and have the elected sign. The state does not grow with the tasks,
+    and the threshold is exact.
 
     Args:
-        scale: of the merged task vector, above 0.
+        scale: coefficient of the merged task vector, above 0.
         keep: share of the entries that is kept, rounded down, in (0, 1]; one at least.
-        trim: "global": the threshold and the sum of signs are over all leaves; "tensor": each leaf
-            has its own.
+        trim: "global" for a threshold and a sum of signs over all leaves, "tensor" for one by leaf.
 
     Returns:
-        A `MergeRule` that needs no evidence.
+        A `MergeRule` that needs no evidence; the next task starts from the trained model.
 
     Raises:
         ValueError: a setting out of range.
@@ -64,20 +61,19 @@ def ties(*, scale: float = 0.55, keep: float = 0.2, trim: str = "global") -> Mer
         >>> rule = ties(scale=1.0, keep=0.5)
         >>> state = rule.init(jnp.zeros(4))
         >>> for trained in ([3.0, 4.0, 1.0, 0.0], [-1.0, 2.0, 0.5, 0.0]):
-        ...     trained = jnp.asarray(trained)
-        ...     merged, state, _ = rule.update(state, previous=None, trained=trained)
+        ...     merged, state, _ = rule.update(state, previous=None, trained=jnp.asarray(trained))
         >>> merged.tolist()
         [3.0, 3.0, 0.0, 0.0]
     """
     require("scale", scale, scale > 0, "above 0")
     require("keep", keep, 0 < keep <= 1, "in (0, 1]")
-    if trim not in ("global", "tensor"):
-        raise ValueError(f"trim={trim}: must be global or tensor")
+    require("trim", trim, trim in ("global", "tensor"), "global or tensor")
 
     def init(params: Params) -> TiesState:
         origin = origin_of(params)
         # Separate trees for the two sums, because merging donates their buffers.
         sums = [task_vectors.difference(origin, origin) for _ in range(2)]
+        # uint16 halves the memory of the counts, and is enough for 65,535 tasks.
         counts = [jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.uint16), s) for s in sums]
         return TiesState(origin, *sums, *counts)
 
@@ -128,4 +124,5 @@ def _elected(totals: list) -> list:
 
 def _mean_of_elected(elected, positive, negative, positive_count, negative_count):
     count = jnp.where(elected, positive_count, negative_count)
+    # An entry without any elected value has sum 0 and count 0, and becomes 0 / 1.
     return jnp.where(elected, positive, negative) / jnp.maximum(count, 1).astype(positive.dtype)

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from pm_jax import losses, task_vectors, trees
+from pm_jax import task_vectors, trees
 from pm_jax.rules import subspaces
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Requirements
 from pm_jax.rules.building import origin_of, require
-from pm_jax.rules.objectives import Objective
+from pm_jax.rules.objectives import Objective, weighted_mean
 from pm_jax.types import Array, Params, PyTree
 
 LOSSES = ("alignment", "consistency", "responsiveness", "gradient_norm")
@@ -27,18 +27,14 @@ FIGURES = (
 
 
 class TrmState(NamedTuple):
-    """State of TRM.
-
-    Attributes:
-        tasks: int32 scalar, tasks merged so far.
-        origin: the pre-trained model `theta_0`.
-    """
+    """State of TRM: the tasks merged so far (int32 scalar) and the pre-trained model `theta_0`."""
 
     tasks: Array
     origin: Params
 
 
 class _Settings(NamedTuple):
+    # Hashable, as a static argument of jit must be.
     steps: int
     learning_rate: float
     alignment: float
@@ -65,7 +61,7 @@ def trm(
 ) -> MergeRule:
     """TRM (reconstructed from the abstract): optimise the merged model in a trajectory subspace.
 
-    The subspace is spanned by K snapshots of the task's training and the way gone so far,
+    The subspace is spanned by K snapshots of the task's training and the displacement so far,
 
         theta(c) = theta_hat_{t-1} + V c,   V orthonormal, from theta^(k) - theta_hat_{t-1} and
                                             theta_hat_{t-1} - theta_0
@@ -77,13 +73,13 @@ def trm(
 
     with one c for the whole model, or one for each tensor. Adam goes from
     theta_hat_{t-1} + Delta_t / t through the batches of `Evidence.objective` in turn. The first
-    task is kept as trained: there is nothing to merge it with. Should the end not be finite, the
-    start of the search is taken; should lengths overflow, the step of 1/t.
+    task is kept as trained: there is nothing to merge it with. If the end is not finite, the merge
+    is the start of the search; if lengths overflow, the step of 1/t.
 
     Args:
         snapshots: K, at least 1; the last one is the trained model.
-        steps: of Adam.
-        learning_rate: of Adam on c, in units of `||Delta_t||`, of the model or of the tensor.
+        steps: number of Adam's steps.
+        learning_rate: Adam's on c, in units of `||Delta_t||`, of the model or of the tensor.
         alignment: weight of L_align; 0 leaves the loss out, as do the next two.
         consistency: lam_c.
         responsiveness: lam_g.
@@ -91,14 +87,14 @@ def trm(
         history: whether `theta_hat_{t-1} - theta_0` belongs to the subspace.
         cutoff: eigenvalues of the unit directions' Gram matrix below this share of the largest
             are left out, in (0, 1).
-        per: "model" for one c, "tensor" for one in each tensor's own subspace.
+        per: "model" for one c, "tensor" for one in the subspace of every tensor.
         next_task_from: "merged" or, as an ablation, "trained".
 
     Returns:
         A `MergeRule` that needs `trajectory`, `objective` and `onset_gradient_norm`. Its alpha is
         the merged displacement's share along Delta_t; `figures` has the three losses and the
-        gradient norm before (at the start of the search) and after, over all batches, and the
-        subspace's rank, the mean over tensors where each has its own.
+        gradient norm before and after the search, over all batches, and the subspace's rank, the
+        mean over tensors where there is one for each.
 
     Raises:
         ValueError: a setting out of range.
@@ -125,16 +121,17 @@ def trm(
         points = evidence.trajectory
         # The model itself last, whatever type the snapshots were kept in.
         points = jax.tree.map(lambda leaf, last: leaf.at[-1].set(last), points, trained)
-        directions = subspaces.stacked_from(previous, points)
+        directions = jax.vmap(task_vectors.difference, (0, None))(points, previous)
         if history:
             past = task_vectors.difference(previous, state.origin)
             directions = jax.tree.map(
-                lambda leaf, own: jnp.concatenate([leaf, own[None]]), directions, past
+                lambda leaf, last: jnp.concatenate([leaf, last[None]]), directions, past
             )
+        reference = jnp.asarray(evidence.onset_gradient_norm, jnp.float32)
         end = _search(
-            settings, snapshots - 1, tasks, previous, directions, evidence.objective,
-            jnp.asarray(evidence.onset_gradient_norm, jnp.float32),
-        )  # fmt: skip
+            settings, snapshots - 1, tasks, previous, directions, evidence.objective, reference
+        )
+        # An overflow of the lengths makes the share infinite or NaN.
         sound, later = jnp.isfinite(end.share), tasks > 1
         merged = jax.tree.map(
             lambda low, step, plain: jnp.where(
@@ -159,9 +156,9 @@ def trm(
     return MergeRule(init, update, needs)
 
 
-class _Found(NamedTuple):
-    weights: Array  # of the directions, [1 or tensors, directions]
-    share: Array  # of the displacement along Delta
+class _SearchResult(NamedTuple):
+    weights: Array  # the directions' weights, [1 or tensors, directions]
+    share: Array  # how far the displacement goes along Delta
     degenerate: Array
     figures: dict[str, Array]
 
@@ -185,6 +182,7 @@ class _Subspace(NamedTuple):
             functools.partial(subspaces.orthonormal_coordinates, cutoff=settings.cutoff)
         )(products)
         lengths = trees.safe_sqrt(products[:, last, last])[:, None]
+        # float32 inside the search, whose steps are smaller than bfloat16 resolves.
         base = jax.tree.map(lambda leaf: leaf.astype(trees.compute_dtype(leaf)), base)
         return cls(base, directions, last, products, coordinates, lengths)
 
@@ -192,6 +190,7 @@ class _Subspace(NamedTuple):
         """The place of Delta, [G, K]."""
         along = self.products[:, :, self.last]
         along = jnp.einsum("gkj,gk->gj", self.coordinates, along, precision="highest")
+        # 1e-30 is for a tensor that did not move, whose place is 0.
         return along / jnp.maximum(self.lengths, 1e-30)
 
     def weights(self, place: Array) -> Array:
@@ -209,7 +208,7 @@ class _Subspace(NamedTuple):
         return along / jnp.maximum(jnp.sum(self.products[:, self.last, self.last]), 1e-30)
 
     def rank(self) -> Array:
-        """Dimensions, the mean over tensors where each has its own."""
+        """Number of dimensions, the mean over tensors where there is a subspace for each."""
         return jnp.mean(jnp.sum(jnp.any(self.coordinates != 0, axis=1), axis=1, dtype=jnp.float32))
 
 
@@ -225,6 +224,7 @@ class _Losses(NamedTuple):
     def of(
         cls, settings: _Settings, objective: Objective, reference: Array, old: Params
     ) -> "_Losses":
+        # Once for all steps: the old model does not move.
         def of_the_old_model(number: Array) -> Array:
             logits = objective.logits(old, objective.batch(number).inputs)
             return objective.old_log_probabilities(logits, settings.temperature)
@@ -233,29 +233,25 @@ class _Losses(NamedTuple):
         return cls(settings, objective, reference, jax.lax.map(of_the_old_model, numbers))
 
     def on(self, number: Array, leaves: Params) -> Array:
-        """[4]."""
+        """The four values on a batch, [4]."""
         batch = self.objective.batch(number)
         (alignment, logits), slope = jax.value_and_grad(self.objective.loss, has_aux=True)(
             leaves, batch
         )
+        # Without a gradient at the onset, or with a NaN for it, there is nothing to respond to.
         norm, has_reference = trees.norm(slope), self.reference > 0
         lack = jnp.maximum(0.0, 1 - norm / jnp.where(has_reference, self.reference, 1.0))
         old = self.old[number % len(self.old)]
         new = self.objective.old_log_probabilities(logits, self.settings.temperature)
         divergence = jnp.sum(jnp.exp(old) * (old - new), axis=-1)
-        weights = losses.weights_of(batch)
-        consistency = jnp.sum(weights * divergence) / jnp.maximum(jnp.sum(weights), 1.0)
-        consistency *= self.settings.temperature**2
+        consistency = weighted_mean(divergence, batch) * self.settings.temperature**2
         return jnp.stack([alignment, consistency, jnp.where(has_reference, lack**2, 0.0), norm])
 
     def total(self, number: Array, leaves: Params) -> Array:
-        """J; a loss without weight is not differentiated."""
-        weights = (
-            self.settings.alignment,
-            self.settings.consistency,
-            self.settings.responsiveness,
-        )
+        """J on a batch."""
+        weights = [getattr(self.settings, name) for name in LOSSES[:3]]
         terms = zip(weights, self.on(number, leaves), strict=False)
+        # A loss without weight is left out, so that it is not differentiated, twice for L_resp.
         return sum((weight * value for weight, value in terms if weight), start=jnp.zeros(()))
 
 
@@ -268,8 +264,8 @@ def _search(
     directions: PyTree,
     objective: Objective,
     reference: Array,
-) -> _Found:
-    """The best point of the subspace; `last` is the place of Delta among the directions."""
+) -> _SearchResult:
+    """Find the best point of the subspace; `last` is the index of Delta among the directions."""
     space = _Subspace.of(settings, last, previous, directions)
     nowhere = jnp.zeros(space.products.shape[:2])
     functions = _Losses.of(settings, objective, reference, space.point(nowhere))
@@ -287,6 +283,7 @@ def _search(
     # There is nothing to search for at the first task.
     steps = jnp.where(tasks > 1, settings.steps, 0)
     end, _ = jax.lax.fori_loop(0, steps, step, (beginning, adam.init(beginning)))
+    # One bad batch can turn the whole place to NaN.
     sound = jnp.isfinite(end).all()
     end = jnp.where(sound, end, beginning)
     before, after = space.weights(beginning), space.weights(end)
@@ -297,15 +294,16 @@ def _search(
         jnp.stack([before, after]),
     )
     figures = {
-        f"{name}_{when}": found[place]
-        for place, name in enumerate(LOSSES)
-        for when, found in zip(("before", "after"), values, strict=True)
+        f"{name}_{when}": value
+        for when, row in zip(("before", "after"), values, strict=True)
+        for name, value in zip(LOSSES, row, strict=True)
     }
     figures["subspace_rank"] = space.rank()
-    return _Found(after, space.share(after), (~sound).astype(jnp.float32), figures)
+    return _SearchResult(after, space.share(after), (~sound).astype(jnp.float32), figures)
 
 
 def _check(settings: _Settings, snapshots: int, next_task_from: str) -> None:
+    """Raise ValueError for a setting out of range."""
     values = {**settings._asdict(), "snapshots": snapshots}
     for name in ("snapshots", "steps"):
         require(name, values[name], values[name] >= 1, "at least 1")

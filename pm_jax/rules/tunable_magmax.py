@@ -10,7 +10,7 @@ import numpy as np
 
 from pm_jax import task_vectors, trees
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Requirements
-from pm_jax.rules.building import key_of, origin_of, require
+from pm_jax.rules.building import key_of, origin_of, require, stacked_zeros
 from pm_jax.rules.selection import random_members
 from pm_jax.types import Array, Key, Params, PyTree
 
@@ -21,7 +21,7 @@ class TunableMagmaxState(NamedTuple):
     Attributes:
         tasks: int32 scalar, tasks merged so far.
         origin: the pre-trained model `theta_0`.
-        task_vectors: float32 [max_tasks, ...] for every leaf; zero for tasks to come.
+        task_vectors: float32 leaves [max_tasks, ...]; 0 for tasks to come.
     """
 
     tasks: Array
@@ -34,21 +34,20 @@ def tunable_magmax(
 ) -> MergeRule:
     """Give every task its share of the entries, and keep to large magnitudes within it.
 
-    In every leaf the task i has exactly the number of entries that its weight says (`quotas`);
-    which ones is up to `assigned`. `theta_0` moves by `scale` times the entries of the task vectors
-    `tau_i = theta_i* - theta_0` so assigned. Merging is for inference.
-
-    Choosing needs all task vectors: the state takes `max_tasks` times the memory of the model.
+    In every leaf, task i has exactly the number of entries that its weight gives it (`quotas`), and
+    `assigned` chooses which. `theta_0` moves by `scale` times the entries of the task vectors
+    `tau_i = theta_i* - theta_0` chosen so. The state keeps all task vectors: `max_tasks` times the
+    memory of the model.
 
     Args:
-        scale: of the merged task vector, above 0.
-        preference: weights of the tasks, not negative, as many as `max_tasks`, sum 1; empty for
-            equal ones. Before the last task, those of the tasks seen are scaled to sum 1 and are
-            equal where they are all 0. `pm_jax.rules.preferences` finds them from target data.
+        scale: coefficient of the merged task vector, above 0.
+        preference: `max_tasks` weights, not negative, of sum 1; empty for equal ones. Before the
+            last task, the weights of the tasks seen are scaled to sum 1, or equal where they are
+            all 0. `pm_jax.rules.preferences` computes weights from target data.
         max_tasks: number of tasks of the stream; after more, the merged model is NaN.
 
     Returns:
-        A `MergeRule` that needs `key`.
+        A `MergeRule` that needs `key`; the next task starts from the trained model.
 
     Raises:
         ValueError: a setting out of range.
@@ -72,10 +71,8 @@ def tunable_magmax(
 
     def init(params: Params) -> TunableMagmaxState:
         origin = origin_of(params)
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros((max_tasks, *x.shape), trees.compute_dtype(x)), origin
-        )
-        return TunableMagmaxState(jnp.zeros((), jnp.int32), origin, zeros)
+        room = stacked_zeros(task_vectors.difference(origin, origin), max_tasks)
+        return TunableMagmaxState(jnp.zeros((), jnp.int32), origin, room)
 
     def update(state: TunableMagmaxState, *, previous: Params, trained: Params, evidence: Evidence):
         del previous
@@ -84,6 +81,7 @@ def tunable_magmax(
         every = jax.tree.map(lambda s, x: s.at[tasks - 1].set(x), state.task_vectors, task_vector)
 
         def leaf(key, stacked):
+            # One row for each number of tasks seen, which is traced, by NumPy in float64.
             table = np.stack([quotas(stacked[0].size, row) for row in weights])
             owners = assigned(key, stacked, jnp.asarray(table, jnp.int32)[tasks - 1])
             return _entries_of(stacked, owners)
@@ -101,18 +99,16 @@ def tunable_magmax(
 
 
 def _map_by_shape(function: Callable[..., Array], keys: PyTree, tree: PyTree) -> PyTree:
-    """`function(key, leaf)` over a tree, compiled once for each shape.
-
-    A transformer has a hundred leaves of a dozen shapes, and the function compiles for seconds.
-    """
+    """Map `function(key, leaf)` over a tree, compiled once for each shape."""
+    # A transformer has a hundred leaves of a dozen shapes, and the function compiles for seconds.
     leaves, structure = jax.tree.flatten(tree)
     alike: dict[Any, list[int]] = {}
     for number, leaf in enumerate(leaves):
         alike.setdefault((leaf.shape, leaf.dtype), []).append(number)
-    of_leaves, by_number = jax.tree.leaves(keys), dict[int, Array]()
+    leaf_keys, by_number = jax.tree.leaves(keys), dict[int, Array]()
     for group in alike.values():
-        # Not stacked, which would be a copy of all of them.
-        picks = [functools.partial(lambda n: (of_leaves[n], leaves[n]), number) for number in group]
+        # `switch` picks a leaf where it lies; stacking them would copy all of them.
+        picks = [functools.partial(lambda n: (leaf_keys[n], leaves[n]), number) for number in group]
         results = jax.lax.map(
             lambda place, picks=picks: function(*jax.lax.switch(place, picks)),
             jnp.arange(len(group)),
@@ -131,31 +127,21 @@ def _weights_by_task(preference: tuple[float, ...], max_tasks: int) -> np.ndarra
         raise ValueError(f"preference={written}: must be at least 0 and sum to 1")
     seen = np.tril(np.ones((max_tasks, max_tasks)))
     rows = seen * given
+    # Weights of 0 for all tasks seen cannot be scaled to sum 1: equal ones take their place.
     rows = np.where(rows.sum(axis=1, keepdims=True) > 0, rows, seen)
     return rows / rows.sum(axis=1, keepdims=True)
 
 
 def quotas(size: int, weights: np.ndarray) -> np.ndarray:
-    """How many of a number of entries are each task's.
+    """Shares of `size` entries by T weights of sum 1: int64 [T] of sum `size`.
 
-    Args:
-        size: number of entries.
-        weights: float64 [T], not negative, sum 1.
-
-    Returns:
-        int64 [T], sum `size`: `floor(size w + 1e-6)`, and one more for each of the first tasks
-        until all entries are given away.
-
-    References:
-        Tunable MAGMAX, `arXiv 2605.20803 <https://arxiv.org/abs/2605.20803>`_; the 1e-6 is ours:
-        49 * (1/49) is below 1 in float64
+    Shares are rounded down, and the first tasks get one more until all entries are given away.
 
     Example:
-        >>> quotas(8, np.asarray([0.25, 0.25, 0.5])).tolist()
-        [2, 2, 4]
         >>> quotas(8, np.asarray([1 / 3, 1 / 3, 1 / 3])).tolist()
         [3, 3, 2]
     """
+    # float64, because float32 cannot count above 2^24; 1e-6, because 49 * (1/49) is below 1.
     counts = np.floor(size * np.asarray(weights, np.float64) + 1e-6).astype(np.int64)
     counts[: size - counts.sum()] += 1
     return counts
@@ -163,26 +149,18 @@ def quotas(size: int, weights: np.ndarray) -> np.ndarray:
 
 @jax.jit
 def assigned(key: Key, stacked: Array, quotas: Array) -> Array:
-    """Which task has which entry of a leaf: as many as its quota, large magnitudes first.
+    """Assign every entry of a leaf to a task: as many as its quota, large magnitudes first.
 
-    1. An entry is that of the task with the largest magnitude, the later one of equals. A task
-       with quota 0 takes no part.
-    2. From the last task to the second: of the entries beyond the quota, chosen at random, each
-       goes to the task with the largest magnitude among the earlier ones.
-    3. What the first task has beyond its quota, chosen at random, goes to the tasks below theirs:
+    1. An entry goes to the task with the largest magnitude, the later one of equals. A task with
+       quota 0 takes no part.
+    2. From the last task to the second: entries beyond the quota, chosen at random, go to the task
+       with the largest magnitude among the earlier ones.
+    3. Entries of the first task beyond its quota, chosen at random, go to the tasks below theirs:
        first, from the last task on, where a task has the largest magnitude of all but the first
        task; then at random.
 
-    Args:
-        key: PRNG key.
-        stacked: task vectors of the leaf, float [T, ...].
-        quotas: int32 [T], not negative, whose sum is the number of entries.
-
-    Returns:
-        int32 [...], the task of each entry, from 0.
-
-    References:
-        Tunable MAGMAX, `arXiv 2605.20803 <https://arxiv.org/abs/2605.20803>`_
+    Task vectors are float [T, ...], quotas int32 [T] whose sum is the number of entries; the result
+    is int32 [...], the task of every entry, from 0.
 
     Example:
         >>> stacked = jnp.asarray([[1.0, 5.0, 2.0], [3.0, 4.0, 2.0]])
@@ -198,7 +176,7 @@ def assigned(key: Key, stacked: Array, quotas: Array) -> Array:
         return jnp.sum(owners == task, dtype=jnp.int32) - quotas[task]
 
     def chosen(number: Array | int, members: Array, size: Array) -> Array:
-        """A random choice, skipped where it is of none."""
+        """Choose at random, and skip the drawing where there is nothing to choose."""
         draw = functools.partial(random_members, jax.random.fold_in(key, number), members)
         return jax.lax.cond(size > 0, draw, lambda _: jnp.zeros_like(members), size)
 
@@ -209,12 +187,12 @@ def assigned(key: Key, stacked: Array, quotas: Array) -> Array:
 
     owners = _largest(stacked, entitled)
     owners = jax.lax.fori_loop(0, count - 1, pass_on, owners)
-    nobody = -1
+    nobody = -1  # owns the entries that wait for a task below its quota
     owners = jnp.where(chosen(count, owners == 0, beyond(owners, 0)), nobody, owners)
     rivals = _largest(stacked, entitled & (numbers > 0))
 
     def fill(position: Array, owners: Array) -> Array:
-        """The second half of the positions is the second time around."""
+        """Fill a task up to its quota; the second half of the positions is the second round."""
         task, preferred = from_last(position % (count - 1)), position < count - 1
         free = (owners == nobody) & (~preferred | (rivals == task))
         return jnp.where(chosen(count + 1 + position, free, -beyond(owners, task)), task, owners)
@@ -228,16 +206,18 @@ def _largest(stacked: Array, allowed: Array) -> Array:
     def later(task, best):
         magnitude, owners = best
         candidate = jnp.abs(stacked[task])
+        # At least, not above: of equal magnitudes the later task wins.
         wins = allowed[task] & (candidate >= magnitude)
         return jnp.where(wins, candidate, magnitude), jnp.where(wins, task, owners)
 
+    # Below any magnitude, so that an allowed task wins over none.
     start = (jnp.full_like(stacked[0], -1.0), jnp.zeros(stacked.shape[1:], jnp.int32))
     return jax.lax.fori_loop(0, len(stacked), later, start)[1]
 
 
 @jax.jit
 def _entries_of(stacked: Array, owners: Array) -> Array:
-    """Entries [...] of the tasks that own them."""
+    """Pick every entry [...] from the task that owns it."""
 
     def take(task, entries):
         return jnp.where(owners == task, stacked[task], entries)
