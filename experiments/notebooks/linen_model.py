@@ -49,7 +49,8 @@ def logits_fn(params, inputs):
 
 
 loss_fn = losses.mean(losses.cross_entropy(logits_fn))
-perturbed_loss = pm_jax.perturbed(loss_fn, perturbation.symmetric(epsilon=0.5))
+law = perturbation.symmetric(epsilon=0.5)
+perturbed_loss = pm_jax.perturbed(loss_fn, law)
 optimizer = optax.adam(3e-3)
 
 
@@ -93,6 +94,14 @@ for number, task in enumerate(tasks):
     evidence = rules.Evidence(found.quadratic, found.standard_error)
     params, state, info = rule.update(state, previous=params, trained=trained, evidence=evidence)
     print(f"task {number + 1}: alpha {info.alpha:.3f} +- {info.standard_error:.3f}")
+
+# %% [markdown]
+# ## What the perturbation adds to the loss: `E[s^2] / 2` times the curvature along the task vector
+
+# %%
+hessian = pm_jax.hessian(losses.cross_entropy(logits_fn))
+along = pm_jax.measure_all(hessian, trained, batch, batch_size=256, direction=delta).along
+print(f"perturbation of task 2 adds {pm_jax.curvature_weight(law) * along:.4f} to the loss")
 
 # %% [markdown]
 # ## Compare: the last trained model has forgotten the first task, the merged one less so

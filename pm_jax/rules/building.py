@@ -34,14 +34,7 @@ class TaskCount(NamedTuple):
 
 
 def merge_by_count(coefficient: Callable[[Array], Array]) -> MergeRule:
-    """A rule whose coefficient depends only on t, the number of tasks, counted from 1.
-
-    Example:
-        >>> rule = merge_by_count(lambda t: 1 / t)
-        >>> _, _, info = rule.update(rule.init(0.0), previous=jnp.zeros(1), trained=jnp.ones(1))
-        >>> float(info.alpha), float(info.denominator)
-        (1.0, nan)
-    """
+    """A rule whose coefficient depends only on t, the number of tasks, counted from 1."""
 
     def update(
         state: TaskCount, *, previous: Params, trained: Params, evidence: Evidence | None = None
@@ -131,16 +124,7 @@ def diagonal_of(evidence: Evidence) -> PyTree:
 
 
 def quadratic_of(evidence: Evidence, kind: type[Curvature]) -> Quadratic:
-    """The quadratic of a task, whose curvature must be of the kind that a rule keeps.
-
-    Raises:
-        ValueError: the evidence has no quadratic, or one of another kind.
-
-    Example:
-        >>> quadratic_of(Evidence(), Diagonal)
-        Traceback (most recent call last):
-        ValueError: evidence.quadratic=NoneType: must be a DiagonalQuadratic; measure it by ...
-    """
+    """The quadratic of a task; raises ValueError unless its curvature is of the rule's kind."""
     quadratic = evidence.quadratic
     if not isinstance(quadratic, Quadratic) or not isinstance(quadratic.curvature, kind):
         measures = MEASURES.get(kind.__name__, "a measure of that kind")
@@ -182,13 +166,7 @@ def info_of(coefficient: MergeCoefficient, curvature: Array) -> MergeInfo:
 
 
 def require(name: str, value: float | str, holds: bool, wanted: str) -> None:
-    """Raise ValueError where a setting's value does not hold, and say what the rule wants.
-
-    Example:
-        >>> require("scale", -1.0, False, "above 0")
-        Traceback (most recent call last):
-        ValueError: scale=-1.0: must be above 0
-    """
+    """Raise ValueError where a setting's value does not hold, and say what the rule wants."""
     if not holds:
         raise ValueError(f"{name}={value}: must be {wanted}")
 
@@ -203,15 +181,8 @@ def jit_merge(update: Callable[..., Any]) -> jax.stages.Wrapped:
         The compiled function. It donates the state's buffers, so that state cannot be used again.
 
     Example:
-        >>> import jax.numpy as jnp
-        >>> from pm_jax import rules
-        >>> rule = rules.averaging()
-        >>> @jit_merge
-        ... def merge(state, previous, trained):
-        ...     merged, state, info = rule.update(state, previous=previous, trained=trained)
-        ...     return state, merged
-        >>> state, merged = merge(rule.init(jnp.zeros(1)), jnp.zeros(1), jnp.ones(1))
-        >>> merged.tolist()
+        >>> add = jit_merge(lambda total, vector: (total + vector, vector))
+        >>> add(jnp.zeros(1), jnp.ones(1))[0].tolist()
         [1.0]
     """
     options = None

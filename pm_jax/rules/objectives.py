@@ -83,13 +83,6 @@ def stack(objectives: Sequence[Objective], seen: Array) -> Objective:
     """Objectives of one model on T tasks as one with a leading axis T, to loop over when compiled.
 
     The examples of the tasks that are not `seen` (bool [T]) get weight 0.
-
-    Example:
-        >>> batches = Batch(jnp.ones((1, 2, 1)), jnp.zeros((1, 2), int), jnp.ones((1, 2)))
-        >>> masks = jnp.ones(2, bool), jnp.zeros(2, bool)
-        >>> one = Objective(jax.tree_util.Partial(lambda w, x: x * w[None]), batches, *masks)
-        >>> stack([one, one], jnp.asarray([True, False])).batches.weights.tolist()
-        [[[1.0, 1.0]], [[0.0, 0.0]]]
     """
     parts = [(one.batches, one.classes, one.old_classes) for one in objectives]
     batches, classes, old_classes = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)

@@ -134,11 +134,6 @@ def opposed_entries(shared: Array, task: Array, share: float = 0.5) -> Array:
     """True where |G| is among its `share` largest entries, ties included, and `G R < 0`.
 
     G is the shared matrix and R the task's, of any but the same shape.
-
-    Example:
-        >>> shared = jnp.asarray([[4.0, -3.0], [1.0, 0.5]])
-        >>> opposed_entries(shared, jnp.asarray([[-1.0, -1.0], [-1.0, 1.0]])).tolist()
-        [[True, False], [False, False]]
     """
     sizes = jnp.sort(jnp.abs(shared), axis=None)
     smallest = sizes[sizes.size - max(1, round(share * sizes.size))]

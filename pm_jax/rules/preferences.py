@@ -50,12 +50,7 @@ def weights_of_distances(distances: Sequence[float]) -> tuple[float, ...]:
 
 
 def cosine_distance(source: ArrayLike, target: ArrayLike) -> float:
-    """Half of one minus the cosine of both mean features, from 0 to 1.
-
-    Example:
-        >>> cosine_distance([[1.0, 0.0]], [[0.0, 2.0]])
-        0.5
-    """
+    """Half of one minus the cosine of both mean features, from 0 to 1."""
     left, right = (np.asarray(x, np.float64).mean(axis=0) for x in (source, target))
     lengths = np.linalg.norm(left) * np.linalg.norm(right)
     return float((1 - left @ right / lengths) / 2)

@@ -95,12 +95,7 @@ def make(name: str, settings: str = "", **given: Any) -> MergeRule:
 
 
 def number(text: str) -> float:
-    """Read a finite number, which may be written as a fraction; raises ValueError for others.
-
-    Example:
-        >>> number("1/4")
-        0.25
-    """
+    """Read a finite number, which may be written as a fraction; raises ValueError for others."""
     try:
         # Fraction reads fractions only: it would write out all digits of 1e999999999.
         value = float(fractions.Fraction(text)) if "/" in text else float(text)

@@ -40,12 +40,6 @@ def random_members(key: Key, members: Array, count: Array | int) -> Array:
     """Choose `count` of the members (bool, any shape), every subset with the same probability.
 
     All are chosen where there are fewer; the count is an int32 scalar, not negative.
-
-    Example:
-        >>> members = jnp.asarray([True, False, True, True])
-        >>> chosen = random_members(jax.random.key(0), members, 2)
-        >>> int(chosen.sum()), bool(chosen[1])
-        (2, False)
     """
     flat = members.ravel()
     # The last bit is set, so that a member's draw is never the 0 of the others.

@@ -21,11 +21,6 @@ def orthonormal_coordinates(products: Array, cutoff: float) -> Array:
 
     `products` is their Gram matrix [K, K]. Directions whose eigenvalue is at most `cutoff` times
     the largest are left out: their columns are 0, so that shapes do not depend on the data.
-
-    Example:
-        >>> coordinates = orthonormal_coordinates(jnp.diag(jnp.asarray([0.0, 4.0])), 1e-4)
-        >>> abs(coordinates).tolist()
-        [[0.0, 0.0], [0.0, 0.5]]
     """
     squares = jnp.diagonal(products)
     # To unit length first, so that the cutoff does not drop a short displacement.
@@ -41,8 +36,7 @@ def combination(directions: PyTree, weights: Array) -> PyTree:
     """`sum_k weights_k d_k` as arrays [...]; weights are [L, K], or [1, K] for all leaves alike."""
     leaves, structure = jax.tree.flatten(directions)
     weights = jnp.broadcast_to(weights, (len(leaves), weights.shape[1]))
-    sums = [
-        jnp.tensordot(row, leaf, 1, precision="highest")
-        for row, leaf in zip(weights, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(structure, sums)
+    rows = jax.tree.unflatten(structure, list(weights))
+    return jax.tree.map(
+        lambda row, leaf: jnp.tensordot(row, leaf, 1, precision="highest"), rows, directions
+    )

@@ -161,11 +161,6 @@ def assigned(key: Key, stacked: Array, quotas: Array) -> Array:
 
     Task vectors are float [T, ...], quotas int32 [T] whose sum is the number of entries; the result
     is int32 [...], the task of every entry, from 0.
-
-    Example:
-        >>> stacked = jnp.asarray([[1.0, 5.0, 2.0], [3.0, 4.0, 2.0]])
-        >>> assigned(jax.random.key(0), stacked, jnp.asarray([1, 2])).tolist()
-        [1, 0, 1]
     """
     count, numbers, entitled = len(quotas), jnp.arange(len(quotas)), quotas > 0
 
