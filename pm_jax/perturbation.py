@@ -179,19 +179,11 @@ def sample(key: Key, perturbation: Perturbation, shape: tuple[int, ...] = ()) ->
 def displace(
     key: Key, perturbation: Perturbation, step: Array, params: Params, base: Params
 ) -> Params:
-    """The point at which the loss is taken, for a given draw.
+    """The point at which the loss is taken: `theta + s Delta`, or `theta + s ||Delta|| u`.
 
-    Args:
-        key: PRNG key of the random direction; used by a Gaussian law only.
-        perturbation: the law; says which direction.
-        step: `s`, scalar; [N] for one draw per example where all that moves is adapters.
-        params: `theta`, pytree of floating-point arrays; an `Adapter` in the place of a kernel
-            stands for that kernel of the base plus its product.
-        base: `theta_hat_{t-1}`, of the same structure, with arrays only.
-
-    Returns:
-        `theta + s Delta`, or `theta + s ||Delta|| u` with `u` uniform on the sphere. Adapters
-        become an `AdaptedKernel`, whose branch `lora.branch` adds with the scale 1 + s.
+    `u` is uniform on the sphere and drawn with `key`; `step` is `s`, scalar, or [N] for a draw per
+    example where `params` has adapters only. An `Adapter` stands in the place of a kernel of `base`
+    and becomes an `AdaptedKernel`, whose branch `lora.branch` scales by 1 + s.
 
     Raises:
         ValueError: structures differ, or one draw per example for a leaf that examples share.
@@ -208,6 +200,7 @@ def displace(
         return task_vectors.apply(leaf, task_vectors.difference(leaf, start), step)
 
     if not perturbation.gaussian:
+        # A weight that examples share cannot move by a step of every example.
         if jnp.ndim(step):
             _check_adapters_only(params)
         return _map(along_delta, params, base)

@@ -68,17 +68,16 @@ class Exact(Curvature):
         """`H d`: a jvp and a vjp per batch, of the gradient for the Hessian."""
 
         def of_batch(center: Params, batch: Batch) -> PyTree:
-            weights = losses.weights_of(batch)
             if self.matrix == "hessian":
                 return products.hessian_vector_product(
-                    lambda params, some: jnp.sum(weights * self.model(params, some)),
+                    lambda p, some: jnp.sum(losses.weights_of(some) * self.model(p, some)),
                     center,
                     direction,
                     batch,
                 )
             # An axis for one direction; its tangents must have the parameters' type.
             one = jax.tree.map(lambda d, p: jnp.asarray(d, p.dtype)[None], direction, center)
-            product = products.gauss_newton_times(self.model, center, one, batch.inputs, weights)
+            product = products.gauss_newton_times(self.model, center, one, batch)
             return jax.tree.map(lambda leaf: leaf[0], product)
 
         return self._sum_of_means(of_batch)
@@ -87,11 +86,9 @@ class Exact(Curvature):
         """`d^T H d`, scalar: one jvp per batch, two nested ones for the Hessian."""
 
         def of_batch(center: Params, batch: Batch) -> Array:
-            if self.matrix == "hessian":
-                values = products.hessian_along(self.model, center, direction, batch)
-            else:
-                values = products.gauss_newton_along(self.model, center, direction, batch.inputs)
-            return jnp.sum(losses.weights_of(batch) * values)
+            hessian = self.matrix == "hessian"
+            along = products.hessian_along if hessian else products.gauss_newton_along
+            return jnp.sum(losses.weights_of(batch) * along(self.model, center, direction, batch))
 
         return self._sum_of_means(of_batch)
 
@@ -261,11 +258,7 @@ def gauss_newton(logits_fn: LogitsFn) -> Measure:
         >>> float(measure_all(measure, jnp.zeros(2), examples, 1, jnp.asarray([1.0, 3.0])).along)
         1.0
     """
-
-    def along(params: Params, direction: PyTree, batch: Batch) -> Array:
-        return products.gauss_newton_along(logits_fn, params, direction, batch.inputs)
-
-    return _directional_measure(along)
+    return _directional_measure(functools.partial(products.gauss_newton_along, logits_fn))
 
 
 def hessian(losses_fn: LossesFn) -> Measure:

@@ -332,9 +332,7 @@ def fisher_kronecker(
             rest_state = others(state.params)[0].update(rest_state, batch)
         values = None
         if state.direction is not None:
-            values = products.gauss_newton_along(
-                logits_fn, state.params, state.direction, batch.inputs
-            )
+            values = products.gauss_newton_along(logits_fn, state.params, state.direction, batch)
         total = (jax.tree.map(jnp.add, sums, added), rest_state)
         return state._replace(total=total).plus(values, weights)
 

@@ -155,14 +155,13 @@ def gauss_newton_low_rank(logits_fn: LogitsFn, *, rank: int = 16) -> Measure:
         return MeasureState.start(params, direction, key, (tests, trees.zeros_like(tests)))
 
     def update(state: MeasureState, batch: Batch) -> MeasureState:
-        weights = losses.weights_of(batch)
         tests, sums = state.total
-        products = gauss_newton_times(logits_fn, state.params, tests, batch.inputs, weights)
+        products = gauss_newton_times(logits_fn, state.params, tests, batch)
         values = None
         if state.direction is not None:
-            values = gauss_newton_along(logits_fn, state.params, state.direction, batch.inputs)
+            values = gauss_newton_along(logits_fn, state.params, state.direction, batch)
         total = (tests, jax.tree.map(jnp.add, sums, products))
-        return state._replace(total=total).plus(values, weights)
+        return state._replace(total=total).plus(values, losses.weights_of(batch))
 
     def finalize(state: MeasureState) -> Measurement:
         tests, sums = state.total

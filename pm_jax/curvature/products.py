@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from pm_jax import losses
 from pm_jax.types import Array, Batch, LogitsFn, LossesFn, LossFn, Params, PyTree
 
 
@@ -51,7 +52,7 @@ def hessian_along(losses_fn: LossesFn, params: Params, direction: PyTree, batch:
 
 
 def gauss_newton_along(
-    logits_fn: LogitsFn, params: Params, direction: PyTree, inputs: PyTree
+    logits_fn: LogitsFn, params: Params, direction: PyTree, batch: Batch
 ) -> Array:
     """`d^T G_n d` of N examples by one jvp, `sum_c p_nc ((J_n d)_c - sum_k p_nk (J_n d)_k)^2`.
 
@@ -63,28 +64,31 @@ def gauss_newton_along(
 
     Example:
         >>> gauss_newton_along(lambda w, x: x * w[None], jnp.zeros(2), jnp.asarray([1., 3.]),
-        ...                    jnp.ones((1, 1))).tolist()
+        ...                    Batch(jnp.ones((1, 1)), jnp.zeros(1, int))).tolist()
         [1.0]
     """
-    logits, tangents = directional_derivative(lambda p: logits_fn(p, inputs), params, direction)
+    logits, tangents = directional_derivative(
+        lambda p: logits_fn(p, batch.inputs), params, direction
+    )
     probabilities = jax.nn.softmax(logits)
     return jnp.sum(probabilities * _centred(tangents, probabilities) ** 2, axis=-1)
 
 
 def gauss_newton_times(
-    logits_fn: LogitsFn, params: Params, directions: PyTree, inputs: PyTree, weights: Array
+    logits_fn: LogitsFn, params: Params, directions: PyTree, batch: Batch
 ) -> PyTree:
     """`sum_n weight_n G_n d_k` for K directions, leaves [K, ...]: one jvp and one vjp for a d_k.
 
     Example:
         >>> gauss_newton_times(lambda w, x: x * w[None], jnp.zeros(2), jnp.asarray([[1.0, 3.0]]),
-        ...                    jnp.ones((1, 1)), jnp.ones(1)).tolist()
+        ...                    Batch(jnp.ones((1, 1)), jnp.zeros(1, int))).tolist()
         [[-0.5, 0.5]]
     """
     # Linearized once: all directions share one forward pass and its activations.
-    logits, forward = jax.linearize(lambda p: logits_fn(p, inputs), params)
+    logits, forward = jax.linearize(lambda p: logits_fn(p, batch.inputs), params)
     backward = jax.linear_transpose(forward, params)
     probabilities = jax.nn.softmax(logits)
+    weights = losses.weights_of(batch)
 
     def product(direction: PyTree) -> PyTree:
         tangents = _centred(forward(direction), probabilities)

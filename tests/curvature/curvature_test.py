@@ -230,9 +230,7 @@ def test_padding_in_the_last_batch_changes_nothing():
 def test_products_of_single_examples_against_dense_matrices():
     params, direction, batch = oracles.problem(EXAMPLES)
     for name, got in {
-        "gauss_newton": products.gauss_newton_along(
-            oracles.network, params, direction, batch.inputs
-        ),
+        "gauss_newton": products.gauss_newton_along(oracles.network, params, direction, batch),
         "hessian": products.hessian_along(oracles.losses, params, direction, batch),
     }.items():
         values = per_example_along(name, params, direction, batch)
@@ -251,7 +249,7 @@ def test_hessian_vector_product_is_the_dense_one():
 def test_gauss_newton_is_never_negative_for_confident_models():
     params, direction, batch = oracles.problem(EXAMPLES)
     confident = {**params, "v": 200 * params["v"]}
-    got = products.gauss_newton_along(oracles.network, confident, direction, batch.inputs)
+    got = products.gauss_newton_along(oracles.network, confident, direction, batch)
     assert float(got.min()) >= 0.0
 
 
