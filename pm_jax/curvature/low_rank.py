@@ -114,7 +114,7 @@ class LowRankQuadratic(Quadratic):
         # The products are rounded, so that the core is not quite symmetric.
         values, vectors = jnp.linalg.eigh((core + core.T) / 2)
         kept = values > SMALLEST_EIGENVALUE * jnp.maximum(values[-1], 0)
-        # The inner `where` keeps powers of numbers below 0, which are NaN, out of gradients.
+        # An eigenvalue that is left out may be below 0: 1 takes its place in the root.
         weights = vectors * jnp.where(kept, jnp.where(kept, values, 1) ** -0.5, 0)[None, :]
         return cls.at(center, LowRank(_combined(weights, products)))
 
