@@ -148,16 +148,9 @@ def merge_coefficients(
 def box_minimum(gram: Array, slopes: Array, *, clip: bool = True) -> tuple[Array, Array]:
     """`argmin_{0 <= a <= 1} 1/2 a^T G a - s^T a`, by coordinate descent with a ridge.
 
-    The ridge is 1e-6 times the mean of the diagonal. A coordinate without curvature stays at 0.
-
-    Args:
-        gram: G, [K, K]; its symmetric part counts.
-        slopes: s, [K].
-        clip: keep a in [0, 1].
-
-    Returns:
-        `(a, sound)`: the minimum [K], and whether G is positive semi-definite to rounding; if not,
-        a is no minimum.
+    G is [K, K], of which the symmetric part counts, and s is [K]. The ridge is 1e-6 times the mean
+    of the diagonal; a coordinate without curvature stays at 0. Returned are the minimum [K] and
+    whether G is positive semi-definite to rounding, without which there is no minimum.
 
     References:
         Wright, `Coordinate Descent Algorithms <https://arxiv.org/abs/1502.04759>`_, 2015

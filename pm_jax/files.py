@@ -57,12 +57,7 @@ def without_nan(value: Any) -> Any:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Write the first few of some names for a message, and how many more there are.
-
-    Example:
-        >>> listed("abcdefgh")
-        'a, b, c, d, e, f and 2 more'
-    """
+    """Write the first few of some names for a message, and how many more there are."""
     rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + rest
 

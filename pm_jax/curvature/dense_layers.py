@@ -65,13 +65,7 @@ def visiting(
 
 
 def layers_called_once(module: nn.Module, inputs: PyTree) -> tuple[str, ...]:
-    """Names of the dense layers that a module calls exactly once, in the order of the calls.
-
-    Example:
-        >>> from pm_jax.models import MLP
-        >>> layers_called_once(MLP(10, (5,)), jnp.ones((1, 4)))
-        ('hidden_0', 'head')
-    """
+    """Names of the dense layers that a module calls exactly once, in the order of the calls."""
     calls: list[str] = []
     with visiting(lambda call: calls.append(call.name)):
         # Only shapes are needed, so nothing is computed.
@@ -81,12 +75,7 @@ def layers_called_once(module: nn.Module, inputs: PyTree) -> tuple[str, ...]:
 
 
 def kernel_paths(params: Params) -> tuple[str, ...]:
-    """Paths of the dense kernels [in, out] of a parameter tree, by linen's names.
-
-    Example:
-        >>> kernel_paths({"fc": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}})
-        ('fc/kernel',)
-    """
+    """Paths of the dense kernels [in, out] of a parameter tree, by linen's names."""
     leaves = trees.leaves_by_path(params)
     # Kernels of convolutions have the same name and more axes.
     return tuple(p for p, x in leaves.items() if p.split("/")[-1] == "kernel" and x.ndim == 2)
@@ -119,26 +108,13 @@ def inputs_of(apply: Callable[[], Any], layer: str) -> Array:
 def input_moments(
     apply: Callable[[], Any], paths: Collection[str], weights: Array
 ) -> dict[str, tuple[Array, Array]]:
-    """Sums of the outer products of dense layers' inputs over a batch and over token axes.
+    """Sum the outer products of dense layers' inputs over the N examples that `apply` runs on.
 
-    Args:
-        apply: runs the model on N examples.
-        paths: of the layers' kernels.
-        weights: of the examples, [N].
-
-    Returns:
-        `{path: (sum_n weight_n x_n x_n^T [in, in], sum of the weights)}`, float32. A layer that is
-        called more than once counts all its calls.
+    By path of a kernel these are `sum_n weight_n x_n x_n^T` [in, in], over token axes and all calls
+    of a layer, and the sum of the weights.
 
     Raises:
         ValueError: a kernel of no dense layer that the model calls.
-
-    Example:
-        >>> params, x = {"kernel": jnp.ones((2, 1)), "bias": jnp.zeros(1)}, jnp.asarray([[1., 2.]])
-        >>> moments = input_moments(
-        ...     lambda: nn.Dense(1).apply({"params": params}, x), ["kernel"], jnp.ones(1))
-        >>> moments["kernel"][0].tolist()
-        [[1.0, 2.0], [2.0, 4.0]]
     """
     moments: dict[str, tuple[Array, Array]] = {}
 
@@ -192,13 +168,6 @@ def tapped(
 
     Raises:
         ValueError: the model does not call a layer exactly once.
-
-    Example:
-        >>> layer, params = nn.Dense(1), {"kernel": jnp.ones((1, 1)), "bias": jnp.zeros(1)}
-        >>> taps = tapped(lambda p, b: layer.apply({"params": p}, b.inputs)[:, 0],
-        ...               params, Batch(jnp.asarray([[3.0]]), jnp.zeros(1, int)), [""])
-        >>> taps.inputs[""].tolist(), taps.pull_back(jnp.full(1, 2.0))[""].tolist()
-        ([[3.0]], [[2.0]])
     """
 
     def run(taps: dict[str, Array] | None) -> tuple[Array, dict[str, tuple[Array, Array]]]:

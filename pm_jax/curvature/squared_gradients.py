@@ -95,12 +95,6 @@ def by_vmap(
     """Sum squared gradients by forming the gradient of every example, N of them in memory.
 
     `params` and `direction` are pytrees, `keys` [N]; float32 (float64 for float64 leaves).
-
-    Example:
-        >>> one_pass = lambda outputs, _: Passes(jnp.ones_like(outputs)[None], jnp.ones((1, 1)))
-        >>> batch = Batch(jnp.asarray([[1.0], [3.0]]), jnp.zeros(2, int))
-        >>> by_vmap(lambda w, b: b.inputs @ w, one_pass, jnp.ones(1), batch).total.tolist()
-        [10.0]
     """
 
     def squares_of(example: Batch, key: Key | None) -> PyTree:
@@ -151,17 +145,6 @@ def by_layers(
 
     Raises:
         ValueError: a path that is no kernel or bias of a Dense layer that is called exactly once.
-
-    Example:
-        >>> import flax.linen as nn
-        >>> layer, params = nn.Dense(1), {"kernel": jnp.ones((1, 1)), "bias": jnp.zeros(1)}
-        >>> batch = Batch(jnp.asarray([[1.0], [3.0]]), jnp.zeros(2, int))
-        >>> squares = by_layers(
-        ...     lambda p, b: layer.apply({"params": p}, b.inputs)[:, 0],
-        ...     lambda outputs, _: Passes(jnp.ones_like(outputs)[None], jnp.ones((1, 2))),
-        ...     params, batch)
-        >>> squares.total["kernel"].item(), squares.total["bias"].item()
-        (10.0, 2.0)
     """
     layers = {dense_layers.layer_of(path) for path in params}
     taps = dense_layers.tapped(outputs_fn, params, batch, layers)

@@ -79,10 +79,6 @@ def as_rgb(images: np.ndarray, name: str) -> np.ndarray:
 
     Raises:
         InvalidInput: the images have another number of channels.
-
-    Example:
-        >>> as_rgb(np.full((1, 1, 1, 2), [7, 255], np.uint8), "mine").tolist()
-        [[[[7, 7, 7]]]]
     """
     match images.shape[-1]:
         case 1 | 2:

@@ -136,13 +136,7 @@ def quadratic_of(evidence: Evidence, kind: type[Curvature]) -> Quadratic:
 
 
 def with_fallback(weights: PyTree, fallback: Array | float) -> tuple[PyTree, MergeInfo]:
-    """Weights entry by entry with a fallback where they are not finite, and the info of both.
-
-    Example:
-        >>> weights, info = with_fallback(jnp.asarray([0.5, jnp.nan]), 0.0)
-        >>> weights.tolist(), float(info.alpha), float(info.degenerate)
-        ([0.5, 0.0], 0.25, 0.5)
-    """
+    """Weights entry by entry with a fallback where they are not finite, and the info of both."""
     missing = jax.tree.map(lambda weight: ~jnp.isfinite(weight), weights)
     weights = jax.tree.map(lambda w, none: jnp.where(none, fallback, w), weights, missing)
     return weights, MergeInfo.of(_mean_of_entries(weights), _mean_of_entries(missing))

@@ -33,12 +33,6 @@ def grown(projector: Array, moments: Array, threshold: Array | float) -> Array:
     `moments` are the inputs' second moments, `mean_n x_n x_n^T` [in, in], not centred; the memory
     is to hold the share `threshold` of their trace, in (0, 1). New directions are principal ones of
     the inputs' part outside the memory.
-
-    Example:
-        >>> moments = jnp.diag(jnp.asarray([90.0, 9.0, 1.0]))
-        >>> projector = grown(jnp.zeros((3, 3)), moments, 0.95)
-        >>> jnp.diagonal(projector).round(4).tolist()
-        [1.0, 1.0, 0.0]
     """
     outside = removed(projector, removed(projector, moments).T)
     # Rounding makes the matrix asymmetric and its smallest eigenvalues negative.

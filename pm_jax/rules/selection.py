@@ -17,10 +17,6 @@ def kth_largest(leaves: Sequence[Array], count: Array | int) -> Array:
     """The k-th largest entry of all leaves, k = `count`; 0 where there are fewer.
 
     Leaves are float32, not negative, or uint32, where k = 0 gives the greatest uint32.
-
-    Example:
-        >>> float(kth_largest([jnp.asarray([3.0, 0.5]), jnp.asarray([2.0])], 2))
-        2.0
     """
     # The bits of floats that are not negative are in the order of their values.
     bits = [jax.lax.bitcast_convert_type(leaf, jnp.uint32) for leaf in leaves]

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from pm_jax import rules
-from pm_jax.continual import Learner, RunOptions
+from pm_jax.continual import Config, Learner, RunOptions
 from pm_jax.continual import learner as learner_module
+from pm_jax.continual.storage.provenance import configuration_hash
 from pm_jax.continual.storage.reuse import SharedTraining
 from pm_jax.types import InvalidInput
 from tests.small_runs import BY_CLASS, QUIET, SMALL, comparable, forget_programs, leaves_equal
@@ -124,3 +125,8 @@ def test_a_damaged_file_is_named(tmp_path):
             shared.find(0, params)
     path.write_bytes(content)
     assert leaves_equal(shared.find(0, params)[0], params)
+
+
+def test_the_hash_of_a_configuration_is_of_what_a_run_computes():
+    assert configuration_hash(Config(data_dir="x")) == configuration_hash(Config())
+    assert configuration_hash(Config(epochs=2)) != configuration_hash(Config(epochs=3))

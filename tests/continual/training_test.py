@@ -11,11 +11,12 @@ from pm_jax.continual import Learner
 from pm_jax.continual.merging.programs import StreamShape, programs_of
 from pm_jax.continual.placement.data import DeviceData
 from pm_jax.continual.placement.devices import devices_of
-from pm_jax.continual.training import task_program
+from pm_jax.continual.training import hooks, task_program
 from pm_jax.continual.training.logits import logits_of
 from pm_jax.continual.training.partition import Trainable, partition, trained_params
-from pm_jax.continual.training.steps import segments
+from pm_jax.continual.training.steps import TaskSteps, segments
 from pm_jax.data import TaskIndices
+from pm_jax.rules import TrainingHook
 from pm_jax.types import Batch
 from tests.small_runs import BY_CLASS, QUIET, SMALL, VIT, leaves_equal, segment, slow
 
@@ -93,6 +94,17 @@ def test_an_epoch_in_pieces_equals_the_epoch_whole():
             )
         ends.append(state)
     assert leaves_equal(*ends)
+
+
+def test_steps_are_counted_from_the_first_task_to_the_last():
+    steps = TaskSteps((3, 2), (2, 1))
+    assert (steps.bounds, steps.total, steps.of_task(0)) == ((0, 6, 8), 8, 6)
+    assert [steps.task_at(step) for step in (0, 5, 6, 7)] == [0, 0, 1, 1]
+
+
+def test_a_hook_refreshes_between_epochs_and_not_at_the_end():
+    hook = TrainingHook(refresh=lambda state, key, moving: (moving, moving))
+    assert [step for step in range(1, 7) if hooks.refreshes(hook, step, 2, 3)] == [2, 4]
 
 
 def test_segments_lead_through_the_task_from_any_step():

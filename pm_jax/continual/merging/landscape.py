@@ -1,11 +1,9 @@
-"""The scores of other models around each merge: every task's loss and accuracy.
+"""The scores of other models around each merge, on validation data and for analysis only.
 
 The models lie on the segment from the model that a task started from to the trained one, and in the
 plane of the last two task vectors, which holds the models of the last two merges:
 
     previous + along (trained - previous) + across (the previous task's trained - its previous)
-
-Scores are on the validation data, for analysis; nothing of them goes back into the run.
 """
 
 from collections.abc import Mapping
@@ -26,12 +24,7 @@ BEYOND = 4
 
 
 def grid(points: int) -> np.ndarray:
-    """Return coefficients, evenly spaced from about -1/4 to 5/4, with so many points from 0 to 1.
-
-    Example:
-        >>> grid(5).tolist()
-        [-0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25]
-    """
+    """Return even coefficients from about -1/4 to 5/4, of which so many points are in [0, 1]."""
     beyond = (points - 1) // BEYOND
     return (np.arange(-beyond, points + beyond) / (points - 1)).astype(np.float32)
 

@@ -49,12 +49,7 @@ class Comparison(NamedTuple):
 
 
 def ranks(accuracies) -> np.ndarray:
-    """Rank the rules for each seed, [R, S]: 1 for the highest accuracy, the mean rank for ties.
-
-    Example:
-        >>> ranks([[0.9, 0.5], [0.8, 0.5], [0.7, 0.6]]).tolist()
-        [[1.0, 2.5], [2.0, 2.5], [3.0, 1.0]]
-    """
+    """Rank the rules for each seed, [R, S]: 1 for the highest accuracy, the mean rank for ties."""
     from scipy.stats import rankdata
 
     return rankdata(-np.asarray(accuracies, np.float64), axis=0)

@@ -109,14 +109,7 @@ def coefficients(runs: Sequence[Results]) -> "Figure":
 
 
 def loss_changes(runs: Sequence[Results]) -> "Figure":
-    """Draw predicted against actual loss changes of all merges but the first.
-
-    Example:
-        >>> merge = {"predicted_loss_change": 0.01, "actual_loss_change": 0.02}
-        >>> figure = loss_changes([{"merges": [{}, merge]}])
-        >>> [(text.get_text(), text.xy) for text in figure.axes[0].texts]
-        [('2', (0.01, 0.02))]
-    """
+    """Draw predicted against actual loss changes of all merges but the first."""
     figure = _figure(4.2)
     axes = figure.subplots()
     predicted, actual = (

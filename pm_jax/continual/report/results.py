@@ -120,14 +120,7 @@ def _spread(values: Sequence[float | None]) -> dict[str, Any]:
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Lay out summaries side by side by label, in percent, with the deviation over seeds.
-
-    Example:
-        >>> figure = {"mean": 0.5, "standard_deviation": 0.01, "n": 2}
-        >>> print(table({"averaging": dict.fromkeys(METRICS, figure)}))
-        rule       final accuracy  AAA         forgetting  backward transfer  learning accuracy
-        averaging  50.0 +- 1.0     50.0 +- 1.0 ...
-    """
+    """Lay out summaries side by side by label, in percent, with the deviation over seeds."""
     cells = [["rule", *COLUMNS]]
     for label, row in rows.items():
         figures = [row[name] for name in COLUMNS.values()]

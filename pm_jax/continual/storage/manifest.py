@@ -126,12 +126,7 @@ def checksums(directory: Path, *names: str) -> dict[str, Entry]:
 
 
 def damage(directory: Path, entries: Mapping[str, Entry]) -> list[Damage]:
-    """List the files that differ from their entries; a missing folder is listed once.
-
-    Example:
-        >>> damage(Path("/nonexistent"), {"seed_0/x": {"bytes": 1, "sha256": "00"}})
-        [Damage(name='seed_0', what='is missing')]
-    """
+    """List the files that differ from their entries; a missing folder is listed once."""
     damages = (_damage(directory, name, entry) for name, entry in sorted(entries.items()))
     # Every file of a missing folder reports the folder: keep the first report only.
     return list(dict.fromkeys(damage for damage in damages if damage))

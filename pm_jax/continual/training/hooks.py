@@ -58,13 +58,7 @@ def projects(hook: TrainingHook | None, step: int, total: int) -> bool:
 
 
 def refreshes(hook: TrainingHook | None, step: int, per_epoch: int, epochs: int) -> bool:
-    """Tell whether the hook refreshes after `step` steps: between epochs, not at the task's end.
-
-    Example:
-        >>> hook = TrainingHook(refresh=lambda state, key, moving: (moving, moving))
-        >>> [step for step in range(1, 7) if refreshes(hook, step, 2, 3)]
-        [2, 4]
-    """
+    """Tell whether the hook refreshes after `step` steps: between epochs, not at the task's end."""
     if hook is None or hook.refresh is None or step == epochs * per_epoch:
         return False
     return step % (per_epoch * hook.refresh_every) == 0

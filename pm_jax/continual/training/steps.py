@@ -9,13 +9,7 @@ from pm_jax.continual.settings.config import Config
 
 
 class TaskSteps(NamedTuple):
-    """Steps per epoch and epochs of each task; steps of a run are counted from its first task.
-
-    Example:
-        >>> steps = TaskSteps((3, 2), (2, 1))
-        >>> steps.bounds, steps.total, [steps.task_at(step) for step in (0, 5, 6)]
-        ((0, 6, 8), 8, [0, 0, 1])
-    """
+    """Steps per epoch and epochs of each task; steps of a run are counted from its first task."""
 
     per_epoch: tuple[int, ...]
     epochs: tuple[int, ...]
@@ -51,10 +45,6 @@ def segments(
     """Cut a task from a step on into pieces (epoch, first, stop), at epochs, checkpoints and more.
 
     `further` are steps of the task to cut at as well; `every` is 0 without checkpoints in the task.
-
-    Example:
-        >>> segments(0, 6, 3, 2)
-        [(0, 0, 2), (0, 2, 3), (1, 0, 1), (1, 1, 3)]
     """
     cuts = {*range(0, total + 1, per_epoch), *further}
     if every:
