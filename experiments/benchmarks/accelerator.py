@@ -54,7 +54,7 @@ class Sizes:
     test_per_class: int
 
 
-# Of ImageNet-R's size: 24,000 training images, 6,000 test images, 200 classes.
+# The size of ImageNet-R: 24,000 training images, 6,000 test images, 200 classes.
 FULL = Sizes(
     Config(
         model="vit_base_patch16",

@@ -221,7 +221,7 @@ class AlongDirection(Curvature):
         raise ValueError("AlongDirection: two of them have no sum; make a SumQuadratic of them")
 
     def scaled(self, factor: Array | float) -> AlongDirection:
-        """The same direction with another value."""
+        """Scale the value along the direction."""
         return AlongDirection(self.direction, factor * self.value)
 
     def trace(self) -> Array:

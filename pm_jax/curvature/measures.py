@@ -110,7 +110,7 @@ class MeasureState(NamedTuple):
     def measurement(self, quadratic: Quadratic | None) -> Measurement:
         """The result so far, with the quadratic that the total stands for."""
         variance = self.squares / jnp.maximum(self.examples - 1, 1)
-        # Of a mean over the examples: their standard deviation over the root of their number.
+        # The error of a mean: the deviation of the examples over the root of their number.
         error = jnp.sqrt(variance / jnp.maximum(self.examples, 1))
         return Measurement(quadratic, self.mean, error, self.examples)
 
@@ -189,7 +189,7 @@ def in_groups(measure: Measure, groups: int) -> Measure:
                 # Leaves that are not sums, such as a key, are the same for every group.
                 if not jnp.issubdtype(initial.dtype, jnp.inexact):
                     return initial
-                # What is there before the first batch, such as test directions, counts once.
+                # Initial values, such as test directions, count once and not for every group.
                 steps = sums - initial[None]
                 return initial + jnp.tensordot(members, steps, 1, precision="highest")
 

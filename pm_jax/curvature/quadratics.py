@@ -149,7 +149,7 @@ class Quadratic:
         return slopes, self.curvature.by_leaf(direction)
 
     def recentered(self, center: Params) -> Self:
-        """The same function of theta, expanded about another center."""
+        """Expand this function of theta about another center."""
         # Without this barrier XLA shares the differences and products of gradient and value, and so
         # keeps them for all leaves at the same time.
         apart, point = jax.lax.optimization_barrier((self, center))

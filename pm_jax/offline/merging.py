@@ -167,7 +167,7 @@ def _with_lost_bits(merged: jax.Array, trained: np.ndarray) -> np.ndarray:
 
 
 def _rounded(merge: Merge, name: str, values: np.ndarray, dtype: np.dtype) -> memoryview:
-    # What overflows here is reported below, with its name.
+    # NumPy would warn of an overflow; the error below names the tensor.
     with np.errstate(over="ignore"):
         rounded = np.ascontiguousarray(values).astype(dtype, copy=False)
     if not np.isfinite(rounded).all():

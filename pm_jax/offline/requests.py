@@ -173,7 +173,7 @@ def _check_same(base: TensorFile, other: TensorFile, names: tuple[str, ...]) -> 
     differences += [f"also has {name}" for name in other.entries if name not in base.entries]
     for name in names:
         ours, theirs = base.entries[name], other.entries.get(name)
-        # That it is missing has been said above.
+        # A missing tensor is in the list already.
         if theirs is None:
             continue
         if theirs.shape != ours.shape:

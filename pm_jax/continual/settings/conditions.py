@@ -1,4 +1,4 @@
-"""Which settings a run may have: their ranges, and which of them go together."""
+"""Conditions on the settings of a run: their ranges, and those that tie several together."""
 
 import dataclasses
 import inspect

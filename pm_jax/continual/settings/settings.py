@@ -159,7 +159,7 @@ class Settings:
     depth: Positive = _model(4, "vit, text_encoder: number of blocks.")
     num_heads: Positive = _model(4, "vit, text_encoder: attention heads; must divide the width.")
 
-    # What trains.
+    # Adapters.
     adapter: str = _training(
         "full",
         "full: all parameters train and merge. lora: low-rank adapters do (from scratch, the first "

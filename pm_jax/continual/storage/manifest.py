@@ -36,7 +36,7 @@ class Damage(NamedTuple):
 
     # Path in the directory, with slashes.
     name: str
-    # What is wrong, worded to follow the name.
+    # The problem, worded to follow the name.
     what: str
 
 

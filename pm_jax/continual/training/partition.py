@@ -1,4 +1,4 @@
-"""Which parameters train, which merge, and which stay."""
+"""The parameters sorted by what happens to them: some train, some merge, the others stay."""
 
 from typing import NamedTuple
 
