@@ -54,6 +54,7 @@ def test_one_scale_per_example_is_that_examples_fold(vit):
         np.testing.assert_allclose(branched[n : n + 1], single, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_gradients_of_branch_and_fold_agree(vit):
     model, params, images, _, adapters = vit
 

@@ -29,7 +29,7 @@ class TextEncoder(nn.Module):
         >>> import jax, jax.numpy as jnp
         >>> model = TextEncoder(3, vocabulary=50, positions=8, width=8, depth=1, num_heads=2)
         >>> ids = jnp.asarray([[5, 7, 0], [9, 0, 0]])
-        >>> model.apply(model.init(jax.random.key(0), ids), ids).shape
+        >>> jax.eval_shape(model.init_with_output, jax.random.key(0), ids)[0].shape
         (2, 3)
     """
 

@@ -112,7 +112,7 @@ class VisionTransformer(nn.Module):
         >>> import jax, jax.numpy as jnp
         >>> model = VisionTransformer(10, patch_size=2, width=8, depth=1, num_heads=2)
         >>> images = jnp.ones((3, 8, 8, 1))
-        >>> model.apply(model.init(jax.random.key(0), images), images).shape
+        >>> jax.eval_shape(model.init_with_output, jax.random.key(0), images)[0].shape
         (3, 10)
     """
 

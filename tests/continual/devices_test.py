@@ -78,6 +78,7 @@ def examples_right(results, stream):
     return np.round(matrix * stream.test.sizes[None, :])
 
 
+@pytest.mark.slow
 def test_a_whole_stream_ends_alike_and_is_compiled_once():
     straight = Learner(BY_CLASS, 0, options=QUIET)
     wanted = examples_right(straight.run(), straight.stream)

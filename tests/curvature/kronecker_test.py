@@ -211,6 +211,7 @@ def test_for_one_example_the_diagonal_is_that_of_the_exact_fisher():
         np.testing.assert_allclose(diagonal, exact[path], rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_samples", [None, 2])
 def test_the_measure_is_a_mean_of_factors_and_of_the_other_leaves_diagonal(num_samples):
     params, batch = problem(7, 2)

@@ -71,6 +71,7 @@ def test_crops_are_pillows_resized_boxes(shape):
         assert_within_a_grey_level(crop, pillows_box(image, shape, box))
 
 
+@pytest.mark.slow
 def test_a_crop_of_the_whole_image_is_the_resized_image():
     images = jnp.asarray(random_images(3, 8, 8, 1))
     found = augmentation.random_resized_crop(jax.random.key(0), images, (12, 12), (1.0, 1.0))
@@ -279,6 +280,7 @@ def test_without_transforms_the_program_is_as_it_was():
     assert training_transform(Config(image_size=16, model="vit"))(None, arrays) is arrays
 
 
+@pytest.mark.slow
 def test_training_sees_augmented_and_evaluation_central_images():
     config = dataclasses.replace(
         BY_CLASS, augmentation="crop_flip", evaluation_resize=1.25, perturbation="none",

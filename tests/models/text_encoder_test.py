@@ -26,6 +26,7 @@ def random_params(seed=0):
     )
 
 
+@pytest.mark.slow
 def test_padding_and_other_texts_change_nothing():
     model, params = encoder(), random_params()
     whole = model.apply({"params": params}, IDS)
