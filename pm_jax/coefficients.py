@@ -6,8 +6,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pm_jax import trees
 from pm_jax.curvature.quadratics import Quadratic, SumQuadratic
-from pm_jax.types import Array, Params, PyTree
+from pm_jax.types import Array, InvalidInput, Params, PyTree
 
 SWEEPS = 1000
 """Sweeps of coordinate descent over the groups of joint coefficients: a fixed number, for jit."""
@@ -61,6 +62,9 @@ def merge_coefficient(
         A `MergeCoefficient`. Its standard error is `|1 - alpha_raw| / denominator *
         curvature_error`, given the stored curvature of the earlier tasks.
 
+    Raises:
+        InvalidInput: structures or shapes differ.
+
     References:
         Perturb-and-Merge, `arXiv 2505.22389 <https://arxiv.org/abs/2505.22389>`_, section 3.1
 
@@ -71,6 +75,7 @@ def merge_coefficient(
         >>> float(merge_coefficient(old + new, jnp.zeros(1), jnp.ones(1), task=2).alpha)
         0.25
     """
+    trees.check_alike(task_vector, previous, ("task_vector", "previous"))
     return merge_coefficient_of(
         -quadratic.gradient_along(previous, task_vector),
         quadratic.curvature_along(task_vector),
@@ -101,13 +106,16 @@ def merge_coefficients(
         quadratic: the sum over all tasks seen, the current one included.
         previous: `theta_hat_{t-1}`, L leaves.
         task_vector: Delta, of the same structure.
-        groups: L numbers from 0 to G - 1, the groups of the leaves.
+        groups: L numbers from 0 to G - 1, the groups of the floating-point leaves.
         task: t, counted from 1; an array or an int.
         clip: restrict all alphas to [0, 1].
 
     Returns:
         A `MergeCoefficient` of arrays [G], whose standard error is NaN; its denominator is the
         diagonal of the Gram matrix. All are degenerate where that is not positive semi-definite.
+
+    Raises:
+        InvalidInput: structures or shapes differ, or another number of groups than of leaves.
 
     Example:
         >>> from pm_jax.curvature import DiagonalQuadratic
@@ -117,6 +125,14 @@ def merge_coefficients(
         >>> merge_coefficients(old + new, [jnp.zeros(1)] * 2, delta, (0, 1), task=2).alpha.tolist()
         [0.5, 0.25]
     """
+    trees.check_alike(task_vector, previous, ("task_vector", "previous"))
+    task_vector = trees.floating(task_vector)
+    count = len(jax.tree.leaves(task_vector))
+    if len(groups) != count or set(groups) != set(range(max(groups, default=-1) + 1)):
+        raise InvalidInput(
+            f"groups={list(groups)}: must be a number for each of {count} floating-point leaves, "
+            "from 0 on without a gap"
+        )
     if quadratic.leafwise:
         slopes, curvatures = (
             jax.ops.segment_sum(values, jnp.asarray(groups), max(groups) + 1)

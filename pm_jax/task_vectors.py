@@ -1,27 +1,29 @@
-"""Task vectors: displacements from one model to another, and their arithmetic."""
+"""Task vectors: displacements from one model to another, and their arithmetic.
+
+A task vector has `None` in place of the leaves that are not floating point.
+"""
 
 from collections.abc import Sequence
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from pm_jax import trees
-from pm_jax.types import Array, Params, PyTree
+from pm_jax.types import Array, InvalidInput, Params, PyTree
 
 
 def difference(trained: Params, previous: Params) -> PyTree:
     """Task vector `trained - previous`.
 
     Args:
-        trained: pytree of floating-point arrays, `theta_t*`.
+        trained: pytree of arrays, `theta_t*`.
         previous: the model it started from, of the same structure and shapes.
 
     Returns:
         The displacement, float32 (float64 for float64 leaves) whatever the models' type.
 
     Raises:
-        AssertionError: structures or shapes differ.
+        InvalidInput: structures or shapes differ.
 
     References:
         Ilharco et al., `Editing Models with Task Arithmetic
@@ -37,8 +39,8 @@ def difference(trained: Params, previous: Params) -> PyTree:
         dtype = trees.compute_dtype(new, old)
         return jnp.asarray(new, dtype) - jnp.asarray(old, dtype)
 
-    chex.assert_trees_all_equal_shapes(trained, previous)
-    return jax.tree.map(leaf_difference, trained, previous)
+    trees.check_alike(trained, previous, ("trained", "previous"))
+    return jax.tree.map(leaf_difference, trees.floating(trained), trees.floating(previous))
 
 
 def apply(params: Params, task_vector: PyTree, coefficient: Array | float = 1.0) -> Params:
@@ -47,12 +49,16 @@ def apply(params: Params, task_vector: PyTree, coefficient: Array | float = 1.0)
     For a convex combination of two models `trees.lerp` is the exact form.
 
     Args:
-        params: pytree of floating-point arrays.
+        params: pytree of arrays.
         task_vector: displacement of the same structure and shapes.
         coefficient: scalar.
 
     Returns:
-        The moved model, computed in float32 and cast once to the leaf's own type.
+        The moved model, computed in float32 and cast once to the leaf's own type; leaves that are
+        not floating point stay as they are.
+
+    Raises:
+        InvalidInput: structures or shapes differ.
 
     Example:
         >>> apply(jnp.asarray([1.0]), jnp.asarray([2.0]), 0.5).tolist()
@@ -64,7 +70,9 @@ def apply(params: Params, task_vector: PyTree, coefficient: Array | float = 1.0)
         moved = jnp.asarray(leaf, dtype) + jnp.asarray(coefficient, dtype) * step
         return moved.astype(jnp.asarray(leaf).dtype)
 
-    return jax.tree.map(leaf_apply, params, task_vector)
+    trees.check_alike(task_vector, params, ("task_vector", "params"))
+    moved = jax.tree.map(leaf_apply, trees.floating(params), trees.floating(task_vector))
+    return trees.with_floating(params, moved)
 
 
 def scale(task_vector: PyTree, coefficient: Array | float) -> PyTree:
@@ -83,14 +91,15 @@ def combine(task_vectors: Sequence[PyTree], coefficients: Sequence[Array | float
         The combined displacement, float32 (float64 for float64 leaves).
 
     Raises:
-        ValueError: no task vector, or another number of coefficients.
+        InvalidInput: no task vector, another number of coefficients, or structures or shapes
+            that differ.
 
     Example:
         >>> combine([jnp.asarray([1.0]), jnp.asarray([10.0])], [2.0, 0.5]).tolist()
         [7.0]
     """
     if not task_vectors or len(task_vectors) != len(coefficients):
-        raise ValueError(
+        raise InvalidInput(
             f"coefficients={list(coefficients)}: one per task vector is needed, and at least one; "
             f"there are {len(task_vectors)} task vectors"
         )
@@ -103,4 +112,8 @@ def combine(task_vectors: Sequence[PyTree], coefficients: Sequence[Array | float
         ]
         return sum(terms[1:], start=terms[0])
 
-    return jax.tree.map(leaf_combine, *task_vectors)
+    for number, task_vector in enumerate(task_vectors):
+        trees.check_alike(
+            task_vector, task_vectors[0], (f"task_vectors[{number}]", "task_vectors[0]")
+        )
+    return jax.tree.map(leaf_combine, *map(trees.floating, task_vectors))

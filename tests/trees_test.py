@@ -5,6 +5,7 @@ import pytest
 from flax import nnx
 
 from pm_jax import task_vectors, trees
+from pm_jax.types import InvalidInput
 
 
 def models(dtype, seed=0, count=4000):
@@ -37,7 +38,9 @@ def test_lerp_agrees_with_float64():
 
 
 def test_lerp_refuses_shapes_that_would_broadcast():
-    with pytest.raises(AssertionError):
+    with pytest.raises(
+        InvalidInput, match=r"^new=float32\[1\] at a: previous is float32\[3\] there"
+    ):
         trees.lerp({"a": jnp.ones(3)}, {"a": jnp.ones(1)}, 0.5)
 
 

@@ -82,7 +82,8 @@ class DiagonalQuadratic(Quadratic):
     @classmethod
     def at(cls, center: Params, diagonal: PyTree) -> DiagonalQuadratic:
         """The quadratic of one task, `1/2 sum_p diagonal_p (theta_p - center_p)^2`."""
-        return super().at(center, Diagonal(diagonal))
+        trees.check_alike(diagonal, center, ("diagonal", "center"))
+        return super().at(center, Diagonal(trees.floating(diagonal)))
 
     @classmethod
     def zero(cls, center: Params) -> DiagonalQuadratic:

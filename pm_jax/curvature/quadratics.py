@@ -11,6 +11,9 @@
                never formed: a `Curvature` answers questions about it
     d, Delta   a direction, of the structure of theta, such as a task vector
 
+Center, gradient and curvature have `None` in place of leaves that are not floating point; theta and
+d may have anything there.
+
 A `Curvature` has one verb for each question (`times`, `along`, `gram`, `by_leaf`, `trace`) and two
 that make a new one (`plus`, `scaled`). A `Quadratic` adds center, gradient and constant, which are
 the same for every kind. Quadratics of one kind add up to one of that kind, whose size does not grow
@@ -90,7 +93,7 @@ class Quadratic:
     """A quadratic function of a model's parameters (see the module's docstring).
 
     Attributes:
-        center: pytree of arrays.
+        center: pytree of floating-point arrays.
         gradient: of the same structure, float32 (float64 for float64 leaves).
         constant: scalar.
         curvature: H.
@@ -111,7 +114,7 @@ class Quadratic:
     def at(cls, center: Params, curvature: Curvature) -> Self:
         """The quadratic of one task, `1/2 (theta - center)^T H (theta - center)`."""
         # A new tree: an nnx state is made of mutable variables, which go on training.
-        center = jax.tree.map(jnp.asarray, center)
+        center = jax.tree.map(jnp.asarray, trees.floating(center))
         zero = trees.zeros_like(center)
         return cls(center, zero, trees.inner(zero, zero), curvature)
 
@@ -122,14 +125,13 @@ class Quadratic:
 
     def value(self, theta: Params) -> Array:
         """`Q(theta)`, scalar."""
-        step = task_vectors.difference(theta, self.center)
+        step = self._step_to(theta)
         slope = trees.inner(self.gradient, step)
         return self.constant + slope + 0.5 * self.curvature.along(step)
 
     def gradient_at(self, theta: Params) -> PyTree:
-        """`grad Q(theta)`, of the structure of theta."""
-        step = task_vectors.difference(theta, self.center)
-        return jax.tree.map(jnp.add, self.gradient, self.curvature.times(step))
+        """`grad Q(theta)`, of the structure of the center."""
+        return jax.tree.map(jnp.add, self.gradient, self.curvature.times(self._step_to(theta)))
 
     def gradient_along(self, theta: Params, direction: PyTree) -> Array:
         """`d . grad Q(theta)`, scalar."""
@@ -137,19 +139,21 @@ class Quadratic:
 
     def curvature_along(self, direction: PyTree) -> Array:
         """`d^T H d`, scalar."""
-        return self.curvature.along(direction)
+        return self.curvature.along(self._along(direction))
 
     def gram(self, directions: Sequence[PyTree]) -> Array:
         """`d_i^T H d_j` for K directions, [K, K]."""
-        return self.curvature.gram(directions)
+        return self.curvature.gram([self._along(direction) for direction in directions])
 
     def by_leaf(self, theta: Params, direction: PyTree) -> tuple[Array, Array]:
         """The parts of L leaves in the slope at theta and in the curvature along d, both [L]."""
+        direction = self._along(direction)
         slopes = _inner_by_leaf(self.gradient_at(theta), direction)
         return slopes, self.curvature.by_leaf(direction)
 
     def recentered(self, center: Params) -> Self:
         """Expand this function of theta about another center."""
+        center = trees.floating(center)
         # Without this barrier XLA shares the differences and products of gradient and value, and so
         # keeps them for all leaves at the same time.
         apart, point = jax.lax.optimization_barrier((self, center))
@@ -187,6 +191,14 @@ class Quadratic:
     def trace(self) -> Array:
         """Trace of H, scalar."""
         return self.curvature.trace()
+
+    def _step_to(self, theta: Params) -> PyTree:
+        trees.check_alike(theta, self.center, ("theta", "center"))
+        return task_vectors.difference(theta, self.center)
+
+    def _along(self, direction: PyTree) -> PyTree:
+        trees.check_alike(direction, self.center, ("direction", "center"))
+        return trees.floating(direction)
 
     def __add__(self, other: Quadratic | SumQuadratic) -> Quadratic | SumQuadratic:
         """The sum of two quadratics, as one where both are of the same kind."""

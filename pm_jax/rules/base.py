@@ -8,7 +8,7 @@ A factory takes the hyper-parameters and returns a `MergeRule`, two pure functio
         state, previous=start, trained=trained, evidence=evidence)
 
 The third field, `rule.needs`, says what their caller must arrange. A wrapper is a function from a
-rule to a rule, such as `jackknifed`.
+rule to a rule, such as `jackknifed`. Factories and wrappers make rules by `checked.merge_rule`.
 """
 
 from collections.abc import Callable
@@ -55,6 +55,24 @@ class Evidence(NamedTuple):
     left_out: Measurement | None = None
 
 
+class Comparison(NamedTuple):
+    """How the models of a merge compare; float32 scalars, NaN where that is not known.
+
+    Attributes:
+        leaves: number of floating-point leaves, which merge.
+        kept: number of other leaves in which the trained model differs from the previous one; the
+            merged model has the trained one's.
+        unchanged_by_training: 1 where the trained model equals the previous one, else 0; leaves
+            that are not floating point do not count.
+        unchanged_by_merge: likewise for the merged model and the previous one.
+    """
+
+    leaves: Array | float = float("nan")
+    kept: Array | float = float("nan")
+    unchanged_by_training: Array | float = float("nan")
+    unchanged_by_merge: Array | float = float("nan")
+
+
 class MergeInfo(NamedTuple):
     """Figures of a merge; float32 scalars, NaN where a figure does not apply.
 
@@ -68,6 +86,7 @@ class MergeInfo(NamedTuple):
         degenerate: 1 where the curvature gave no minimum and alpha is 1/t, else 0; the share of
             such entries where there are several coefficients.
         figures: other figures of the rule, under the names in `Requirements.figures`.
+        comparison: how the models compare, for `remarks`.
     """
 
     alpha: Array
@@ -78,6 +97,7 @@ class MergeInfo(NamedTuple):
     predicted_loss_change: Array
     degenerate: Array
     figures: dict[str, Array] = {}
+    comparison: Comparison = Comparison()
 
     @classmethod
     def of(cls, alpha: Array | float, degenerate: Array | float = 0.0) -> "MergeInfo":
@@ -85,6 +105,45 @@ class MergeInfo(NamedTuple):
         nan = jnp.full((), jnp.nan, jnp.float32)
         alpha, degenerate = (jnp.asarray(x, jnp.float32) for x in (alpha, degenerate))
         return cls(alpha, alpha, nan, nan, nan, nan, degenerate)
+
+    def remarks(self) -> tuple[str, ...]:
+        """Sentences about a merge that may not be what was meant; outside of jit.
+
+        Example:
+            >>> from pm_jax import rules
+            >>> rule, model = rules.averaging(), {"w": jnp.ones(2), "step": 3}
+            >>> info = rule.update(rule.init(model), previous=model, trained=model)[2]
+            >>> info.remarks()
+            ('the trained model equals the previous one: there was nothing new to merge',)
+        """
+        comparison = Comparison(*map(float, self.comparison))
+        said = []
+        if comparison.leaves == 0:
+            said.append("the models have no floating-point leaf: there was nothing to merge")
+        elif comparison.unchanged_by_training == 1:
+            said.append("the trained model equals the previous one: there was nothing new to merge")
+        else:
+            if comparison.unchanged_by_merge == 1:
+                said.append(
+                    "the merged model is the previous one: nothing of the trained model is in it "
+                    f"(alpha is {float(self.alpha):.3g})"
+                )
+            if self.degenerate == 1:
+                said.append(
+                    "the evidence gave no coefficient: the rule fell back on "
+                    f"alpha = {float(self.alpha):.3g}"
+                )
+        if comparison.kept == 1:
+            said.append(
+                "1 leaf that is not floating point differs between the models: the trained "
+                "model's is kept"
+            )
+        elif comparison.kept > 1:
+            said.append(
+                f"{comparison.kept:.0f} leaves that are not floating point differ between the "
+                "models: the trained model's are kept"
+            )
+        return tuple(said)
 
 
 Moving = dict[str, Array | Adapter]
@@ -117,7 +176,7 @@ class InitFn(Protocol):
         """Return the state before the first task, a pytree of arrays whose shapes stay.
 
         Args:
-            params: the pre-trained model `theta_0`, the leaves that merge.
+            params: the pre-trained model `theta_0`, a pytree of arrays.
             *args: none so far.
             **given: `adapters` of product 0, for a rule that reads `Evidence.adapters`.
         """
@@ -133,9 +192,15 @@ class UpdateFn(Protocol):
 
         Args:
             state: the rule's state before this task.
-            previous: the model that the task started from.
-            trained: the model that it ended with, of the same structure.
+            previous: the model that the task started from; may be `None` for a rule that does not
+                read it.
+            trained: the model that it ended with, of the same structure. Leaves that are not
+                floating point (steps, keys, ids) do not merge: the merged model has this model's.
             evidence: the fields that the rule reads; a rule that reads none has a default.
+
+        Raises:
+            InvalidInput: models, state and evidence do not fit together, or the rule reads more
+                evidence than is given.
         """
 
 
@@ -158,6 +223,7 @@ class Requirements(NamedTuple):
             in the host's memory between merges.
         tasks_at_once: whether all tasks are trained as one.
         analysis_only: whether the rule needs the data of all tasks: a bound, not a method.
+        reads_previous: whether `update` reads the model that the task started from.
     """
 
     evidence: frozenset[str] = frozenset()
@@ -171,6 +237,7 @@ class Requirements(NamedTuple):
     keeps_tasks: bool = False
     tasks_at_once: bool = False
     analysis_only: bool = False
+    reads_previous: bool = True
 
     @property
     def takes_part_in_training(self) -> bool:

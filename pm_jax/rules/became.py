@@ -15,7 +15,8 @@ from pm_jax.lora import Adapter
 from pm_jax.rules import gradient_projection
 from pm_jax.rules.base import Evidence, MergeRule, Moving, Requirements, TrainingHook
 from pm_jax.rules.building import info_of, quadratic_of, require
-from pm_jax.types import Array, Params
+from pm_jax.rules.checked import merge_rule
+from pm_jax.types import Array, InvalidInput, Params
 
 LARGEST_THRESHOLD = 0.999
 """Beyond this share of the energy the memory would fill with rounding errors."""
@@ -108,7 +109,10 @@ def became(
         del previous
         quadratic = quadratic_of(evidence, type(state.precision))
         if evidence.trajectory is None:
-            raise ValueError("evidence.trajectory=None: became needs the model between its stages")
+            raise InvalidInput(
+                "evidence.trajectory=None: became needs the model between its stages; keep one "
+                "snapshot of training at rule.needs.snapshots"
+            )
         tasks = state.tasks + 1
         projected_model = jax.tree.map(lambda stack: stack[0], evidence.trajectory)
         free_step = task_vectors.difference(trained, projected_model)
@@ -124,7 +128,7 @@ def became(
         quadratic = quadratic_of(evidence, type(state.precision))
         moments = evidence.input_moments
         if moments is None:
-            raise ValueError("evidence.input_moments=None: became absorbs them with a merge")
+            raise InvalidInput("evidence.input_moments=None: became absorbs them with a merge")
         precision = state.precision.scaled(decay).plus(quadratic.curvature)
         share = jnp.minimum(threshold + threshold_growth * (state.tasks - 1), LARGEST_THRESHOLD)
         projectors = {
@@ -140,8 +144,9 @@ def became(
         figures=("memory_share",),
         hook=hook if projected else None,
         absorb=absorb,
+        reads_previous=False,
     )
-    return MergeRule(init, update, needs)
+    return merge_rule(init, update, needs)
 
 
 def _outside(state: BecameState, moving: Moving) -> Moving:

@@ -11,7 +11,8 @@ from pm_jax.coefficients import MergeCoefficient, predicted_loss_change
 from pm_jax.curvature.diagonal import Diagonal
 from pm_jax.curvature.quadratics import Curvature, Quadratic
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Requirements
-from pm_jax.types import Array, Key, Params, PyTree
+from pm_jax.rules.checked import merge_rule
+from pm_jax.types import Array, InvalidInput, Key, Params, PyTree
 
 MEASURES = {
     "Diagonal": "fisher_empirical or fisher_exact",
@@ -44,7 +45,7 @@ def merge_by_count(coefficient: Callable[[Array], Array]) -> MergeRule:
         info = MergeInfo.of(coefficient(tasks))
         return trees.lerp(previous, trained, info.alpha), TaskCount(tasks), info
 
-    return MergeRule(TaskCount.zero, update, Requirements(scope="element"))
+    return merge_rule(TaskCount.zero, update, Requirements(scope="element"))
 
 
 class RunningTaskVector(NamedTuple):
@@ -95,8 +96,10 @@ def merge_running_task_vector(
         merged = task_vectors.apply(state.origin, task_vector, scale)
         return merged, RunningTaskVector(tasks, state.origin, task_vector), MergeInfo.of(scale)
 
-    needs = Requirements(evidence_fields, next_task_from="trained", scope="element")
-    return MergeRule(init, update, needs)
+    needs = Requirements(
+        evidence_fields, next_task_from="trained", scope="element", reads_previous=False
+    )
+    return merge_rule(init, update, needs)
 
 
 def origin_of(params: Params) -> Params:
@@ -111,24 +114,24 @@ def stacked_zeros(tree: PyTree, count: int) -> PyTree:
 
 
 def key_of(evidence: Evidence | None) -> Key:
-    """The PRNG key of a merge; raises ValueError where the evidence has none."""
+    """The PRNG key of a merge; raises InvalidInput where the evidence has none."""
     if evidence is None or evidence.key is None:
-        raise ValueError("evidence.key=None: the rule draws random numbers; give a PRNG key")
+        raise InvalidInput("evidence.key=None: the rule draws random numbers; give a PRNG key")
     return evidence.key
 
 
 def diagonal_of(evidence: Evidence) -> PyTree:
-    """The diagonal of a task's curvature; raises ValueError where it is of another kind."""
+    """The diagonal of a task's curvature; raises InvalidInput where it is of another kind."""
     curvature: Any = quadratic_of(evidence, Diagonal).curvature
     return curvature.diagonal
 
 
 def quadratic_of(evidence: Evidence, kind: type[Curvature]) -> Quadratic:
-    """The quadratic of a task; raises ValueError unless its curvature is of the rule's kind."""
+    """The quadratic of a task; raises InvalidInput unless its curvature is of the rule's kind."""
     quadratic = evidence.quadratic
     if not isinstance(quadratic, Quadratic) or not isinstance(quadratic.curvature, kind):
         measures = MEASURES.get(kind.__name__, "a measure of that kind")
-        raise ValueError(
+        raise InvalidInput(
             f"evidence.quadratic={type(quadratic).__name__}: must be a {kind.__name__}Quadratic; "
             f"measure it by {measures}, or give the rule another memory"
         )
@@ -160,9 +163,9 @@ def info_of(coefficient: MergeCoefficient, curvature: Array) -> MergeInfo:
 
 
 def require(name: str, value: float | str, holds: bool, wanted: str) -> None:
-    """Raise ValueError where a setting's value does not hold, and say what the rule wants."""
+    """Raise InvalidInput where a setting's value does not hold, and say what the rule wants."""
     if not holds:
-        raise ValueError(f"{name}={value}: must be {wanted}")
+        raise InvalidInput(f"{name}={value}: must be {wanted}")
 
 
 def jit_merge(update: Callable[..., Any]) -> jax.stages.Wrapped:

@@ -9,6 +9,7 @@ from pm_jax import trees
 from pm_jax.curvature.diagonal import DiagonalQuadratic
 from pm_jax.rules.base import Evidence, MergeRule, Requirements
 from pm_jax.rules.building import diagonal_of, require, with_fallback
+from pm_jax.rules.checked import merge_rule
 from pm_jax.types import Array, Params, PyTree
 
 
@@ -76,4 +77,4 @@ def cofima(*, step: float = 0.4, cap: float = 0.0) -> MergeRule:
         merged = jax.tree.map(trees.lerp, previous, trained, weights)
         return merged, CofimaState(tasks, fisher), info
 
-    return MergeRule(init, update, Requirements(frozenset({"quadratic"}), scope="element"))
+    return merge_rule(init, update, Requirements(frozenset({"quadratic"}), scope="element"))

@@ -6,10 +6,11 @@ import jax.numpy as jnp
 from pm_jax import trees
 from pm_jax.rules.base import Evidence, MergeRule
 from pm_jax.rules.building import key_of, require
+from pm_jax.rules.checked import merge_rule
 from pm_jax.rules.simple import averaging
 from pm_jax.rules.task_arithmetic import task_arithmetic
 from pm_jax.rules.ties import ties
-from pm_jax.types import Array, Params
+from pm_jax.types import Array, InvalidInput, Params
 
 MERGED_BY = {"averaging": averaging, "task_arithmetic": task_arithmetic, "ties": ties}
 
@@ -46,23 +47,25 @@ def dare(*, on: str = "averaging", drop: float = 0.5, scale: float = 0.0) -> Mer
         True
     """
     if on not in MERGED_BY:
-        raise ValueError(f"on={on}: must be one of {', '.join(MERGED_BY)}")
+        raise InvalidInput(f"on={on}: must be one of {', '.join(MERGED_BY)}")
     require("drop", drop, 0 <= drop < 1, "in [0, 1)")
     require("scale", scale, scale >= 0, "at least 0, where 0 is the default of the rule merged by")
     if scale and on == "averaging":
-        raise ValueError(f"scale={scale}: averaging has none; leave it out")
+        raise InvalidInput(f"scale={scale}: averaging has none; leave it out")
     rule = MERGED_BY[on](**({"scale": scale} if scale else {}))
 
     def update(state, *, previous: Params, trained: Params, evidence: Evidence):
         base = previous if rule.needs.next_task_from == "merged" else state.origin
         sparse = _sparsified(key_of(evidence), base, trained, drop)
-        merged, state, info = rule.update(
-            state, previous=previous, trained=sparse, evidence=evidence
-        )
+        # In the type of the sparsified model, as the two models of a merge must be.
+        start = previous
+        if previous is not None:
+            start = jax.tree.map(lambda x, y: jnp.asarray(x, y.dtype), previous, sparse)
+        merged, state, info = rule.update(state, previous=start, trained=sparse, evidence=evidence)
         # The sparsified model is float32, and so is a merge with it.
         return jax.tree.map(lambda x, y: x.astype(y.dtype), merged, trained), state, info
 
-    return rule._replace(update=update, needs=rule.needs._replace(evidence=frozenset({"key"})))
+    return merge_rule(rule.init, update, rule.needs._replace(evidence=frozenset({"key"})))
 
 
 def _sparsified(key: Array, base: Params, trained: Params, drop: float) -> Params:
@@ -71,7 +74,7 @@ def _sparsified(key: Array, base: Params, trained: Params, drop: float) -> Param
     def leaf(leaf_key, low, high):
         # float32 even for bfloat16 models, whose rounding would drop small entries of tau'.
         dtype = trees.compute_dtype(low, high)
-        low, high = low.astype(dtype), high.astype(dtype)
+        low, high = jnp.asarray(low, dtype), jnp.asarray(high, dtype)
         kept = jax.random.bernoulli(leaf_key, 1 - drop, low.shape)
         return jnp.where(kept, trees.lerp(low, high, 1 / (1 - drop)), low)
 

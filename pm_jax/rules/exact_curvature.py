@@ -10,8 +10,9 @@ from pm_jax.coefficients import merge_coefficient_of
 from pm_jax.curvature.exact import ExactQuadratic
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Requirements
 from pm_jax.rules.building import info_of, origin_of, require, stacked_zeros
+from pm_jax.rules.checked import merge_rule
 from pm_jax.rules.objectives import map_tasks
-from pm_jax.types import Array, Params
+from pm_jax.types import Array, InvalidInput, Params
 
 
 class ExactCurvatureState(NamedTuple):
@@ -65,7 +66,7 @@ def exact_curvature(*, clip: bool = True, max_tasks: int = 10) -> MergeRule:
     ) -> tuple[Params, ExactCurvatureState, MergeInfo]:
         objectives = evidence.all_objectives
         if objectives is None:
-            raise ValueError("evidence.all_objectives=None: exact_curvature looks at all tasks")
+            raise InvalidInput("evidence.all_objectives=None: exact_curvature looks at all tasks")
         models = jax.tree.map(
             lambda stack, new: stack.at[state.tasks].set(new), state.models, trained
         )
@@ -98,4 +99,4 @@ def exact_curvature(*, clip: bool = True, max_tasks: int = 10) -> MergeRule:
         return merged, ExactCurvatureState(tasks, models), info
 
     needs = Requirements(frozenset({"all_objectives"}), keeps_tasks=True, analysis_only=True)
-    return MergeRule(init, update, needs)
+    return merge_rule(init, update, needs)

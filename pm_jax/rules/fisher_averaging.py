@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from pm_jax.curvature.diagonal import Diagonal, DiagonalQuadratic
 from pm_jax.rules.base import Evidence, MergeRule, Requirements
 from pm_jax.rules.building import diagonal_of, quadratic_of, with_fallback
+from pm_jax.rules.checked import merge_rule
 from pm_jax.types import Params
 
 NEGLIGIBLE = 1e-30
@@ -58,4 +59,4 @@ def fisher_averaging() -> MergeRule:
         return merged, memory, info
 
     needs = Requirements(frozenset({"quadratic"}), scope="element")
-    return MergeRule(DiagonalQuadratic.zero, update, needs)
+    return merge_rule(DiagonalQuadratic.zero, update, needs)

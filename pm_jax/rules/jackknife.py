@@ -9,7 +9,8 @@ from pm_jax.coefficients import jackknife_error
 from pm_jax.curvature.measures import Measurement
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule
 from pm_jax.rules.building import require
-from pm_jax.types import Array, Params
+from pm_jax.rules.checked import check_rule, merge_rule
+from pm_jax.types import Array, InvalidInput, Params
 
 
 class JackknifeState(NamedTuple):
@@ -47,9 +48,10 @@ def jackknifed(rule: MergeRule, groups: int) -> MergeRule:
         >>> jackknifed(rules.perturb_and_merge(), 4).needs.figures
         ('jackknife_error',)
     """
+    check_rule("rule", rule)
     require("jackknife", groups, groups >= 2, "0, or at least 2")
     if "quadratic" not in rule.needs.evidence:
-        raise ValueError("rule: needs no quadratic, so that no examples can be left out of it")
+        raise InvalidInput("rule: needs no quadratic, so that no examples can be left out of it")
 
     def init(params: Params) -> JackknifeState:
         states = [rule.init(params) for _ in range(groups)]
@@ -86,15 +88,15 @@ def jackknifed(rule: MergeRule, groups: int) -> MergeRule:
         figures=(*rule.needs.figures, "jackknife_error"),
         example_groups=groups,
     )
-    return MergeRule(init, update, needs)
+    return merge_rule(init, update, needs)
 
 
 def _left_out(evidence: Evidence, groups: int) -> Measurement:
-    """The measurements without each group; raises ValueError for another number of groups."""
+    """The measurements without each group; raises InvalidInput for another number of groups."""
     measured = evidence.left_out
     count = 0 if measured is None else len(measured.examples)
     if measured is None or count != groups:
-        raise ValueError(
+        raise InvalidInput(
             f"evidence.left_out: has {count} groups and jackknife={groups} needs as many; measure "
             f"by measures.in_groups(measure, {groups})"
         )

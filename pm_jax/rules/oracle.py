@@ -6,8 +6,9 @@ import jax.numpy as jnp
 from pm_jax import losses, trees
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Requirements
 from pm_jax.rules.building import TaskCount, require
+from pm_jax.rules.checked import merge_rule
 from pm_jax.rules.objectives import Objective, map_tasks, weighted_mean
-from pm_jax.types import Array, Params
+from pm_jax.types import Array, InvalidInput, Params
 
 CRITERIA = ("loss", "accuracy")
 
@@ -45,7 +46,7 @@ def oracle(*, criterion: str = "loss", points: int = 21) -> MergeRule:
     ) -> tuple[Params, TaskCount, MergeInfo]:
         objectives = evidence.all_objectives
         if objectives is None:
-            raise ValueError("evidence.all_objectives=None: the oracle looks at all tasks")
+            raise InvalidInput("evidence.all_objectives=None: the oracle looks at all tasks")
         alphas = jnp.linspace(0.0, 1.0, points)
         # One point after the other: in parallel the grid would take a model for every point.
         totals, errors = jax.lax.map(
@@ -61,7 +62,7 @@ def oracle(*, criterion: str = "loss", points: int = 21) -> MergeRule:
         return merged, TaskCount(state.tasks + 1), info
 
     needs = Requirements(frozenset({"all_objectives"}), figures=("total_loss",), analysis_only=True)
-    return MergeRule(TaskCount.zero, update, needs)
+    return merge_rule(TaskCount.zero, update, needs)
 
 
 def _loss_and_error(objectives: Objective, leaves: Params) -> tuple[Array, Array]:

@@ -10,6 +10,7 @@ from pm_jax import lora, task_vectors, trees
 from pm_jax.lora import Adapter, Adapters
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Moving, Requirements, TrainingHook
 from pm_jax.rules.building import require
+from pm_jax.rules.checked import merge_rule
 from pm_jax.types import Array, Key, Params
 
 
@@ -97,8 +98,10 @@ def pam(*, share: float = 0.5, every: int = 1) -> MergeRule:
         return trees.replace(trained, merged), state, info
 
     hook = TrainingHook(refresh=functools.partial(_realigned, share), refresh_every=every)
-    needs = Requirements(frozenset({"adapters"}), next_task_from="initial", hook=hook)
-    return MergeRule(init, update, needs)
+    needs = Requirements(
+        frozenset({"adapters"}), next_task_from="initial", hook=hook, reads_previous=False
+    )
+    return merge_rule(init, update, needs)
 
 
 def _at(origin: Array, displacement: Array | Adapter) -> Array:

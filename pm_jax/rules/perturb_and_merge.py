@@ -14,6 +14,7 @@ from pm_jax.curvature.exact import AlongDirection
 from pm_jax.curvature.quadratics import Quadratic, SumQuadratic
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Requirements
 from pm_jax.rules.building import quadratic_of, require
+from pm_jax.rules.checked import merge_rule
 from pm_jax.rules.jackknife import jackknifed
 from pm_jax.types import Array, InvalidInput, Params
 
@@ -130,7 +131,7 @@ def perturb_and_merge(
         return merged, PerturbAndMergeState(tasks, remembered), info
 
     reads = {"quadratic", "curvature_error"} | ({"curvature_along"} if per == "model" else set())
-    rule = MergeRule(init, update, Requirements(evidence=frozenset(reads)))
+    rule = merge_rule(init, update, Requirements(evidence=frozenset(reads)))
     return jackknifed(rule, jackknife) if jackknife else rule
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from pm_jax import task_vectors
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Requirements
 from pm_jax.rules.building import origin_of, require
+from pm_jax.rules.checked import merge_rule
 from pm_jax.rules.selection import kth_largest
 from pm_jax.types import Params, PyTree
 
@@ -101,7 +102,8 @@ def ties(*, scale: float = 0.55, keep: float = 0.2, trim: str = "global") -> Mer
         return task_vectors.apply(state.origin, merged, scale), state, MergeInfo.of(scale)
 
     scope = "model" if trim == "global" else "tensor"
-    return MergeRule(init, update, Requirements(next_task_from="trained", scope=scope))
+    needs = Requirements(next_task_from="trained", scope=scope, reads_previous=False)
+    return merge_rule(init, update, needs)
 
 
 def _trimmed(leaves: list, keep: float) -> list:

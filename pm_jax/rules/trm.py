@@ -16,8 +16,9 @@ from pm_jax import task_vectors, trees
 from pm_jax.rules import subspaces
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Requirements
 from pm_jax.rules.building import origin_of, require
+from pm_jax.rules.checked import merge_rule
 from pm_jax.rules.objectives import Objective, weighted_mean
-from pm_jax.types import Array, Params, PyTree
+from pm_jax.types import Array, InvalidInput, Params, PyTree
 
 LOSSES = ("alignment", "consistency", "responsiveness", "gradient_norm")
 FIGURES = (
@@ -115,8 +116,12 @@ def trm(
         return TrmState(jnp.zeros((), jnp.int32), origin_of(params))
 
     def update(state: TrmState, *, previous: Params, trained: Params, evidence: Evidence):
-        if evidence.trajectory is None or evidence.objective is None:
-            raise ValueError("evidence: trm needs a trajectory and an objective")
+        for name in ("trajectory", "objective"):
+            if getattr(evidence, name) is None:
+                raise InvalidInput(
+                    f"evidence.{name}=None: trm needs a trajectory and an objective; see the "
+                    "fields of rules.Evidence"
+                )
         tasks = state.tasks + 1
         points = evidence.trajectory
         # The model itself last, whatever type the snapshots were kept in.
@@ -153,7 +158,7 @@ def trm(
         snapshots=fractions,
         figures=FIGURES,
     )
-    return MergeRule(init, update, needs)
+    return merge_rule(init, update, needs)
 
 
 class _SearchResult(NamedTuple):

@@ -11,6 +11,7 @@ import numpy as np
 from pm_jax import task_vectors, trees
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Requirements
 from pm_jax.rules.building import key_of, origin_of, require, stacked_zeros
+from pm_jax.rules.checked import merge_rule
 from pm_jax.rules.selection import random_members
 from pm_jax.types import Array, Key, Params, PyTree
 
@@ -93,9 +94,13 @@ def tunable_magmax(
         return merged, TunableMagmaxState(tasks, state.origin, every), MergeInfo.of(factor)
 
     needs = Requirements(
-        frozenset({"key"}), next_task_from="trained", scope="tensor", keeps_tasks=True
+        frozenset({"key"}),
+        next_task_from="trained",
+        scope="tensor",
+        keeps_tasks=True,
+        reads_previous=False,
     )
-    return MergeRule(init, update, needs)
+    return merge_rule(init, update, needs)
 
 
 def _map_by_shape(function: Callable[..., Array], keys: PyTree, tree: PyTree) -> PyTree:

@@ -82,8 +82,9 @@ def test_settings_of_the_oracle_out_of_range_are_refused():
     with pytest.raises(ValueError, match="points=1: must be at least 2"):
         rules.make("oracle", "points=1")
     rule = rules.make("oracle")
+    model = {"w": jnp.ones(1)}
     with pytest.raises(ValueError, match="evidence.all_objectives=None"):
-        rule.update(rule.init({}), previous={}, trained={}, evidence=Evidence())
+        rule.update(rule.init(model), previous=model, trained=model, evidence=Evidence())
 
 
 def test_exact_curvature_is_the_formula_with_dense_gauss_newton_matrices():
@@ -119,7 +120,7 @@ def test_exact_curvature_is_the_formula_with_dense_gauss_newton_matrices():
     )
     assert np.isnan(info.alpha)  # there is no room for a fourth
     with pytest.raises(ValueError, match="evidence.all_objectives=None: exact_curvature looks"):
-        rule.update(state, previous={}, trained={}, evidence=Evidence())
+        rule.update(state, previous=previous, trained=models[1], evidence=Evidence())
 
 
 @pytest.mark.slow

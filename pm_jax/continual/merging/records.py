@@ -14,7 +14,7 @@ from pm_jax.continual.settings.config import Config
 from pm_jax.rules import MergeInfo
 
 MERGE_FIELDS = (
-    *(name for name in MergeInfo._fields if name != "figures"),
+    *(name for name in MergeInfo._fields if name not in ("figures", "comparison")),
     *("actual_loss_change", "loss_change_ratio"),
 )
 """Figures of every merge; a rule may add its own, and `onset_gradients` one more."""
