@@ -33,8 +33,9 @@ class Batch(NamedTuple):
 
     Attributes:
         inputs: pytree of arrays [N, ...], what the model reads.
-        labels: int32 [N], the class of each example.
-        weights: float32 [N], 1 for an example and 0 for padding; `None` means all ones.
+        labels: int32 [N], the class of each example; [N, T] for sequences, the class of each token.
+        weights: float32 [N], 1 for an example and 0 for padding; for sequences also [N, T], one for
+            each token (`losses` says what they mean); `None` means all ones.
     """
 
     inputs: PyTree
@@ -45,18 +46,27 @@ class Batch(NamedTuple):
 class LogitsFn(Protocol):
     """Logits float32 [N, C] exactly as the loss sees them: mask and temperature applied.
 
-    Each row may depend on its own example only; a masked logit is a finite -1e30.
+    Sequences have logits [N, T, C]. Each row may depend on its own example only; a masked logit is
+    a finite -1e30. A model with state (batch statistics, a class mask, frozen parameters) takes it
+    as a third argument, `logits_fn(params, inputs, model_state)`, where a `model_state` is given to
+    the measure.
     """
 
-    def __call__(self, params: Params, inputs: PyTree, /) -> Array:
+    # `Any` leaves the third argument open, which only a model with state has.
+    def __call__(self, params: Params, inputs: PyTree, /, *args: Any, **kwargs: Any) -> Array:
         """Logits [N, C]."""
         ...
 
 
 class LossesFn(Protocol):
-    """One loss per example, float32 [N], from parameters and a `Batch`."""
+    """One loss per example, float32 [N], from parameters and a `Batch`.
 
-    def __call__(self, params: Params, batch: Batch, /) -> Array:
+    A third argument is the model's state, as for a `LogitsFn`. The loss of a sequence is the sum
+    over its tokens.
+    """
+
+    # `Any` leaves the third argument open, which only a model with state has.
+    def __call__(self, params: Params, batch: Batch, /, *args: Any, **kwargs: Any) -> Array:
         """Losses [N]."""
         ...
 

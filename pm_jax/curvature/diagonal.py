@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.struct
 import jax
@@ -11,10 +12,9 @@ import jax.numpy as jnp
 
 from pm_jax import losses, trees
 from pm_jax.curvature.dense_layers import layer_of
-from pm_jax.curvature.measures import Measure, Measurement, MeasureState
+from pm_jax.curvature.measures import Given, Measure, Measurement, MeasureState, remembered
 from pm_jax.curvature.quadratics import Curvature, Quadratic
 from pm_jax.curvature.squared_gradients import (
-    OutputsFn,
     Passes,
     PassesFn,
     SquaredGradients,
@@ -96,6 +96,7 @@ class DiagonalQuadratic(Quadratic):
         return self.curvature.diagonal
 
 
+@remembered
 def fisher_empirical(
     losses_fn: LossesFn, *, chunk_size: int = 32, dense_layers: Sequence[str] = ()
 ) -> Measure:
@@ -106,8 +107,8 @@ def fisher_empirical(
     Args:
         losses_fn: `losses_fn(params, batch) -> [N]`.
         chunk_size: examples whose gradients are in memory at a time (see `chunk_for_memory`).
-        dense_layers: names "a/b" of linen Dense layers that `squared_gradients.by_layers` measures:
-            the same numbers, faster. The parameters are then a flat `{path: leaf}`.
+        dense_layers: names "a/b" of linen layers that `squared_gradients.by_layers` measures: the
+            same numbers, faster.
 
     Returns:
         A `Measure`; its quadratic is diagonal.
@@ -132,9 +133,11 @@ def fisher_empirical(
         # The outputs are losses here: the cotangent 1 pulls back their gradients.
         return Passes(jnp.ones_like(outputs)[None], jnp.ones((1, *outputs.shape)))
 
-    return _diagonal_measure(losses_fn, passes, chunk_size, dense_layers)
+    measure = diagonal_measure(losses_fn, passes, chunk_size, dense_layers)
+    return measure._replace(logits_fn=getattr(losses_fn, "logits_fn", None), losses_fn=losses_fn)
 
 
+@remembered
 def fisher_exact(
     logits_fn: LogitsFn,
     *,
@@ -169,12 +172,15 @@ def fisher_exact(
         Array([0.25, 0.25], dtype=float32)
     """
 
-    def outputs(params: Params, batch: Batch) -> Array:
-        return logits_fn(params, batch.inputs)
+    def outputs(params: Params, batch: Batch, model_state: PyTree = None) -> Array:
+        logits = losses.with_state(logits_fn, model_state)(params, batch.inputs)
+        return losses.with_weighted_gradients(logits, batch)
 
-    return _diagonal_measure(outputs, label_passes(num_samples), chunk_size, dense_layers)
+    measure = diagonal_measure(outputs, label_passes(num_samples), chunk_size, dense_layers)
+    return measure._replace(logits_fn=logits_fn)
 
 
+@remembered
 def identity() -> Measure:
     """The identity, whatever the loss: with it, merging is averaging.
 
@@ -188,9 +194,10 @@ def identity() -> Measure:
         10.0
     """
 
-    def init(params: Params, direction: PyTree | None = None, key: Key | None = None):
-        one = jax.tree.map(lambda p: jnp.ones_like(p, trees.compute_dtype(p)), params)
-        return MeasureState.start(params, direction, key, one)
+    def init(*args: Any, **kwargs: Any) -> MeasureState:
+        given = Given(*args, **kwargs)
+        one = jax.tree.map(lambda p: jnp.ones_like(p, trees.compute_dtype(p)), given.params)
+        return MeasureState.start(given, one)
 
     def update(state: MeasureState, batch: Batch) -> MeasureState:
         # `d^T d` is the same for every example: there is no mean to update.
@@ -226,47 +233,59 @@ def chunk_for_memory(params: Params, memory_bytes: float) -> int:
     return max(1, min(1024, int(memory_bytes // max(per_example, 1))))
 
 
-def _diagonal_measure(
-    outputs_fn: OutputsFn, passes_fn: PassesFn, chunk_size: int, dense_layers: Sequence[str]
+def diagonal_measure(
+    outputs_fn: Callable[..., Array],
+    passes_fn: PassesFn,
+    chunk_size: int,
+    dense_layers: Sequence[str],
 ) -> Measure:
-    """Accumulate squared gradients, the diagonal of the matrix that the passes stand for."""
+    """Accumulate squared gradients, the diagonal of the matrix that the passes stand for.
+
+    `outputs_fn(params, batch)` gives the model's outputs, and takes its state as a third argument.
+    """
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size}: must be at least 1")
 
     def squares_of(state: MeasureState, chunk: Batch) -> SquaredGradients:
-        keys = state.keys(chunk.labels.shape[0])
+        keys, outputs = state.keys(chunk.labels.shape[0]), state.bound(outputs_fn)
         if not dense_layers:
-            return by_vmap(outputs_fn, passes_fn, state.params, chunk, keys, state.direction)
+            return by_vmap(outputs, passes_fn, state.params, chunk, keys, state.direction)
+        leaves = trees.leaves_by_path(state.params)
+        along = None if state.direction is None else trees.leaves_by_path(state.direction)
         dense = [
             path
-            for path in state.params
+            for path in leaves
             if layer_of(path) in dense_layers and path.rpartition("/")[2] in ("kernel", "bias")
         ]
-        rest = [path for path in state.params if path not in dense]
+        rest = [path for path in leaves if path not in dense]
         parts = [
             way(
                 # The other leaves are constants here, so no gradients of them are formed.
-                lambda some, batch: outputs_fn({**state.params, **some}, batch),
+                lambda some, batch: outputs(trees.replace(state.params, some), batch),
                 passes_fn,
-                {path: state.params[path] for path in paths},
+                {path: leaves[path] for path in paths},
                 chunk,
                 keys,
-                state.direction and {path: state.direction[path] for path in paths},
+                along and {path: along[path] for path in paths},
             )
             for way, paths in ((by_layers, dense), (by_vmap, rest))
             if paths
         ]
         total = {path: leaf for part in parts for path, leaf in part.total.items()}
-        along = [part.along for part in parts if part.along is not None]
-        return SquaredGradients(total, functools.reduce(jnp.add, along) if along else None)
+        values = [part.along for part in parts if part.along is not None]
+        return SquaredGradients(
+            trees.replace(state.params, total),
+            functools.reduce(jnp.add, values) if values else None,
+        )
 
     def add_chunk(state: MeasureState, chunk: Batch) -> tuple[MeasureState, None]:
         squares = squares_of(state, chunk)
         total = jax.tree.map(jnp.add, state.total, squares.total)
         return state._replace(total=total).plus(squares.along, losses.weights_of(chunk)), None
 
-    def init(params: Params, direction: PyTree | None = None, key: Key | None = None):
-        return MeasureState.start(params, direction, key, trees.zeros_like(params))
+    def init(*args: Any, **kwargs: Any) -> MeasureState:
+        given = Given(*args, **kwargs)
+        return MeasureState.start(given, trees.zeros_like(given.params))
 
     def update(state: MeasureState, batch: Batch) -> MeasureState:
         # Chunks are padded, and padding must not move the indices of the next batch's examples.

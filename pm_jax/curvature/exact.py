@@ -19,9 +19,9 @@ import jax.numpy as jnp
 
 from pm_jax import losses, trees
 from pm_jax.curvature import products, squared_gradients
-from pm_jax.curvature.measures import Measure, MeasureState
+from pm_jax.curvature.measures import Given, Measure, MeasureState, remembered
 from pm_jax.curvature.quadratics import Curvature, Quadratic
-from pm_jax.types import Array, Batch, Key, LogitsFn, LossesFn, Params, PyTree
+from pm_jax.types import Array, Batch, LogitsFn, LossesFn, Params, PyTree
 
 
 class Point(NamedTuple):
@@ -146,7 +146,7 @@ class Exact(Curvature):
                 return jax.tree.map(jnp.add, total, of_batch(point.center, batch)), None
 
             total, _ = jax.lax.scan(add, zeros, batches)
-            weights = losses.weights_of(batches)
+            weights = jax.vmap(losses.weights_of)(batches)
             weight = jnp.sum(weights, dtype=trees.compute_dtype(weights))
             # A point whose examples are all padding has no curvature, not an undefined one.
             factor = point.factor / jnp.where(weight > 0, weight, 1)
@@ -238,6 +238,7 @@ class AlongDirection(Curvature):
         return jnp.where(square > 0, square, 1.0)
 
 
+@remembered
 def gauss_newton(logits_fn: LogitsFn) -> Measure:
     """Exact Gauss-Newton curvature along a direction, one jvp per batch.
 
@@ -258,9 +259,12 @@ def gauss_newton(logits_fn: LogitsFn) -> Measure:
         >>> float(measure_all(measure, jnp.zeros(2), examples, 1, jnp.asarray([1.0, 3.0])).along)
         1.0
     """
-    return _directional_measure(functools.partial(products.gauss_newton_along, logits_fn))
+    return _directional_measure(products.gauss_newton_along, logits_fn)._replace(
+        logits_fn=logits_fn
+    )
 
 
+@remembered
 def hessian(losses_fn: LossesFn) -> Measure:
     """Exact Hessian curvature along a direction, forward-over-forward.
 
@@ -277,19 +281,22 @@ def hessian(losses_fn: LossesFn) -> Measure:
         >>> float(measure_all(measure, 5.0, examples, 2, 1.0).along)
         4.0
     """
-    return _directional_measure(functools.partial(products.hessian_along, losses_fn))
+    return _directional_measure(products.hessian_along, losses_fn)._replace(
+        logits_fn=getattr(losses_fn, "logits_fn", None), losses_fn=losses_fn
+    )
 
 
-def _directional_measure(along: Callable[[Params, PyTree, Batch], Array]) -> Measure:
-    """Accumulate `along(params, direction, batch)`, one value per example, and no quadratic."""
+def _directional_measure(along: Callable[..., Array], function: Callable[..., Any]) -> Measure:
+    """Accumulate `along(function, params, direction, batch)`, one value each, and no quadratic."""
 
-    def init(params: Params, direction: PyTree | None = None, key: Key | None = None):
-        if direction is None:
+    def init(*args: Any, **kwargs: Any) -> MeasureState:
+        given = Given(*args, **kwargs)
+        if given.direction is None:
             raise ValueError("direction=None: this measure needs the direction to measure along")
-        return MeasureState.start(params, direction, key, None)
+        return MeasureState.start(given, None)
 
     def update(state: MeasureState, batch: Batch) -> MeasureState:
-        values = along(state.params, state.direction, batch)
+        values = along(state.bound(function), state.params, state.direction, batch)
         return state.plus(values, losses.weights_of(batch))
 
     return Measure(init, update, lambda state: state.measurement(None))

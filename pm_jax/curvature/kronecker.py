@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from pm_jax import losses, trees
 from pm_jax.curvature import diagonal, products, squared_gradients
 from pm_jax.curvature.dense_layers import layer_of, tapped
-from pm_jax.curvature.measures import Measure, Measurement, MeasureState
+from pm_jax.curvature.measures import Given, Measure, Measurement, MeasureState, remembered
 from pm_jax.curvature.quadratics import Curvature, Quadratic
 from pm_jax.curvature.squared_gradients import OutputsFn, PassesFn
 from pm_jax.types import Array, Batch, Key, LogitsFn, Params, PyTree
@@ -138,14 +138,19 @@ class KroneckerQuadratic(Quadratic):
         return super().at(center, Kronecker(inputs, outputs, diagonal, one))
 
     @classmethod
-    def zero(cls, center: Params, kernels: Sequence[str], slots: int) -> KroneckerQuadratic:
+    def zero(cls, center: Params, kernels: Sequence[str] | str, slots: int) -> KroneckerQuadratic:
         """The quadratic that is 0 everywhere, with room for the factors of some tasks."""
         leaves = trees.leaves_by_path(center)
-        one = Factors.zero({path: leaves[path] for path in kernels})
+        one = Factors.zero(_kernels(center, kernels))
         inputs, outputs = jax.tree.map(lambda x: jnp.zeros((slots, *x.shape)), tuple(one))
         rest = {path: x for path, x in leaves.items() if path not in inputs}
         none = jnp.zeros((), jnp.int32)
         return super().at(center, Kronecker(inputs, outputs, trees.zeros_like(rest), none))
+
+
+def _kernels(params: Params, kernels: Sequence[str] | str) -> dict[str, Array]:
+    """The kernels that paths or a pattern name."""
+    return trees.select(params, kernels if isinstance(kernels, str) else tuple(kernels))
 
 
 def _between(inputs: Array, kernel: Array, outputs: Array) -> Array:
@@ -261,9 +266,10 @@ def factors(
     return Factors(inputs, jax.lax.scan(add_pass, start, passes_fn(taps.outputs, keys))[0])
 
 
+@remembered
 def fisher_kronecker(
     logits_fn: LogitsFn,
-    kernels: Sequence[str],
+    kernels: Sequence[str] | str,
     *,
     num_samples: int | None = None,
     chunk_size: int = 32,
@@ -276,8 +282,8 @@ def fisher_kronecker(
 
     Args:
         logits_fn: `logits_fn(params, inputs) -> [N, C]`, which applies a linen module.
-        kernels: paths of kernels "a/b/kernel" of Dense layers that are called exactly once; the
-            parameters are a flat `{path: leaf}`.
+        kernels: paths of kernels "a/b/kernel" of Dense layers that are called exactly once, or a
+            pattern of `trees.match_paths`; the parameters are any tree.
         num_samples: as for `fisher_exact`.
         chunk_size: for the other leaves, as for `fisher_exact`.
         dense_layers: for the other leaves, as for `fisher_exact`.
@@ -301,46 +307,53 @@ def fisher_kronecker(
     """
     passes = squared_gradients.label_passes(num_samples)
 
-    def others(params: Params) -> tuple[Measure, Params]:
-        rest = diagonal.fisher_exact(
-            lambda some, inputs: logits_fn({**params, **some}, inputs),
-            num_samples=num_samples,
-            chunk_size=chunk_size,
-            dense_layers=dense_layers,
-        )
-        return rest, {path: leaf for path, leaf in params.items() if path not in kernels}
+    def parts(state: MeasureState) -> tuple[dict[str, Array], dict[str, Array], OutputsFn]:
+        """Kernels, other leaves, and the outputs as a function of some of either."""
+        chosen = _kernels(state.params, kernels)
+        rest = {
+            x: leaf for x, leaf in trees.leaves_by_path(state.params).items() if x not in chosen
+        }
 
-    def init(params: Params, direction: PyTree | None = None, key: Key | None = None):
-        sums = Factors.zero({path: params[path] for path in kernels})
-        rest, leaves = others(params)
-        states = rest.init(leaves, None, key) if leaves else None
-        return MeasureState.start(params, direction, key, (sums, states))
+        def outputs(some: Params, batch: Batch) -> Array:
+            params = trees.replace(state.params, some)
+            return losses.with_weighted_gradients(
+                state.bound(logits_fn)(params, batch.inputs), batch
+            )
+
+        return chosen, rest, outputs
+
+    def update_diagonal(state: MeasureState, batch: Batch) -> dict[str, Array]:
+        """Add a batch to the sums of the other leaves."""
+        _, leaves, outputs = parts(state)
+        rest = diagonal.diagonal_measure(outputs, passes, chunk_size, dense_layers)
+        # Both parts sample the same labels, also where `in_groups` has moved the indices.
+        before = rest.init(leaves, None, state.key)._replace(
+            total=state.total[1], position=state.position, stride=state.stride
+        )
+        return rest.update(before, batch).total
+
+    def init(*args: Any, **kwargs: Any) -> MeasureState:
+        given = Given(*args, **kwargs)
+        chosen, rest, _ = parts(MeasureState.start(given, None))
+        return MeasureState.start(given, (Factors.zero(chosen), trees.zeros_like(rest)))
 
     def update(state: MeasureState, batch: Batch) -> MeasureState:
         weights = losses.weights_of(batch)
-        sums, rest_state = state.total
-        added = factors(
-            lambda some, batch: logits_fn({**state.params, **some}, batch.inputs),
-            passes,
-            {path: state.params[path] for path in kernels},
-            batch,
-            state.keys(weights.shape[0]),
-        )
-        if rest_state is not None:
-            # Both parts sample the same labels, also where `in_groups` has moved the indices.
-            rest_state = rest_state._replace(position=state.position, stride=state.stride)
-            rest_state = others(state.params)[0].update(rest_state, batch)
+        chosen, rest, outputs = parts(state)
+        added = factors(outputs, passes, chosen, batch, state.keys(weights.shape[0]))
+        sums = jax.tree.map(jnp.add, state.total[0], added)
+        others = update_diagonal(state, batch) if rest else {}
         values = None
         if state.direction is not None:
-            values = products.gauss_newton_along(logits_fn, state.params, state.direction, batch)
-        total = (jax.tree.map(jnp.add, sums, added), rest_state)
-        return state._replace(total=total).plus(values, weights)
+            values = products.gauss_newton_along(
+                state.bound(logits_fn), state.params, state.direction, batch
+            )
+        return state._replace(total=(sums, others)).plus(values, weights)
 
     def finalize(state: MeasureState) -> Measurement:
-        sums, rest_state = state.total
+        sums, others = state.average(state.total)
         # One task fills one slot.
-        inputs, outputs = jax.tree.map(lambda x: x[None], tuple(state.average(sums)))
-        diagonal = {} if rest_state is None else state.average(rest_state.total)
-        return state.measurement(KroneckerQuadratic.at(state.params, inputs, outputs, diagonal))
+        inputs, outputs = jax.tree.map(lambda x: x[None], tuple(sums))
+        return state.measurement(KroneckerQuadratic.at(state.params, inputs, outputs, others))
 
-    return Measure(init, update, finalize)
+    return Measure(init, update, finalize, logits_fn)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from pm_jax import losses, trees
-from pm_jax.curvature.measures import Measure, Measurement, MeasureState
+from pm_jax.curvature.measures import Given, Measure, Measurement, MeasureState, remembered
 from pm_jax.curvature.products import gauss_newton_along, gauss_newton_times
 from pm_jax.curvature.quadratics import Curvature, Quadratic
 from pm_jax.types import Array, Batch, Key, LogitsFn, Params, PyTree
@@ -119,6 +120,7 @@ class LowRankQuadratic(Quadratic):
         return cls.at(center, LowRank(_combined(weights, products)))
 
 
+@remembered
 def gauss_newton_low_rank(logits_fn: LogitsFn, *, rank: int = 16) -> Measure:
     """Gauss-Newton matrix of low rank, `Y (O^T Y)^+ Y^T` of its products `Y = G O` (Nystrom).
 
@@ -150,16 +152,18 @@ def gauss_newton_low_rank(logits_fn: LogitsFn, *, rank: int = 16) -> Measure:
     if rank < 1:
         raise ValueError(f"rank={rank}: must be at least 1")
 
-    def init(params: Params, direction: PyTree | None = None, key: Key | None = None):
-        tests = _test_directions(params, direction, key, rank)
-        return MeasureState.start(params, direction, key, (tests, trees.zeros_like(tests)))
+    def init(*args: Any, **kwargs: Any) -> MeasureState:
+        given = Given(*args, **kwargs)
+        tests = _test_directions(given.params, given.direction, given.key, rank)
+        return MeasureState.start(given, (tests, trees.zeros_like(tests)))
 
     def update(state: MeasureState, batch: Batch) -> MeasureState:
         tests, sums = state.total
-        products = gauss_newton_times(logits_fn, state.params, tests, batch)
+        model = state.bound(logits_fn)
+        products = gauss_newton_times(model, state.params, tests, batch)
         values = None
         if state.direction is not None:
-            values = gauss_newton_along(logits_fn, state.params, state.direction, batch)
+            values = gauss_newton_along(model, state.params, state.direction, batch)
         total = (tests, jax.tree.map(jnp.add, sums, products))
         return state._replace(total=total).plus(values, losses.weights_of(batch))
 
@@ -168,7 +172,7 @@ def gauss_newton_low_rank(logits_fn: LogitsFn, *, rank: int = 16) -> Measure:
         products = state.average(sums)
         return state.measurement(LowRankQuadratic.of_products(state.params, tests, products))
 
-    return Measure(init, update, finalize)
+    return Measure(init, update, finalize, logits_fn)
 
 
 def _test_directions(
@@ -176,20 +180,21 @@ def _test_directions(
 ) -> PyTree:
     """Directions to multiply with, [K, ...]: the measure's one, then standard normal ones."""
     zero = trees.zeros_like(params)
-    rows = []
+    rows: list[PyTree] = []
     if direction is not None:
         size = sum(leaf.size for leaf in jax.tree.leaves(zero))
         # All directions have about one norm, sqrt(P), as standard normal ones do; otherwise the
         # longest would decide which eigenvalues are left out.
         norm = trees.norm(direction)
         scale = jnp.where(norm > 0, size**0.5 / jnp.where(norm > 0, norm, 1), 0)
-        rows.append(jax.tree.map(lambda x, z: (scale * x).astype(z.dtype), direction, zero))
-    numbers = range(count - len(rows))
-    if key is not None:
-        rows += [trees.gaussian_like(jax.random.fold_in(key, n), zero) for n in numbers]
-    elif numbers:
-        raise ValueError("key=None: random directions need a PRNG key in Measure.init")
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+        rows.append(jax.tree.map(lambda x, z: (scale * x).astype(z.dtype)[None], direction, zero))
+    if number := count - len(rows):
+        if key is None:
+            raise ValueError("key=None: random directions need a PRNG key in Measure.init")
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(number))
+        # A vmap, because as many normal draws one by one would take minutes to compile.
+        rows.append(jax.vmap(trees.gaussian_like, (0, None))(keys, zero))
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *rows)
 
 
 def _inner_products(left: PyTree, right: PyTree) -> Array:

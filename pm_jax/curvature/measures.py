@@ -2,23 +2,27 @@
 
 A `Measure` is a triple of pure functions in the manner of a gradient transformation:
 
-    state = measure.init(params, direction, key)
+    state = measure.init(params, direction, key, model_state)
     state = measure.update(state, batch)          # once per batch, in any batch size
     result = measure.finalize(state)
 
 The result is a mean over all examples seen, whatever the batch size, and comes with the curvature
-along one direction and the standard error of that over the examples.
+along one direction and the standard error of that over the examples. `measure_all` does the three
+steps for examples in any form, compiled.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, ParamSpec
 
 import jax
 import jax.numpy as jnp
 
 from pm_jax import losses, trees
+from pm_jax.curvature import measuring
+from pm_jax.curvature.measuring import Given
 from pm_jax.curvature.quadratics import Quadratic
-from pm_jax.types import Array, Batch, Key, Params, PyTree
+from pm_jax.types import Array, Batch, Key, LogitsFn, LossesFn, Params, PyTree
 
 
 class Measurement(NamedTuple):
@@ -53,6 +57,7 @@ class MeasureState(NamedTuple):
         squares: sum of squared deviations from that mean.
         position: number of rows seen, padding included: the index of the next example.
         stride: from one example's index to the next one's.
+        model_state: state of the model, which its functions take as a third argument; or `None`.
     """
 
     params: Params
@@ -64,15 +69,20 @@ class MeasureState(NamedTuple):
     squares: Array
     position: Array
     stride: Array
+    model_state: PyTree | None = None
 
     @classmethod
-    def start(
-        cls, params: Params, direction: PyTree | None, key: Key | None, total: PyTree
-    ) -> "MeasureState":
+    def start(cls, given: "Given", total: PyTree) -> "MeasureState":
         """The state before the first batch."""
-        zero = jnp.zeros((), trees.compute_dtype(*jax.tree.leaves(params)))
+        zero = jnp.zeros((), trees.compute_dtype(*jax.tree.leaves(given.params)))
         position, stride = jnp.zeros((), jnp.int32), jnp.ones((), jnp.int32)
-        return cls(params, direction, key, total, zero, zero, zero, position, stride)
+        params, direction, key, model_state = given
+        figures = (zero, zero, zero, position, stride)
+        return cls(params, direction, key, total, *figures, model_state)
+
+    def bound(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A `LogitsFn` or `LossesFn` with the model's state, where there is one."""
+        return losses.with_state(function, self.model_state)
 
     def keys(self, examples: int) -> Key | None:
         """Keys of the next examples, [N]; `None` without a key."""
@@ -107,6 +117,10 @@ class MeasureState(NamedTuple):
         """Means from sums over the examples; 0 if all examples were padding."""
         return jax.tree.map(lambda total: total / jnp.maximum(self.examples, 1), sums)
 
+    def moving(self) -> dict[str, PyTree]:
+        """The fields that an update changes."""
+        return {**_sums(self), "position": self.position}
+
     def measurement(self, quadratic: Quadratic | None) -> Measurement:
         """The result so far, with the quadratic that the total stands for."""
         variance = self.squares / jnp.maximum(self.examples - 1, 1)
@@ -116,23 +130,66 @@ class MeasureState(NamedTuple):
 
 
 class Measure(NamedTuple):
-    """A way to measure curvature.
+    """A way to measure curvature; measures of one factory with equal arguments are equal.
 
     Attributes:
-        init: `init(params, direction=None, key=None) -> MeasureState`.
+        init: `init(params, direction=None, key=None, model_state=None) -> MeasureState`.
         update: `update(state, batch) -> MeasureState`.
         finalize: `finalize(state) -> Measurement`.
+        logits_fn: the model, for a first look at its logits; `None` where it is not known.
+        losses_fn: likewise the loss.
+        made_from: what the measure is remembered by: factory and arguments.
     """
 
     init: Callable[..., MeasureState]
     update: Callable[[MeasureState, Batch], MeasureState]
     finalize: Callable[[MeasureState], Measurement]
+    logits_fn: LogitsFn | None = None
+    losses_fn: LossesFn | None = None
+    made_from: tuple[Any, ...] | None = None
+
+    def _identity(self) -> tuple[Any, ...]:
+        return self.made_from or (self.init, self.update, self.finalize)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Measure) and self._identity() == other._identity()
+
+    def __ne__(self, other: object) -> bool:  # a tuple has one of its own
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+
+Arguments = ParamSpec("Arguments")
+
+
+def remembered(factory: Callable[Arguments, Measure]) -> Callable[Arguments, Measure]:
+    """Let measures that a factory makes of equal arguments be equal.
+
+    A program that was compiled for one of them then serves the others, such as those that a loop
+    over tasks makes anew for every task.
+    """
+
+    @functools.wraps(factory)
+    def make(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Measure:
+        values = [tuple(x) if isinstance(x, list) else x for x in (*args, *kwargs.values())]
+        made_from = (factory, len(args), tuple(kwargs), *values)
+        try:
+            hash(made_from)
+        except TypeError:
+            # What cannot be compared is remembered by itself.
+            return factory(*args, **kwargs)
+        return factory(*args, **kwargs)._replace(made_from=made_from)
+
+    return make
 
 
 SUMS = ("total", "examples", "mean", "squares")
 """Fields of `MeasureState` that add up over the examples."""
 
 
+@remembered
 def in_groups(measure: Measure, groups: int) -> Measure:
     """Let a measure also report its result without each of K groups of examples, in `left_out`.
 
@@ -154,14 +211,14 @@ def in_groups(measure: Measure, groups: int) -> Measure:
     if groups < 2:
         raise ValueError(f"groups={groups}: must be at least 2")
 
-    def init(params: Params, direction: PyTree | None = None, key: Key | None = None):
-        state = measure.init(params, direction, key)
+    def init(*args: Any, **kwargs: Any) -> MeasureState:
+        state = measure.init(*args, **kwargs)
         return state._replace(
             **jax.tree.map(lambda x: jnp.broadcast_to(x, (groups, *x.shape)), _sums(state))
         )
 
     def update(state: MeasureState, batch: Batch) -> MeasureState:
-        batch = batch._replace(weights=losses.weights_of(batch))
+        batch = losses.with_weights(batch)
         size = batch.labels.shape[0]
         # The first row of a group k in this batch is the first one whose index is k modulo K.
         first = (jnp.arange(groups) - state.position) % groups
@@ -171,7 +228,7 @@ def in_groups(measure: Measure, groups: int) -> Measure:
             sums, rows = group
             # Groups have equal shapes; rows beyond the batch repeat its last one, with weight 0.
             members = jax.tree.map(lambda leaf: leaf[jnp.minimum(rows, size - 1)], batch)
-            members = members._replace(weights=members.weights * (rows < size))
+            members = losses.weighted(members, rows < size)
             index = {"position": state.position + rows[0], "stride": groups * state.stride}
             return _sums(measure.update(state._replace(**sums, **index), members))
 
@@ -180,7 +237,8 @@ def in_groups(measure: Measure, groups: int) -> Measure:
         return state._replace(**sums, position=state.position + size)
 
     def finalize(state: MeasureState) -> Measurement:
-        start = measure.init(state.params, state.direction, state.key).total
+        given = (state.params, state.direction, state.key, state.model_state)
+        start = measure.init(*given).total
 
         def result_for(members: Array) -> Measurement:
             """The result for the groups whose entry in `members` [K] is 1."""
@@ -210,7 +268,7 @@ def in_groups(measure: Measure, groups: int) -> Measure:
         left_out = jax.lax.map(result_for, others)
         return result_for(jnp.ones_like(others[0]))._replace(left_out=left_out)
 
-    return Measure(init, update, finalize)
+    return measure._replace(init=init, update=update, finalize=finalize)
 
 
 def _sums(state: MeasureState) -> dict[str, PyTree]:
@@ -220,39 +278,53 @@ def _sums(state: MeasureState) -> dict[str, PyTree]:
 def measure_all(
     measure: Measure,
     params: Params,
-    examples: Batch,
-    batch_size: int,
+    examples: Batch | tuple[Any, ...] | Iterable[Any],
+    batch_size: int = 256,
     direction: PyTree | None = None,
     key: Key | None = None,
+    *,
+    model_state: PyTree | None = None,
+    progress: bool = False,
 ) -> Measurement:
-    """Run a measure over all examples, in batches of one size.
+    """Run a measure over all examples, in batches of one size, compiled.
+
+    It compiles once for a measure and the shapes of a batch, so that later tasks compile nothing;
+    what differs between tasks, such as a class mask or batch statistics, belongs into
+    `model_state`. Examples are measured one by one, and the model should be in evaluation mode: a
+    first look at a few of them warns where the logits of an example depend on the others
+    (BatchNorm in training mode) or on chance (dropout).
 
     Args:
         measure: how curvature is measured.
         params: where it is taken.
-        examples: N examples.
-        batch_size: examples per update.
+        examples: a `Batch`; a tuple of arrays `(inputs, labels)` or `(inputs, labels, weights)`; or
+            any iterable of either, each a batch of any length: a list, a generator, a `DataLoader`.
+            Leaves are anything that `np.asarray` reads.
+        batch_size: examples per update, at least 1.
         direction: d, of the structure of the parameters, or `None`.
         key: PRNG key, for sampled labels.
+        model_state: given to the model as its third argument, unless it is `None`.
+        progress: show a progress bar.
 
     Returns:
-        The `Measurement`, the same for every batch size up to rounding.
+        The `Measurement`, the same for every batch size up to rounding, and for every way to cut
+        the examples into the batches of an iterable.
 
     Raises:
-        ValueError: no examples, batch size below 1, or a direction that is needed and missing.
+        InvalidInput: no examples; one that is no tuple or `Batch`, or unlike the others; labels
+            that are no numbers of classes; NaN in parameters, state or inputs; a model that gives
+            no logits [N, C] or [N, T, C]; a batch size below 1.
+        ValueError: a direction or key that the measure needs and that is missing.
 
     Example:
         >>> from pm_jax.curvature import diagonal
-        >>> examples = Batch(jnp.asarray([[1.0], [3.0]]), jnp.zeros(2, int))
         >>> measure = diagonal.fisher_empirical(lambda w, batch: batch.inputs @ w)
-        >>> float(measure_all(measure, jnp.zeros(1), examples, 2, jnp.ones(1)).along)
+        >>> inputs, labels = jnp.asarray([[1.0], [3.0]]), jnp.zeros(2, int)
+        >>> float(measure_all(measure, jnp.zeros(1), (inputs, labels), 2, jnp.ones(1)).along)
         5.0
+        >>> batches = ((inputs[n : n + 1], labels[n : n + 1]) for n in range(2))
+        >>> measure_all(measure, jnp.zeros(1), batches).quadratic.diagonal.tolist()
+        [5.0]
     """
-
-    def step(state, batch):
-        return measure.update(state, batch), None
-
-    # A scan compiles one update, whatever the number of batches.
-    batches = losses.in_batches(examples, batch_size)
-    state, _ = jax.lax.scan(step, measure.init(params, direction, key), batches)
-    return measure.finalize(state)
+    given = Given(params, direction, key, model_state)
+    return measuring.run(measure, given, examples, batch_size, progress)

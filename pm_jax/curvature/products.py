@@ -1,7 +1,8 @@
 """Products with curvature matrices that are never formed: Hessian and Gauss-Newton.
 
 The Gauss-Newton matrix is that of softmax cross-entropy, `G = mean_n J_n^T (diag(p_n) - p_n p_n^T)
-J_n` with `J_n = d logits_n / d params` and `p_n` the softmax of the logits that the loss sees.
+J_n` with `J_n = d logits_n / d params` and `p_n` the softmax of the logits that the loss sees. For
+sequences, whose loss is a sum over tokens, so is their matrix G_n, with the tokens' weights.
 """
 
 from collections.abc import Callable
@@ -71,7 +72,10 @@ def gauss_newton_along(
         lambda p: logits_fn(p, batch.inputs), params, direction
     )
     probabilities = jax.nn.softmax(logits)
-    return jnp.sum(probabilities * _centred(tangents, probabilities) ** 2, axis=-1)
+    values = jnp.sum(probabilities * _centred(tangents, probabilities) ** 2, axis=-1)
+    if values.ndim == 1:
+        return values
+    return jnp.sum(losses.token_weights(batch) * values, axis=1)
 
 
 def gauss_newton_times(
@@ -89,17 +93,19 @@ def gauss_newton_times(
     backward = jax.linear_transpose(forward, params)
     probabilities = jax.nn.softmax(logits)
     weights = losses.weights_of(batch)
+    if logits.ndim == 3:
+        weights = weights[:, None] * losses.token_weights(batch)
 
     def product(direction: PyTree) -> PyTree:
         tangents = _centred(forward(direction), probabilities)
-        return backward(weights[:, None] * probabilities * tangents)[0]
+        return backward(weights[..., None] * probabilities * tangents)[0]
 
     # One direction at a time, not a vmap: the tangents of all of them would be in memory together.
     return jax.lax.map(product, directions)
 
 
 def _centred(tangents: Array, probabilities: Array) -> Array:
-    """Tangents of logits [N, C] minus their mean under the softmax.
+    """Tangents of logits [..., C] minus their mean under the softmax.
 
     The squares of the centred form are at least 0; the difference of two sums, `sum p t^2 -
     (sum p t)^2`, may come out negative in float32.

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from pm_jax import losses, trees
 from pm_jax.curvature import dense_layers
-from pm_jax.types import Array, Batch, Key, Params, PyTree
+from pm_jax.types import Array, Batch, InvalidInput, Key, Params, PyTree
 
 
 class Passes(NamedTuple):
@@ -56,24 +56,30 @@ class SquaredGradients(NamedTuple):
 def label_passes(num_samples: int | None) -> PassesFn:
     """Passes of the exact Fisher for logits [N, C]: one per class, weighted by its probability.
 
-    With `num_samples`, that many labels are drawn with the key of every example instead.
+    With `num_samples`, that many labels are drawn with the key of every example instead. Logits
+    [N, T, C] of sequences have a pass for each token's every class, or draws of all T labels: the
+    tokens' labels are independent given the inputs, so that the squared gradient of their sum is
+    the sum of their squared gradients on average.
 
     Raises:
-        ValueError: num_samples below 1; when it is called, no keys to sample with.
+        ValueError: num_samples below 1; when it is called, no keys to sample with, or sequences
+            with too many tokens and classes.
     """
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"num_samples={num_samples}: must be at least 1, or None for all labels")
 
     def passes(logits: Array, keys: Key | None) -> Passes:
-        examples, classes = logits.shape
+        examples, *tokens, classes = logits.shape
         probabilities = jax.nn.softmax(logits)
+        if num_samples is None and tokens:
+            return _passes_of_tokens(probabilities)
         if num_samples is None:
             labels = jnp.broadcast_to(jnp.arange(classes)[:, None], (classes, examples))
             weights = probabilities.T
         else:
             if keys is None:
                 raise ValueError("key=None: sampled labels need a PRNG key in Measure.init")
-            draw = functools.partial(jax.random.categorical, shape=(num_samples,))
+            draw = functools.partial(jax.random.categorical, shape=(num_samples, *tokens))
             # Examples on axis 1, because passes come first in `Passes`.
             labels = jax.vmap(draw, out_axes=1)(keys, logits)
             weights = jnp.full((num_samples, examples), 1 / num_samples)
@@ -82,6 +88,26 @@ def label_passes(num_samples: int | None) -> PassesFn:
         return Passes(scores, weights)
 
     return passes
+
+
+MOST_TOKEN_PASSES = 512
+"""Passes of sequences without samples; their cotangents take as many times the logits' memory."""
+
+
+def _passes_of_tokens(probabilities: Array) -> Passes:
+    """A pass for every class of every token, for probabilities [N, T, C]."""
+    examples, tokens, classes = probabilities.shape
+    if tokens * classes > MOST_TOKEN_PASSES:
+        raise InvalidInput(
+            f"num_samples=None: sequences of {tokens} tokens with {classes} classes would take "
+            f"{tokens * classes} backward passes each; give num_samples=1 or more"
+        )
+    # [class, example, token, class]; the labels of one token at a time are scored.
+    scores = jnp.eye(classes)[:, None, None, :] - probabilities[None]
+    one_token = jnp.eye(tokens)[:, None, None, :, None]
+    cotangents = (one_token * scores[None]).astype(probabilities.dtype)
+    weights = jnp.transpose(probabilities, (1, 2, 0))
+    return Passes(cotangents.reshape(-1, *probabilities.shape), weights.reshape(-1, examples))
 
 
 def by_vmap(

@@ -1,0 +1,261 @@
+"""How a measure runs over examples in any form: compiled, looked after, and with progress.
+
+The programs take the measure as a static argument and everything else as arrays: parameters,
+direction, key and model state of later tasks run through the program of the first one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pm_jax import losses, trees
+from pm_jax.curvature import examples as examples_
+from pm_jax.curvature import first_look
+from pm_jax.curvature.static_leaves import Frame
+from pm_jax.types import Array, Batch, InvalidInput, Key, Params, PyTree
+
+if TYPE_CHECKING:
+    from pm_jax.curvature.measures import Measure, Measurement
+
+
+class Given(NamedTuple):
+    """The arguments of `Measure.init`."""
+
+    params: Params
+    direction: PyTree | None = None
+    key: Key | None = None
+    model_state: PyTree | None = None
+
+
+def run(
+    measure: Measure, given: Given, examples: Any, batch_size: int, progress: bool
+) -> Measurement:
+    """Run a measure over all examples (see `measures.measure_all`)."""
+    _check_arguments(measure, given, batch_size)
+    if examples_.are_traced((given, examples if examples_.are_arrays(examples) else ())):
+        return _traced(measure, given, examples_.as_batch(examples, "examples"), batch_size)
+    arrays, frame = Frame.split(given)
+    _refuse_nan(given)
+    if progress or not examples_.are_arrays(examples):
+        items = [examples] if examples_.are_arrays(examples) else examples
+        return _streamed(measure, frame, arrays, items, batch_size, progress)
+    batch = examples_.as_batch(examples, "examples")
+    count = len(batch.labels)
+    if not count:
+        raise InvalidInput("examples: has no examples; give one at least")
+    size = examples_.smaller(batch_size, count)
+    _look(measure, given, batch, "examples", frames=3)
+    number = -(-count // size)
+    rows = size * examples_.rounded_up(number)
+    found, has_nan = _measured(
+        measure, frame, size, arrays, examples_.padded(batch, rows), np.int32(number)
+    )
+    _refuse_nan_inputs(has_nan)
+    _refuse_padding(found)
+    return found
+
+
+def _check_arguments(measure: Any, given: Given, batch_size: Any) -> None:
+    """Raise InvalidInput for arguments that no measure can use."""
+    if not hasattr(measure, "finalize"):
+        name = getattr(measure, "__name__", type(measure).__name__)
+        call = f"{name}(logits_fn)" if callable(measure) else "pm_jax.fisher_exact(logits_fn)"
+        raise InvalidInput(f"measure={name}: must be a Measure; call its factory, as in {call}")
+    if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
+        raise InvalidInput(f"batch_size={batch_size}: must be a whole number, at least 1")
+    if not jax.tree.leaves(given.params):
+        raise InvalidInput("params: has no leaves; give the parameters of the model")
+    if given.direction is None:
+        return
+    structures: list[Any] = [jax.tree.structure(x) for x in (given.direction, given.params)]
+    alike = structures[0] == structures[1]
+    pairs = zip(*map(jax.tree.leaves, (given.direction, given.params)), strict=alike)
+    if not alike or any(jnp.shape(a) != jnp.shape(b) for a, b in pairs):
+        raise InvalidInput(
+            f"direction: {_difference(given.direction, given.params)}; give a tree of the "
+            "parameters' structure and shapes, as task_vectors.difference(trained, previous)"
+        )
+
+
+def _difference(tree: PyTree, wanted: PyTree) -> str:
+    """A phrase for the first difference between two trees' leaves."""
+    shapes, wanted_shapes = (
+        {path: jnp.shape(leaf) for path, leaf in trees.leaves_by_path(x).items()}
+        for x in (tree, wanted)
+    )
+    for path, shape in wanted_shapes.items():
+        if path not in shapes:
+            return f"lacks {path or 'a leaf'} {shape}, which the parameters have"
+        if shapes[path] != shape:
+            return (
+                f"has {path or 'a leaf'} of shape {shapes[path]} where the parameters have {shape}"
+            )
+    for path, shape in shapes.items():
+        if path not in wanted_shapes:
+            return f"has {path or 'a leaf'} {shape}, which the parameters do not have"
+    return "is a tree of another type than the parameters"
+
+
+def _look(
+    measure: Measure, given: Given, batch: Batch, name: str, frames: int
+) -> tuple[int, ...] | None:
+    """Look at the model and the labels on a first batch; returns the shape of the logits.
+
+    Warnings are those of the caller of `measure_all`, so many frames above the one that looks.
+    """
+    shape = first_look.outputs_shape(
+        measure.logits_fn,
+        measure.losses_fn,
+        given.params,
+        batch,
+        given.model_state,
+        stacklevel=2 + frames,
+    )
+    if shape is not None:
+        examples_.check_labels(batch, shape, name)
+    return shape
+
+
+def _traced(measure: Measure, given: Given, examples: Batch, batch_size: int) -> Measurement:
+    """Measure inside a function that is being compiled: a scan, and no look at any value."""
+    # NumPy's arrays cannot be indexed by traced numbers.
+    batches = losses.in_batches(jax.tree.map(jnp.asarray, examples), batch_size)
+    state = measure.init(*given)
+
+    def step(moving, batch):
+        return measure.update(state._replace(**moving), batch).moving(), None
+
+    # A scan compiles one update, whatever the number of batches.
+    moving, _ = jax.lax.scan(step, state.moving(), batches)
+    return measure.finalize(state._replace(**moving))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _measured(
+    measure: Measure,
+    frame: Frame,
+    size: int,
+    arrays: list[Array],
+    examples: Batch,
+    number: Array,
+) -> tuple[Measurement, Array]:
+    """Measure the first `number` batches of examples; returns also whether NaN is among inputs."""
+    state = measure.init(*frame.joined(arrays))
+    batches = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), examples)
+
+    def step(index, moving):
+        batch = jax.tree.map(lambda leaf: leaf[index], batches)
+        return measure.update(state._replace(**moving), batch).moving()
+
+    # The number of batches is an argument: tasks of other sizes are measured by the same program.
+    moving = jax.lax.fori_loop(0, number, step, state.moving())
+    return measure.finalize(state._replace(**moving)), _has_nan(examples.inputs)
+
+
+def _streamed(
+    measure: Measure,
+    frame: Frame,
+    arrays: list[Array],
+    items: Iterable[Any],
+    batch_size: int,
+    progress: bool,
+) -> Measurement:
+    """Measure batch by batch, as an iterable gives them."""
+    given = Given(*frame.joined(arrays))
+    moving, shape, flags = None, None, []
+    for name, batch in _shown(items, batch_size, progress):
+        if moving is None:
+            shape = _look(measure, given, batch, name, frames=4)
+            moving = _start_compiled(measure, frame, arrays)
+        elif shape is not None:
+            examples_.check_labels(batch, shape, name)
+        moving, has_nan = _update_compiled(measure, frame, arrays, moving, batch)
+        flags.append((name, has_nan))
+    for name, has_nan in flags:
+        # Read at the end: a look at every batch would wait for it before the next one is made.
+        _refuse_nan_inputs(has_nan, name)
+    found = _end_compiled(measure, frame, arrays, moving)
+    _refuse_padding(found)
+    return found
+
+
+def _shown(items: Iterable[Any], batch_size: int, progress: bool) -> Iterator[tuple[str, Batch]]:
+    """The batches of `examples.batches_of`, with a progress bar if asked for."""
+    if not progress:
+        yield from examples_.batches_of(items, batch_size)
+        return
+    import tqdm  # here, because most measurements show none
+
+    only: Any = items[0] if isinstance(items, list) and len(items) == 1 else None
+    total = len(only[1]) if examples_.are_arrays(only) else None
+    with tqdm.tqdm(total=total, desc="curvature", unit="example") as bar:
+        for name, batch in examples_.batches_of(items, batch_size):
+            yield name, batch
+            bar.update(int(np.sum(np.asarray(losses.weights_of(batch)) > 0)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _start_compiled(measure: Measure, frame: Frame, arrays: list[Array]) -> dict[str, PyTree]:
+    return measure.init(*frame.joined(arrays)).moving()
+
+
+# The sums are written where the old ones were; parameters are the caller's, and no part of them.
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _update_compiled(
+    measure: Measure, frame: Frame, arrays: list[Array], moving: dict[str, PyTree], batch: Batch
+) -> tuple[dict[str, PyTree], Array]:
+    state = measure.init(*frame.joined(arrays))._replace(**moving)
+    return measure.update(state, batch).moving(), _has_nan(batch.inputs)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _end_compiled(
+    measure: Measure, frame: Frame, arrays: list[Array], moving: dict[str, PyTree]
+) -> Measurement:
+    return measure.finalize(measure.init(*frame.joined(arrays))._replace(**moving))
+
+
+def _has_nan(tree: PyTree) -> Array:
+    floating = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return functools.reduce(
+        jnp.logical_or, (jnp.isnan(x).any() for x in floating), jnp.asarray(False)
+    )
+
+
+@jax.jit
+def _which_have_nan(leaves: dict[str, Array]) -> Array:
+    return jnp.stack([jnp.isnan(leaf).any() for leaf in leaves.values()])
+
+
+def _refuse_nan(given: Given) -> None:
+    """Raise InvalidInput for NaN in the parameters, their direction or the model's state."""
+    leaves = {
+        path: leaf
+        for path, leaf in trees.leaves_by_path(given._asdict()).items()
+        if jnp.issubdtype(getattr(leaf, "dtype", np.bool_), jnp.floating)
+    }
+    if not leaves:
+        return
+    flags = np.asarray(_which_have_nan(leaves))
+    wrong = [path for path, flag in zip(leaves, flags, strict=True) if flag]
+    if wrong:
+        raise InvalidInput(
+            f"{', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}: has NaN, and so would the "
+            "curvature; look at the loss of the training before this"
+        )
+
+
+def _refuse_nan_inputs(has_nan: Array, name: str = "examples") -> None:
+    if bool(has_nan):
+        raise InvalidInput(f"{name}: has NaN among its inputs, and so would the curvature")
+
+
+def _refuse_padding(found: Measurement) -> None:
+    if float(found.examples) == 0:
+        raise InvalidInput("examples: all weights are 0, which is padding; give one example more")
