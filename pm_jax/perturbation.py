@@ -20,7 +20,8 @@ import jax.numpy as jnp
 
 from pm_jax import lora, task_vectors, trees
 from pm_jax.lora import AdaptedKernel, Adapter
-from pm_jax.types import Array, Key, Params
+from pm_jax.perturbation_checks import check_key, check_models, is_adapter, leaves, loss_and_aux
+from pm_jax.types import Array, InvalidInput, Key, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,17 +50,32 @@ class Perturbation:
         return ((sample(key, self, shape), 1.0),)
 
 
+def check_law(perturbation: Any) -> None:
+    """Raise `InvalidInput` unless the argument is a `Perturbation`, as a factory returns it."""
+    if isinstance(perturbation, Perturbation):
+        return
+    if callable(perturbation):
+        name = getattr(perturbation, "__name__", repr(perturbation))
+        raise InvalidInput(
+            f"perturbation={name}: is a function that makes a law; call it, as {name}()"
+        )
+    raise InvalidInput(
+        f"perturbation={perturbation!r}: is no law; make one with perturbation.symmetric(), "
+        "antithetic(), gaussian(), one_sided() or none()"
+    )
+
+
 def _checked_epsilon(epsilon: float) -> float:
     if not 0 < epsilon <= 1:
-        raise ValueError(f"epsilon={epsilon}: must lie in (0, 1]; the paper uses 0.5")
+        raise InvalidInput(f"epsilon={epsilon}: must lie in (0, 1]; the paper uses 0.5")
     return float(epsilon)
 
 
 def _checked_probabilities(probabilities: tuple[float, ...], count: int) -> tuple[float, ...]:
     if len(probabilities) != count:
-        raise ValueError(f"probabilities={probabilities}: {count} are needed")
+        raise InvalidInput(f"probabilities={probabilities}: {count} are needed")
     if min(probabilities) < 0 or not math.isclose(sum(probabilities), 1, abs_tol=1e-6):
-        raise ValueError(
+        raise InvalidInput(
             f"probabilities={probabilities}: must be at least 0 and sum to 1, as 1/3,1/3,1/3"
         )
     return tuple(float(p) for p in probabilities)
@@ -162,6 +178,7 @@ def curvature_weight(perturbation: Perturbation) -> float:
         >>> round(curvature_weight(symmetric(0.5)), 6)  # 1/12
         0.083333
     """
+    check_law(perturbation)
     pairs = zip(perturbation.steps, perturbation.probabilities, strict=True)
     return 0.5 * sum(p * s * s for s, p in pairs)
 
@@ -169,6 +186,7 @@ def curvature_weight(perturbation: Perturbation) -> float:
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def sample(key: Key, perturbation: Perturbation, shape: tuple[int, ...] = ()) -> Array:
     """Draw `s`, float32 (or float64): shape `()` for a batch, `(N,)` for one per example."""
+    check_law(perturbation)
     steps = jnp.asarray(perturbation.steps, jnp.result_type(float))
     # A certain value takes no random numbers.
     if len(perturbation.steps) == 1:
@@ -177,26 +195,32 @@ def sample(key: Key, perturbation: Perturbation, shape: tuple[int, ...] = ()) ->
 
 
 def displace(
-    key: Key, perturbation: Perturbation, step: Array, params: Params, base: Params
+    key: Key, perturbation: Perturbation, step: Array | float, params: Params, base: Params
 ) -> Params:
     """The point at which the loss is taken: `theta + s Delta`, or `theta + s ||Delta|| u`.
 
     `u` is uniform on the sphere and drawn with `key`; `step` is `s`, scalar, or [N] for a draw per
     example where `params` has adapters only. An `Adapter` stands in the place of a kernel of `base`
-    and becomes an `AdaptedKernel`, whose branch `lora.branch` scales by 1 + s.
+    and becomes an `AdaptedKernel`, whose branch `lora.branch` scales by 1 + s. Leaves that are not
+    floating point (counters, keys) stay those of `params`.
 
     Raises:
-        ValueError: structures differ, or one draw per example for a leaf that examples share.
+        InvalidInput: no law; structures or shapes differ; a deleted array; nothing that could move;
+            or one draw per example for a leaf that examples share.
 
     Example:
         >>> displace(jax.random.key(0), symmetric(), 0.5, jnp.asarray([3.0]), jnp.ones(1)).tolist()
         [4.0]
     """
+    check_law(perturbation)
+    check_models(params, base)
 
     def along_delta(leaf: Array | Adapter, start: Array) -> Array | AdaptedKernel:
         if isinstance(leaf, Adapter):
             # Delta is A B: scaling one factor scales it, and the gradient has the factor 1 + s.
             return AdaptedKernel(start, leaf, 1.0 + step)
+        if not trees.is_floating(leaf):
+            return leaf
         return task_vectors.apply(leaf, task_vectors.difference(leaf, start), step)
 
     if not perturbation.gaussian:
@@ -205,39 +229,39 @@ def displace(
             _check_adapters_only(params)
         return _map(along_delta, params, base)
     # Where an adapter trains, noise moves the base's kernel, to which the branch is added.
-    dense = _map(lambda leaf, start: start if _is_adapter(leaf) else leaf, params, base)
+    dense = _map(lambda leaf, start: start if is_adapter(leaf) else leaf, params, base)
+    moving = trees.floating(dense)
     delta = _map(
-        lambda leaf, start: None if _is_adapter(leaf) else task_vectors.difference(leaf, start),
+        lambda leaf, start: (
+            task_vectors.difference(leaf, start)
+            if not is_adapter(leaf) and trees.is_floating(leaf)
+            else None
+        ),
         params,
         base,
     )
-    leaves = jax.tree.leaves(params, is_leaf=_is_adapter)
-    adapters = {str(number): leaf for number, leaf in enumerate(leaves) if _is_adapter(leaf)}
+    adapters = {path: leaf for path, leaf in leaves(params).items() if is_adapter(leaf)}
     # ||Delta|| over arrays and adapters together.
     length = trees.safe_sqrt(trees.inner(delta, delta) + lora.squared_norm(adapters))
     # A normal vector over its norm is uniform on the sphere.
-    noise = trees.gaussian_like(key, dense)
-    moved = task_vectors.apply(dense, noise, step * length / trees.norm(noise))
+    noise = trees.gaussian_like(key, moving)
+    moved = task_vectors.apply(moving, noise, step * length / trees.norm(noise))
     return _map(
-        lambda leaf, point: AdaptedKernel(point, leaf, 1.0) if _is_adapter(leaf) else point,
+        lambda leaf, point: AdaptedKernel(point, leaf, 1.0) if is_adapter(leaf) else point,
         params,
-        moved,
+        trees.with_floating(dense, moved),
     )
 
 
-def _is_adapter(leaf: Any) -> bool:
-    return isinstance(leaf, Adapter)
-
-
-_map = functools.partial(jax.tree.map, is_leaf=_is_adapter)
+_map = functools.partial(jax.tree.map, is_leaf=is_adapter)
 """`jax.tree.map` for which an adapter is one leaf."""
 
 
 def _check_adapters_only(params: Params) -> None:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_adapter):
-        if not _is_adapter(leaf):
-            raise ValueError(
-                f"examples: one draw per example needs adapters, and {trees.path_name(path)} is an "
+    for path, leaf in leaves(params).items():
+        if not is_adapter(leaf):
+            raise InvalidInput(
+                f"examples: one draw per example needs adapters, and {path} is an "
                 "array that all examples share; leave examples out for one draw per batch"
             )
 
@@ -251,6 +275,10 @@ def perturbed(
 ) -> Callable[..., Any]:
     """The loss at a random point along the task vector.
 
+    The loss may have all that losses in training loops have: dropout keys and mutable state are
+    arguments or closed over, a train flag is a keyword argument, and updated batch statistics are
+    part of `aux`. They are the statistics of the displaced model, one update a step.
+
     Args:
         loss_fn: `loss_fn(params, *args, **kwargs) -> scalar`, or `(scalar, aux)`. An `Adapter` in
             `params` reaches it as an `AdaptedKernel`, for `lora.branch`.
@@ -261,12 +289,21 @@ def perturbed(
 
     Returns:
         `perturbed_loss(key, params, base, *args, **kwargs)`: differentiable in `params` (the
-        gradient includes the factor 1 + s), jit-compatible, one forward pass (two for
-        `antithetic`, whose auxiliary outputs are those of the last).
+        gradient includes the factor 1 + s), jit-compatible, one forward pass.
+
+        - Gradients are `jax.grad(perturbed_loss, argnums=1)`. Without `argnums`, `jax.grad` refuses
+          the key by itself: "grad requires real- or complex-valued inputs".
+        - `antithetic` has two passes, which see the same arguments and so the same dropout masks
+          and batch statistics. Auxiliary outputs are those of the last pass.
+        - `base` must outlive the task. Where the jitted step donates `params`, `base` must be a
+          copy, as `jax.tree.map(jnp.copy, params)`, and not be donated itself.
+        - Leaves of `params` that are not floating point stay as they are; `jax.grad` needs
+          `allow_int=True` for them.
 
     Raises:
-        ValueError: draws per example of a Gaussian law, or, when called, of leaves that examples
-            share.
+        InvalidInput: no law or no function; draws per example of a Gaussian law; and, when called,
+            arguments out of order, models that do not match, deleted arrays, or a loss that is no
+            scalar.
 
     References:
         Perturb-and-Merge, `arXiv 2505.22389 <https://arxiv.org/abs/2505.22389>`_, section 3.2
@@ -276,25 +313,38 @@ def perturbed(
         >>> float(loss(jax.random.key(0), jnp.asarray([2.0]), jnp.asarray([0.0]), 3.0))
         6.0
     """
+    check_law(perturbation)
+    check_loss_fn(loss_fn)
     if examples is not None and perturbation.gaussian:
-        raise ValueError(
+        raise InvalidInput(
             f"examples={examples}: a Gaussian law perturbs the weights, which examples share; "
             "leave it out for one draw per batch"
         )
+    if examples is not None and (not isinstance(examples, int) or examples < 1):
+        raise InvalidInput(f"examples={examples!r}: must be the number of examples of a batch")
     shape = () if examples is None else (examples,)
 
     def perturbed_loss(key: Key, params: Params, base: Params, *args: Any, **kwargs: Any) -> Any:
         # Without a perturbation no random number is drawn.
         if perturbation == none():
-            return loss_fn(params, *args, **kwargs)
+            loss, aux = loss_and_aux(loss_fn(params, *args, **kwargs), has_aux)
+            return (loss, aux) if has_aux else loss
+        check_key(key, params)
         step_key, direction_key = jax.random.split(key)
         total, aux = jnp.zeros(()), None
         for step, weight in perturbation.draws(step_key, shape):
             # All values of `s` share one random direction; only their steps differ.
             point = displace(direction_key, perturbation, step, params, base)
-            output = loss_fn(point, *args, **kwargs)
-            loss, aux = output if has_aux else (output, None)
+            loss, aux = loss_and_aux(loss_fn(point, *args, **kwargs), has_aux)
             total = total + weight * loss
         return (total, aux) if has_aux else total
 
     return perturbed_loss
+
+
+def check_loss_fn(loss_fn: Any) -> None:
+    """Raise `InvalidInput` unless the argument is a function."""
+    if isinstance(loss_fn, Perturbation):
+        raise InvalidInput("loss_fn: is a law; the order is perturbed(loss_fn, perturbation)")
+    if not callable(loss_fn):
+        raise InvalidInput(f"loss_fn={loss_fn!r}: must be a function of the parameters")

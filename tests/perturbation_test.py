@@ -1,10 +1,14 @@
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.core import FrozenDict
 
 from pm_jax import lora, perturbation, trees
+from pm_jax.types import InvalidInput
 from tests import oracles
 
 
@@ -211,3 +215,262 @@ def test_a_draw_for_each_example_is_refused_where_examples_share_what_moves():
         )
     with pytest.raises(ValueError, match="examples=2: a Gaussian law perturbs the weights"):
         perturbation.perturbed(lambda p: p.sum(), perturbation.gaussian(), examples=2)
+
+
+class Regularized(nn.Module):
+    """A linen model with batch statistics and dropout."""
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.5)(nn.Dense(6)(x))
+        return nn.Dense(2)(nn.Dropout(0.5, deterministic=not train)(nn.relu(x)))
+
+
+def regularized_problem():
+    model, x = Regularized(), jax.random.normal(jax.random.key(4), (5, 3))
+    variables = model.init(jax.random.key(0), x, train=False)
+    params, statistics = variables["params"], variables["batch_stats"]
+    base = jax.tree.map(lambda leaf: 0.5 * leaf - 0.1, params)
+
+    def loss_fn(params, statistics, dropout_key, x, *, train):
+        """The loss of a training loop; `train` is a Python flag."""
+        logits, updated = model.apply(
+            {"params": params, "batch_stats": statistics},
+            x,
+            train=train,
+            rngs={"dropout": dropout_key},
+            mutable=["batch_stats"],
+        )
+        return jnp.mean(logits**2), (logits, updated["batch_stats"])
+
+    return loss_fn, params, base, statistics, x
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize(
+    "law",
+    [
+        perturbation.symmetric(),
+        perturbation.antithetic(0.4),
+        perturbation.gaussian(0.5, 1.0),
+        perturbation.none(),
+    ],
+)
+def test_statistics_dropout_keys_and_a_train_flag_work_as_in_a_training_loop(law, train):
+    loss_fn, params, base, statistics, x = regularized_problem()
+    key, dropout_key = jax.random.key(1), jax.random.key(2)
+    step = jax.jit(
+        jax.value_and_grad(perturbed_with_aux(loss_fn, law), argnums=1, has_aux=True),
+        static_argnames="train",
+    )
+    (value, aux), gradient = step(key, params, base, statistics, dropout_key, x, train=train)
+
+    # By hand: the passes of the law at their points, each with the same key and statistics.
+    step_key, direction_key = jax.random.split(key)
+
+    def by_hand(params):
+        passes = [
+            (weight, loss_fn(point, statistics, dropout_key, x, train=train))
+            for s, weight in law.draws(step_key)
+            for point in [perturbation.displace(direction_key, law, s, params, base)]
+        ]
+        return sum(weight * loss for weight, (loss, _) in passes), passes[-1][1][1]
+
+    (wanted, wanted_aux), wanted_gradient = jax.value_and_grad(by_hand, has_aux=True)(params)
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    for got, right in ((aux, wanted_aux), (gradient, wanted_gradient)):
+        for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(right), strict=True):
+            np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-6)
+    moved = float(jnp.abs(aux[1]["BatchNorm_0"]["mean"]).max())
+    assert (moved > 0) == train
+
+
+def perturbed_with_aux(loss_fn, law):
+    return perturbation.perturbed(loss_fn, law, has_aux=True)
+
+
+def test_leaves_that_are_not_floating_point_stay_and_get_no_noise():
+    params = {
+        "w": jnp.asarray([2.0, 1.0]),
+        "step": jnp.asarray(7),
+        "key": jax.random.key(3),
+        "mask": jnp.asarray([True, False]),
+        "none": None,
+    }
+    base = params | {"w": jnp.zeros(2), "step": jnp.asarray(1), "key": jax.random.key(4)}
+    for law in (perturbation.Perturbation((0.5,), (1.0,)), perturbation.gaussian(0.5, 1.0)):
+        point = perturbation.displace(jax.random.key(0), law, 0.5, params, base)
+        assert int(point["step"]) == 7 and point["mask"].tolist() == [True, False]
+        assert bool(point["key"] == params["key"])
+        # Noise of the law has half the norm of Delta, whatever whole numbers lie beside it.
+        moved = float(jnp.linalg.norm(point["w"] - params["w"]))
+        np.testing.assert_allclose(moved, 0.5 * 5**0.5, rtol=1e-5)
+    loss = perturbation.perturbed(lambda p: jnp.sum(p["w"] * p["mask"]), law)
+    gradient = jax.grad(loss, argnums=1, allow_int=True)(jax.random.key(0), params, base)
+    assert gradient["w"].shape == (2,) and gradient["step"].dtype == jax.dtypes.float0
+
+
+def test_a_legacy_key_gives_what_its_typed_key_gives():
+    params, base = jnp.asarray([1.0, 2.0]), jnp.zeros(2)
+    loss = perturbation.perturbed(lambda w: jnp.sum(w**2), perturbation.gaussian(0.5, 1.0))
+    key = jax.random.key(3)
+    with jax.legacy_prng_key("allow"):
+        raw = loss(jax.random.key_data(key), params, base)
+    np.testing.assert_array_equal(raw, loss(key, params, base))
+
+
+def test_checks_leave_no_trace_in_the_program(monkeypatch):
+    loss_fn, params, base, statistics, x = regularized_problem()
+    step = perturbed_with_aux(loss_fn, perturbation.symmetric())
+    arguments = (jax.random.key(1), params, base, statistics, jax.random.key(2), x)
+
+    def lowered():
+        return jax.jit(lambda *args: step(*args, train=True)).lower(*arguments).as_text()
+
+    checked = lowered()
+    for name in ("check_law", "check_models", "check_key"):
+        monkeypatch.setattr(perturbation, name, lambda *_: None)
+    monkeypatch.setattr(perturbation, "loss_and_aux", lambda output, _: output)
+    assert lowered() == checked
+
+
+def deleted(params):
+    copy = jax.tree.map(jnp.copy, params)
+    for leaf in jax.tree.leaves(copy):
+        leaf.delete()
+    return copy
+
+
+def mistakes():
+    w, key, law = (
+        {"a": {"w": jnp.ones(3)}, "b": jnp.ones(2)},
+        jax.random.key(0),
+        perturbation.symmetric(),
+    )
+
+    def loss_fn(params):
+        return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
+
+    def perturbed(loss_fn=loss_fn, law=law, **settings):
+        return perturbation.perturbed(loss_fn, law, **settings)
+
+    adapter = lora.Adapter(jnp.ones((3, 1)), jnp.ones((1, 2)))
+    return {
+        "law not called": (
+            lambda: perturbed(law=perturbation.symmetric),
+            r"^perturbation=symmetric: is a function that makes a law; call it, as symmetric\(\)$",
+        ),
+        "law not called, elsewhere": (
+            lambda: perturbation.curvature_weight(perturbation.antithetic),
+            r"^perturbation=antithetic: is a function",
+        ),
+        "law not called, in a draw": (
+            lambda: perturbation.sample(key, perturbation.gaussian),
+            r"^perturbation=gaussian: is a function",
+        ),
+        "a number for the law": (lambda: perturbed(law=0.5), r"^perturbation=0.5: is no law; make"),
+        "law and loss swapped": (
+            lambda: perturbation.perturbed(law, loss_fn),
+            r"^perturbation=.*: is a function",
+        ),
+        "no function": (lambda: perturbed(loss_fn=3.0), r"^loss_fn=3.0: must be a function"),
+        "examples": (lambda: perturbed(examples=0), r"^examples=0: must be the number of examples"),
+        "arguments in another order": (
+            lambda: perturbed()(w, w, key),
+            r"^key: is a dict with floating-point leaves; the order is \(key, params, base, ...\), "
+            r"and jax.grad needs argnums=1$",
+        ),
+        "argnums of another order": (
+            lambda: jax.grad(perturbed())(w, w, key),
+            r"^key: is a dict with floating-point leaves; .* argnums=1",
+        ),
+        "params and key swapped": (lambda: perturbed()(w, key, w), r"^params: is a PRNG key; the"),
+        "a seed for the key": (
+            lambda: perturbed()(0, w, w),
+            r"^key=0: is no PRNG key; make one with jax.random.key\(seed\)$",
+        ),
+        "no key": (lambda: perturbed()(None, w, w), r"^key=None: is no PRNG key"),
+        "many keys": (
+            lambda: perturbed()(jax.random.split(key, 4), w, w),
+            r"^key: has shape \(4,\); a call takes one key",
+        ),
+        "base without a leaf": (
+            lambda: perturbed()(key, w, {"a": w["a"]}),
+            r"^base: lacks b, which params has; give trees of one structure",
+        ),
+        "base with another leaf": (
+            lambda: perturbed()(key, w, w | {"c": jnp.ones(1)}),
+            r"^base: has c, which params lacks",
+        ),
+        "base of another shape": (
+            lambda: perturbed()(key, w, w | {"b": jnp.ones(4)}),
+            r"^base=float32\[4\] at b: params is float32\[2\] there",
+        ),
+        "base of another kind": (
+            lambda: perturbed()(key, w, w | {"b": jnp.arange(2)}),
+            r"^base=int32\[2\] at b: params is float32\[2\] there",
+        ),
+        "base in other containers": (
+            lambda: perturbed()(key, w, FrozenDict(w)),
+            r"^base=FrozenDict: params is dict",
+        ),
+        "base of adapters": (
+            lambda: perturbed()(key, {"k": adapter}, {"k": adapter}),
+            r"^base: has an adapter at k; pass the kernels",
+        ),
+        "deleted base": (
+            lambda: perturbed()(key, w, deleted(w)),
+            r"^base: the array at a/w was deleted, .* donate_argnums; keep a copy",
+        ),
+        "deleted base in a closure": (
+            lambda: jax.jit(functools.partial(perturbed(), key, base=deleted(w)))(w),
+            r"^base: the array at a/w was deleted",
+        ),
+        "deleted params": (lambda: perturbed()(key, deleted(w), w), r"^params: the array at a/w"),
+        "all collections": (
+            lambda: perturbed()(key, *2 * [{"params": w, "batch_stats": w}]),
+            r"^params: has the collections params and batch_stats, .* pass variables\['params'\]",
+        ),
+        "nothing that moves": (
+            lambda: perturbed()(key, {"n": jnp.arange(3)}, {"n": jnp.arange(3)}),
+            r"^params: has no floating-point leaf",
+        ),
+        "empty": (lambda: perturbed()(key, {}, {}), r"^params: has no floating-point leaf"),
+        "aux without has_aux": (
+            lambda: perturbed(lambda p: (loss_fn(p), {}))(key, w, w),
+            r"^has_aux=False: loss_fn returned a tuple of 2; .* pass has_aux=True",
+        ),
+        "has_aux without aux": (
+            lambda: perturbed(has_aux=True)(key, w, w),
+            r"^has_aux=True: loss_fn must return \(loss, aux\), and returned a ",
+        ),
+        "three outputs": (
+            lambda: perturbed(lambda p: (loss_fn(p), 1, 2), has_aux=True)(key, w, w),
+            r"^has_aux=True: .* returned a tuple of 3$",
+        ),
+        "losses of examples": (
+            lambda: jax.grad(perturbed(lambda p: p["b"]), argnums=1)(key, w, w),
+            r"^loss_fn: returned a loss of shape \(2,\); return a scalar, as jnp.mean or",
+        ),
+        "aux first": (
+            lambda: perturbed(lambda p: ({}, loss_fn(p)), has_aux=True)(key, w, w),
+            r"^loss_fn: returned a dict as the loss",
+        ),
+        "no loss": (lambda: perturbed(lambda p: None)(key, w, w), r"^loss_fn: returned a NoneType"),
+        "a count": (
+            lambda: perturbed(lambda p: jnp.sum(p["b"] > 0))(key, w, w),
+            r"^loss_fn: returned a loss of type int32",
+        ),
+        "the same without a perturbation": (
+            lambda: perturbed(lambda p: p["b"], perturbation.none())(key, w, w),
+            r"^loss_fn: returned a loss of shape \(2,\)",
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", list(mistakes()))
+def test_mistakes_are_one_line_that_names_the_argument(name):
+    call, message = mistakes()[name]
+    with pytest.raises(InvalidInput, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)

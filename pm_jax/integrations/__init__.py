@@ -1,0 +1,1 @@
+"""Perturb-and-Merge in other people's Flax code."""

@@ -1,0 +1,428 @@
+"""Perturb-and-Merge for Flax nnx: modules are trained, measured and merged where they are.
+
+    loss = pm_nnx.perturbed(loss_fn, pm_jax.perturbation.symmetric())
+    measure = pm_jax.fisher_exact(pm_nnx.logits_fn(model))
+    merger = pm_jax.merger(pm_jax.rules.perturb_and_merge(), measure)
+    state = merger.init(pm_nnx.snapshot(model))
+
+    @nnx.jit
+    def train_step(model, optimizer, key, base, batch):
+        value, gradients = nnx.value_and_grad(loss, argnums=1)(key, model, base, batch)
+        optimizer.update(model, gradients)
+
+    for task in tasks:
+        ...  # train_step(model, optimizer, key, state.start, batch)
+        params, state, info = pm_nnx.finish_task(merger, state, model, task)
+
+Parameters travel as `nnx.State`, which every function of pm_jax takes as a pytree.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pm_jax import perturbation as laws
+from pm_jax import trees
+from pm_jax.perturbation_checks import check_key, leaves, loss_and_aux
+from pm_jax.types import Array, InvalidInput, Key, Params, PyTree
+
+Filter = Any
+"""What nnx takes to choose variables: a type such as `nnx.Param`, a path, a predicate."""
+
+
+def snapshot(module: nnx.Module, wrt: Filter = nnx.Param, *, copy: bool = True) -> nnx.State:
+    """The parameters of a module as they are now; no later training changes them.
+
+    Args:
+        module: the nnx module.
+        wrt: which variables, as for `nnx.Optimizer`.
+        copy: whether arrays are copied, which a training step needs that donates the module
+            (`nnx.jit(..., donate_argnames="model")`). Without it only the variables are new, and
+            arrays are shared until the module is updated.
+
+    Returns:
+        `nnx.State` with the module's paths, a pytree.
+
+    Raises:
+        InvalidInput: no module, or no variable that `wrt` chooses.
+
+    Example:
+        >>> model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+        >>> base = snapshot(model)
+        >>> model.bias[...] += 1.0
+        >>> base["bias"][...].tolist()
+        [0.0, 0.0, 0.0]
+    """
+    _check_module("module", module)
+    # A state of nnx shares its variables with the module; `map` makes new ones.
+    state = jax.tree.map(jnp.copy if copy else lambda leaf: leaf, nnx.state(module, wrt))
+    if not jax.tree.leaves(state):
+        raise InvalidInput(f"wrt={wrt}: chooses no variable of the {type(module).__name__}")
+    return state
+
+
+def write_back(module: nnx.Module, params: Params, *, copy: bool = True) -> None:
+    """Set the parameters of a module, in place.
+
+    Args:
+        module: the nnx module; variables that `params` lacks stay as they are.
+        params: `nnx.State`, or nested dicts of arrays with the module's paths.
+        copy: whether arrays are copied, so that a step that donates the module does not delete
+            those of `params`.
+
+    Raises:
+        InvalidInput: no module, a path that it does not have, or another shape or type.
+
+    Example:
+        >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+        >>> write_back(model, {"bias": jnp.ones(1)})
+        >>> model.bias[...].tolist()
+        [1.0]
+    """
+    _check_module("module", module)
+    _check_no_module("params", params)
+    own, given = leaves(nnx.state(module)), leaves(params)
+    for path, leaf in given.items():
+        if path not in own:
+            raise InvalidInput(f"params: {path!r} is no variable of the {type(module).__name__}")
+        if _form(leaf) != _form(own[path]):
+            raise InvalidInput(
+                f"params: {path!r} is {_form(leaf)} and in the {type(module).__name__} "
+                f"{_form(own[path])}; pass parameters of this module"
+            )
+    nnx.update(module, jax.tree.map(jnp.copy if copy else lambda leaf: leaf, _pure(params)))
+
+
+def perturbed(
+    loss_fn: Callable[..., Any],
+    perturbation: laws.Perturbation,
+    *,
+    has_aux: bool = False,
+    wrt: Filter = nnx.Param,
+) -> Callable[..., Any]:
+    """The loss of a module at a random point along its task vector.
+
+    While `loss_fn` runs the module has the displaced parameters; afterwards it has its own again.
+    All else that the loss changes (dropout keys, batch statistics, metrics) stays changed. Losses
+    and gradients equal those of `pm_jax.perturbed` on the module's state.
+
+    Args:
+        loss_fn: `loss_fn(module, *args, **kwargs) -> scalar`, or `(scalar, aux)`.
+        perturbation: the law, made by a factory such as `perturbation.symmetric()`.
+        has_aux: whether `loss_fn` returns auxiliary outputs too, as for `nnx.value_and_grad`.
+        wrt: which variables move, as for `nnx.Optimizer`. Of `nnx.LoRA` only `lora_b` moves: this
+            scales the product, whose task vector it is if `lora_b` started from 0.
+
+    Returns:
+        `perturbed_loss(key, module, base, *args, **kwargs)`, to be differentiated by
+        `nnx.value_and_grad(perturbed_loss, argnums=1)`, or `argnums=nnx.DiffState(1, wrt)`. `base`
+        is a `snapshot` of the module, which must outlive the task. `antithetic` has two passes with
+        the same dropout masks and statistics; only the last one changes the module.
+
+    Raises:
+        InvalidInput: as `pm_jax.perturbed`; arguments out of order; a base that is a module, or
+            whose variables are the module's own; a Gaussian law with `nnx.LoRA`.
+
+    Example:
+        >>> model = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
+        >>> base = jax.tree.map(lambda leaf: 0.0 * leaf, snapshot(model))
+        >>> loss = perturbed(lambda model, x: model(x).sum(), laws.antithetic(0.5))
+        >>> value, gradients = nnx.value_and_grad(loss, argnums=1)(
+        ...     jax.random.key(0), model, base, jnp.ones((1, 1))
+        ... )
+        >>> gradients["bias"][...].tolist()
+        [1.0]
+    """
+    laws.check_law(perturbation)
+    laws.check_loss_fn(loss_fn)
+
+    def perturbed_loss(
+        key: Key, module: nnx.Module, base: Params, *args: Any, **kwargs: Any
+    ) -> Any:
+        _check_order(key, module, base)
+        if perturbation == laws.none():
+            loss, aux = loss_and_aux(loss_fn(module, *args, **kwargs), has_aux)
+            return (loss, aux) if has_aux else loss
+        state = nnx.state(module, wrt)
+        fixed = _input_factors(state)
+        if fixed and perturbation.gaussian:
+            raise InvalidInput(
+                "perturbation: a Gaussian law moves kernels, not the factors of nnx.LoRA; "
+                "pass symmetric() or antithetic()"
+            )
+        params = _pure(state)
+        check_key(key, params)
+        start = _start(module, state, base)
+        step_key, direction_key = jax.random.split(key)
+        total, aux = jnp.zeros(()), None
+        draws = perturbation.draws(step_key)
+        for number, (step, weight) in enumerate(draws):
+            point = laws.displace(direction_key, perturbation, step, params, start)
+            point = trees.replace(point, {path: leaves(params)[path] for path in fixed})
+            # All passes see the same keys and statistics; those before the last change a copy.
+            last = number == len(draws) - 1
+            seen = (module, args, kwargs) if last else _copied((module, args, kwargs))
+            output = _with_parameters(loss_fn, point, params, *seen)
+            loss, aux = loss_and_aux(output, has_aux)
+            total = total + weight * loss
+        return (total, aux) if has_aux else total
+
+    return perturbed_loss
+
+
+def fold_lora(module: nnx.Module) -> None:
+    """Add the products of `nnx.LoRA` and `nnx.LoRALinear` to their kernels, in place.
+
+    Afterwards `lora_b` is 0, the kernels have what the task learned, and `finish_task` merges them
+    like any other parameters.
+
+    Raises:
+        InvalidInput: no module, no such layer, or one without a kernel [in, out] to add to.
+
+    Example:
+        >>> layer = nnx.LoRALinear(2, 3, lora_rank=1, rngs=nnx.Rngs(0))
+        >>> layer.lora.lora_b[...] += 1.0
+        >>> before = layer(jnp.ones((1, 2)))
+        >>> fold_lora(layer)
+        >>> bool(jnp.allclose(layer(jnp.ones((1, 2))), before)), float(layer.lora.lora_b[...].max())
+        (True, 0.0)
+    """
+    _check_module("module", module)
+    layers = dict(nnx.iter_modules(module))
+    pairs: dict[tuple, tuple[nnx.LoRA, Any]] = {
+        path: (layer, layers.get(path[:-1]) if layer.base_module is None else layer.base_module)
+        for path, layer in layers.items()
+        if isinstance(layer, nnx.LoRA)
+    }
+    if not pairs:
+        raise InvalidInput(f"module: the {type(module).__name__} has no nnx.LoRA layer")
+    for path, (layer, target) in pairs.items():
+        shape = (layer.in_features, layer.out_features)
+        if getattr(getattr(target, "kernel", None), "shape", None) != shape:
+            raise InvalidInput(
+                f"module: the nnx.LoRA at {'/'.join(map(str, path)) or 'the top'} has no kernel "
+                f"{list(shape)} that its product could be added to"
+            )
+    for layer, target in pairs.values():
+        # In float32 and cast once: a small step would be lost in a bfloat16 kernel.
+        a, b = (factor[...].astype(jnp.float32) for factor in (layer.lora_a, layer.lora_b))
+        step = jnp.matmul(a, b, precision="highest")
+        kernel = target.kernel[...]
+        target.kernel[...] = (kernel.astype(jnp.float32) + step).astype(kernel.dtype)
+        layer.lora_b[...] = jnp.zeros_like(layer.lora_b[...])
+
+
+def logits_fn(
+    module: nnx.Module,
+    call: Callable[[nnx.Module, PyTree], Array] | None = None,
+    *,
+    wrt: Filter = nnx.Param,
+) -> Callable[..., Array]:
+    """Logits of a module as a pure function, to measure with.
+
+    The function sees the module in evaluation mode (no dropout, running statistics), whatever its
+    mode, and changes nothing. It is made once; later parameters and statistics are arguments.
+
+    Args:
+        module: the nnx module.
+        call: `call(module, inputs) -> [N, C]` where `module(inputs)` does not give the logits.
+        wrt: which variables are parameters.
+
+    Returns:
+        `logits_fn(params, inputs, model_state)` with `params = snapshot(module, wrt)` and
+        `model_state = model_state(module, wrt)`.
+
+    Raises:
+        InvalidInput: no module; when called, parameters or state of another structure.
+
+    Example:
+        >>> model = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+        >>> pure = logits_fn(model)
+        >>> pure(snapshot(model), jnp.full((2, 3), 5.0), model_state(model))[0].round(3).tolist()
+        [5.0, 5.0, 5.0]
+    """
+    _check_module("module", module)
+    # Evaluation mode is a static attribute: it is set on a copy, which shares the arrays.
+    model = nnx.clone(module)
+    nnx.pop(model, nnx.Intermediate)
+    model.eval()
+    graph, *states = nnx.split(model, wrt, ...)
+    # Paths only: the function below must not keep the arrays of the module alive.
+    known = dict(zip(("params", "model_state"), map(_paths, states), strict=True))
+    del model, states
+    name = type(module).__name__
+
+    def pure_logits_fn(params: Params, inputs: PyTree, model_state: PyTree = None) -> Array:
+        model_state = nnx.State({}) if model_state is None else model_state
+        for argument, tree in (("params", params), ("model_state", model_state)):
+            _check_no_module(argument, tree)
+            if _paths(tree) != known[argument]:
+                path = sorted(_paths(tree) ^ known[argument])[0]
+                raise InvalidInput(
+                    f"{argument}: {'lacks' if path in known[argument] else 'has'} {path!r}, unlike "
+                    f"the {name} that logits_fn was made for; pass snapshot(module) and "
+                    "model_state(module)"
+                )
+        merged = nnx.merge(graph, _pure(params), _pure(model_state))
+        return merged(inputs) if call is None else call(merged, inputs)
+
+    return pure_logits_fn
+
+
+def model_state(module: nnx.Module, wrt: Filter = nnx.Param) -> nnx.State:
+    """Everything of a module beside its parameters: statistics, keys, caches, counters.
+
+    Example:
+        >>> list(model_state(nnx.BatchNorm(3, rngs=nnx.Rngs(0))))
+        ['mean', 'var']
+    """
+    _check_module("module", module)
+    _, _, rest = nnx.state(module, wrt, nnx.Intermediate, ...)
+    return jax.tree.map(lambda leaf: leaf, rest)
+
+
+def finish_task(
+    merger: Any,
+    state: Any,
+    module: nnx.Module,
+    batches: Any,
+    key: Key | None = None,
+    *,
+    wrt: Filter = nnx.Param,
+    batch_size: int = 256,
+    progress: bool = False,
+) -> tuple[nnx.State, Any, Any]:
+    """Merge a module that has finished a task, and leave the merged model in it.
+
+    Args:
+        merger: made by `pm_jax.merger` with a measure of `logits_fn(module)`, or without one.
+        state: its state; `merger.init(snapshot(module))` before the first task.
+        module: the trained module. Its statistics stay those of the trained model.
+        batches: the task's examples, as for `Merger.finish_task`.
+        key: PRNG key.
+        wrt: which variables merge.
+        batch_size: examples a step of the measure.
+        progress: whether a bar is shown.
+
+    Returns:
+        `(params, state, info)` as `Merger.finish_task`. The module has `params`. Rules whose next
+        task starts from another model need `write_back(module, state.start)` before it.
+
+    Raises:
+        InvalidInput: no module, or as `Merger.finish_task`.
+    """
+    # The merger may keep the arrays: the module gets copies of the merged ones below, so a step
+    # that donates the module deletes none of the merger's.
+    trained = snapshot(module, wrt, copy=False)
+    params, state, info = merger.finish_task(
+        state,
+        trained,
+        batches,
+        key,
+        model_state=model_state(module, wrt),
+        batch_size=batch_size,
+        progress=progress,
+    )
+    write_back(module, params)
+    return params, state, info
+
+
+def _is_variable(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Variable)
+
+
+def _pure(tree: PyTree) -> PyTree:
+    """The tree with arrays in the place of variables."""
+    return jax.tree.map(
+        lambda leaf: leaf.get_raw_value() if _is_variable(leaf) else leaf,
+        tree,
+        is_leaf=_is_variable,
+    )
+
+
+def _paths(tree: PyTree) -> set[str]:
+    return set(leaves(tree))
+
+
+def _form(leaf: Any) -> str:
+    return f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"
+
+
+def _start(module: nnx.Module, state: nnx.State, base: Params) -> nnx.State:
+    """The arrays of `base` in the structure of the parameters, after checks."""
+    remedy = "pass snapshot(module), taken before the task"
+    own = {id(leaf) for leaf in jax.tree.leaves(state, is_leaf=_is_variable) if _is_variable(leaf)}
+    if any(id(leaf) in own for leaf in jax.tree.leaves(base, is_leaf=_is_variable)):
+        raise InvalidInput(
+            f"base: has the module's own variables, which change as it trains; {remedy}"
+        )
+    params, start = _pure(state), leaves(_pure(base))
+    if unknown := sorted(set(start) - _paths(nnx.state(module))):
+        raise InvalidInput(f"base: has {unknown[0]!r}, which the module lacks; {remedy}")
+    if missing := sorted(_paths(params) - set(start)):
+        raise InvalidInput(f"base: lacks {missing[0]!r} of the module; {remedy} and the same wrt")
+    return jax.tree_util.tree_map_with_path(lambda path, _: start[trees.path_name(path)], params)
+
+
+def _input_factors(state: nnx.State) -> tuple[str, ...]:
+    """Paths of the input factors of `nnx.LoRA` layers, which a perturbation leaves in place."""
+    flat = jax.tree_util.tree_leaves_with_path(state, is_leaf=_is_variable)
+    return tuple(
+        trees.path_name(path)
+        for path, leaf in flat
+        if isinstance(leaf, nnx.LoRAParam) and trees.path_name(path).endswith("lora_a")
+    )
+
+
+def _copied(arguments: tuple) -> tuple:
+    """Arguments of a call whose modules, keys and metrics are copies, shared as before."""
+    flat, structure = jax.tree.flatten(arguments, is_leaf=_is_node)
+    nodes = {number: leaf for number, leaf in enumerate(flat) if _is_node(leaf)}
+    # One clone of all, because a variable may be part of several of them.
+    copies = nnx.clone(nodes)
+    return jax.tree.unflatten(structure, [copies.get(n, leaf) for n, leaf in enumerate(flat)])
+
+
+def _is_node(leaf: Any) -> bool:
+    return isinstance(leaf, (nnx.Pytree, nnx.Variable))
+
+
+def _with_parameters(
+    loss_fn: Callable[..., Any],
+    point: nnx.State,
+    params: nnx.State,
+    module: nnx.Module,
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> Any:
+    """Call a loss while the module has the parameters `point`; then it has `params` again."""
+    nnx.update(module, point)
+    try:
+        return loss_fn(module, *args, **kwargs)
+    finally:
+        nnx.update(module, params)
+
+
+def _check_module(name: str, module: Any) -> None:
+    if not isinstance(module, nnx.Module):
+        raise InvalidInput(f"{name}: is a {type(module).__name__}; pass the nnx.Module")
+
+
+def _check_no_module(name: str, params: Any) -> None:
+    if isinstance(params, nnx.Module):
+        raise InvalidInput(
+            f"{name}: is the module {type(params).__name__}; pass snapshot(module), its parameters"
+        )
+
+
+def _check_order(key: Any, module: Any, base: Any) -> None:
+    """Raise unless a module is in the place of the module, and in no other."""
+    if isinstance(key, nnx.Module) or not isinstance(module, nnx.Module):
+        raise InvalidInput(
+            f"module: is a {type(module).__name__}; the order is (key, module, base, ...), and "
+            "nnx.value_and_grad needs argnums=1"
+        )
+    _check_no_module("base", base)
