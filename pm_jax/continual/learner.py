@@ -1,6 +1,7 @@
 """The task loop: train, measure curvature, merge, evaluate, save; one seed of one configuration."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,22 @@ from pm_jax.continual.placement.compiled import number
 from pm_jax.continual.placement.data import of_split, place_stream
 from pm_jax.continual.placement.devices import devices_of
 from pm_jax.continual.settings.config import Config
+from pm_jax.continual.settings.own import model_of, stream_of
 from pm_jax.continual.settings.run_options import RunOptions
 from pm_jax.continual.storage import reuse
 from pm_jax.continual.storage.checkpoints import Checkpoints
 from pm_jax.continual.storage.logs import RunLog
+from pm_jax.continual.training import own_model
 from pm_jax.continual.training.divergence import check_finite, check_state
-from pm_jax.continual.training.initial_model import starting_params
+from pm_jax.continual.training.initial_model import is_built_in, starting_params
 from pm_jax.continual.training.steps import TaskSteps
 from pm_jax.continual.training.trainer import Trainer, TrainingState
+from pm_jax.data.stream import TaskStream
+from pm_jax.models.model import classifier_pattern
 from pm_jax.types import InvalidInput, Params, PyTree
+
+OF_MODEL = ("model_state", "start_state", "model_in_training")
+"""Parts of a checkpoint that only models with state have."""
 
 
 class Learner:
@@ -34,6 +42,10 @@ class Learner:
 
     Args:
         directory: gets checkpoints and logs; `None` keeps nothing.
+        model: instead of the settings' model, a linen module, an nnx module or a
+            `pm_jax.models.Model`; its classifier has a column for each class of all tasks.
+        stream: instead of the settings' data, a `TaskStream`, or a list of tasks as
+            `pm_jax.data.own.stream_of_tasks` takes them.
         programs: compiled functions to use instead of the configuration's own. These, and the
             methods `train_task`, `merge_task` and `accuracy`, are where a test plants a fault.
 
@@ -59,10 +71,12 @@ class Learner:
         directory: Path | None = None,
         options: RunOptions = RunOptions(),
         *,
+        model: Any = None,
+        stream: TaskStream | Sequence[Any] | None = None,
         programs: Programs | None = None,
     ):
         self.config, self.seed, self.directory, self.options = config, seed, directory, options
-        self.stream = config.task_stream(seed)
+        self.stream = stream_of(config, seed, stream)
         self._by_domain = self.stream.scenario == "domain_incremental"
         rule = config.merge_rule
         # A rule that takes part in training cannot use a model that was trained without it.
@@ -71,7 +85,8 @@ class Learner:
         self._shared = reuse.SharedTraining(shared / f"seed_{seed}") if shared else None
         # Joint training has one lesson, the examples of all tasks, and is evaluated task by task.
         lessons = self.stream.together() if rule.needs.tasks_at_once else self.stream
-        self.programs = programs or programs_of(config, StreamShape.of(lessons))
+        model = model_of(config, self.stream.num_classes, model)
+        self.programs = programs or programs_of(config, StreamShape.of(lessons), model)
         self._devices = devices_of(config)
         self.key = self._devices.place(jax.random.key(seed))
         self.training_data = place_stream(config, lessons, lessons.train)
@@ -99,14 +114,27 @@ class Learner:
 
     def _reset(self) -> None:
         """Go back to the state before the first task."""
-        params = starting_params(self.config, self.programs.training.init(self.key))
-        self.state = self.merging.initial_state(self._devices.place(params))
+        training = self.programs.training
+        params, model_state = training.init_with_state(self.key)
+        if not is_built_in(training.model):
+            own_model.check_values(
+                own_model.name_of(training.model, self.config.model), params, model_state
+            )
+        params = starting_params(self.config, params)
+        self.state = self.merging.initial_state(
+            self._devices.place(params), self._devices.place(model_state)
+        )
         self._records = Records(self.stream.num_tasks, self.config, self.merging.wants_onset)
 
     @property
     def params(self) -> Params:
         """Parameters used for prediction after the latest merge, as a full parameter tree."""
         return self.merging.params_for_prediction(self.state)
+
+    @property
+    def model_state(self) -> PyTree:
+        """The state of the merged model, such as batch statistics; `{}` for models without."""
+        return self.state.model_state
 
     @property
     def total_steps(self) -> int:
@@ -201,7 +229,11 @@ class Learner:
         if finished is None:
             finished = self.train_task(task, step, start, training_state, checkpoints, log)
             if self._shared:
-                self._shared.keep(task, start, finished.trained, log.lines("epoch", task + 1))
+                models = (
+                    reuse.joined(start, self._start_state),
+                    reuse.joined(finished.trained, finished.model_state),
+                )
+                self._shared.keep(task, *models, log.lines("epoch", task + 1))
         figures = self.merge_task(task, finished)
         seen = self.merging.tasks_seen(task)
         accuracies = self.accuracy(self.stream.num_tasks if self._by_domain else seen)
@@ -224,17 +256,26 @@ class Learner:
 
     def _trained_before(self, task: int, start: Params, log: RunLog) -> TrainedTask | None:
         """Take over the trained model of another run that has trained the same, and its log."""
-        model_and_log = self._shared.find(task, start) if self._shared else None
+        whole = reuse.joined(start, self._start_state)
+        model_and_log = self._shared.find(task, whole) if self._shared else None
         if task < self.config.from_task:
-            model_and_log = reuse.branch_model(self.config, self.seed, task, start)
+            model_and_log = reuse.branch_model(self.config, self.seed, task, whole)
         if model_and_log is None:
             return None
-        trained, lines = model_and_log
+        leaves, lines = model_and_log
+        trained, model_state = reuse.parted(self._devices.place(leaves), start, self._start_state)
         # The times become those of a run that has trained by itself.
         for line in lines:
             log.write(**line)
             self._records.add_time("train", line["seconds"])
-        return TrainedTask(start, self._devices.place(trained), self.merging.blank_adapters(start))
+        adapters = self.merging.blank_adapters(start)
+        return TrainedTask(start, trained, adapters, None, model_state, self._start_state)
+
+    @property
+    def _start_state(self) -> PyTree:
+        """The state of the model that the next task starts from."""
+        apart = self.merging.rule.needs.next_task_from != "merged"
+        return self.state.start_state if apart else self.state.model_state
 
     def train_task(
         self,
@@ -247,7 +288,7 @@ class Learner:
     ) -> TrainedTask:
         """Train a task from a step of the run on, saving and obeying requests to end on the way."""
         begin, every = self.steps.bounds[task], self.options.checkpoint_every
-        state = state or self._trainer.begin(task, start, self.state.rule)
+        state = state or self._trainer.begin(task, start, self.state.rule, self._start_state)
         for piece in self._trainer.pieces(task, step - begin, start, self.state.rule, state):
             state = piece.state
             seconds = self._records.add_time("train", piece.seconds)
@@ -270,20 +311,27 @@ class Learner:
             end_if(asked, begin + piece.step, self.total_steps)
         trained = self.programs.training.trained(start, state.trainable)
         adapters = state.trainable.adapters or self.merging.blank_adapters(start)
-        return TrainedTask(start, trained, adapters, state.trajectory)
+        return TrainedTask(
+            start, trained, adapters, state.trajectory, state.model, self._start_state
+        )
 
     def merge_task(self, task: int, finished: TrainedTask) -> dict[str, float]:
         """Merge a trained task into the run's state; returns the figures of the merge."""
-        loss = self.merging.held_out_loss(finished.trained, task)
+        loss = self.merging.held_out_loss(finished.trained, task, finished.model_state)
         # The last update can be what diverges, and no later loss would show it.
         last = self.steps.of_task(task) - 1
         check_finite(np.asarray([loss]), task, last, self.config, self.directory)
         if self.options.keep_task_models and self.directory:
             pretrained = None if self.config.from_scratch else finished.start
             # All processes take part in putting the parts together; one writes.
-            whole = self._devices.whole((finished.trained, pretrained))
+            trained, pretrained, model_state = self._devices.whole(
+                (finished.trained, pretrained, finished.model_state)
+            )
             if processes.is_first():
-                reuse.keep_task_model(self.directory, task, self.programs.merging, *whole)
+                paths = (self.programs.merging, classifier_pattern(self.programs.training.model))
+                reuse.keep_task_model(
+                    self.directory, task, *paths, trained, pretrained, model_state
+                )
         self.state, figures = self.merging.merge(task, self.state, finished, loss, self._records)
         check_state(self.state, task, "merge", self.config, self.directory)
         return figures
@@ -292,7 +340,9 @@ class Learner:
         """Measure accuracies [2, T] of the merged model on the first tasks, NaN for the others."""
         seen, scores = self.stream.class_masks[:count].any(axis=0), self.programs.training.scores
         with self._records.timed("evaluate"):
-            result = scores(self.held_out_data, self.params, seen, number(count))
+            result = scores(
+                self.held_out_data, self.params, seen, number(count), self.state.model_state
+            )
             # Waits for the device, so that the time is the evaluation's.
             accuracies = np.stack([result.accuracy, result.task_aware])
         accuracies[:, count:] = np.nan
@@ -302,10 +352,14 @@ class Learner:
         """Collect all that a run needs to go on from a step within a task, or at its end."""
         tree = {**self.state._asdict(), "records": self._records.arrays}
         if training_state:
-            tree["trainable"], tree["optimizer"], trajectory = training_state
+            tree["trainable"], tree["optimizer"], tree["model_in_training"], trajectory = (
+                training_state
+            )
             if trajectory:
                 tree["trajectory"] = trajectory
-        return tree
+        # A model without state has checkpoints without a word of it, as they always were.
+        absent = [name for name in OF_MODEL if name in tree and not jax.tree.leaves(tree[name])]
+        return {name: part for name, part in tree.items() if name not in absent}
 
     def restore(self, checkpoints: Checkpoints, step: int) -> TrainingState | None:
         """Go back to a checkpoint; returns the training state of one within a task.
@@ -316,11 +370,16 @@ class Learner:
         training_state = None
         if step not in self.steps.bounds:
             task = self.steps.task_at(step)
-            training_state = self._trainer.shapes(task, self.state.params, self.state.rule)
+            training_state = self._trainer.shapes(
+                task, self.state.params, self.state.rule, self.state.model_state
+            )
         # The present state has the form of the saved one, whatever its values.
         tree = checkpoints.restore(step, self._devices.shapes(self._saved(training_state)))
-        self.state = RunState(**{name: tree[name] for name in RunState._fields})
+        self.state = self.state._replace(
+            **{name: tree[name] for name in RunState._fields if name in tree}
+        )
         self._records.restore(tree["records"])
         if training_state is None:
             return None
-        return TrainingState(tree["trainable"], tree["optimizer"], tree.get("trajectory"))
+        of_model = tree.get("model_in_training", training_state.model)
+        return TrainingState(tree["trainable"], tree["optimizer"], of_model, tree.get("trajectory"))

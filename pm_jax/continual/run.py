@@ -6,14 +6,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from pm_jax import lora, trees
 from pm_jax.continual.learner import Learner
 from pm_jax.continual.merging import landscape
+from pm_jax.continual.merging.programs import StreamShape, programs_of
 from pm_jax.continual.merging.records import seconds_since
 from pm_jax.continual.placement import processes
 from pm_jax.continual.placement.devices import devices_of
 from pm_jax.continual.report.results import summarize_seeds
 from pm_jax.continual.settings.config import Config
+from pm_jax.continual.settings.own import model_of
 from pm_jax.continual.settings.run_options import RunOptions
 from pm_jax.continual.storage import manifest, reuse
 from pm_jax.continual.storage.logs import check_tensorboard
@@ -26,7 +30,13 @@ from pm_jax.continual.storage.workdir import (
     locked,
     write_json,
 )
-from pm_jax.continual.training.initial_model import parameter_shapes, partitions
+from pm_jax.continual.training import own_model
+from pm_jax.continual.training.initial_model import (
+    is_built_in,
+    kernel_pattern,
+    parameter_shapes,
+    partitions,
+)
 from pm_jax.continual.training.partition import Partition
 
 FINISHED_FILES = (RESULTS_FILE, landscape.FILE)
@@ -141,8 +151,16 @@ def describe(config: Config, seed: int = 0) -> str:
     """
     devices_of(config)  # for its errors
     stream = config.task_stream(seed)
-    shapes = parameter_shapes(config, stream.num_classes, stream.inputs.shape[1:])
-    first, later = partitions(config, shapes)
+    model = model_of(config, stream.num_classes)
+    form = (stream.num_classes, stream.inputs.shape[1:])
+    if not is_built_in(model):
+        # Compiled once for the run that follows; a model of the user's own is looked at as a whole.
+        lessons = stream.together() if config.merge_rule.needs.tasks_at_once else stream
+        training = programs_of(config, StreamShape.of(lessons), model).training
+        name = own_model.name_of(model, config.model)
+        own_model.check_values(name, *training.init_with_state(jax.random.key(seed)))
+    shapes = parameter_shapes(config, *form, model=model, input_dtype=str(stream.inputs.dtype))
+    first, later = partitions(config, shapes, model)
     total = lora.count(shapes)
 
     def size(paths: Sequence[str]) -> int:
@@ -165,5 +183,6 @@ def describe(config: Config, seed: int = 0) -> str:
         f"merging: {size(later.merging)}",
     ]
     if later.adapted:
-        lines += [f"adapted by {config.kernel_pattern!r}:", *(f"  {p}" for p in later.adapted)]
+        pattern = kernel_pattern(config, shapes, model)
+        lines += [f"adapted by {pattern!r}:", *(f"  {p}" for p in later.adapted)]
     return "\n".join(lines)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pm_jax import files
+from pm_jax.data.random_access import joined_inputs
 from pm_jax.types import InvalidInput
 
 SCENARIOS = ("domain_incremental", "class_incremental")
@@ -185,6 +186,37 @@ def domain_incremental(
     return _task_stream(domains, rows, masks, "domain_incremental", np.arange(num_classes))
 
 
+def tasks_of_classes(
+    tasks: Sequence[LabelledArrays], seed: int, *, validation_fraction: float = 0.15
+) -> TaskStream:
+    """Make tasks of data sets, each with the classes of its own labels, in the order given.
+
+    Raises:
+        InvalidInput: a class has no training examples in any task, or loses them all to validation.
+    """
+    num_classes = _count_classes(tasks)
+    rows: dict[str, list[np.ndarray]] = {"train": [], "validation": [], "test": []}
+    offset = 0
+    for task in tasks:
+        train, validation = _hold_out(task.train_labels, seed, validation_fraction)
+        rows["train"].append(offset + train)
+        rows["validation"].append(offset + validation)
+        offset += len(task.train_labels)
+        rows["test"].append(offset + np.arange(len(task.test_labels)))
+        offset += len(task.test_labels)
+    _check_examples(rows, [f"{task.name}: the task" for task in tasks])
+    groups = [np.unique(task.train_labels) for task in tasks]
+    for task, classes in zip(tasks, groups, strict=True):
+        if len(foreign := np.setdiff1d(task.test_labels, classes)):
+            raise InvalidInput(
+                f"dataset={task.name}: has test examples of class {foreign[0]} and no training "
+                "example of it"
+            )
+    masks = np.stack([np.isin(np.arange(num_classes), classes) for classes in groups])
+    order = np.asarray(list(dict.fromkeys(np.concatenate(groups).tolist())))
+    return _task_stream(tasks, rows, masks, "class_incremental", order)
+
+
 def _task_stream(
     data_sets: Sequence[LabelledArrays],
     rows: dict[str, list[np.ndarray]],
@@ -195,7 +227,7 @@ def _task_stream(
     """Lay the data sets behind one another, the training examples of each before its test ones."""
     labels = np.concatenate([y for d in data_sets for y in (d.train_labels, d.test_labels)])
     return TaskStream(
-        inputs=np.concatenate([x for d in data_sets for x in (d.train_inputs, d.test_inputs)]),
+        inputs=joined_inputs([x for d in data_sets for x in (d.train_inputs, d.test_inputs)]),
         labels=labels.astype(np.int32),
         example_ids=tuple(name for data_set in data_sets for name in _ids(data_set)),
         **{split: _padded(of_tasks) for split, of_tasks in rows.items()},

@@ -41,9 +41,9 @@ def one_of_each(config):
     run, key, data = learner.programs, learner.key, learner.training_data
     # Of another seed, so that adapters have a task vector to be perturbed along and merged.
     other = devices_of(config).place(starting_params(config, run.training.init(jax.random.key(1))))
-    trainable, state = run.training.later.begin(key, learner.params, task)
-    trained, _, values = run.training.later.train(
-        key, jax.tree.map(jnp.copy, trainable), state, learner.params, data,
+    trainable, *state = run.training.later.begin(key, learner.params, task)
+    trained, *_, values = run.training.later.train(
+        key, jax.tree.map(jnp.copy, trainable), *state, learner.params, data,
         Segment.of(1, 0, 0, 1, 1),
     )  # fmt: skip
     gradients = jax.tree.map(lambda before, after: after - before, trainable, trained)

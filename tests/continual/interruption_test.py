@@ -254,9 +254,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     learner = Learner(SMALL, 0, tmp_path, QUIET)
     train = learner.programs.training.later.train
 
-    def poisoned(key, trainable, optimizer, start, data, piece):
-        trainable, optimizer, values = train(key, trainable, optimizer, start, data, piece)
-        return trainable, optimizer, values.at[2].set(jnp.nan) if piece.task == 1 else values
+    def poisoned(*arguments):
+        *state, values = train(*arguments)
+        return *state, values.at[2].set(jnp.nan) if arguments[-1].task == 1 else values
 
     learner = with_functions(learner, train=poisoned)
     with pytest.raises(TrainingDiverged, match="task 2, step 3: the loss is nan"):

@@ -153,18 +153,18 @@ def poison(stage):
     def change(learner):
         run = learner.programs
 
-        def train(key, trainable, optimizer, start, data, segment):
-            trainable, optimizer, values = run.training.later.train(
-                key, trainable, optimizer, start, data, segment
+        def train(key, trainable, optimizer, model_state, start, data, segment):
+            trainable, optimizer, model_state, values = run.training.later.train(
+                key, trainable, optimizer, model_state, start, data, segment
             )
             if segment.task == 1 and stage == "parameters":
                 trainable = poisoned(trainable)
             if segment.task == 1 and stage == "moments":
                 optimizer = jax.tree.map(lambda x: x + jnp.inf if x.ndim else x, optimizer)
-            return trainable, optimizer, values
+            return trainable, optimizer, model_state, values
 
-        def evidence(data, key, trained, start, task):
-            found = run.evidence(data, key, trained, start, task)
+        def evidence(data, key, trained, start, task, model_state):
+            found = run.evidence(data, key, trained, start, task, model_state)
             if task == 1 and stage == "curvature":
                 curvature = poisoned(found.quadratic.curvature)
                 found = found._replace(quadratic=found.quadratic.replace(curvature=curvature))

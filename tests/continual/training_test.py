@@ -32,15 +32,13 @@ def trained_task(config, extra_padding, stop=1000):
     shape = learner.stream.inputs.shape[1:]
     run = programs_of(config, StreamShape(10, shape, index.shape[1], 10))
     task = int(np.argmin(learner.stream.train.sizes))
-    trainable, optimizer = run.training.first.begin(
-        learner.key, learner.params, np.asarray(task, np.int32)
-    )
-    before = jax.tree.map(np.asarray, (trainable, optimizer))
-    trainable, optimizer, values = run.training.first.train(
-        learner.key, trainable, optimizer, learner.params, data, segment(task, 0, 0, stop, 1)
+    state = run.training.first.begin(learner.key, learner.params, np.asarray(task, np.int32))
+    before = jax.tree.map(np.asarray, state)
+    *state, values = run.training.first.train(
+        learner.key, *state, learner.params, data, segment(task, 0, 0, stop, 1)
     )
     steps = -(-int(learner.stream.train.sizes[task]) // config.batch_size)
-    return before, jax.tree.map(np.asarray, (trainable, optimizer)), np.asarray(values), steps
+    return before, jax.tree.map(np.asarray, tuple(state)), np.asarray(values), steps
 
 
 def test_padding_changes_neither_parameters_nor_optimizer_state():
@@ -56,15 +54,13 @@ def test_a_step_on_padding_alone_is_no_step():
     run, task = learner.programs, int(np.argmin(learner.stream.train.sizes))
     steps = -(-int(learner.stream.train.sizes[task]) // BY_CLASS.batch_size)
     assert steps * BY_CLASS.batch_size < learner.stream.train.sizes.max()  # there is one
-    trainable, optimizer = run.training.first.begin(
-        learner.key, learner.params, np.asarray(task, np.int32)
-    )
-    before = jax.tree.map(np.array, (trainable, optimizer))
-    trainable, optimizer, values = run.training.first.train(
-        learner.key, trainable, optimizer, learner.params, learner.training_data,
+    state = run.training.first.begin(learner.key, learner.params, np.asarray(task, np.int32))
+    before = jax.tree.map(np.array, state)
+    *state, values = run.training.first.train(
+        learner.key, *state, learner.params, learner.training_data,
         segment(task, 0, steps, steps + 1, 1),
     )  # fmt: skip
-    assert leaves_equal(before, (trainable, optimizer)) and not np.asarray(values).any()
+    assert leaves_equal(before, tuple(state)) and not np.asarray(values).any()
 
 
 def test_an_epoch_sees_every_example_once():
@@ -183,7 +179,7 @@ def test_training_loss_is_the_perturbed_loss_of_the_library():
         for seed in range(3):
             key = jax.random.key(seed)
             trainable = Trainable({}, trees.leaves_by_path(moved), {})
-            got = task_program.training_loss(model, law)(key, trainable, start, batch, mask)
+            got, _ = task_program.training_loss(model, law)(key, trainable, start, batch, mask)
             wanted = perturbation.perturbed(plain, law)(
                 key, trees.leaves_by_path(moved), trees.leaves_by_path(start), batch
             )
@@ -204,7 +200,7 @@ def test_training_loss_with_adapters_is_the_loss_at_the_displaced_dense_weights(
     batch = Batch(learner.training_data.inputs[rows], learner.training_data.labels[rows])
     law, key = perturbation.symmetric(0.5), jax.random.key(4)
     loss = task_program.training_loss(model, law, examples=6 if per_example else None)
-    got = loss(key, trainable, start, batch, mask)
+    got, _ = loss(key, trainable, start, batch, mask)
     steps = law.draws(jax.random.split(key)[0], (6,) if per_example else ())[0][0]
     steps = np.broadcast_to(np.asarray(steps), 6)
     assert len(set(steps.tolist())) > 1 or not per_example

@@ -1,9 +1,8 @@
 """Accuracy and loss of a model on the tasks of a stream, per example and in one compiled call."""
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax.numpy as jnp
 import optax
 
@@ -38,11 +37,14 @@ class Scores(NamedTuple):
 
 
 class ModelPass(DataPass):
-    """A pass that applies a model, whose logits its loss divides by a temperature."""
+    """A pass that applies a model, whose logits its loss divides by a temperature.
+
+    `model` is all that `as_model` takes.
+    """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         batch_size: int = BATCH_SIZE,
         *,
         temperature: float = 1.0,
@@ -53,17 +55,26 @@ class ModelPass(DataPass):
         self._model, self._temperature = model, temperature
 
 
-class ScoresPass(ModelPass):
-    """Scores of a model on the first tasks: `scores(data, params, seen_mask, count)`.
+class ScoresGiven(NamedTuple):
+    """The arguments of `ScoresPass`, beside the data.
 
-    The first accuracy is over the classes in `seen_mask` (bool [C]); tasks from `count` on have 0.
+    Attributes:
+        seen_mask: the classes that the first accuracy is over, bool [C].
+        tasks: number of tasks; those behind them have 0.
     """
 
-    Given: TypeAlias = tuple[Params, Array, Array]
+    params: Params
+    seen_mask: Array
+    tasks: Array
+    model_state: PyTree = None
 
-    def begin(self, data: DeviceData, given: Given) -> tuple[PyTree, Order]:
+
+class ScoresPass(ModelPass):
+    """Scores of a model on the first tasks: `scores(data, *ScoresGiven)`."""
+
+    def begin(self, data: DeviceData, given: tuple) -> tuple[PyTree, Order]:
         """Begin with zero counts, and the examples of all tasks, one task after the other."""
-        _, _, count = given
+        count = ScoresGiven(*given).tasks
         tasks, largest = data.positions.shape
         # Tasks keep their padding, so that the shape does not depend on `count`.
         places = jnp.arange(tasks * largest)
@@ -72,15 +83,16 @@ class ScoresPass(ModelPass):
         # The first number counts batches, which tells the tasks of a batch's examples.
         return (jnp.zeros((), jnp.int32), jnp.zeros((2, tasks), jnp.int32), jnp.zeros(tasks)), order
 
-    def update(self, carry: PyTree, batch: Batch, data: DeviceData, given: Given) -> PyTree:
+    def update(self, carry: PyTree, batch: Batch, data: DeviceData, given: tuple) -> PyTree:
         """Add the hits and losses of a batch to those of its examples' tasks."""
-        params, seen_mask, _ = given
+        params, seen_mask, _, model_state = ScoresGiven(*given)
         number, correct, losses = carry
         tasks, largest = data.positions.shape
         places = number * self.batches.size + jnp.arange(self.batches.size)
         task = jnp.minimum(places // largest, tasks - 1)
         real = weights_of(batch) > 0
-        logits = logits_of(self._model, params, batch.inputs, jnp.ones_like(seen_mask))
+        every_class = jnp.ones_like(seen_mask)
+        logits = logits_of(self._model, params, batch.inputs, every_class, model_state=model_state)
         task_mask = data.class_masks[task]
         hits = [
             real & (jnp.argmax(jnp.where(mask, logits, -jnp.inf), axis=-1) == batch.labels)
@@ -96,7 +108,7 @@ class ScoresPass(ModelPass):
             losses.at[task].add(jnp.where(real, values, 0.0)),
         )
 
-    def finish(self, carry: PyTree, data: DeviceData, given: Given) -> Scores:
+    def finish(self, carry: PyTree, data: DeviceData, given: tuple) -> Scores:
         """Return means over the examples of each task."""
         del given
         _, correct, losses = carry
@@ -105,22 +117,23 @@ class ScoresPass(ModelPass):
 
 
 class MeanLossPass(ModelPass):
-    """Mean cross-entropy over a task and its classes: `mean_loss(data, params, task)`, float32."""
+    """Mean cross-entropy over a task and its classes, float32.
 
-    Given: TypeAlias = tuple[Params, Array]
+    It is called as `mean_loss(data, params, task, model_state=None)`.
+    """
 
-    def begin(self, data: DeviceData, given: Given) -> tuple[Array, Order]:
+    def begin(self, data: DeviceData, given: tuple) -> tuple[Array, Order]:
         """Begin with no loss, and the examples of the task."""
         return jnp.zeros((), jnp.float32), data.order(given[1])
 
-    def update(self, total: Array, batch: Batch, data: DeviceData, given: Given) -> Array:
+    def update(self, total: Array, batch: Batch, data: DeviceData, given: tuple) -> Array:
         """Add the losses of a batch."""
-        params, task = given
+        params, task, *model_state = given
         mask = data.class_masks[task]
-        logits = logits_of(self._model, params, batch.inputs, mask, self._temperature)
+        logits = logits_of(self._model, params, batch.inputs, mask, self._temperature, *model_state)
         values = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
         return total + jnp.sum(jnp.where(weights_of(batch) > 0, values, 0.0))
 
-    def finish(self, total: Array, data: DeviceData, given: Given) -> Array:
+    def finish(self, total: Array, data: DeviceData, given: tuple) -> Array:
         """Divide the sum by the number of examples."""
         return total / data.sizes[given[1]]

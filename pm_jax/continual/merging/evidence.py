@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -18,7 +17,7 @@ from pm_jax.curvature import kronecker, low_rank
 from pm_jax.curvature.dense_layers import kernel_paths
 from pm_jax.curvature.measures import Measure, Measurement, MeasureState, in_groups
 from pm_jax.rules import Evidence, MergeRule
-from pm_jax.types import Array, Batch, Key, LogitsFn, Params
+from pm_jax.types import Array, Batch, Key, LogitsFn, Params, PyTree
 
 FEWEST_EXAMPLES = 32
 """A standard error of fewer examples is not believed."""
@@ -31,12 +30,14 @@ class Given(NamedTuple):
         trained: full parameter tree.
         previous: model that the task started from.
         task: int32 scalar.
+        model_state: the trained model's state, at which it is evaluated.
     """
 
     key: Key
     trained: Params
     previous: Params
     task: Array
+    model_state: PyTree = None
 
 
 class EvidencePass(DataPass):
@@ -55,7 +56,7 @@ class EvidencePass(DataPass):
     def __init__(
         self,
         config: Config,
-        model: nn.Module,
+        model: Any,
         rule: MergeRule,
         leaves: Params,
         largest_task: int,
@@ -74,11 +75,11 @@ class EvidencePass(DataPass):
 
     def begin(self, data: DeviceData, given: Given) -> tuple[tuple[MeasureState, ...], Order]:
         """Begin with blank measures, and the examples to measure on."""
-        key, trained, previous, task = given
+        key, trained, previous, task, _ = given
         key = purpose_key(key, CURVATURE, task)
         leaves = trees.select(trained, self._merging)
         delta = task_vectors.difference(leaves, trees.select(previous, self._merging))
-        measures = self._measures(data, trained, task)
+        measures = self._measures(data, given)
         states = tuple(measure.init(leaves, delta, key) for measure in measures)
         return states, self._order(data, key, task)
 
@@ -86,7 +87,7 @@ class EvidencePass(DataPass):
         self, states: tuple[MeasureState, ...], batch: Batch, data: DeviceData, given: Given
     ) -> tuple[MeasureState, ...]:
         """Measure a batch, unless the curvature along the task vector is precise already."""
-        measures = self._measures(data, given.trained, given.task)
+        measures = self._measures(data, given)
 
         def measured(states: tuple[MeasureState, ...]) -> tuple[MeasureState, ...]:
             pairs = zip(measures, states, strict=True)
@@ -99,7 +100,7 @@ class EvidencePass(DataPass):
 
     def finish(self, states: tuple[MeasureState, ...], data: DeviceData, given: Given) -> Evidence:
         """Return the stored quadratic, and the exact curvature where it was measured too."""
-        measures = self._measures(data, given.trained, given.task)
+        measures = self._measures(data, given)
         pairs = zip(measures, states, strict=True)
         results = [measure.finalize(state) for measure, state in pairs]
         stored, along = results[0], results[-1]
@@ -113,13 +114,15 @@ class EvidencePass(DataPass):
             left_out=left_out,
         )
 
-    def _measures(self, data: DeviceData, trained: Params, task: Array) -> tuple[Measure, ...]:
+    def _measures(self, data: DeviceData, given: Given) -> tuple[Measure, ...]:
         """Make the measures of the stored curvature and, if asked for, of the exact one."""
-        mask, config = data.class_masks[task], self._config
+        mask, config, trained = data.class_masks[given.task], self._config, given.trained
 
         def logits_fn(leaves: Params, inputs: Array) -> Array:
             params = trees.replace(trained, leaves)
-            return logits_of(self._model, params, inputs, mask, config.temperature)
+            return logits_of(
+                self._model, params, inputs, mask, config.temperature, given.model_state
+            )
 
         def task_logits_fn(leaves: Params, inputs: Array) -> Array:
             return _select_columns(logits_fn(leaves, inputs), mask, self._task_classes)

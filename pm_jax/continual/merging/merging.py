@@ -1,13 +1,13 @@
 """The merge of a trained task: evidence, the rule's update, and what is measured of it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pm_jax import lora, task_vectors, trees
-from pm_jax.continual.merging import landscape, trust
+from pm_jax.continual.merging import landscape, model_state, trust
 from pm_jax.continual.merging.programs import Programs
 from pm_jax.continual.merging.records import Records
 from pm_jax.continual.placement.compiled import number
@@ -30,6 +30,8 @@ class RunState(NamedTuple):
         rule: the rule's state.
         statistics: class statistics of the features of all classes seen, or `None`.
         task_vector: leaves of the last task's vector, where planes are looked at.
+        model_state: the merged model's state, such as batch statistics.
+        start_state: that of the model that the next task starts from, where that is another one.
     """
 
     params: Params
@@ -37,6 +39,8 @@ class RunState(NamedTuple):
     rule: PyTree
     statistics: ClassStatistics | None
     task_vector: dict[str, Array]
+    model_state: PyTree = {}
+    start_state: PyTree = {}
 
 
 class TrainedTask(NamedTuple):
@@ -47,12 +51,16 @@ class TrainedTask(NamedTuple):
         trained: the model that it ended with.
         adapters: adapters of the task; blank ones where it had none.
         trajectory: snapshots for rules that need them, or `None`.
+        model_state: the trained model's state.
+        start_state: that of the model that the task started from.
     """
 
     start: Params
     trained: Params
     adapters: Adapters
     trajectory: PyTree = None
+    model_state: PyTree = {}
+    start_state: PyTree = {}
 
 
 class Merging:
@@ -79,20 +87,24 @@ class Merging:
         self._config, self._key, self._stream = config, key, stream
         self._devices = devices_of(config)
         self.programs, self._train, self._validation = programs, train, validation
+        self._classifier = programs.training.model.classifier
 
-    def initial_state(self, params: Params) -> RunState:
+    def initial_state(self, params: Params, of_model: PyTree) -> RunState:
         """Make the state before the first task, at the model that the run starts from."""
         merging = trees.select(params, self.programs.merging)
         statistics = None
         if self._config.classifier == "discriminant":
-            width, classes = trees.leaves_by_path(params)["head/kernel"].shape
+            width, classes = trees.leaves_by_path(params)[f"{self._classifier}/kernel"].shape
             statistics = self._devices.place(ClassStatistics.zero(classes, width))
+        apart = self.rule.needs.next_task_from != "merged"
         return RunState(
             params,
-            merging if self.rule.needs.next_task_from != "merged" else {},
+            merging if apart else {},
             self._initial_rule_state(params),
             statistics,
             jax.tree.map(jnp.zeros_like, merging) if self._config.plane_points else {},
+            of_model,
+            of_model if apart else {},
         )
 
     def params_for_prediction(self, state: RunState) -> Params:
@@ -101,8 +113,9 @@ class Merging:
         if state.statistics is None or not state.statistics.counts.any():
             return state.params
         kernel, bias = state.statistics.classifier()
-        classifier = self._devices.place({"head/kernel": kernel, "head/bias": bias})
-        return trees.replace(state.params, classifier)
+        names = (f"{self._classifier}/{leaf}" for leaf in ("kernel", "bias"))
+        classifier = dict(zip(names, (kernel, bias), strict=True))
+        return trees.replace(state.params, self._devices.place(classifier))
 
     def blank_adapters(self, params: Params) -> Adapters:
         """Make adapters of the run's shapes whose products are 0; none without LoRA."""
@@ -114,9 +127,22 @@ class Merging:
         """Return the number of tasks whose data have been trained on after a task."""
         return self._stream.num_tasks if self.rule.needs.tasks_at_once else task + 1
 
-    def held_out_loss(self, params: Params, task: int) -> float:
+    def held_out_loss(self, params: Params, task: int, of_model: PyTree = None) -> float:
         """Measure the mean loss of a model over a task's validation data and its classes."""
-        return float(self.programs.training.mean_loss(self._validation, params, number(task)))
+        mean_loss = self.programs.training.mean_loss
+        return float(mean_loss(self._validation, params, number(task), of_model))
+
+    def _model_state_at(
+        self, task: int, state: RunState, finished: TrainedTask, params: Params, alpha: Any
+    ) -> PyTree:
+        """Return a model's state for parameters between those of two models."""
+        trained = finished.model_state
+        if not self.programs.training.traits.has_state or self._config.model_state == "trained":
+            return trained
+        if self._config.model_state == "merged":
+            return model_state.between(state.model_state, trained, jnp.asarray(alpha))
+        measure = self.programs.batch_statistics
+        return measure(self._train, self._key, params, number(task), trained)
 
     def merge(
         self, task: int, state: RunState, finished: TrainedTask, loss: float, records: Records
@@ -130,8 +156,10 @@ class Merging:
         task_vector = self._task_vector(finished) if state.task_vector else {}
         if is_origin:
             # From scratch the first task is the pre-training: theta_0 := theta_1*.
-            finished = finished._replace(start=finished.trained)
-            state = state._replace(rule=self._initial_rule_state(finished.trained))
+            finished = finished._replace(start=finished.trained, start_state=finished.model_state)
+            state = state._replace(
+                rule=self._initial_rule_state(finished.trained), model_state=finished.model_state
+            )
         with records.timed("curvature"):
             # Waits, so that the seconds are those of this phase.
             evidence = jax.block_until_ready(self._evidence(task, finished, onset))
@@ -143,27 +171,32 @@ class Merging:
             # A state that grows by a task each time stays in the host's memory.
             if self.rule.needs.keeps_tasks:
                 rule_state = self._devices.whole(rule_state)
+            of_model = self._model_state_at(task, state, finished, merged, info.alpha)
+            jax.block_until_ready(of_model)
         if self.rule.needs.absorb:
             with records.timed("curvature"):
-                rule_state = self._absorbed(rule_state, merged, finished.start, task)
-        merged, info, change = self._trusted(task, finished, merged, info, loss)
+                rule_state = self._absorbed(rule_state, merged, of_model, finished.start, task)
+        merged, of_model, info, change = self._trusted(
+            task, state, finished, (merged, of_model), info, loss
+        )
         figures = {"actual_loss_change": change, "onset_gradient_norm": onset}
         if self._config.landscape_points:
             with records.timed("landscape"):
-                figures |= self._look_along(task, finished, merged, records)
+                figures |= self._look_along(task, state, finished, (merged, of_model), records)
         if task and self._config.plane_points:
             with records.timed("landscape"):
                 self._look_across(task, finished, merged, state, records)
         if (statistics := state.statistics) is not None:
             with records.timed("classifier"):
                 add = self.programs.statistics
-                statistics = add(self._train, statistics, merged, number(task))
+                statistics = add(self._train, statistics, merged, number(task), of_model)
                 jax.block_until_ready(statistics)
-        start = state.start
+        start, start_state = state.start, state.start_state
         # A rule that starts every task from theta_0 has to follow when theta_0 becomes theta_1*.
         if self.rule.needs.next_task_from == "trained" or (start and is_origin):
             start = trees.select(finished.trained, self.programs.merging)
-        state = RunState(merged, start, rule_state, statistics, task_vector)
+            start_state = finished.model_state
+        state = RunState(merged, start, rule_state, statistics, task_vector, of_model, start_state)
         return state, records.add_merge(task, info, **figures)
 
     def _initial_rule_state(self, theta_0: Params) -> PyTree:
@@ -181,62 +214,85 @@ class Merging:
         if not self.wants_onset:
             return float("nan")
         return float(
-            self.programs.gradient_norm(self._objective(finished.start, task), finished.start)
+            self.programs.gradient_norm(
+                self._objective(finished.start, task, finished.start_state), finished.start
+            )
         )
 
     def _task_vector(self, finished: TrainedTask) -> dict[str, Array]:
         ends = (trees.select(x, self.programs.merging) for x in (finished.trained, finished.start))
         return task_vectors.difference(*ends)
 
-    def _objective(self, params: Params, task: int) -> objectives.Objective:
-        return self.programs.objective(self._train, self._key, params, number(task))
+    def _objective(self, params: Params, task: int, of_model: PyTree) -> objectives.Objective:
+        return self.programs.objective(self._train, self._key, params, number(task), of_model)
 
     def _evidence(self, task: int, finished: TrainedTask, onset: float) -> Evidence:
         """Collect the evidence that the rule needs, and the onset's gradient norm."""
         needs = self.rule.needs.evidence
-        evidence = self.programs.evidence(
-            self._train, self._key, finished.trained, finished.start, number(task)
-        )
+        models, of_model = (finished.trained, finished.start), finished.model_state
+        evidence = self.programs.evidence(self._train, self._key, *models, number(task), of_model)
         evidence = evidence._replace(trajectory=finished.trajectory, onset_gradient_norm=onset)
         if "objective" in needs:
-            evidence = evidence._replace(objective=self._objective(finished.trained, task))
+            objective = self._objective(finished.trained, task, of_model)
+            evidence = evidence._replace(objective=objective)
         if "all_objectives" in needs:
             tasks = range(self._stream.num_tasks)
             # All tasks, of which those to come are masked: a longer stack would be another shape.
-            of_tasks = [self._objective(finished.trained, other) for other in tasks]
+            of_tasks = [self._objective(finished.trained, other, of_model) for other in tasks]
             together = objectives.stack(of_tasks, jnp.asarray(tasks) <= task)
             evidence = evidence._replace(all_objectives=together)
         return evidence._replace(adapters=finished.adapters) if "adapters" in needs else evidence
 
-    def _absorbed(self, rule_state: PyTree, merged: Params, start: Params, task: int) -> PyTree:
+    def _absorbed(
+        self, rule_state: PyTree, merged: Params, of_model: PyTree, start: Params, task: int
+    ) -> PyTree:
         """Let the rule's state absorb evidence at the merged model."""
-        evidence = self.programs.evidence(self._train, self._key, merged, start, number(task))
-        objective = self._objective(merged, task)
+        evidence = self.programs.evidence(
+            self._train, self._key, merged, start, number(task), of_model
+        )
+        objective = self._objective(merged, task, of_model)
         return jax.block_until_ready(self.programs.absorb(rule_state, merged, objective, evidence))
 
     def _trusted(
-        self, task: int, finished: TrainedTask, merged: Params, info: MergeInfo, loss: float
-    ) -> tuple[Params, MergeInfo, float]:
+        self,
+        task: int,
+        state: RunState,
+        finished: TrainedTask,
+        model: tuple[Params, PyTree],
+        info: MergeInfo,
+        loss: float,
+    ) -> tuple[Params, PyTree, MergeInfo, float]:
         """Shrink the merge as far as it is trusted; returns also the change of the task's loss."""
-        change = self.held_out_loss(merged, task) - loss
+        merged, of_model = model
+        change = self.held_out_loss(merged, task, of_model) - loss
         if task == 0 or self._config.trust != "shrink":
-            return merged, info, change
+            return merged, of_model, info, change
         share = trust.trusted_share(
             float(info.alpha_raw), float(info.predicted_loss_change), change
         )
         alpha = share * info.alpha + (1 - share) / (task + 1)
         merged = self.programs.between(finished.start, finished.trained, alpha)
-        return merged, info._replace(alpha=alpha), self.held_out_loss(merged, task) - loss
+        of_model = self._model_state_at(task, state, finished, merged, alpha)
+        change = self.held_out_loss(merged, task, of_model) - loss
+        return merged, of_model, info._replace(alpha=alpha), change
 
     def _look_along(
-        self, task: int, finished: TrainedTask, merged: Params, records: Records
+        self,
+        task: int,
+        state: RunState,
+        finished: TrainedTask,
+        merged: tuple[Params, PyTree],
+        records: Records,
     ) -> dict[str, float]:
         """Record the scores along a merge's segment; returns the regret of the coefficient."""
         alphas, seen = landscape.grid(self._config.landscape_points), self.tasks_seen(task)
-        points = (
-            self.programs.between(finished.start, finished.trained, alpha) for alpha in alphas
-        )
-        scores = np.stack([self._scores(params, seen) for params in (*points, merged)])
+
+        def point(alpha: float) -> tuple[Params, PyTree]:
+            params = self.programs.between(finished.start, finished.trained, alpha)
+            return params, self._model_state_at(task, state, finished, params, alpha)
+
+        points = (point(alpha) for alpha in alphas)
+        scores = np.stack([self._scores(*model, seen) for model in (*points, merged)])
         records.arrays["landscape"][task, ..., :seen] = scores
         return landscape.regret(alphas, scores) if task else {}
 
@@ -252,13 +308,14 @@ class Merging:
                 point = self.programs.in_plane(
                     finished.start, finished.trained, across, (along, other)
                 )
-                scores[row, column, :, :seen] = self._scores(point, seen)
+                of_model = self._model_state_at(task, state, finished, point, along)
+                scores[row, column, :, :seen] = self._scores(point, of_model, seen)
         axes = (self._task_vector(finished), across)
         offset = self._task_vector(finished._replace(trained=merged))
         records.arrays["plane_merged"][task] = landscape.coordinates(axes, offset)
 
-    def _scores(self, params: Params, seen: int) -> np.ndarray:
+    def _scores(self, params: Params, of_model: PyTree, seen: int) -> np.ndarray:
         """Measure a model's `landscape.SCORES` on the tasks seen, [3, seen]."""
         classes = self._stream.class_masks[:seen].any(axis=0)
-        scores = self.programs.training.scores(self._validation, params, classes, number(seen))
-        return np.stack(scores)[:, :seen]
+        given = (params, classes, number(seen), of_model)
+        return np.stack(self.programs.training.scores(self._validation, *given))[:, :seen]

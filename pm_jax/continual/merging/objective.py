@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -25,11 +24,17 @@ class ExamplesPass(DataPass):
     The result is one `Batch` with leaves [batches, batch size, ...].
     """
 
-    def __init__(self, config: Config, input_shape: tuple[int, ...], largest_task: int):
+    def __init__(
+        self,
+        config: Config,
+        input_shape: tuple[int, ...],
+        largest_task: int,
+        input_dtype: str = "",
+    ):
         super().__init__(devices_of(config), config.batch_size, evaluation_transform(config))
         self._count = config.merge_examples
         number = -(-min(self._count, largest_task) // self.batches.size)
-        stored = jnp.int32 if config.reads_text else jnp.uint8
+        stored = input_dtype or ("int32" if config.reads_text else "uint8")
 
         def blank() -> Batch:
             inputs = self._transform(jnp.zeros((self.batches.size, *input_shape), stored))
@@ -67,29 +72,42 @@ class Objectives:
     """Makes the objective of a task, a function of the leaves that merge."""
 
     def __init__(
-        self, config: Config, model: nn.Module, input_shape: tuple[int, ...], largest_task: int
+        self,
+        config: Config,
+        model: Any,
+        input_shape: tuple[int, ...],
+        largest_task: int,
+        input_dtype: str = "",
     ):
         self.devices, self._model = devices_of(config), model
         self._temperature = config.temperature
-        self._examples = ExamplesPass(config, input_shape, largest_task)
+        self._examples = ExamplesPass(config, input_shape, largest_task, input_dtype)
 
-    def of_task(self, data: StreamData, key: Key, params: Params, task: Array) -> Objective:
+    def of_task(
+        self,
+        data: StreamData,
+        key: Key,
+        params: Params,
+        task: Array,
+        model_state: PyTree = None,
+    ) -> Objective:
         """Make the objective of a task; its examples are the same whatever the parameters."""
         rest = data.rest if isinstance(data, HostData) else data
         classes, old_classes = self._masks(rest.class_masks, task)
         # A Partial is a pytree, so that compiled functions take objectives as arguments.
         return Objective(
-            jax.tree_util.Partial(self._logits, params),
+            jax.tree_util.Partial(self._logits, params, model_state),
             self._examples(data, key, task),
             classes,
             old_classes,
             self._temperature,
         )
 
-    def _logits(self, params: Params, leaves: Params, inputs: Array) -> Array:
+    def _logits(self, params: Params, model_state: PyTree, leaves: Params, inputs: Array) -> Array:
         # The objective masks classes by itself.
         every_class = jnp.ones(1, bool)
-        return logits_of(self._model, trees.replace(params, leaves), inputs, every_class)
+        moved = trees.replace(params, leaves)
+        return logits_of(self._model, moved, inputs, every_class, model_state=model_state)
 
     @compiled()
     def _masks(self, class_masks: Array, task: Array) -> tuple[Array, Array]:

@@ -8,20 +8,30 @@ import jax
 from pm_jax import rules, task_vectors, trees
 from pm_jax.continual.merging.evaluation import MeanLossPass, ScoresPass
 from pm_jax.continual.merging.evidence import EvidencePass, Given
+from pm_jax.continual.merging.model_state import BatchStatisticsPass
 from pm_jax.continual.merging.objective import Objectives
 from pm_jax.continual.merging.statistics import StatisticsPass
 from pm_jax.continual.placement.compiled import compiled
 from pm_jax.continual.placement.data import StreamData, resident_bytes
 from pm_jax.continual.placement.devices import devices_of
 from pm_jax.continual.settings.config import Config
+from pm_jax.continual.training import own_model
 from pm_jax.continual.training.image_transforms import evaluation_transform
-from pm_jax.continual.training.initial_model import blank_example, init_fn, partitions
+from pm_jax.continual.training.initial_model import (
+    blank_example,
+    init_fn,
+    is_built_in,
+    partitions,
+)
 from pm_jax.continual.training.partition import Trainable, trained_params
 from pm_jax.continual.training.purpose_keys import MERGE, purpose_key
 from pm_jax.continual.training.snapshots import Snapshots
 from pm_jax.continual.training.task_program import TaskProgram
 from pm_jax.curvature.dense_layers import kernel_paths, layer_of, layers_called_once
 from pm_jax.data.stream import TaskStream
+from pm_jax.integrations.linen import LinenModel
+from pm_jax.integrations.wrap import as_model
+from pm_jax.models.model import Model
 from pm_jax.rules import Evidence, MergeInfo, TrainingHook, gradient_projection
 from pm_jax.rules.objectives import Objective
 from pm_jax.types import Array, InvalidInput, Key, Params, PyTree
@@ -34,12 +44,14 @@ class StreamShape(NamedTuple):
         num_classes: number of classes of all tasks.
         largest_task: number of training examples of the largest task.
         task_classes: largest number of classes of a task.
+        input_dtype: type of the inputs; empty for that of the configuration's model.
     """
 
     num_classes: int
     input_shape: tuple[int, ...]
     largest_task: int
     task_classes: int
+    input_dtype: str = ""
 
     @classmethod
     def of(cls, stream: TaskStream) -> "StreamShape":
@@ -49,6 +61,7 @@ class StreamShape(NamedTuple):
             stream.inputs.shape[1:],
             stream.train.positions.shape[1],
             int(stream.class_masks.sum(axis=1).max()),
+            str(stream.inputs.dtype),
         )
 
 
@@ -58,17 +71,30 @@ class TrainingPrograms:
     Attributes:
         partition: leaves that train and merge, from the second task on at the latest.
         later: trains all tasks but the first; the same object as `first` if the same leaves train.
+        traits: what the model has beside its parameters.
+
+    Raises:
+        InvalidInput: a model that cannot be trained or evaluated.
     """
 
-    def __init__(self, config: Config, shape: StreamShape, hook: TrainingHook | None):
-        self.devices, self.model = devices_of(config), config.network(shape.num_classes)
-        self._init = init_fn(config, shape.num_classes, shape.input_shape)
-        first, later = partitions(config, jax.eval_shape(self._init, jax.random.key(0)))
+    def __init__(self, config: Config, shape: StreamShape, hook: TrainingHook | None, model: Model):
+        self.devices, self.model = devices_of(config), model
+        form = (shape.num_classes, shape.input_shape)
+        self._init = init_fn(config, *form, model=model, input_dtype=shape.input_dtype)
+        self.traits = own_model.Traits()
+        if not is_built_in(model):
+            name = own_model.name_of(model, config.model)
+            blank = blank_example(config, shape.input_shape, shape.input_dtype)
+            self.traits = own_model.checked(model, name, self._init, blank, shape.num_classes)
+        params, _ = jax.eval_shape(self._init, jax.random.key(0))
+        first, later = partitions(config, params, model)
         self.partition = later
-        self.later = TaskProgram(config, self.model, later, shape.largest_task, hook)
-        self.first = self.later
-        if first != later:
-            self.first = TaskProgram(config, self.model, first, shape.largest_task, hook)
+        self.later, self.first = (
+            TaskProgram(config, model, part, shape.largest_task, hook, **self.traits._asdict())
+            for part in (later, first)
+        )
+        if first == later:
+            self.first = self.later
         transform, temperature = evaluation_transform(config), config.temperature
         self.scores, self.mean_loss = (
             kind(self.model, temperature=temperature, transform=transform, devices=self.devices)
@@ -76,9 +102,13 @@ class TrainingPrograms:
         )
 
     @compiled()
+    def init_with_state(self, key: Key) -> tuple[Params, PyTree]:
+        """Initialise the parameters and the model's state."""
+        return self._init(key)
+
     def init(self, key: Key) -> Params:
         """Initialise the parameters."""
-        return self._init(key)
+        return self.init_with_state(key)[0]
 
     @compiled()
     def trained(self, start: Params, trainable: Trainable) -> Params:
@@ -95,36 +125,47 @@ class Programs:
         objective: makes the loss of a task on some of its examples, see `Objectives.of_task`.
     """
 
-    def __init__(self, config: Config, shape: StreamShape):
+    def __init__(self, config: Config, shape: StreamShape, model: Model):
         self.devices, self._rule = devices_of(config), config.merge_rule
         # Sharing must not depend on settings of merging, nor on the classes of a single task.
         self.training = training_programs(
-            config.without_merging(), shape._replace(task_classes=0), self._rule.needs.hook
+            config.without_merging(), shape._replace(task_classes=0), self._rule.needs.hook, model
         )
-        model, partition = self.training.model, self.training.partition
+        partition = self.training.partition
         self.merging, self.adapted = partition.merging, partition.adapted
         shapes = jax.eval_shape(self.training.init, jax.random.key(0))
         leaves = trees.select(shapes, self.merging)
-        called_once = layers_called_once(model, blank_example(config, shape.input_shape))
+        blank = blank_example(config, shape.input_shape, shape.input_dtype)
+        called_once = dense_layers_of(model, blank)
         if config.kept_curvature == "kronecker":
             _check_dense(leaves, called_once)
         self.evidence_pass = EvidencePass(
             config, model, self._rule, leaves, shape.largest_task, called_once, shape.task_classes
         )
-        self.objective = Objectives(config, model, shape.input_shape, shape.largest_task).of_task
+        form = (shape.input_shape, shape.largest_task, shape.input_dtype)
+        self.objective = Objectives(config, model, *form).of_task
         self.statistics = StatisticsPass(config, model)
+        self.batch_statistics = BatchStatisticsPass(config, model)
         self.snapshots = Snapshots(
             self._rule.needs.snapshots, self.merging, resident_bytes(config), self.devices
         )
 
     def evidence(
-        self, data: StreamData, key: Key, trained: Params, previous: Params, task: Array
+        self,
+        data: StreamData,
+        key: Key,
+        trained: Params,
+        previous: Params,
+        task: Array,
+        model_state: PyTree = None,
     ) -> Evidence:
         """Measure the curvature that the rule needs of a task, and add the key of its merge."""
         needs = self._rule.needs.evidence
         evidence = Evidence()
         if needs & {"quadratic", "curvature_error"}:
-            evidence = self.evidence_pass.run(data, Given(key, trained, previous, task))
+            evidence = self.evidence_pass.run(
+                data, Given(key, trained, previous, task, model_state)
+            )
         return evidence._replace(key=purpose_key(key, MERGE, task) if "key" in needs else None)
 
     @functools.cached_property
@@ -180,20 +221,31 @@ class Programs:
 
 @functools.lru_cache(maxsize=8)
 def training_programs(
-    config: Config, shape: StreamShape, hook: TrainingHook | None
+    config: Config, shape: StreamShape, hook: TrainingHook | None, model: Model
 ) -> TrainingPrograms:
     """Return the programs of training, the same object where only settings of merging differ."""
-    return TrainingPrograms(config, shape, hook)
+    return TrainingPrograms(config, shape, hook, model)
 
 
 @functools.lru_cache(maxsize=8)
-def programs_of(config: Config, shape: StreamShape) -> Programs:
+def programs_of(config: Config, shape: StreamShape, model: Model | None = None) -> Programs:
     """Return the programs of a run, the same object for the same arguments.
+
+    Without a model they are for that of the configuration.
 
     Raises:
         InvalidInput: settings that do not fit the model.
     """
-    return Programs(config, shape)
+    return Programs(config, shape, model or as_model(config.network(shape.num_classes)))
+
+
+def dense_layers_of(model: Model, blank: Array) -> tuple[str, ...]:
+    """Return the names of the dense layers that a model calls exactly once, for linen models."""
+    if not isinstance(model, LinenModel):
+        return ()
+    if is_built_in(model):
+        return layers_called_once(model.module, blank)
+    return own_model.layers_by_example(model, blank)
 
 
 def _check_dense(leaves: Params, called_once: tuple[str, ...]) -> None:

@@ -1,8 +1,6 @@
 """Class statistics of a task's features, for the classifier of `pm_jax.discriminant`."""
 
-from typing import TypeAlias
-
-import flax.linen as nn
+from typing import Any, NamedTuple
 
 from pm_jax import losses
 from pm_jax.continual.placement.data import DeviceData, Order
@@ -11,38 +9,45 @@ from pm_jax.continual.placement.devices import devices_of
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.training.image_transforms import evaluation_transform
 from pm_jax.continual.training.logits import normalized
-from pm_jax.curvature import dense_layers
 from pm_jax.discriminant import ClassStatistics
-from pm_jax.types import Array, Batch, Params
+from pm_jax.integrations.wrap import as_model
+from pm_jax.types import Array, Batch, Params, PyTree
 
 BATCH_SIZE = 256
 
 
-def features_of(model: nn.Module, params: Params, inputs: Array) -> Array:
-    """Return the inputs [N, D] of a model's classifier `head` for examples as they are stored."""
-    return dense_layers.inputs_of(
-        lambda: model.apply({"params": params}, normalized(inputs)), "head"
-    )
+class Given(NamedTuple):
+    """The arguments of `StatisticsPass`, beside the data."""
+
+    statistics: ClassStatistics
+    params: Params
+    task: Array
+    model_state: PyTree = None
+
+
+def features_of(model: Any, params: Params, inputs: Array, model_state: PyTree = None) -> Array:
+    """Return the inputs [N, D] of a model's classifier for examples as they are stored."""
+    features: Any = getattr(as_model(model), "features")  # noqa: B009  it is optional
+    return features(params, model_state, normalized(inputs))
 
 
 class StatisticsPass(DataPass):
-    """Adds a task's training examples to statistics: `add(data, statistics, params, task)`."""
+    """Adds a task's training examples to statistics: `add(data, *Given)`."""
 
-    Given: TypeAlias = tuple[ClassStatistics, Params, Array]
-
-    def __init__(self, config: Config, model: nn.Module):
+    def __init__(self, config: Config, model: Any):
         super().__init__(devices_of(config), BATCH_SIZE, evaluation_transform(config))
         self._model = model
 
-    def begin(self, data: DeviceData, given: Given) -> tuple[ClassStatistics, Order]:
+    def begin(self, data: DeviceData, given: tuple) -> tuple[ClassStatistics, Order]:
         """Begin with the statistics so far, and the examples of the task."""
-        statistics, _, task = given
+        statistics, _, task, _ = Given(*given)
         return statistics, data.order(task)
 
     def update(
-        self, statistics: ClassStatistics, batch: Batch, data: DeviceData, given: Given
+        self, statistics: ClassStatistics, batch: Batch, data: DeviceData, given: tuple
     ) -> ClassStatistics:
         """Add the features of a batch."""
         del data
-        features = features_of(self._model, given[1], batch.inputs)
+        _, params, _, model_state = Given(*given)
+        features = features_of(self._model, params, batch.inputs, model_state)
         return statistics.plus(features, batch.labels, losses.weights_of(batch))

@@ -33,6 +33,14 @@ class Order(NamedTuple):
         """Make the order in which the first `count` rows are examples and the others padding."""
         return cls(rows, (jnp.arange(rows.shape[0]) < count).astype(jnp.float32), count)
 
+    def padded_with_examples(self, batch_size: int) -> "Order":
+        """Return the order in which padding repeats the first examples, to the end of a batch.
+
+        Batch statistics then see examples of the pass only, whatever pads them.
+        """
+        places = jnp.arange(-(-self.rows.shape[0] // batch_size) * batch_size)
+        return Order.of(self.rows[places % jnp.maximum(self.length, 1)], self.length)
+
 
 class Window(NamedTuple):
     """The inputs of some consecutive batches of a pass.

@@ -119,7 +119,8 @@ class Devices:
     def place_rows(self, array: np.ndarray) -> Array:
         """Divide an array by its rows, padded to equally many; a process reads only its rows."""
         if self.count == 1:
-            return jnp.asarray(array)
+            # NumPy reads the examples of a source, which JAX does not.
+            return jnp.asarray(np.asarray(array))
         length = -(-len(array) // self.count)
 
         def part(index: tuple[slice, ...] | None) -> np.ndarray:

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from pm_jax import rules
-from pm_jax.continual.settings.settings import LIMITS, Settings
+from pm_jax.continual.settings.factories import is_reference
+from pm_jax.continual.settings.settings import LIMITS, Settings, names_of
 from pm_jax.data import sources
 from pm_jax.rules import MergeRule
 from pm_jax.types import InvalidInput
@@ -18,6 +19,9 @@ LARGEST = 2**31 - 1
 """Largest whole number of a setting: arrays on the device hold int32."""
 TEXT_POSITIONS = 512
 """Positions of BERT's text encoders, so the most tokens that a text may have."""
+OWN = "{}=package.module:factory"
+READING = ("data_dir", "train_per_class", "test_per_class", "cache_dir")
+"""Settings of how data sets are read that a factory of one's own has no use for."""
 Condition = tuple[str, bool, str]
 """Name of a setting, whether its value is allowed, and the remedy if it is not."""
 
@@ -38,9 +42,10 @@ def check(settings: Settings) -> None:
 
 def _check_value(field: dataclasses.Field, value: Any) -> None:
     """Check that a setting is one of its choices, finite and not too large."""
-    choices = field.metadata["choices"]
-    if choices and value not in choices:
-        raise InvalidInput(f"{field.name}={value}: must be one of {', '.join(choices)}")
+    choices, or_factory = field.metadata["choices"], field.metadata["or_factory"]
+    if choices and value not in choices and not (or_factory and is_reference(value)):
+        more = " or package.module:factory" if or_factory else ""
+        raise InvalidInput(f"{field.name}={value}: must be one of {', '.join(choices)}{more}")
     if isinstance(value, float) and not math.isfinite(value):
         raise InvalidInput(f"{field.name}={value}: must be a finite number")
     for number in value if isinstance(value, tuple) else (value,):
@@ -80,7 +85,7 @@ def _stream(s: Settings) -> Iterator[Condition]:
     yield "from_task", branch, remedy
     by_class = s.scenario == "class_incremental"
     # Digits are turned into domains here; other data must bring theirs.
-    has_domains = s.dataset in ("digits", *sources.DOMAINS)
+    has_domains = s.dataset in ("digits", *sources.DOMAINS) or is_reference(s.dataset)
     remedy = f"dataset={s.dataset} has no domains; use scenario=class_incremental"
     yield "scenario", has_domains or by_class, remedy
     remedy = f"the classes of a {s.scenario} stream have one classifier; use trained"
@@ -88,11 +93,21 @@ def _stream(s: Settings) -> Iterator[Condition]:
     # Digits and archives are arrays already, so their images have one size.
     several_sizes = s.dataset != "digits" and not s.dataset.endswith(".npz")
     remedy = f"dataset={s.dataset} has images of one size; use 0"
-    yield "stored_size", not s.stored_size or several_sizes, remedy
+    own = is_reference(s.dataset)
+    yield "stored_size", not s.stored_size or (several_sizes and not own), remedy
+    yield "dataset_settings", own or not s.dataset_settings, f"goes with {OWN.format('dataset')}"
+    for name in READING:
+        remedy = f"has no effect on dataset={s.dataset}; give it by dataset_settings"
+        yield name, not own or getattr(s, name) == getattr(Settings, name), remedy
 
 
 def _model(s: Settings) -> Iterator[Condition]:
     """Yield the conditions on the architecture and the data that it reads."""
+    own = is_reference(s.model)
+    yield "model_settings", own or not s.model_settings, f"goes with {OWN.format('model')}"
+    if own:
+        yield from _own_model(s, s.model)
+        return
     remedy = "is for a transformer; name its architecture with model"
     yield "pretrained", not s.pretrained or s.model != "mlp", remedy
     if s.reads_text:
@@ -101,9 +116,29 @@ def _model(s: Settings) -> Iterator[Condition]:
         remedy = f"must be at most {TEXT_POSITIONS}, the positions of the model"
         yield "max_tokens", s.max_tokens <= TEXT_POSITIONS, remedy
         remedy = f"model={s.model} needs one; give the path of its tokenizer.json"
-        yield "tokenizer", bool(s.tokenizer or s.pretrained), remedy
+        tokens = is_reference(s.dataset)
+        yield "tokenizer", bool(s.tokenizer or s.pretrained or tokens), remedy
     if s.model in ("vit", "text_encoder"):
         yield "num_heads", s.width % s.num_heads == 0, f"must divide width={s.width}"
+
+
+def _own_model(s: Settings, model: str) -> Iterator[Condition]:
+    """Yield the conditions on settings that only the models of this package have."""
+    for name in names_of("model"):
+        if name not in ("model", "model_settings"):
+            remedy = f"has no effect on model={model}; its factory makes it, see model_settings"
+            yield name, getattr(s, name) == getattr(Settings, name), remedy
+
+
+def check_own_model(settings: Settings, name: str) -> None:
+    """Check that no setting is for the models of this package, where the model is another.
+
+    Raises:
+        InvalidInput: one is; the message names it.
+    """
+    for setting, holds, remedy in _own_model(settings, name):
+        if not holds:
+            raise InvalidInput(f"{setting}={getattr(settings, setting)}: {remedy}")
 
 
 def _perturbation(s: Settings) -> Iterator[Condition]:

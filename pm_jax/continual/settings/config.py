@@ -3,21 +3,20 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax.numpy as jnp
 
 from pm_jax import models, perturbation, rules
-from pm_jax.continual.settings import conditions
+from pm_jax.continual.settings import conditions, factories
 from pm_jax.continual.settings.settings import PUBLIC_SIZES, Settings, names_of
 from pm_jax.curvature.dense_layers import kernel_paths
 from pm_jax.curvature.diagonal import DiagonalQuadratic
 from pm_jax.curvature.kronecker import KroneckerQuadratic
 from pm_jax.curvature.low_rank import LowRankQuadratic
 from pm_jax.curvature.quadratics import Quadratic
-from pm_jax.data import digits, sources, stream, texts
+from pm_jax.data import digits, own, sources, stream, texts
 from pm_jax.perturbation import Perturbation
 from pm_jax.rules import MergeRule
 from pm_jax.types import InvalidInput, Params
@@ -87,8 +86,15 @@ class Config(Settings):
         defaults = {name: getattr(Config, name) for name in names_of("merging")}
         return dataclasses.replace(self, **defaults)
 
-    def network(self, num_classes: int) -> nn.Module:
-        """Make the model for a number of classes."""
+    def network(self, num_classes: int) -> Any:
+        """Make the model for a number of classes: a linen module, or what one's factory returns.
+
+        Raises:
+            InvalidInput: the factory cannot be imported, or fails.
+        """
+        if factories.is_reference(self.model):
+            settings = self.model_settings
+            return factories.called("model", self.model, settings, num_classes=num_classes)
         dtype = jnp.dtype(self.compute_dtype)
         if self.model == "mlp":
             return models.MLP(num_classes, self.hidden_sizes, dtype)
@@ -124,6 +130,9 @@ class Config(Settings):
 
     def task_stream(self, seed: int) -> stream.TaskStream:
         """Load the tasks, split by a seed; raises `InvalidInput` where they cannot be formed."""
+        if factories.is_reference(self.dataset):
+            data = _own_data(self.dataset, self.dataset_settings)
+            return self.stream_of_data(data, seed, self.dataset)
         if self.scenario == "class_incremental":
             tasks = stream.class_incremental(
                 self._texts() if self.reads_text else self._images(),
@@ -133,15 +142,33 @@ class Config(Settings):
                 base_classes=self.base_classes,
                 validation_fraction=self.validation_fraction,
             )
-            if tasks.class_masks.sum(axis=1).min() < 2:
-                raise InvalidInput(
-                    f"num_tasks={self.num_tasks}: leaves a task with one class, whose loss over "
-                    "its own classes is constant; use fewer tasks"
-                )
-            return tasks
+            return self._with_classes(tasks)
         return stream.domain_incremental(
             self._domains(), seed, validation_fraction=self.validation_fraction
         )
+
+    def stream_of_data(self, data: Any, seed: int, name: str) -> stream.TaskStream:
+        """Make a stream of one's own data; raises `InvalidInput` where it cannot be formed."""
+        tasks = own.stream_of_data(
+            data,
+            seed,
+            name=name,
+            scenario=self.scenario,
+            num_tasks=self.num_tasks,
+            class_order=self.class_order,
+            base_classes=self.base_classes,
+            validation_fraction=self.validation_fraction,
+        )
+        return self._with_classes(tasks)
+
+    def _with_classes(self, tasks: stream.TaskStream) -> stream.TaskStream:
+        """Return a stream whose tasks have two classes at least."""
+        if tasks.class_masks.sum(axis=1).min() < 2:
+            raise InvalidInput(
+                f"num_tasks={self.num_tasks}: leaves a task with one class, whose loss over "
+                "its own classes is constant; use fewer tasks"
+            )
+        return tasks
 
     def _images(self) -> stream.LabelledArrays:
         return sources.load(self.dataset, **self._reading())
@@ -175,3 +202,11 @@ class Config(Settings):
                 "vocabulary or give the tokenizer of the model"
             )
         return arrays
+
+
+# Seeds and baselines share one reading.
+@functools.lru_cache(maxsize=1)
+def _own_data(reference: str, settings: str) -> Any:
+    """Call a factory of data; a generator of tasks becomes a list."""
+    data = factories.called("dataset", reference, settings)
+    return list(data) if isinstance(data, Iterator) else data

@@ -56,9 +56,14 @@ def _option(
     *,
     stage: str,
     identity: bool = True,
+    or_factory: bool = False,
 ) -> Any:
-    """Make a field; a setting without identity may differ between calls on a work directory."""
+    """Make a field; a setting without identity may differ between calls on a work directory.
+
+    With `or_factory` it may also be a package.module:factory instead of one of its choices.
+    """
     about = {"description": description, "choices": choices, "stage": stage, "identity": identity}
+    about["or_factory"] = or_factory
     return dataclasses.field(default=default, metadata=about)
 
 
@@ -75,9 +80,15 @@ class Settings:
     # scikit-learn brings the digits along: the default run downloads nothing.
     dataset: str = _stream(
         "digits",
-        "digits (scikit-learn's), the path of an .npz with x_train, y_train, x_test and y_test, or "
-        "an image or text classification data set that tensorflow-datasets has prepared, such as "
-        "cifar100, imagenet_r or clinc_oos.",
+        "digits (scikit-learn's), the path of an .npz with x_train, y_train, x_test and y_test, an "
+        "image or text classification data set that tensorflow-datasets has prepared, such as "
+        "cifar100, imagenet_r or clinc_oos, or package.module:factory, a function that returns "
+        "tasks.",
+    )
+    dataset_settings: str = _stream(
+        "",
+        "Keyword arguments of one's own dataset factory, as key=value,key=value; the numbers of a "
+        "tuple have colons between them.",
     )
     # A path is no identity: a run may go on after its data have moved.
     data_dir: str = _stream(
@@ -127,7 +138,16 @@ class Settings:
     )
 
     # Model.
-    model: str = _model("mlp", "Architecture; vit and text_encoder take the sizes below.", MODELS)
+    model: str = _model(
+        "mlp",
+        "Architecture; vit and text_encoder take the sizes below. package.module:factory is one's "
+        "own: a function of num_classes that returns a linen or nnx module.",
+        MODELS,
+        or_factory=True,
+    )
+    model_settings: str = _model(
+        "", "Keyword arguments of one's own model factory, as key=value,key=value."
+    )
     pretrained: str = _model(
         "",
         "Weights to start from, .safetensors of timm or transformers or AugReg's .npz; empty to "
@@ -344,6 +364,14 @@ class Settings:
         "measured one. warn says so when it happens; shrink also moves the coefficient towards "
         "1/t, the further the more the two differ. The report says it in any case.",
         ("off", "warn", "shrink"),
+    )
+    model_state: str = _merging(
+        "trained",
+        "Running averages of batch normalisation, and all else that a model of one's own keeps "
+        "beside its parameters, at a merge. trained: those of the trained model; merged: "
+        "interpolated by the coefficient like the parameters; measured: measured anew on the "
+        "task's training examples.",
+        ("trained", "merged", "measured"),
     )
     # A landscape evaluates every point on all tasks seen, so it is off unless it is asked for.
     landscape_points: Natural = _merging(

@@ -18,8 +18,7 @@ from pm_jax.continual.settings.settings import STAGES, names_of
 from pm_jax.continual.storage import logs, manifest
 from pm_jax.continual.storage.provenance import configuration_hash
 from pm_jax.continual.storage.workdir import CONFIG_FILE
-from pm_jax.continual.training.partition import HEAD_PATTERN
-from pm_jax.types import Array, InvalidInput, Params, cause
+from pm_jax.types import Array, InvalidInput, Params, PyTree, cause
 from pm_jax.weights.pretrained import read_tensors, write_tensors
 
 TASK_MODELS = "task_models"
@@ -28,23 +27,36 @@ FIXED_IN_BRANCHES = names_of(*({*STAGES} - {"perturbation", "merging"}), identit
 
 Lines = list[dict[str, Any]]
 """The lines that the training of a task wrote to the log."""
+OF_STATE = "state of the model: "
+"""Begins the names of tensors that are no parameters; no path of a parameter begins so."""
 LINES = [{"seconds": (int, float), "step": int, "event": str}]
 """The form of `Lines` in a file."""
 
 
 def keep_task_model(
-    run: Path, task: int, merging: tuple[str, ...], trained: Params, pretrained: Params | None
+    run: Path,
+    task: int,
+    merging: tuple[str, ...],
+    head_pattern: str,
+    trained: Params,
+    pretrained: Params | None,
+    model_state: PyTree,
 ) -> None:
     """Write the merging leaves that a task, from 0, trained, and in a second file its other leaves.
+
+    Those are the classifier's, which a pattern matches, and the state of the model.
 
     The first task writes theta_0 too, which from scratch, without `pretrained`, is its own model.
     """
     from_scratch = task == 0 and pretrained is None
     # The first task of a run from scratch trains everything; any other only the classifier besides.
-    others = trees.match_paths(trained, ".*" if from_scratch else HEAD_PATTERN)
+    others = trees.match_paths(trained, ".*" if from_scratch else head_pattern)
     parts = {
         f"task_{task + 1}": trees.select(trained, merging),
-        f"rest_{task + 1}": trees.select(trained, tuple(p for p in others if p not in merging)),
+        f"rest_{task + 1}": {
+            **trees.select(trained, tuple(p for p in others if p not in merging)),
+            **joined({}, model_state),
+        },
     }
     if task == 0:
         theta_0 = trained if pretrained is None else pretrained
@@ -133,7 +145,25 @@ def check_branch(config: Config, seeds: Sequence[int]) -> None:
                 )
 
 
-def branch_model(config: Config, seed: int, task: int, start: Params) -> tuple[Params, Lines]:
+def joined(params: Params, model_state: PyTree) -> dict[str, Array]:
+    """Put the leaves of parameters and of a model's state into one `{path: leaf}`."""
+    state = trees.leaves_by_path(model_state)
+    return {**trees.leaves_by_path(params), **{f"{OF_STATE}{p}": x for p, x in state.items()}}
+
+
+def parted(
+    leaves: Mapping[str, Array], params: Params, model_state: PyTree
+) -> tuple[Params, PyTree]:
+    """Return parameters and state with the leaves that were `joined`."""
+    paths = trees.leaves_by_path(model_state)
+    state = {path: leaves[f"{OF_STATE}{path}"] for path in paths}
+    of_params = {path: leaf for path, leaf in leaves.items() if not path.startswith(OF_STATE)}
+    return trees.replace(params, of_params), trees.replace(model_state, state)
+
+
+def branch_model(
+    config: Config, seed: int, task: int, start: Mapping[str, Array]
+) -> tuple[dict[str, Array], Lines]:
     """Read the model, and the log, of a task, from 0, in the run that a branch comes from.
 
     Raises:
@@ -156,8 +186,10 @@ class SharedTraining:
     def __init__(self, directory: Path):
         self._directory = directory
 
-    def find(self, task: int, start: Params) -> tuple[Params, Lines] | None:
+    def find(self, task: int, start: Mapping[str, Array]) -> tuple[dict[str, Array], Lines] | None:
         """Return the model that a task, counted from 0, trained, and its log, if it was kept.
+
+        `start` is the model that the task starts from, `joined`, as the result is.
 
         Raises:
             InvalidInput: a file is damaged.
@@ -226,8 +258,8 @@ def _form(leaves: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
     return {path: (leaf.shape, str(leaf.dtype)) for path, leaf in leaves.items()}
 
 
-def _replaced(start: Params, leaves: Mapping[str, np.ndarray]) -> Params:
-    return trees.replace(start, {path: jnp.asarray(leaf) for path, leaf in leaves.items()})
+def _replaced(start: Mapping[str, Array], leaves: Mapping[str, np.ndarray]) -> dict[str, Array]:
+    return {**start, **{path: jnp.asarray(leaf) for path, leaf in leaves.items()}}
 
 
 def _write(directory: Path, name: str, leaves: Mapping[str, Array], **metadata: str) -> None:

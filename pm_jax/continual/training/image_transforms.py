@@ -40,8 +40,8 @@ def training_transform(config: Config) -> Callable[[Key, Array], Array]:
     return transform
 
 
-def check_images(config: Config, input_shape: tuple[int, ...]) -> None:
-    """Check that examples of a shape are images, where the settings transform them.
+def check_images(config: Config, input_shape: tuple[int, ...], input_dtype: str = "") -> None:
+    """Check that examples of a shape are uint8 images, where the settings transform them.
 
     Raises:
         InvalidInput: they are not; the message names the setting.
@@ -51,6 +51,11 @@ def check_images(config: Config, input_shape: tuple[int, ...]) -> None:
             raise InvalidInput(
                 f"{name}={getattr(config, name)}: is for images, and dataset={config.dataset} has "
                 f"none; use {name}={without}"
+            )
+        if getattr(config, name) != without and input_dtype not in ("", "uint8"):
+            raise InvalidInput(
+                f"{name}={getattr(config, name)}: is for uint8 images, and dataset="
+                f"{config.dataset} has {input_dtype}; use {name}={without}"
             )
 
 

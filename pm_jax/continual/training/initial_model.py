@@ -5,31 +5,41 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from pm_jax import models, trees
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.training.image_transforms import check_images
 from pm_jax.continual.training.logits import normalized
 from pm_jax.continual.training.partition import Partition, partition
 from pm_jax.continual.training.purpose_keys import INITIALIZE, purpose_key
-from pm_jax.types import Array, InvalidInput, Key, Params
+from pm_jax.integrations.linen import LinenModel
+from pm_jax.integrations.wrap import as_model
+from pm_jax.models.model import Model, classifier_pattern
+from pm_jax.types import Array, InvalidInput, Key, Params, PyTree
 from pm_jax.weights import pretrained
 
 
-def partitions(config: Config, params: Params) -> tuple[Partition, Partition]:
+def partitions(
+    config: Config, params: Params, model: Model | None = None
+) -> tuple[Partition, Partition]:
     """Sort the parameters, or their shapes, for the first task and for the later tasks.
+
+    Without a model they are those of the configuration's own.
 
     Raises:
         InvalidInput: the adapter's pattern or rank does not fit the model.
     """
     by_class = config.scenario == "class_incremental"
-    everything = partition(params, class_incremental=by_class)
+    head = classifier_pattern(model) if model else "head/.*"
+    everything = partition(params, class_incremental=by_class, head_pattern=head)
     if config.adapter == "full":
         return everything, everything
     try:
         adapted = partition(
             params,
             class_incremental=by_class,
-            lora_pattern=config.kernel_pattern,
+            lora_pattern=kernel_pattern(config, params, model),
             rank=config.lora_rank,
+            head_pattern=head,
         )
     except ValueError as error:
         raise InvalidInput(f"lora_{error}") from None
@@ -37,13 +47,39 @@ def partitions(config: Config, params: Params) -> tuple[Partition, Partition]:
     return (everything if config.from_scratch else adapted), adapted
 
 
-def parameter_shapes(config: Config, num_classes: int, input_shape: tuple[int, ...]) -> Params:
+def kernel_pattern(config: Config, params: Params, model: Model | None) -> str:
+    """Return the pattern of the kernels that get adapters."""
+    if config.lora_pattern or model is None or is_built_in(model):
+        return config.kernel_pattern
+    paths = ", ".join(path for path, x in trees.leaves_by_path(params).items() if len(x.shape) > 1)
+    raise InvalidInput(
+        "lora_pattern=: must say which kernels of one's own model get adapters, as a regular "
+        f"expression over their paths; it has {paths}"
+    )
+
+
+def is_built_in(model: Model) -> bool:
+    """Tell whether a model is one of `pm_jax.models`."""
+    kinds = (models.MLP, models.TextEncoder, models.VisionTransformer)
+    return isinstance(model, LinenModel) and isinstance(model.module, kinds)
+
+
+def parameter_shapes(
+    config: Config,
+    num_classes: int,
+    input_shape: tuple[int, ...],
+    *,
+    model: Model | None = None,
+    input_dtype: str = "",
+) -> Params:
     """Return the shapes of the model's parameters, without making them.
 
     Raises:
-        InvalidInput: the images or the pre-trained weights do not fit the model.
+        InvalidInput: the images or the pre-trained weights do not fit the model, or the model is
+            none.
     """
-    shapes = jax.eval_shape(init_fn(config, num_classes, input_shape), jax.random.key(0))
+    init = init_fn(config, num_classes, input_shape, model=model, input_dtype=input_dtype)
+    shapes, _ = jax.eval_shape(init, jax.random.key(0))
     # For its errors: shapes suffice to check whether the weights fit.
     starting_params(config, shapes)
     return shapes
@@ -66,29 +102,39 @@ def starting_params(config: Config, params: Params) -> Params:
 
 
 def init_fn(
-    config: Config, num_classes: int, input_shape: tuple[int, ...]
-) -> Callable[[Key], Params]:
-    """Make the function from the run's key to freshly initialised parameters.
+    config: Config,
+    num_classes: int,
+    input_shape: tuple[int, ...],
+    *,
+    model: Model | None = None,
+    input_dtype: str = "",
+) -> Callable[[Key], tuple[Params, PyTree]]:
+    """Make the function from the run's key to freshly initialised parameters and state.
+
+    Without a model they are those of the configuration's own.
 
     Raises:
         InvalidInput: settings that do not fit the images.
     """
-    check_images(config, input_shape)
-    model, blank = config.network(num_classes), blank_example(config, input_shape)
+    blank = blank_example(config, input_shape, input_dtype)
+    check_images(config, input_shape, input_dtype)
+    model = model or as_model(config.network(num_classes))
     sides = (config.image_size,) * 2 if config.image_size else input_shape[:2]
-    if (patch := getattr(model, "patch_size", 1)) and any(side % patch for side in sides):
+    module = model.module if isinstance(model, LinenModel) else None
+    patch = module.patch_size if isinstance(module, models.VisionTransformer) else 1
+    if any(side % patch for side in sides):
         raise InvalidInput(
             f"image_size={config.image_size}: patch_size={patch} must divide the image of "
             f"{sides[0]} x {sides[1]} pixels"
         )
 
-    def init(key: Key) -> Params:
-        return model.init(purpose_key(key, INITIALIZE), blank)["params"]
+    def init(key: Key) -> tuple[Params, PyTree]:
+        return model.init(purpose_key(key, INITIALIZE), blank)
 
     return init
 
 
-def blank_example(config: Config, input_shape: tuple[int, ...]) -> Array:
-    """Return one blank example as the model reads it."""
-    dtype = jnp.int32 if config.reads_text else jnp.uint8
+def blank_example(config: Config, input_shape: tuple[int, ...], input_dtype: str = "") -> Array:
+    """Return one blank example as the model reads it; the type is the configuration's if empty."""
+    dtype = input_dtype or ("int32" if config.reads_text else "uint8")
     return normalized(jnp.zeros((1, *input_shape), dtype))

@@ -67,7 +67,13 @@ def schedule(config: Config) -> Callable[[Array | float], Array]:
     return lambda progress: jnp.asarray(course(progress * SCHEDULE_RESOLUTION), jnp.float32)
 
 
-def scaled(config: Config, updates: Trainable, factor: Array, class_mask: Array) -> Trainable:
+def scaled(
+    config: Config,
+    updates: Trainable,
+    factor: Array,
+    class_mask: Array,
+    classifier: str = "head",
+) -> Trainable:
     """Multiply updates by learning rates; head columns of classes outside the mask [C] become 0."""
     body_rate = config.learning_rate * factor
     head_rate = (config.head_learning_rate or config.learning_rate) * factor
@@ -81,7 +87,7 @@ def scaled(config: Config, updates: Trainable, factor: Array, class_mask: Array)
         adapters=jax.tree.map(lambda u: u * body_rate, updates.adapters),
         # A shared head trains among the direct leaves, at the classifier's rate all the same.
         direct={
-            path: u * (head_rate if path.startswith("head/") else body_rate)
+            path: u * (head_rate if path.startswith(f"{classifier}/") else body_rate)
             for path, u in updates.direct.items()
         },
         head=jax.tree.map(lambda u: columns_of_task(u) * head_rate, updates.head),

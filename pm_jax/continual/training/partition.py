@@ -6,8 +6,6 @@ from pm_jax import lora, trees
 from pm_jax.rules.base import Moving
 from pm_jax.types import Array, Key, Params
 
-HEAD_PATTERN = r"head/.*"
-
 
 class Partition(NamedTuple):
     """Paths of the parameters that train, by how they do; the others are frozen.
@@ -49,14 +47,21 @@ class Trainable(NamedTuple):
 
 
 def partition(
-    params: Params, *, class_incremental: bool, lora_pattern: str | None = None, rank: int = 1
+    params: Params,
+    *,
+    class_incremental: bool,
+    lora_pattern: str | None = None,
+    rank: int = 1,
+    head_pattern: str = "head/.*",
 ) -> Partition:
     """Sort the parameters of a model; without a LoRA pattern everything trains.
+
+    `head_pattern` matches the paths of the classifier.
 
     Raises:
         ValueError: the pattern or the rank does not fit the model.
     """
-    head = trees.match_paths(params, HEAD_PATTERN)
+    head = trees.match_paths(params, head_pattern)
     if lora_pattern is None:
         adapted: tuple[str, ...] = ()
         direct = tuple(path for path in trees.leaves_by_path(params) if path not in head)

@@ -2,9 +2,8 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -17,16 +16,18 @@ from pm_jax.continual.placement.devices import devices_of
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.training import hooks, optimizer
 from pm_jax.continual.training.image_transforms import training_transform
-from pm_jax.continual.training.logits import logits_of
+from pm_jax.continual.training.logits import training_logits_of
 from pm_jax.continual.training.partition import Partition, Trainable, fresh_trainable
 from pm_jax.continual.training.purpose_keys import (
     ADAPTERS,
     AUGMENT,
+    MODEL,
     REFRESH,
     SHUFFLE,
     STEP,
     purpose_key,
 )
+from pm_jax.integrations.wrap import as_model
 from pm_jax.perturbation import Perturbation, perturbed
 from pm_jax.rules import TrainingHook
 from pm_jax.types import Array, Batch, Key, Params, PyTree
@@ -59,34 +60,53 @@ class Segment(NamedTuple):
 
 
 def training_loss(
-    model: nn.Module, law: Perturbation, *, examples: int | None = None, temperature: float = 1.0
-) -> Callable[[Key, Trainable, Params, Batch, Array], Array]:
+    model: Any, law: Perturbation, *, examples: int | None = None, temperature: float = 1.0
+) -> Callable[..., tuple[Array, PyTree]]:
     """Make the loss of a step of Perturb-and-Merge: at a random point along the task vector.
 
-    The function is `loss(key, trainable, start, batch, class_mask)`, float32 scalar, where `start`
-    is the model that the task started from. With `examples` N it draws a point for each of them.
+    The function is `loss(key, trainable, start, batch, class_mask, model_state={}, model_key=None)
+    -> (float32 scalar, next state of the model)`, where `start` is the model that the task started
+    from. With `examples` N it draws a point for each of them.
     """
 
     def loss_fn(
-        moving: dict[str, Array], head: dict[str, Array], start: Params, batch: Batch, mask: Array
-    ) -> Array:
+        moving: dict[str, Array],
+        head: dict[str, Array],
+        start: Params,
+        batch: Batch,
+        mask: Array,
+        model_state: PyTree,
+        model_key: Key | None,
+    ) -> tuple[Array, PyTree]:
         params = trees.replace(start, {**lora.dense_leaves(moving), **head})
+        next_states: list[PyTree] = []
 
         def logits_fn(params: Params, inputs: Array) -> Array:
             # Adapters act on activations here, which is cheaper than to build each dense weight.
             with lora.branch(moving):
-                return logits_of(model, params, inputs, mask, temperature)
+                logits, next_state = training_logits_of(
+                    model, params, model_state, model_key, inputs, mask, temperature
+                )
+            next_states.append(next_state)
+            return logits
 
-        return losses.mean(losses.cross_entropy(logits_fn))(params, batch)
+        loss = losses.mean(losses.cross_entropy(logits_fn))(params, batch)
+        return loss, next_states[-1]
 
-    perturbed_loss = perturbed(loss_fn, law, examples=examples)
+    perturbed_loss = perturbed(loss_fn, law, has_aux=True, examples=examples)
 
     def loss(
-        key: Key, trainable: Trainable, start: Params, batch: Batch, class_mask: Array
-    ) -> Array:
+        key: Key,
+        trainable: Trainable,
+        start: Params,
+        batch: Batch,
+        class_mask: Array,
+        model_state: PyTree = {},  # noqa: B006  never written to
+        model_key: Key | None = None,
+    ) -> tuple[Array, PyTree]:
         base = trees.select(start, tuple(trainable.moving))
-        head = trainable.head
-        return perturbed_loss(key, trainable.moving, base, head, start, batch, class_mask)
+        more = (trainable.head, start, batch, class_mask, model_state, model_key)
+        return perturbed_loss(key, trainable.moving, base, *more)
 
     return loss
 
@@ -97,11 +117,16 @@ class TaskProgram:
     def __init__(
         self,
         config: Config,
-        model: nn.Module,
+        model: Any,
         partition: Partition,
         largest_task: int,
         hook: TrainingHook | None = None,
+        *,
+        has_state: bool = False,
+        is_random: bool = False,
     ):
+        # A model with state may compare the examples of a batch, so that padding must be like them.
+        self._pads_with_examples, self._is_random = has_state, is_random
         self._config, self._partition, self._hook = config, partition, hook
         self.devices = devices_of(config)
         self.batches = Batches(self.devices, config.batch_size)
@@ -111,6 +136,7 @@ class TaskProgram:
         # Per-example draws need adapters: without them (the first task from scratch) all examples
         # share the same weights.
         self._per_example = config.perturb_per == "example" and bool(partition.adapted)
+        self._classifier = as_model(model).classifier
         self._loss = training_loss(
             model,
             config.perturbation_law,
@@ -120,35 +146,43 @@ class TaskProgram:
 
     @compiled()
     def begin(
-        self, key: Key, start: Params, task: Array, rule_state: PyTree = None
-    ) -> tuple[Trainable, PyTree]:
-        """Make the trainable leaves at the onset of a task, and the optimiser's state."""
+        self,
+        key: Key,
+        start: Params,
+        task: Array,
+        rule_state: PyTree = None,
+        *,
+        model_state: PyTree = {},  # noqa: B006  never written to
+    ) -> tuple[Trainable, PyTree, PyTree]:
+        """Make the trainable leaves at the onset of a task, and both states, for `train`."""
         adapter_key = purpose_key(key, ADAPTERS, task)
         trainable = fresh_trainable(adapter_key, self._partition, start, self._config.lora_rank)
         trainable = hooks.at_onset(self._hook, rule_state, trainable)
         # Copies: the next call donates them, and `start` must survive.
-        trainable = jax.tree.map(jnp.copy, trainable)
-        return trainable, self._accumulated()[0].init(trainable)
+        trainable, model_state = jax.tree.map(jnp.copy, (trainable, model_state))
+        return trainable, self._accumulated()[0].init(trainable), model_state
 
     @compiled()
     def order(self, key: Key, data: DeviceData, task: Array, epoch: Array) -> Order:
         """Shuffle the examples of a task for an epoch."""
-        return data.shuffled(purpose_key(key, SHUFFLE, task, epoch), task)
+        order = data.shuffled(purpose_key(key, SHUFFLE, task, epoch), task)
+        return order.padded_with_examples(self.batches.size) if self._pads_with_examples else order
 
-    @compiled(donate_argnums=(1, 2))
+    @compiled(donate_argnums=(1, 2, 3))
     def train(
         self,
         key: Key,
         trainable: Trainable,
         optimizer_state: PyTree,
+        model_state: PyTree,
         start: Params,
         data: DeviceData,
         segment: Segment,
         rule_state: PyTree = None,
-    ) -> tuple[Trainable, PyTree, Array]:
+    ) -> tuple[Trainable, PyTree, PyTree, Array]:
         """Make the steps of a segment; also returns the losses by step of the epoch, float32.
 
-        The trainable leaves and the optimiser's state are donated.
+        The trainable leaves, the optimiser's and the model's state are donated.
         """
         config, task = self._config, segment.task
         count, class_mask = data.sizes[task], data.class_masks[task]
@@ -158,15 +192,24 @@ class TaskProgram:
         updates_per_epoch = -(-steps_per_epoch // config.accumulation_steps)
 
         def step(position: Array, carry: tuple) -> tuple:
-            trainable, optimizer_state, values = carry
+            trainable, optimizer_state, model_state, values = carry
             number = segment.epoch * steps_per_epoch + position
             transform = functools.partial(self._transform, purpose_key(key, AUGMENT, task, number))
             batch = self.batches.at(data, order, position, transform)
             update = segment.epoch * updates_per_epoch + position // config.accumulation_steps
             # All batches accumulated into one update share one draw of s, as one large batch would.
             draw = number if self._per_example else update
-            value, gradients = jax.value_and_grad(self._loss, argnums=1)(
-                purpose_key(key, STEP, task, draw), trainable, start, batch, class_mask
+            model_key = purpose_key(key, MODEL, task, number) if self._is_random else None
+            (value, model_state), gradients = jax.value_and_grad(
+                self._loss, argnums=1, has_aux=True
+            )(
+                purpose_key(key, STEP, task, draw),
+                trainable,
+                start,
+                batch,
+                class_mask,
+                model_state,
+                model_key,
             )
             step_optimizer, share = self._accumulated(position, count)
             if config.accumulation_steps > 1:
@@ -175,13 +218,16 @@ class TaskProgram:
             gradients = hooks.projected(self._hook, rule_state, gradients, segment.projected)
             updates, optimizer_state = step_optimizer.update(gradients, optimizer_state, trainable)
             progress = update / (updates_per_epoch * segment.epochs)
-            updates = optimizer.scaled(config, updates, self._rate(progress), class_mask)
+            updates = optimizer.scaled(
+                config, updates, self._rate(progress), class_mask, self._classifier
+            )
             updates = hooks.projected(self._hook, rule_state, updates, segment.projected)
             trainable = optax.apply_updates(trainable, updates)
-            return trainable, optimizer_state, values.at[position].set(value)
+            return trainable, optimizer_state, model_state, values.at[position].set(value)
 
         # A loop with a traced bound makes no step on padding alone, and stops where asked.
-        carry = (trainable, optimizer_state, jnp.zeros(self._most_steps, jnp.float32))
+        losses_of_steps = jnp.zeros(self._most_steps, jnp.float32)
+        carry = (trainable, optimizer_state, model_state, losses_of_steps)
         stop = jnp.minimum(segment.stop, steps_per_epoch)
         return jax.lax.fori_loop(segment.first, stop, step, carry)
 

@@ -27,11 +27,13 @@ class TrainingState(NamedTuple):
     """The state of a task's training between two steps.
 
     Attributes:
+        model: the model's state, `{}` for one without.
         trajectory: snapshots so far, for rules that need them, or `None`.
     """
 
     trainable: Trainable
     optimizer: PyTree
+    model: PyTree
     trajectory: dict[str, Any] | None
 
 
@@ -81,21 +83,27 @@ class Trainer:
         self._hook = config.merge_rule.needs.hook
         self.stop: Stop = options.stop or StopRequests()
 
-    def begin(self, task: int, start: Params, rule_state: PyTree) -> TrainingState:
+    def begin(
+        self, task: int, start: Params, rule_state: PyTree, model_state: PyTree
+    ) -> TrainingState:
         """Make the state before the first step of a task."""
-        trainable, optimizer = self._program(task).begin(
-            self._key, start, number(task), *self._for_hook(rule_state)
+        trainable, optimizer, model_state = self._program(task).begin(
+            self._key, start, number(task), *self._for_hook(rule_state), model_state=model_state
         )
         blank = self._snapshots.blank(start)
         trajectory = self._snapshots.updated(blank, self._cuts(task), 0, start, trainable)
-        return TrainingState(trainable, optimizer, trajectory)
+        return TrainingState(trainable, optimizer, model_state, trajectory)
 
-    def shapes(self, task: int, params: Params, rule_state: PyTree) -> TrainingState:
+    def shapes(
+        self, task: int, params: Params, rule_state: PyTree, model_state: PyTree
+    ) -> TrainingState:
         """Make a state with the shapes of a task's, for a checkpoint to be restored into."""
-        trainable, optimizer = jax.eval_shape(
-            self._program(task).begin, self._key, params, number(task), *self._for_hook(rule_state)
+        trainable, optimizer, of_model = jax.eval_shape(
+            self._program(task).begin,
+            *(self._key, params, number(task), *self._for_hook(rule_state)),
+            model_state=model_state,
         )
-        return TrainingState(trainable, optimizer, self._snapshots.blank(params))
+        return TrainingState(trainable, optimizer, of_model, self._snapshots.blank(params))
 
     def pieces(
         self, task: int, first: int, start: Params, rule_state: PyTree, state: TrainingState
@@ -113,15 +121,16 @@ class Trainer:
         for epoch, low, high in segments(first, total, per_epoch, self._every, cuts):
             clock, done = time.perf_counter(), epoch * per_epoch + low
             projected = hooks.projects(self._hook, done, total)
-            trainable, optimizer = state.trainable, state.optimizer
+            trainable, optimizer, model_state, trajectory = state
             losses_of_windows = []
             rows = functools.partial(self._rows, task, epoch)
             windows = program.batches.windows(self._data, rows, low, high)
             # After a request to end, there are fewer steps than planned.
             for begin, end, data in self.stop.cut(windows):
                 segment = Segment.of(task, epoch, begin, end, epochs, projected)
-                trainable, optimizer, values = program.train(
-                    self._key, trainable, optimizer, start, data, segment, *hook_state
+                trainable, optimizer, model_state, values = program.train(
+                    *(self._key, trainable, optimizer, model_state, start, data, segment),
+                    *hook_state,
                 )
                 # Waits, so that no more windows than planned are on the device.
                 losses_of_windows.append(np.asarray(values)[begin:end])
@@ -131,14 +140,14 @@ class Trainer:
             step = done + len(losses)
             # Checked before anything is saved, so that every checkpoint is worth going on from.
             check_finite(losses, task, done, self._config, self._directory)
-            trained = {"trained": trainable, "optimizer": optimizer}
+            trained = {"trained": trainable, "optimizer": optimizer, "model_state": model_state}
             check_state(trained, task, f"step {step}", self._config, self._directory)
             if hooks.refreshes(self._hook, step, per_epoch, epochs):
                 trainable, optimizer = program.refresh(
                     self._key, trainable, optimizer, number(task), step, rule_state
                 )
-            trajectory = self._snapshots.updated(state.trajectory, cuts, step, start, trainable)
-            state = TrainingState(trainable, optimizer, trajectory)
+            trajectory = self._snapshots.updated(trajectory, cuts, step, start, trainable)
+            state = TrainingState(trainable, optimizer, model_state, trajectory)
             examples = len(losses) * self._config.batch_size
             yield Piece(state, epoch, step, float(losses.mean()), examples, seconds)
 

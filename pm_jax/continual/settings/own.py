@@ -1,0 +1,78 @@
+"""The model and the tasks of a run: those that its settings name, or the caller's own."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from pm_jax.continual.settings import conditions
+from pm_jax.continual.settings.config import Config
+from pm_jax.continual.settings.factories import is_reference
+from pm_jax.data import own
+from pm_jax.data.stream import TaskStream
+from pm_jax.integrations.wrap import as_model
+from pm_jax.models.model import Model
+from pm_jax.types import InvalidInput
+
+
+def model_of(config: Config, num_classes: int, given: Any = None) -> Model:
+    """Return the model of a run: the one given, or the one that the settings name.
+
+    Raises:
+        InvalidInput: it is no model, or settings that it does not go with.
+    """
+    if given is not None:
+        model = as_model(given)
+        conditions.check_own_model(config, type(given).__name__)
+    elif is_reference(config.model):
+        model = _made_once(config.model, config.model_settings, num_classes)
+    else:
+        # Not kept: a subclass of Config may make a network by other means than its settings.
+        model = as_model(config.network(num_classes))
+    _check_wishes(config, model)
+    return model
+
+
+@functools.lru_cache(maxsize=8)
+def _made_once(reference: str, settings: str, num_classes: int) -> Model:
+    """Make a model by its factory; seeds get the same object, and so the same programs."""
+    try:
+        return as_model(Config(model=reference, model_settings=settings).network(num_classes))
+    except InvalidInput as error:
+        text = str(error)
+        what = text.partition("=")[2] if text.startswith("model=") else text
+        if what.startswith(reference):
+            raise
+        raise InvalidInput(f"model={reference}: returned {what}") from None
+
+
+def _check_wishes(config: Config, model: Model) -> None:
+    """Check that the model has the functions that the settings call for."""
+    for name, value, function in (
+        ("classifier", "discriminant", "features"),
+        ("model_state", "measured", "batch_statistics"),
+    ):
+        if getattr(config, name) == value and not hasattr(model, function):
+            others = ", ".join(x for x in _choices(name) if x != value)
+            raise InvalidInput(
+                f"{name}={value}: the model has no function {function}; use {others}"
+            )
+
+
+def _choices(name: str) -> Sequence[str]:
+    return Config.__dataclass_fields__[name].metadata["choices"]
+
+
+def stream_of(
+    config: Config, seed: int, given: TaskStream | Sequence[Any] | None = None
+) -> TaskStream:
+    """Return the tasks of a run: those given, or those that the settings name.
+
+    Raises:
+        InvalidInput: they cannot be formed, or do not agree with the settings.
+    """
+    if given is None:
+        return config.task_stream(seed)
+    if isinstance(given, TaskStream):
+        own.check_agrees(given, config.scenario, config.num_tasks)
+        return given
+    return config.stream_of_data(given, seed, "stream")

@@ -1,0 +1,181 @@
+"""A model of the user's own, looked at once before any work starts."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pm_jax import trees
+from pm_jax.curvature import dense_layers
+from pm_jax.integrations.linen import LinenModel
+from pm_jax.models.model import Model, classifier_pattern
+from pm_jax.types import Array, Batch, InvalidInput, Key, Params, PyTree, cause
+
+
+class Traits(NamedTuple):
+    """The properties of a model that decide how it is trained.
+
+    Attributes:
+        has_state: whether anything moves beside the parameters.
+        is_random: whether it draws random numbers while it trains.
+    """
+
+    has_state: bool = False
+    is_random: bool = False
+
+
+def name_of(model: Model, setting: str = "") -> str:
+    """Name a model in messages: by the setting that it was made by, or by its class."""
+    if ":" in setting:
+        return setting
+    return type(model.module if isinstance(model, LinenModel) else model).__name__
+
+
+def checked(
+    model: Model,
+    name: str,
+    init: Callable[[Key], tuple[Params, PyTree]],
+    blank: Array,
+    num_classes: int,
+) -> Traits:
+    """Look at a model's shapes, and see that it can be trained, evaluated and merged.
+
+    Messages call it by `name`; `blank` is one blank example.
+
+    Raises:
+        InvalidInput: it cannot; the message says why.
+    """
+    key, inputs = jax.random.key(0), jnp.broadcast_to(blank, (2, *blank.shape[1:]))
+    seen = f"inputs of {inputs.dtype} [N, {', '.join(map(str, inputs.shape[1:]))}]"
+
+    def shapes(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            pair = jax.eval_shape(function, *arguments)
+        except InvalidInput:
+            raise
+        except Exception as error:  # A model may fail in any way.
+            raise InvalidInput(f"model={name}: cannot be {what} {seen} ({cause(error)})") from error
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise InvalidInput(
+                f"model={name}: gave no pair when {what} {seen}; init returns (params, state) and "
+                "apply (logits, state)"
+            )
+        return pair
+
+    params, state = shapes("initialised for", init, key)
+    _check_classifier(model, name, params, num_classes)
+    logits, _ = shapes("evaluated on", model.apply, params, state, inputs)
+    _check_logits(name, logits, num_classes)
+    train = functools.partial(model.apply, train=True)
+
+    def apply(key: Key, params: Params, state: PyTree) -> tuple[Array, PyTree]:
+        return train(params, state, inputs, key=key)
+
+    logits, after = shapes("trained on", apply, key, params, state)
+    _check_logits(name, logits, num_classes)
+    before, now = (
+        {path: (x.shape, x.dtype) for path, x in trees.leaves_by_path(tree).items()}
+        for tree in (state, after)
+    )
+    if before != now:
+        path = next(path for path in {**before, **now} if before.get(path) != now.get(path))
+        raise InvalidInput(
+            f"model={name}: its state changes its form while it trains: {path} is "
+            f"{before.get(path, 'absent')} before a step and {now.get(path, 'absent')} after it"
+        )
+    return Traits(bool(jax.tree.leaves(state)), _reads_key(apply, key, params, state))
+
+
+def check_values(model: str, params: Params, state: PyTree) -> None:
+    """Check that the numbers which a model starts from are finite.
+
+    Raises:
+        InvalidInput: one is not; the message names its leaf.
+    """
+    for kind, tree in (("parameter", params), ("state", state)):
+        for path, leaf in trees.leaves_by_path(tree).items():
+            if jnp.issubdtype(leaf.dtype, jnp.floating) and not jnp.isfinite(leaf).all():
+                raise InvalidInput(
+                    f"model={model}: its {kind} {path} is not finite before training; see to its "
+                    "initialisation"
+                )
+
+
+def _check_classifier(model: Model, name: str, params: Params, num_classes: int) -> None:
+    """Check that the leaves of the classifier are there, their last axis being the classes."""
+    try:
+        paths = trees.match_paths(params, classifier_pattern(model))
+    except ValueError:
+        # One line for all of a module's leaves.
+        modules = dict.fromkeys(p.rpartition("/")[0] for p in trees.leaves_by_path(params))
+        raise InvalidInput(
+            f"model={name}: has no parameters under its classifier's path {model.classifier!r}; "
+            f"name that module so, or wrap the model with classifier= one of {', '.join(modules)}"
+        ) from None
+    for path, leaf in trees.select(params, paths).items():
+        if leaf.shape[-1:] != (num_classes,):
+            raise InvalidInput(
+                f"model={name}: its classifier's {path} has the shape {leaf.shape}; the last axis "
+                f"must be the {num_classes} classes of the data"
+            )
+
+
+def _check_logits(name: str, logits: Any, num_classes: int) -> None:
+    shape = getattr(logits, "shape", None)
+    if shape != (2, num_classes):
+        raise InvalidInput(
+            f"model={name}: gives {type(logits).__name__ if shape is None else shape} for 2 "
+            f"examples; logits [2, {num_classes}] are needed, one for each class of the data"
+        )
+
+
+def _reads_key(apply: Callable[..., Any], key: Key, *arguments: Any) -> bool:
+    """Tell whether a function uses its first argument."""
+    traced = jax.make_jaxpr(apply)(key, *arguments).jaxpr
+    first = traced.invars[0]
+    return any(variable is first for equation in traced.eqns for variable in equation.invars)
+
+
+def layers_by_example(model: LinenModel, blank: Array) -> tuple[str, ...]:
+    """Return the names of the dense layers whose squared gradients come from inputs and outputs.
+
+    The model calls each exactly once, in the open (not inside `nn.scan` or `nn.remat`), on inputs
+    whose first axis is the examples.
+    """
+    inputs = jnp.broadcast_to(blank, (3, *blank.shape[1:]))
+    params, state = jax.eval_shape(model.init, jax.random.key(0), inputs)
+    kernels = set(dense_layers.kernel_paths(params))
+    calls: dict[str, list[bool]] = {}
+
+    def note(call: dense_layers.LayerCall) -> None:
+        by_example = call.inputs.shape[0] == call.output.shape[0] == len(inputs)
+        calls.setdefault(call.name, []).append(by_example and call.kernel in kernels)
+
+    with dense_layers.visiting(note):
+        jax.eval_shape(model.apply, params, state, inputs)
+    names = tuple(name for name, fits in calls.items() if fits == [True])
+    if _can_tap(model, params, state, inputs, names):
+        return names
+    return tuple(name for name in names if _can_tap(model, params, state, inputs, (name,)))
+
+
+def _can_tap(
+    model: LinenModel, params: Params, state: PyTree, inputs: Array, layers: tuple[str, ...]
+) -> bool:
+    """Tell whether the outputs of layers can be differentiated by, as a trial shows."""
+    batch = Batch(inputs, jnp.zeros(len(inputs), jnp.int32))
+
+    def trial(params: Params) -> Any:
+        taps = dense_layers.tapped(
+            lambda params, batch: model.apply(params, state, batch.inputs)[0], params, batch, layers
+        )
+        return taps.inputs, taps.pull_back(jnp.ones_like(taps.outputs))
+
+    try:
+        jax.eval_shape(trial, params)
+    except Exception:
+        # JAX has several errors for values that leave the loop or the checkpoint they belong to.
+        return False
+    return True
