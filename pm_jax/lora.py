@@ -2,31 +2,41 @@
 
 Adapters are a flat dict `{path of a kernel: Adapter(a, b)}`. The adapted kernel is `W + scale A B`;
 it is formed by `fold`, or left implicit by `branch`, which adds `scale (x A) B` to the output of a
-linen `Dense` layer and so needs no gradient of the size of W.
+linen layer and so needs no gradient of the size of W.
+
+Kernels are those of ordinary dense layers [in, out]; of attention, [in, heads, size] and [heads,
+size, out]; of convolutions, [height, width, in, out], as matrices (height width in) x out; and
+stacks of kernels as `nn.scan` makes them, [layers, in, out], with one adapter for each layer.
 
 References:
     Hu et al., `LoRA: Low-Rank Adaptation of Large Language Models
     <https://arxiv.org/abs/2106.09685>`_, 2022
 """
 
-from collections.abc import Mapping
+import contextlib
+import difflib
+import math
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pm_jax import trees
-from pm_jax.curvature.dense_layers import LayerCall, visiting
-from pm_jax.types import Array, Key, Params, PyTree
+from pm_jax import branches, trees
+from pm_jax.curvature import dense_layers
+from pm_jax.curvature.dense_layers import LayerCall
+from pm_jax.curvature.kernels import Axes, Shape, axes_of
+from pm_jax.types import Array, InvalidInput, Key, Params, PyTree
 
 
 class Adapter(NamedTuple):
-    """Factors of a low-rank displacement `a @ b`.
+    """Factors of a low-rank displacement `a @ b` of a kernel `[*stacked, *inputs, *outputs]`.
 
     Attributes:
-        a: float32 [in, rank].
-        b: float32 [rank, out].
+        a: float32 [*stacked, *inputs, rank]; [in, rank] for an ordinary kernel.
+        b: float32 [*stacked, rank, *outputs]; [rank, out] for an ordinary kernel.
     """
 
     a: Array
@@ -43,7 +53,7 @@ class AdaptedKernel(NamedTuple):
     branch.
 
     Attributes:
-        kernel: [in, out].
+        kernel: [*stacked, *inputs, *outputs].
         adapter: the factors of the product that is added.
         scale: scalar, or [N] for one scale per example.
     """
@@ -53,70 +63,218 @@ class AdaptedKernel(NamedTuple):
     scale: Array | float
 
 
-def adapted_paths(params: Params, pattern: str, rank: int) -> tuple[str, ...]:
+AxesCount = int | Mapping[str, int] | None
+"""A number of axes for all kernels, or by regular expressions over their paths."""
+
+
+def adapted_axes(
+    params: Params,
+    pattern: str | tuple[str, ...],
+    rank: int,
+    *,
+    input_axes: AxesCount = None,
+    stacked_axes: AxesCount = None,
+    module: Any = None,
+    inputs: tuple = (),
+) -> dict[str, Axes]:
+    """How the axes of the kernels divide that a pattern selects for adapters, `{path: Axes}`.
+
+    The arguments are those of `init`.
+
+    Raises:
+        InvalidInput: no match, a leaf that is no dense kernel or may be several ones, or a rank
+            below 1 or above the smaller side of a kernel.
+    """
+    paths = trees.match_paths(params, pattern) if isinstance(pattern, str) else pattern
+    leaves = trees.leaves_by_path(params)
+    trees.select(leaves, paths)
+    seen = {} if module is None else _axes_by_module(module, leaves, inputs)
+    found = {}
+    for path in paths:
+        given = _axes_given(input_axes, path), _axes_given(stacked_axes, path)
+        try:
+            if path in seen and given == (None, None):
+                found[path] = seen[path]
+            else:
+                found[path] = axes_of(leaves, path, *given)
+        except InvalidInput as error:
+            raise InvalidInput(f"pattern={pattern!r}: matches {error}") from None
+        smaller = min(found[path].sides(leaves[path].shape))
+        if not 1 <= rank <= smaller:
+            raise InvalidInput(f"rank={rank}: must lie in 1..{smaller}, the smaller side of {path}")
+    return found
+
+
+def _axes_given(count: AxesCount, path: str) -> int | None:
+    if not isinstance(count, Mapping):
+        return count
+    return next((n for pattern, n in count.items() if re.fullmatch(pattern, path)), None)
+
+
+def _axes_by_module(module: Any, leaves: Mapping[str, Array], inputs: tuple) -> dict[str, Axes]:
+    """How a model uses its kernels: from a trace of a linen module, or the layers of an nnx one."""
+    if not isinstance(module, nn.Module):
+        from pm_jax.integrations import nnx_adapters
+
+        return nnx_adapters.kernel_axes(module)
+    if not inputs:
+        raise InvalidInput("inputs=(): a linen module needs the arguments of a call; give inputs=")
+    calls = dense_layers.traced_calls(
+        lambda: module.init(jax.random.key(0), *inputs), kinds=dense_layers.WITH_KERNEL
+    )
+    found = {}
+    for name, (call, *_) in calls.items():
+        path, axes = f"{name}/kernel".lstrip("/"), None
+        if isinstance(call.linear_map, dense_layers.Convolution):
+            axes = Axes(0, len(call.kernel_shape) - 1)
+        elif call.linear_map is not None:
+            axes = call.linear_map.axes
+        if axes is not None and path in leaves:
+            # `nn.scan` has taken its axes off the kernel that the layer sees.
+            above = len(leaves[path].shape) - len(call.kernel_shape)
+            found[path] = Axes(axes.stacked + above, axes.inputs)
+    return found
+
+
+def adapted_paths(params: Params, pattern: str, rank: int, **axes: Any) -> tuple[str, ...]:
     """Paths of the dense kernels that a regular expression over "a/b/c" selects for adapters.
 
     Raises:
-        ValueError: no match, a matching leaf that is not [in, out], or a rank below 1 or above
-            the smaller side of a kernel.
+        InvalidInput: as `adapted_axes`, whose keyword arguments it takes.
     """
-    paths = trees.match_paths(params, pattern)
-    for path, kernel in trees.select(params, paths).items():
-        if jnp.ndim(kernel) != 2:
-            raise ValueError(
-                f"pattern={pattern!r}: matches {path} of shape {jnp.shape(kernel)}; adapters are "
-                "for dense kernels of shape (in, out)"
-            )
-        if not 1 <= rank <= min(kernel.shape):
-            raise ValueError(
-                f"rank={rank}: must lie in 1..{min(kernel.shape)}, the smaller side of {path}"
-            )
-    return paths
+    return tuple(adapted_axes(params, pattern, rank, **axes))
 
 
-def init(key: Key, params: Params, pattern: str, rank: int) -> Adapters:
+def init(
+    key: Key,
+    params: Params,
+    pattern: str | tuple[str, ...],
+    rank: int,
+    *,
+    input_axes: AxesCount = None,
+    stacked_axes: AxesCount = None,
+    module: Any = None,
+    inputs: tuple = (),
+) -> Adapters:
     """Fresh adapters `{path: Adapter}`, whose product is zero: A is random and B is 0.
 
-    The kernels are selected as by `adapted_paths`; there is no factor alpha/rank.
+    There is no factor alpha/rank. Which axes of a kernel are inputs follows from its shape if it
+    has two axes, and otherwise from the bias beside it, from the module, or from `input_axes`.
 
     Args:
         key: PRNG key, folded with every kernel's path.
         params: any parameter tree.
-        pattern: regular expression over "a/b/c".
+        pattern: regular expression over "a/b/c", or paths.
         rank: of every adapter.
+        input_axes: number of axes of a kernel that are inputs, as 2 for [heads, size, out]; for all
+            kernels, or `{regular expression over paths: number}`.
+        stacked_axes: number of leading axes that count kernels, as 1 for [layers, in, out] of
+            `nn.scan`; likewise.
+        module: linen or nnx module whose parameters these are, which tells both numbers.
+        inputs: arguments for a call of a linen module; nothing is computed.
 
     Raises:
-        ValueError: as `adapted_paths`.
+        InvalidInput: no match, a leaf that is no dense kernel or may be several ones, or a rank
+            below 1 or above the smaller side of a kernel.
 
     Example:
         >>> adapters = init(jax.random.key(0), {"key": {"kernel": jnp.ones((4, 6))}}, ".*", 2)
         >>> adapters["key/kernel"].a.shape, adapters["key/kernel"].b.shape
         ((4, 2), (2, 6))
+        >>> attention = {"out": {"kernel": jnp.ones((2, 3, 6)), "bias": jnp.ones(6)}}
+        >>> adapters = init(jax.random.key(0), attention, ".*/kernel", 2)
+        >>> adapters["out/kernel"].a.shape, adapters["out/kernel"].b.shape
+        ((2, 3, 2), (2, 6))
     """
-    kernels = trees.select(params, adapted_paths(params, pattern, rank))
+    axes = adapted_axes(
+        params, pattern, rank,
+        input_axes=input_axes, stacked_axes=stacked_axes, module=module, inputs=inputs,
+    )  # fmt: skip
+    kernels = trees.select(params, tuple(axes))
+    keys = trees.leaf_keys(key, kernels)
 
-    def fresh(kernel_key: Key, kernel: Array) -> Adapter:
-        rows, columns = kernel.shape
-        b = jnp.zeros((rank, columns), jnp.float32)
-        return Adapter(input_factor(kernel_key, rows, rank), b)
+    def fresh(path: str, kernel: Array) -> Adapter:
+        stacked, inputs, outputs = axes[path].split(kernel.shape)
+        b = jnp.zeros((*stacked, rank, *outputs), jnp.float32)
+        a = input_factor(keys[path], (*stacked, *inputs, rank), math.prod(inputs))
+        return Adapter(a, b)
 
-    return jax.tree.map(fresh, trees.leaf_keys(key, kernels), kernels)
+    return {path: fresh(path, kernel) for path, kernel in kernels.items()}
 
 
-def input_factor(key: Key, rows: int, rank: int) -> Array:
-    """A fresh A for a kernel of some rows, float32 [rows, rank]."""
+def input_factor(key: Key, shape: Shape, rows: int) -> Array:
+    """A fresh A of a shape [*stacked, *inputs, rank], float32, for matrices of some rows."""
     # Kaiming's law with a = sqrt(5): uniform in +-1/sqrt(rows), as in Hu et al.'s code.
     bound = rows**-0.5
-    return jax.random.uniform(key, (rows, rank), jnp.float32, -bound, bound)
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
-def displacement(adapters: Adapters) -> dict[str, Array]:
-    """The dense task vector `A B` of adapters, `{path: float32 [in, out]}`."""
-    # Without the highest precision TPUs multiply in bfloat16.
-    return {
-        path: jnp.matmul(adapter.a, adapter.b, precision="highest")
-        for path, adapter in adapters.items()
-    }
+def axes_of_adapter(path: str, adapter: Adapter, kernel: Shape | None = None) -> Axes:
+    """How the axes of an adapter divide: `[*stacked, *inputs, rank]`, `[*stacked, rank, *outputs]`.
+
+    Args:
+        path: of the kernel, for messages.
+        adapter: the factors.
+        kernel: shape of the kernel, or `None`.
+
+    Raises:
+        InvalidInput: the factors do not fit each other or the kernel; without the kernel, more than
+            one division is possible.
+    """
+    a, b = adapter.a.shape, adapter.b.shape
+    possible = [
+        Axes(stacked, len(a) - 1 - stacked)
+        for stacked in range(min(len(a), len(b)) - 1)
+        if a[:stacked] == b[:stacked] and a[-1] == b[stacked]
+    ]
+    if kernel is not None:
+        possible = [axes for axes in possible if (*a[:-1], *b[axes.stacked + 1 :]) == tuple(kernel)]
+    if len(possible) == 1:
+        return possible[0]
+    if possible:
+        raise InvalidInput(
+            f"adapters={path}: factors of shapes {a} and {b} may be one adapter or a stack of "
+            "them; give params=, whose kernel tells"
+        )
+    of = "each other" if kernel is None else f"the kernel of shape {tuple(kernel)}"
+    raise InvalidInput(
+        f"adapters={path}: factors of shapes {a} and {b} do not fit {of}; a has the axes (stacked, "
+        "inputs, rank) and b (stacked, rank, outputs) of a kernel (stacked, inputs, outputs)"
+    )
+
+
+def _divided(adapters: Adapters, params: Params | None) -> Iterator[tuple[str, Adapter, Axes]]:
+    kernels = None if params is None else trees.select(params, tuple(adapters))
+    for path, adapter in adapters.items():
+        kernel = None if kernels is None else tuple(kernels[path].shape)
+        yield path, adapter, axes_of_adapter(path, adapter, kernel)
+
+
+def _as_matrices(adapter: Adapter, axes: Axes) -> Adapter:
+    """The factors with their input and output axes joined, [*stacked, in, rank] and so on."""
+    a, b = adapter
+    stacked, inputs, (rank,) = axes.split(a.shape)
+    return Adapter(a.reshape(*stacked, math.prod(inputs), rank), b.reshape(*stacked, rank, -1))
+
+
+def displacement(adapters: Adapters, params: Params | None = None) -> dict[str, Array]:
+    """The dense task vector `A B` of adapters, `{path: float32 of the kernel's shape}`.
+
+    Args:
+        adapters: `{path: Adapter}`.
+        params: parameters with these kernels, needed only where the shapes of the factors alone do
+            not tell whether they are stacked.
+
+    Raises:
+        InvalidInput: factors that do not fit, or stacks that need `params`.
+    """
+    steps = {}
+    for path, adapter, axes in _divided(adapters, params):
+        a, b = _as_matrices(adapter, axes)
+        # Without the highest precision TPUs multiply in bfloat16.
+        step = jnp.matmul(a, b, precision="highest")
+        steps[path] = step.reshape(*adapter.a.shape[:-1], *adapter.b.shape[axes.stacked + 1 :])
+    return steps
 
 
 def fold(params: Params, adapters: Adapters, coefficient: Array | float = 1.0) -> Params:
@@ -131,7 +289,7 @@ def fold(params: Params, adapters: Adapters, coefficient: Array | float = 1.0) -
         The parameters with the adapted kernels replaced, in the kernels' types.
 
     Raises:
-        ValueError: an adapter whose path the parameters do not have.
+        ValueError: an adapter whose path the parameters do not have, or that does not fit.
 
     Example:
         >>> adapters = {"k": Adapter(jnp.ones((1, 2)), jnp.ones((2, 1)))}
@@ -139,7 +297,7 @@ def fold(params: Params, adapters: Adapters, coefficient: Array | float = 1.0) -
         [[2.0]]
     """
     kernels = trees.select(params, tuple(adapters))
-    steps = displacement(adapters)
+    steps = displacement(adapters, kernels)
     # Added in float32 and cast once: a small step would be lost in a bfloat16 kernel.
     folded = {
         path: (kernel.astype(jnp.float32) + coefficient * steps[path]).astype(kernel.dtype)
@@ -153,17 +311,26 @@ def count(adapters: PyTree) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(adapters))
 
 
-def squared_norm(adapters: Adapters) -> Array:
+def squared_norm(adapters: Adapters, params: Params | None = None) -> Array:
     """`sum ||A B||^2` over all adapters from rank-sized Gram matrices, without forming A B.
+
+    Args:
+        adapters: `{path: Adapter}`.
+        params: as for `displacement`.
 
     Example:
         >>> float(squared_norm({"k": Adapter(jnp.ones((1, 2)), jnp.ones((2, 3)))}))
         12.0
     """
     total = jnp.zeros((), jnp.float32)
-    # tr(A^T A B B^T); the greedy order of products forms both Gram matrices first.
-    for a, b in adapters.values():
-        total += jnp.einsum("ir,is,ro,so->", a, a, b, b, precision="highest", optimize="greedy")
+    for _, adapter, axes in _divided(adapters, params):
+        a, b = _as_matrices(adapter, axes)
+        # tr(A^T A B B^T) of each matrix of a stack; the greedy order of products forms both Gram
+        # matrices first.
+        n = "abcdefgh"[: axes.stacked]
+        total += jnp.einsum(
+            f"{n}ir,{n}is,{n}ro,{n}so->", a, a, b, b, precision="highest", optimize="greedy"
+        )
     return total
 
 
@@ -184,11 +351,13 @@ def dense_leaves(leaves: Mapping[str, Array | Adapter | AdaptedKernel]) -> dict[
     }
 
 
-def branch(adapters: Mapping[str, Any], scale: Array | float = 1.0):
-    """Context in which adapted linen `Dense` layers add `scale (x A) B` to their output.
+@contextlib.contextmanager
+def branch(adapters: Mapping[str, Any], scale: Array | float = 1.0) -> Iterator[None]:
+    """Context in which adapted linen layers add `scale (x A) B` to their output.
 
     Equal to applying the model with `fold(params, adapters, scale)`, and cheaper to train: the
-    backward pass forms gradients of A and B only.
+    backward pass forms gradients of A and B only. Layers are `Dense`, `DenseGeneral`, `Einsum` and
+    `Conv`, also under `nn.remat`, and under `nn.scan` and `nn.vmap` that stack their kernels.
 
     Args:
         adapters: `{path of a kernel within the module: Adapter or AdaptedKernel}`; other leaves
@@ -196,7 +365,12 @@ def branch(adapters: Mapping[str, Any], scale: Array | float = 1.0):
         scale: scalar, or [N] for one scale per example; an `AdaptedKernel` has its own.
 
     Returns:
-        A context manager around `module.apply`.
+        A context manager around `module.apply`. For nnx modules, which know no such contexts, there
+        is `pm_jax.integrations.nnx_adapters`.
+
+    Raises:
+        InvalidInput: an adapter that does not fit its layer; at the end of the context, an adapter
+            that no layer used.
 
     Example:
         >>> layer, x = nn.Dense(3, name="head"), jnp.ones((1, 2))
@@ -207,31 +381,84 @@ def branch(adapters: Mapping[str, Any], scale: Array | float = 1.0):
         >>> (adapted - layer.apply(params, x)).round(4).tolist()
         [[2.0, 2.0, 2.0]]
     """
-    branches = {
-        path: (leaf.adapter, leaf.scale) if isinstance(leaf, AdaptedKernel) else (leaf, scale)
-        for path, leaf in adapters.items()
-        if isinstance(leaf, (Adapter, AdaptedKernel))
+    branched = branches_of(adapters, scale)
+    # Layers under `nn.scan` need their slice of a stack, which flax makes of what lies beside the
+    # kernel. Other factors are closed over, so that ordinary programs stay as they are.
+    stacks = {
+        f"{path}{_LENT}": tuple(adapter)
+        for path, (adapter, _, _) in branched.items()
+        if _may_be_stacked(adapter)
     }
+    used: set[str] = set()
+    called: dict[str, str] = {}
 
     def add_branch(call: LayerCall) -> Array | None:
-        path = call.kernel
-        if path not in branches:
+        called.setdefault(call.kernel, type(call.layer).__name__)
+        path, kind = call.kernel, dense_layers.kind_of(call.layer)
+        if path not in branched or kind is None:
             return None
-        if not isinstance(call.layer, nn.Dense):
-            raise ValueError(
-                f"adapters={path}: belongs to a {type(call.layer).__name__}; a branch is for "
-                "linen Dense layers, use fold for others"
+        adapter, _, factor = branched[path]
+        lent: Any = call.layer.get_variable("params", f"kernel{_LENT}")
+        adapter = Adapter(*lent) if lent is not None else adapter
+        axes = axes_of_adapter(path, adapter, call.kernel_shape)
+        try:
+            if call.linear_map is None:
+                raise branches.Unfit("its kernel is masked, or an ellipsis stands for its axes")
+            output = branches.branch_output(
+                call.linear_map, call.inputs, call.output, adapter, axes, factor
             )
-        (adapter, factor), output = branches[path], call.output
-        a, b = (matrix.astype(output.dtype) for matrix in adapter)
-        # Matrices, because a CPU differentiates products of more axes with slow copies.
-        low = jnp.asarray(call.inputs, output.dtype).reshape(-1, a.shape[0]) @ a
-        low = low.reshape(*output.shape[:-1], a.shape[1])
-        # Scaled in the width of the rank, before the product with B. Per-example scales [N] meet
-        # the first axis of [N, ..., rank].
-        factor = jnp.asarray(factor, output.dtype)
-        low *= factor.reshape(factor.shape + (1,) * (low.ndim - factor.ndim))
-        return output + (low.reshape(-1, a.shape[1]) @ b).reshape(output.shape)
+        except branches.Unfit as reason:
+            raise InvalidInput(
+                f"adapters={path}: has no branch in a {kind.__name__} layer ({reason}); use fold"
+            ) from None
+        used.add(path)
+        return output
 
-    # All modules, so that an adapter of a layer that is not `Dense` is an error, not passed over.
-    return visiting(add_branch, kind=nn.Module)
+    # All modules, so that an adapter of another layer is an error that names the layer. Lending
+    # comes last and so goes first: the outermost module is called again within it.
+    with dense_layers.visiting(add_branch, kinds=None), dense_layers.lending(stacks):
+        yield
+    # An exception within the context does not come here.
+    for path in branched:
+        if path not in used:
+            raise InvalidInput(unused_adapter(path, called))
+
+
+def branches_of(
+    adapters: Mapping[str, Any], scale: Array | float
+) -> dict[str, tuple[Adapter, Array | None, Array | float]]:
+    """The adapters among the leaves of a tree, each with its kernel (or `None`) and its scale."""
+    found: dict[str, tuple[Adapter, Array | None, Array | float]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+        dict(adapters), is_leaf=lambda leaf: isinstance(leaf, Adapter | AdaptedKernel)
+    ):
+        if isinstance(leaf, AdaptedKernel):
+            found[trees.path_name(path)] = leaf.adapter, leaf.kernel, leaf.scale
+        elif isinstance(leaf, Adapter):
+            found[trees.path_name(path)] = leaf, None, scale
+    return found
+
+
+_LENT = "_and_adapter"
+"""Ending of the name under which the factors of a stack lie beside their kernel."""
+
+
+def _may_be_stacked(adapter: Adapter) -> bool:
+    a, b = adapter.a.shape, adapter.b.shape
+    return min(len(a), len(b)) > 2 and a[0] == b[0]
+
+
+def unused_adapter(path: str, called: Mapping[str, str]) -> str:
+    """Why an adapter has had no effect, for layers called `{path of a kernel: type of layer}`."""
+    if path in called:
+        return (
+            f"adapters={path}: belongs to a {called[path]}; a branch is for linen Dense, "
+            "DenseGeneral, Einsum and Conv layers, use fold for others"
+        )
+    near = difflib.get_close_matches(path, called, 3, 0.3)
+    reached = f"the nearest are {', '.join(near)}" if near else "no linen layer was called"
+    return (
+        f"adapters={path}: no layer of a linen model used it ({reached}); name the path within the "
+        "module that is applied. A function that was jitted before does not see this context, "
+        "enter it inside; nor does an nnx model, use integrations.nnx_adapters or fold"
+    )

@@ -242,7 +242,8 @@ def displace(
     )
     adapters = {path: leaf for path, leaf in leaves(params).items() if is_adapter(leaf)}
     # ||Delta|| over arrays and adapters together.
-    length = trees.safe_sqrt(trees.inner(delta, delta) + lora.squared_norm(adapters))
+    kernels = {path: leaf for path, leaf in leaves(base).items() if path in adapters}
+    length = trees.safe_sqrt(trees.inner(delta, delta) + lora.squared_norm(adapters, kernels))
     # A normal vector over its norm is uniform on the sphere.
     noise = trees.gaussian_like(key, moving)
     moved = task_vectors.apply(moving, noise, step * length / trees.norm(noise))

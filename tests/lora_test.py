@@ -109,7 +109,7 @@ def test_fold_keeps_types_and_other_leaves(vit):
     [
         (PATTERN, 0, "rank=0"),
         (PATTERN, 17, "rank=17: must lie in 1..16"),
-        ("patch_embed/kernel", 2, "dense kernels"),
+        ("pos_embed", 2, "input_axes="),
         (r".*/norm1/bias", 1, "dense kernels"),
         ("attn/key", 2, "matches none"),
     ],
@@ -121,6 +121,6 @@ def test_adapters_that_do_not_fit_are_refused(vit, pattern, rank, message):
 
 def test_a_branch_on_a_layer_that_is_not_dense_is_refused(vit):
     model, params, images, _, _ = vit
-    wrong = {"patch_embed/kernel": lora.Adapter(jnp.ones((16, 1)), jnp.ones((1, 16)))}
-    with pytest.raises(ValueError, match="Conv"), lora.branch(wrong):
+    wrong = {"norm/kernel": lora.Adapter(jnp.ones((16, 1)), jnp.ones((1, 16)))}
+    with pytest.raises(ValueError, match="LayerNorm.*use fold"), lora.branch(wrong):
         model.apply({"params": params}, images)

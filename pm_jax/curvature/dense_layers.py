@@ -1,19 +1,30 @@
 """The dense layers of a linen model: their inputs, their outputs' gradients and their kernels.
 
 Everything that looks inside a linen model goes through `visiting`, which calls back whenever the
-model applies a layer. Layers are named by the path of their module, "a/b" for "a/b/kernel".
+model applies a layer, or `lending`, which lets layers find further variables. Layers are named by
+the path of their module, "a/b" for "a/b/kernel".
 """
 
-from collections.abc import Callable, Collection
+import contextlib
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pm_jax import trees
-from pm_jax.types import Array, Batch, Params, PyTree
+from pm_jax.curvature.kernels import Contraction, Convolution, Shape, shape_of
+from pm_jax.types import Array, Batch, InvalidInput, Params, PyTree
+
+DENSE = (nn.Dense, nn.DenseGeneral, nn.Einsum)
+"""Layers that are one contraction of their inputs with a kernel."""
+
+WITH_KERNEL = (*DENSE, nn.Conv)
+"""All layers of linen that pm_jax knows to be linear in their kernel."""
 
 
 class LayerCall(NamedTuple):
@@ -24,25 +35,72 @@ class LayerCall(NamedTuple):
         layer: the linen module.
         inputs: its first argument.
         output: the result.
+        equation: second argument of an `Einsum` layer, if it has one.
     """
 
     name: str
     layer: nn.Module
     inputs: Any
     output: Any
+    equation: str | None = None
 
     @property
     def kernel(self) -> str:
         """Path of the layer's kernel, if it has one."""
         return f"{self.name}/kernel".lstrip("/")
 
+    @property
+    def kernel_shape(self) -> Shape:
+        """Shape of the kernel that the layer sees: one layer's where `nn.scan` stacks them."""
+        return shape_of(self.layer.get_variable("params", "kernel"))
+
+    @property
+    def linear_map(self) -> Contraction | Convolution | None:
+        """What the layer does with its kernel; `None` where that is not known."""
+        layer, ndim = self.layer, jnp.ndim(self.inputs)
+        match kind_of(layer):
+            case nn.Dense:
+                return Contraction.general(ndim, (-1,), (), 1)
+            case nn.DenseGeneral:
+                axis, batch, features = (
+                    (value,) if isinstance(value, int) else tuple(value)
+                    for value in (layer.axis, layer.batch_dims, layer.features)
+                )
+                return Contraction.general(ndim, axis, batch, len(features))
+            case nn.Einsum:
+                return Contraction.einsum(self.equation or layer.einsum_str, ndim)
+            case nn.Conv:
+                return Convolution.of(layer)
+        return None
+
+
+def kind_of(layer: nn.Module) -> type[nn.Module] | None:
+    """The class of `WITH_KERNEL` that a layer computes as; `None` for any other layer.
+
+    A subclass that computes its output or its kernel in another way is another layer.
+
+    Example:
+        >>> kind_of(nn.Dense(3)).__name__, kind_of(nn.LayerNorm())
+        ('Dense', None)
+    """
+    for kind in WITH_KERNEL:
+        if isinstance(layer, kind):
+            mro = type(layer).__mro__
+            # This also leaves out the outer of the two calls that transformed layers make, as
+            # `nn.remat(nn.Dense)`: theirs is a subclass with a `__call__` around the layer's.
+            changed = (vars(cls).keys() & {"__call__", "param"} for cls in mro[: mro.index(kind)])
+            return None if any(changed) else kind
+    return None
+
 
 def visiting(
-    visit: Callable[[LayerCall], Array | None], kind: type[nn.Module] = nn.Dense
+    visit: Callable[[LayerCall], Array | None],
+    kinds: tuple[type[nn.Module], ...] | None = (nn.Dense,),
 ) -> AbstractContextManager:
-    """Context in which a linen model calls `visit` at every layer of a kind that it applies.
+    """Context in which a linen model calls `visit` at every layer of some kinds that it applies.
 
-    An array that `visit` returns replaces the layer's output.
+    The kinds are classes of `WITH_KERNEL`, or `None` for all modules. An array that `visit` returns
+    replaces the layer's output.
 
     Example:
         >>> layer, params = nn.Dense(1, use_bias=False), {"params": {"kernel": jnp.ones((2, 1))}}
@@ -54,24 +112,152 @@ def visiting(
     def interceptor(next_fn, args, kwargs, context):
         output = next_fn(*args, **kwargs)
         # Modules have other methods, such as `setup`, which compute no outputs.
-        if context.method_name != "__call__" or not isinstance(context.module, kind):
+        layer = context.module
+        if context.method_name != "__call__" or (kinds and kind_of(layer) not in kinds):
             return output
-        inputs = args[0] if args else None
-        call = LayerCall("/".join(context.module.path), context.module, inputs, output)
-        replacement = visit(call)
+        # All layers of `WITH_KERNEL` give their arguments these names.
+        inputs = args[0] if args else kwargs.get("inputs")
+        equation = args[1] if len(args) > 1 else kwargs.get("einsum_str")
+        replacement = visit(LayerCall("/".join(layer.path), layer, inputs, output, equation))
         return output if replacement is None else replacement
 
     return nn.intercept_methods(interceptor)
 
 
-def layers_called_once(module: nn.Module, inputs: PyTree) -> tuple[str, ...]:
-    """Names of the dense layers that a module calls exactly once, in the order of the calls."""
-    calls: list[str] = []
-    with visiting(lambda call: calls.append(call.name)):
-        # Only shapes are needed, so nothing is computed.
-        jax.eval_shape(module.init, jax.random.key(0), inputs)
-    # A dict instead of a set: it keeps the order of the calls.
-    return tuple(name for name in dict.fromkeys(calls) if calls.count(name) == 1)
+def lending(values: Mapping[str, PyTree]) -> AbstractContextManager:
+    """Context in which a linen model finds further variables `{path: value}` in its "params".
+
+    `nn.scan` and `nn.vmap` hand a layer its slice of what lies in a collection. A value that an
+    interceptor closes over would not be sliced.
+
+    Example:
+        >>> class Layer(nn.Module):
+        ...     @nn.compact
+        ...     def __call__(self):
+        ...         return self.get_variable("params", "more")
+        >>> with lending({"more": 3.0}):
+        ...     Layer().apply({"params": {"kernel": jnp.ones(2)}})
+        3.0
+    """
+    if not values:
+        return contextlib.nullcontext()
+    lent = False
+
+    def interceptor(next_fn, args, kwargs, context):
+        nonlocal lent
+        module = context.module
+        # The outermost call lends to all calls within it. There are no variables before `setup` and
+        # none to add to while a model is initialised.
+        if lent or context.method_name == "setup" or module.is_initializing():
+            return next_fn(*args, **kwargs)
+
+        def add(variables):
+            params = variables.get("params", {})
+            for path, value in values.items():
+                params = _with_entry(params, path.split("/"), list(module.path), value)
+            return {**variables, "params": params}
+
+        def run(module, *args, **kwargs):
+            # `next_fn` belongs to the module without the variables.
+            return getattr(module, context.method_name)(*args, **kwargs)
+
+        lent = True
+        try:
+            return nn.map_variables(run, "params", trans_in_fn=add)(module, *args, **kwargs)
+        finally:
+            lent = False
+
+    return nn.intercept_methods(interceptor)
+
+
+def _with_entry(params: Mapping[str, Any], path: list[str], within: list[str], value: PyTree):
+    """The collection of the module at the path `within`, with an entry if it has the place."""
+    if path[: len(within)] != within:
+        return params
+    name, *deeper = path[len(within) :]
+    if not deeper:
+        return {**params, name: value}
+    if not isinstance(params.get(name), Mapping):
+        return params
+    return {**params, name: _with_entry(params[name], deeper, [], value)}
+
+
+def layers_called_once(
+    module: nn.Module, inputs: PyTree, kinds: tuple[type[nn.Module], ...] = (nn.Dense,)
+) -> tuple[str, ...]:
+    """Names of the dense layers that a module calls exactly once, in the order of the calls.
+
+    A layer in a loop (`nn.scan`) or under `nn.vmap` is called more than once.
+    """
+    calls = traced_calls(module.init, jax.random.key(0), inputs, kinds=kinds)
+    return tuple(name for name, calls in calls.items() if len(calls) == 1 and calls[0].once)
+
+
+class TracedCall(NamedTuple):
+    """One call of a layer, as a trace of the model shows it.
+
+    Attributes:
+        linear_map: what the layer does with its kernel.
+        inputs: shape and type of its inputs.
+        output: shape and type of its output.
+        kernel_shape: shape of its kernel.
+        once: whether the call runs exactly once when the model does, on all examples together.
+    """
+
+    linear_map: Contraction | Convolution | None
+    inputs: jax.ShapeDtypeStruct
+    output: jax.ShapeDtypeStruct
+    kernel_shape: Shape
+    once: bool
+
+
+def traced_calls(
+    run: Callable[..., Any], *args: Any, kinds: tuple[type[nn.Module], ...]
+) -> dict[str, list[TracedCall]]:
+    """Calls of layers while `run(*args)` applies a linen model, by the names of the layers.
+
+    Nothing is computed. Layers may be under `nn.remat`, whose values cannot leave its body.
+    """
+    calls: dict[str, list[TracedCall]] = {}
+
+    def mark(call: LayerCall) -> Array:
+        inputs, output = (
+            jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (jnp.asarray(call.inputs), call.output)
+        )
+        traced = TracedCall(call.linear_map, inputs, output, call.kernel_shape, False)
+        calls.setdefault(call.name, []).append(traced)
+        # A name in the program, by which the call is found again below.
+        return checkpoint_name(call.output, f"pm_jax:{len(calls[call.name]) - 1}:{call.name}")
+
+    with visiting(mark, kinds):
+        program = jax.make_jaxpr(run)(*args)
+    times: dict[str, list[tuple[Shape, bool]]] = {}
+    for marker, shape, looped in _markers(program.jaxpr):
+        times.setdefault(marker, []).append((shape, looped))
+    return {
+        name: [
+            call._replace(
+                # Another shape has an axis of `vmap`, over which the layer runs many times.
+                once=times.get(f"pm_jax:{number}:{name}") == [(call.output.shape, False)]
+            )
+            for number, call in enumerate(of_layer)
+        ]
+        for name, of_layer in calls.items()
+    }
+
+
+def _markers(jaxpr: Any, looped: bool = False) -> Iterator[tuple[str, Shape, bool]]:
+    """Names in a program, with the shapes that they are given to and whether they are in a loop."""
+    for equation in jaxpr.eqns:
+        primitive = equation.primitive.name
+        if primitive == "name":
+            yield equation.params["name"], equation.outvars[0].aval.shape, looped
+        for parameter in equation.params.values():
+            for part in parameter if isinstance(parameter, tuple | list) else (parameter,):
+                # Closed programs hold an open one.
+                inner = getattr(part, "jaxpr", part)
+                if hasattr(inner, "eqns"):
+                    yield from _markers(inner, looped or primitive in ("scan", "while"))
 
 
 def kernel_paths(params: Params) -> tuple[str, ...]:
@@ -143,16 +329,21 @@ def input_moments(
 class Tapped(NamedTuple):
     """The pass of a batch through dense layers, and the gradients' way back to them.
 
+    Inputs and gradients of a layer are rows of the matrix that its kernel is: the axes over which
+    the kernel does not run, tokens as a rule, are one.
+
     Attributes:
         outputs: of the model, [N, ...].
-        inputs: `{layer: its inputs [N, ..., in]}`.
+        inputs: `{layer: its inputs [N, tokens, in]}`.
         pull_back: from cotangents of the model's outputs to `{layer: gradients of the layer's
-            outputs [N, ..., out]}`.
+            outputs [N, tokens, out]}`.
+        contractions: `{layer: what it does with its kernel}`.
     """
 
     outputs: Array
     inputs: dict[str, Array]
     pull_back: Callable[[Array], dict[str, Array]]
+    contractions: dict[str, Contraction]
 
 
 def tapped(
@@ -163,36 +354,106 @@ def tapped(
 ) -> Tapped:
     """Run a linen model such that gradients of the outputs of `layers` can be computed.
 
-    A tap is a zero that is added to a layer's output: the gradient with respect to the tap is the
-    gradient with respect to that output, for every example by itself.
+    A tap passes a layer's output on, and hands its gradient and the layer's inputs to two zeros
+    whose "gradients" they become: values can leave the body of `nn.remat` on no other way.
 
     Raises:
-        ValueError: the model does not call a layer exactly once.
+        InvalidInput: the model does not call a layer exactly once, or it is none of `DENSE`.
     """
-
-    def run(taps: dict[str, Array] | None) -> tuple[Array, dict[str, tuple[Array, Array]]]:
-        calls: dict[str, tuple[Array, Array]] = {}
-
-        def add_tap(call: LayerCall) -> Array | None:
-            if (name := call.name) not in layers:
-                return None
-            # One tap for two calls would sum their gradients before they are squared.
-            if name in calls:
-                raise ValueError(f"dense_layers={name}: is called more than once; leave it out")
-            calls[name] = call.inputs, call.output
-            return None if taps is None else call.output + taps[name]
-
-        with visiting(add_tap):
-            outputs = outputs_fn(params, batch)
-        return outputs, calls
-
-    # The taps have the shapes of the layers' outputs, which only a first run tells.
-    shapes = jax.eval_shape(lambda: run(None)[1])
-    if missing := sorted(set(layers) - set(shapes)):
-        raise ValueError(
+    calls = traced_calls(outputs_fn, params, batch, kinds=WITH_KERNEL)
+    if missing := sorted(set(layers) - set(calls)):
+        raise InvalidInput(
             f"dense_layers={missing}: are no linen Dense layers of the model that is applied"
         )
-    taps = {name: jnp.zeros(output.shape, output.dtype) for name, (_, output) in shapes.items()}
-    outputs, pull_back, calls = jax.vjp(run, taps, has_aux=True)
-    inputs = {name: x for name, (x, _) in calls.items()}
-    return Tapped(outputs, inputs, lambda cotangents: pull_back(cotangents)[0])
+    contractions = {name: _contraction(name, calls[name]) for name in layers}
+
+    def run(slots: dict[str, tuple[Array, Array]]) -> Array:
+        reached = set()
+
+        def add_tap(call: LayerCall) -> Array | None:
+            if call.name not in layers:
+                return None
+            reached.add(call.name)
+            return _tap(call.output, _floating(call.inputs), *slots[call.name])
+
+        with visiting(add_tap, DENSE):
+            outputs = outputs_fn(params, batch)
+        # A layer whose program was compiled before, as `nn.jit` does, would pass no gradient.
+        if passed := sorted(set(layers) - reached):
+            raise InvalidInput(f"dense_layers={passed}: are compiled by themselves; leave them out")
+        return outputs
+
+    slots = {
+        name: tuple(
+            jnp.zeros(x.shape, x.dtype)
+            for x in (calls[name][0].output, jax.eval_shape(_floating, calls[name][0].inputs))
+        )
+        for name in layers
+    }
+    outputs, pull_back = jax.vjp(run, slots)
+
+    def rows(name: str, values: Array, letters: str, last: list[str]) -> Array:
+        """[N, tokens, width] from the values of a layer, with the axes `last` joined."""
+        rest = [letter for letter in letters if letter not in last]
+        moved = jnp.transpose(values, [letters.index(letter) for letter in [*rest, *last]])
+        width = [moved.shape[len(rest) + number] for number in range(len(last))]
+        examples = moved.shape[0]
+        return moved.reshape(examples, -1, math.prod(width))
+
+    def gradients(cotangents: Array) -> dict[str, Array]:
+        (slots,) = pull_back(cotangents)
+        return {
+            name: rows(name, gradient, contractions[name].outputs, contractions[name].produced)
+            for name, (gradient, _) in slots.items()
+        }
+
+    # The inputs are the same for all cotangents.
+    (passed,) = pull_back(jnp.zeros_like(outputs))
+    inputs = {
+        name: rows(name, x, contractions[name].inputs, contractions[name].summed)
+        for name, (_, x) in passed.items()
+    }
+    return Tapped(outputs, inputs, gradients, contractions)
+
+
+def _contraction(name: str, calls: list[TracedCall]) -> Contraction:
+    """The contraction of a layer that is called once; raises `InvalidInput` for other layers."""
+    call = calls[0]
+    contraction = call.linear_map
+    if not isinstance(contraction, Contraction) or not contraction.is_matrix_product:
+        raise InvalidInput(
+            f"dense_layers={name}: is no matrix product over all its axes, as a convolution or a "
+            "product for each head; leave it out"
+        )
+    # One tap for two calls would sum their gradients before they are squared.
+    if len(calls) > 1 or not call.once:
+        raise InvalidInput(
+            f"dense_layers={name}: is called more than once, or stacked by nn.scan or nn.vmap; "
+            "leave it out"
+        )
+    return contraction
+
+
+def _floating(x: Any) -> Array:
+    """An array that can be a cotangent: whole numbers become float32."""
+    x = jnp.asarray(x)
+    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
+
+
+@jax.custom_vjp
+def _tap(output: Array, inputs: Array, output_slot: Array, input_slot: Array) -> Array:
+    """The output; the gradients of the slots are its own gradient and the inputs."""
+    del inputs, output_slot, input_slot
+    return output
+
+
+def _tap_forward(output, inputs, output_slot, input_slot):
+    return _tap(output, inputs, output_slot, input_slot), inputs
+
+
+def _tap_backward(inputs, gradient):
+    # The inputs themselves get no gradient from here: `None` stands for zero.
+    return gradient, None, gradient, inputs
+
+
+_tap.defvjp(_tap_forward, _tap_backward)

@@ -18,7 +18,7 @@ References:
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -28,10 +28,11 @@ import jax.numpy as jnp
 from pm_jax import losses, trees
 from pm_jax.curvature import diagonal, products, squared_gradients
 from pm_jax.curvature.dense_layers import layer_of, tapped
+from pm_jax.curvature.kernels import axes_of
 from pm_jax.curvature.measures import Given, Measure, Measurement, MeasureState, remembered
 from pm_jax.curvature.quadratics import Curvature, Quadratic
 from pm_jax.curvature.squared_gradients import OutputsFn, PassesFn
-from pm_jax.types import Array, Batch, Key, LogitsFn, Params, PyTree
+from pm_jax.types import Array, Batch, InvalidInput, Key, LogitsFn, Params, PyTree
 
 POWER_STEPS = 50
 """Steps of the power iteration for a 2 x 2 matrix, whose two eigenvalues may lie close together."""
@@ -47,7 +48,7 @@ class Kronecker(Curvature):
     another center by several per cent; about the first one they are exact.
 
     Attributes:
-        inputs: `{path of a kernel [in, out]: A, float32 [slots, in, in]}`.
+        inputs: `{path of a kernel (in) x (out): A, float32 [slots, in, in]}`.
         outputs: `{path: G, float32 [slots, out, out]}`.
         diagonal: `{path of another leaf: diagonal of H}`, summed over the tasks.
         tasks: int32 scalar, tasks summed.
@@ -141,7 +142,7 @@ class KroneckerQuadratic(Quadratic):
     def zero(cls, center: Params, kernels: Sequence[str] | str, slots: int) -> KroneckerQuadratic:
         """The quadratic that is 0 everywhere, with room for the factors of some tasks."""
         leaves = trees.leaves_by_path(center)
-        one = Factors.zero(_kernels(center, kernels))
+        one = Factors.zero(center, _kernels(center, kernels))
         inputs, outputs = jax.tree.map(lambda x: jnp.zeros((slots, *x.shape)), tuple(one))
         rest = {path: x for path, x in leaves.items() if path not in inputs}
         none = jnp.zeros((), jnp.int32)
@@ -158,11 +159,14 @@ def _between(inputs: Array, kernel: Array, outputs: Array) -> Array:
 
     def add(slot: Array, total: Array) -> Array:
         # Without the highest precision TPUs multiply in bfloat16.
-        product = jnp.matmul(inputs[slot], kernel, precision="highest")
+        product = jnp.matmul(inputs[slot], matrix, precision="highest")
         return total + jnp.matmul(product, outputs[slot], precision="highest")
 
+    # Kernels of more axes are [*inputs, *outputs].
+    matrix = kernel.reshape(inputs.shape[-1], outputs.shape[-1])
     # Slot by slot: all at once would hold an array of the kernel's size for every slot.
-    return jax.lax.fori_loop(0, len(inputs), add, jnp.zeros_like(kernel))
+    product = jax.lax.fori_loop(0, len(inputs), add, jnp.zeros_like(matrix))
+    return product.reshape(kernel.shape)
 
 
 def _nearest(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -207,11 +211,30 @@ class Factors(NamedTuple):
     outputs: dict[str, Array]
 
     @classmethod
-    def zero(cls, kernels: dict[str, Array]) -> Factors:
-        """The sums over no examples."""
+    def zero(cls, params: Params, kernels: Iterable[str]) -> Factors:
+        """The sums over no examples for the kernels of some paths.
+
+        Raises:
+            InvalidInput: a kernel that is not one matrix, or not known to be which one.
+        """
+        leaves, sides = trees.leaves_by_path(params), {}
+        for path in kernels:
+            try:
+                axes = axes_of(leaves, path)
+            except InvalidInput as error:
+                raise InvalidInput(
+                    f"kernels={path}: is not known to be one matrix, leave it to the diagonal "
+                    f"({error})"
+                ) from None
+            if axes.stacked:
+                raise InvalidInput(
+                    f"kernels={path}: of shape {leaves[path].shape} stacks several matrices; leave "
+                    "it to the diagonal"
+                )
+            sides[path] = axes.sides(leaves[path].shape)
         inputs, outputs = (
-            {path: jnp.zeros((x.shape[axis],) * 2) for path, x in kernels.items()}
-            for axis in (0, 1)
+            {path: jnp.zeros((widths[side],) * 2) for path, widths in sides.items()}
+            for side in (0, 1)
         )
         return cls(inputs, outputs)
 
@@ -223,10 +246,12 @@ def factors(
     batch: Batch,
     keys: Key | None = None,
 ) -> Factors:
-    """Sum the Kronecker factors of linen Dense kernels, flat `{path: kernel}`, over a batch.
+    """Sum the Kronecker factors of linen dense kernels, flat `{path: kernel}`, over a batch.
+
+    Kernels of `DenseGeneral` and `Einsum` layers, [*inputs, *outputs], count as matrices.
 
     Raises:
-        ValueError: a path that is no kernel of a Dense layer that is called exactly once.
+        InvalidInput: a path that is no kernel of such a layer that is called exactly once.
 
     Example:
         >>> import flax.linen as nn
@@ -243,26 +268,31 @@ def factors(
     names = {path: layer_of(path) for path in params}
     taps = tapped(outputs_fn, params, batch, set(names.values()))
 
-    def by_token(values: Array) -> Array:  # [N, tokens, width]
-        return values.astype(jnp.float32).reshape(len(weights), -1, values.shape[-1])
+    for path, name in names.items():
+        if taps.contractions[name].axes is None:
+            raise InvalidInput(
+                f"kernels={path}: has the axes of its outputs before those of its inputs; leave it "
+                "to the diagonal"
+            )
 
-    def moments(weights: Array, values: Array) -> Array:
+    def moments(weights: Array, values: Array) -> Array:  # [N, tokens, width]
+        values = values.astype(jnp.float32)
         return jnp.einsum("n,nti,ntj->ij", weights, values, values, precision="highest")
 
     inputs = {}
     for path, name in names.items():
-        x = by_token(taps.inputs[name])
+        x = taps.inputs[name]
         # A mean over tokens on this side and a sum on the other: the expanding convention.
         inputs[path] = moments(weights / x.shape[1], x)
 
     def add_pass(total, one):
         gradients = taps.pull_back(one.cotangents)
         return {
-            path: total[path] + moments(one.weights * weights, by_token(gradients[name]))
+            path: total[path] + moments(one.weights * weights, gradients[name])
             for path, name in names.items()
         }, None
 
-    start = Factors.zero(params).outputs
+    start = {path: jnp.zeros((params[path].size // inputs[path].shape[0],) * 2) for path in names}
     return Factors(inputs, jax.lax.scan(add_pass, start, passes_fn(taps.outputs, keys))[0])
 
 
@@ -335,7 +365,9 @@ def fisher_kronecker(
     def init(*args: Any, **kwargs: Any) -> MeasureState:
         given = Given(*args, **kwargs)
         chosen, rest, _ = parts(MeasureState.start(given, None))
-        return MeasureState.start(given, (Factors.zero(chosen), trees.zeros_like(rest)))
+        return MeasureState.start(
+            given, (Factors.zero(given.params, chosen), trees.zeros_like(rest))
+        )
 
     def update(state: MeasureState, batch: Batch) -> MeasureState:
         weights = losses.weights_of(batch)

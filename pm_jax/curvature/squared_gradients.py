@@ -5,9 +5,10 @@ weight per example. The empirical Fisher is one pass; the exact one has a pass p
 `sum_passes sum_n weight_n (pulled-back cotangent_n)^2`, by one of two ways that agree:
 
 - `by_vmap`, for any parameters: the gradient of every example is formed.
-- `by_layers`, for linen Dense layers: from the inputs x of the layer and the gradients g of its
-  outputs, which one ordinary backward pass gives for the whole batch. A layer without token axes
-  needs no per-example gradient at all, since `sum_n (x_n g_n^T)^2 = (x^2)^T g^2`.
+- `by_layers`, for linen layers that are matrix products (`dense_layers.DENSE`): from the inputs x
+  of the layer and the gradients g of its outputs, which one ordinary backward pass gives for the
+  whole batch. A layer without token axes needs no per-example gradient at all, since
+  `sum_n (x_n g_n^T)^2 = (x^2)^T g^2`.
 """
 
 import functools
@@ -165,12 +166,13 @@ def by_layers(
     keys: Key | None = None,
     direction: PyTree | None = None,
 ) -> SquaredGradients:
-    """Sum squared gradients of linen Dense layers, from their inputs and output gradients.
+    """Sum squared gradients of linen dense layers, from their inputs and output gradients.
 
-    `params` and `direction` are flat `{path: leaf}` of kernels and biases, `keys` [N]; float32.
+    `params` and `direction` are flat `{path: leaf}` of kernels and biases of `Dense`,
+    `DenseGeneral` and `Einsum` layers, `keys` [N]; float32.
 
     Raises:
-        ValueError: a path that is no kernel or bias of a Dense layer that is called exactly once.
+        InvalidInput: a path that is no kernel or bias of such a layer that is called exactly once.
     """
     layers = {dense_layers.layer_of(path) for path in params}
     taps = dense_layers.tapped(outputs_fn, params, batch, layers)
@@ -181,12 +183,14 @@ def by_layers(
         total, along = carry
         for path in params:
             name, _, kind = path.rpartition("/")
+            contraction = taps.contractions[name]
             added, values = _dense_squares(
                 taps.inputs[name] if kind == "kernel" else None,
                 gradients[name],
                 one.weights * weights,
-                None if direction is None else direction[path],
+                None if direction is None else contraction.as_matrix(direction[path], kind),
             )
+            added = contraction.from_matrix(added, kind, params[path].shape)
             total = {**total, path: total[path] + added}
             # Per example and so without the examples' weights, which the mean over them applies.
             along = along + one.weights * values
@@ -200,16 +204,17 @@ def by_layers(
 def _dense_squares(inputs, gradients, weights, direction):
     """Weighted sum of one leaf's squared gradients, and their values along d^2 per example.
 
-    `inputs` [N, ..., in] for a kernel and `None` for a bias, `gradients` [N, ..., out].
+    `inputs` [N, tokens, in] for a kernel and `None` for a bias, `gradients` [N, tokens, out]; the
+    kernel is a matrix here, and the bias a vector.
     """
     examples = gradients.shape[0]
-    g = gradients.astype(jnp.float32).reshape(examples, -1, gradients.shape[-1])
+    g = gradients.astype(jnp.float32)
     # The factors whose product is the squared gradient of an example n, by their axes.
     if inputs is None:
         axes, squares = "no", [jnp.sum(g, axis=1) ** 2]
     elif g.shape[1] > 1:
         # The square of a sum over tokens t is no product of squares: gradients are formed.
-        x = inputs.astype(jnp.float32).reshape(examples, -1, inputs.shape[-1])
+        x = inputs.astype(jnp.float32)
         axes, squares = "nio", [jnp.einsum("nti,nto->nio", x, g, precision="highest") ** 2]
     else:
         x = inputs.astype(jnp.float32).reshape(examples, -1)

@@ -154,6 +154,11 @@ def _outside(state: BecameState, moving: Moving) -> Moving:
 
     def leaf(path: str, change: Array | Adapter) -> Array | Adapter:
         if isinstance(change, Adapter):
+            if path not in state.projectors:
+                raise InvalidInput(
+                    f"adapters={path}: became projects adapters of dense kernels (in, out) only; "
+                    "choose other kernels or another rule"
+                )
             a = gradient_projection.removed(state.projectors[path], change.a)
             # B may change as it likes: no old input passes through A.
             return change._replace(a=a)

@@ -1,6 +1,7 @@
 """PAM: task adapters that are kept in line with a global one while they train."""
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -122,7 +123,10 @@ def _realigned(share: float, state: PamState, key: Key, moving: Moving) -> tuple
     for path, leaf in moving.items():
         shared = state.shared.get(path)
         if isinstance(leaf, Adapter) and isinstance(shared, Adapter):
-            fresh = Adapter(lora.input_factor(keys[path], *leaf.a.shape), jnp.zeros_like(leaf.b))
+            axes = lora.axes_of_adapter(path, leaf, state.origin[path].shape)
+            rows = math.prod(axes.split(leaf.a.shape)[1])
+            a = lora.input_factor(keys[path], leaf.a.shape, rows)
+            fresh = Adapter(a, jnp.zeros_like(leaf.b))
             renewed[path] = Adapter(opposed_to(shared.a, leaf.a), opposed_to(shared.b, leaf.b))
         elif not isinstance(leaf, Adapter) and not isinstance(shared, Adapter | None):
             fresh = state.origin[path]

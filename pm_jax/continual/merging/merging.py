@@ -119,9 +119,8 @@ class Merging:
 
     def blank_adapters(self, params: Params) -> Adapters:
         """Make adapters of the run's shapes whose products are 0; none without LoRA."""
-        kernels = trees.select(params, self.programs.adapted)
-        rank = self._config.lora_rank
-        return self._devices.place(lora.init(self._key, kernels, ".*", rank)) if kernels else {}
+        paths, rank = self.programs.adapted, self._config.lora_rank
+        return self._devices.place(lora.init(self._key, params, paths, rank)) if paths else {}
 
     def tasks_seen(self, task: int) -> int:
         """Return the number of tasks whose data have been trained on after a task."""

@@ -82,8 +82,7 @@ def partition(
 
 def fresh_trainable(key: Key, partition: Partition, start: Params, rank: int) -> Trainable:
     """Make the trainable parameters at the onset of a task, which give `start` exactly."""
-    kernels = trees.select(start, partition.adapted)
-    adapters = lora.init(key, kernels, ".*", rank) if kernels else {}
+    adapters = lora.init(key, start, partition.adapted, rank) if partition.adapted else {}
     return Trainable(
         adapters, trees.select(start, partition.direct), trees.select(start, partition.head)
     )
