@@ -125,9 +125,17 @@ def assert_equal(got, wanted):
     assert_close(got, wanted, 0, 0)
 
 
-@pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)
-@pytest.mark.parametrize("name", MODELS)
+def every_model_and_law():
+    """All pairs; those that compile longest and differ least from others are slow."""
+    for name in MODELS:
+        for law in LAWS:
+            fast = law in ("certain", "antithetic") or name == "dense" and law != "one_sided"
+            yield pytest.param(name, law, marks=[] if fast else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name,law", list(every_model_and_law()))
 def test_loss_gradient_and_state_equal_those_of_the_pure_state(name, law):
+    law = LAWS[law]
     model, base, batch = problem(name)
     _, params, rest = nnx.split(model, nnx.Param, ...)
     params, rest = (jax.tree.map(jnp.copy, tree) for tree in (params, rest))
@@ -399,6 +407,43 @@ def test_logits_are_those_of_evaluation_whatever_the_mode(name, mode):
     assert_equal(nnx.state(model), before)
     flags = [m.deterministic for _, m in nnx.iter_modules(model) if isinstance(m, nnx.Dropout)]
     assert all(flag == (mode == "eval") for flag in flags)
+
+
+@pytest.mark.parametrize("name", ["dense", pytest.param("attention", marks=pytest.mark.slow)])
+def test_a_module_is_measured_with_its_statistics_as_its_pure_function_would_be(name):
+    model, base, (x, y) = problem(name)
+    model.train()
+    model(x)
+    params, state = pm_nnx.snapshot(model), pm_nnx.model_state(model)
+    delta = pm_jax.task_vectors.difference(params, base)
+    before = jax.tree.map(lambda leaf: leaf, nnx.state(model))
+    pure = pm_nnx.logits_fn(model)
+    found = [
+        pm_jax.measure_all(make(pure), params, (x, y), 3, delta, model_state=state)
+        for make in (pm_jax.fisher_exact, pm_jax.gauss_newton)
+    ]
+    assert_equal(nnx.state(model), before)
+
+    # Dense: J^T (diag p - p p^T) J along delta, and its diagonal, of the evaluated module.
+    evaluated = nnx.clone(model)
+    evaluated.eval()
+    graph = nnx.graphdef(evaluated)
+
+    def logits(params):
+        return nnx.merge(graph, params, state, copy=True)(x)
+
+    jacobian = jax.tree.leaves(jax.jacrev(logits)(params))
+    flat = jnp.concatenate([leaf.reshape(*leaf.shape[:2], -1) for leaf in jacobian], -1)
+    p = jax.nn.softmax(logits(params))
+    hessian = p[:, :, None] * jnp.eye(3)[None] - p[:, :, None] * p[:, None, :]
+    direction = jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(delta)])
+    fisher = jnp.einsum("nci,ncd,ndj->ij", flat, hessian, flat) / len(x)
+    leaves = jax.tree.leaves(found[0].quadratic.diagonal)
+    diagonal = jnp.concatenate([leaf.ravel() for leaf in leaves])
+    # Sums over examples and classes in another order.
+    np.testing.assert_allclose(diagonal, jnp.diag(fisher), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(found[0].along, direction**2 @ jnp.diag(fisher), rtol=1e-4)
+    np.testing.assert_allclose(found[1].along, direction @ fisher @ direction, rtol=1e-4)
 
 
 def test_a_call_may_have_its_own_arguments():
