@@ -18,6 +18,7 @@ from pm_jax.curvature.diagonal import DiagonalQuadratic, fisher_empirical, fishe
 from pm_jax.curvature.exact import ExactQuadratic, gauss_newton, hessian
 from pm_jax.curvature.measures import Measure, Measurement, measure_all
 from pm_jax.curvature.quadratics import Quadratic, SumQuadratic
+from pm_jax.merger import Merger, MergerState, merger
 from pm_jax.perturbation import Perturbation, curvature_weight, perturbed
 from pm_jax.rules import Evidence, MergeInfo, MergeRule
 from pm_jax.types import Batch, InvalidInput
@@ -33,6 +34,8 @@ __all__ = [
     "MergeCoefficient",
     "MergeInfo",
     "MergeRule",
+    "Merger",
+    "MergerState",
     "Perturbation",
     "Quadratic",
     "SumQuadratic",
@@ -51,6 +54,7 @@ __all__ = [
     "measure_all",
     "measures",
     "merge_coefficient",
+    "merger",
     "metrics",
     "perturbation",
     "perturbed",

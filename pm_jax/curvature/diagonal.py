@@ -195,9 +195,9 @@ def identity() -> Measure:
     """
 
     def init(*args: Any, **kwargs: Any) -> MeasureState:
-        given = Given(*args, **kwargs)
-        one = jax.tree.map(lambda p: jnp.ones_like(p, trees.compute_dtype(p)), given.params)
-        return MeasureState.start(given, one)
+        state = MeasureState.start(Given(*args, **kwargs))
+        one = jax.tree.map(lambda p: jnp.ones_like(p, trees.compute_dtype(p)), state.params)
+        return state._replace(total=one)
 
     def update(state: MeasureState, batch: Batch) -> MeasureState:
         # `d^T d` is the same for every example: there is no mean to update.
@@ -278,20 +278,26 @@ def diagonal_measure(
             functools.reduce(jnp.add, values) if values else None,
         )
 
-    def add_chunk(state: MeasureState, chunk: Batch) -> tuple[MeasureState, None]:
+    def add_chunk(state: MeasureState, chunk: Batch) -> MeasureState:
         squares = squares_of(state, chunk)
         total = jax.tree.map(jnp.add, state.total, squares.total)
-        return state._replace(total=total).plus(squares.along, losses.weights_of(chunk)), None
+        return state._replace(total=total).plus(squares.along, losses.weights_of(chunk))
 
     def init(*args: Any, **kwargs: Any) -> MeasureState:
-        given = Given(*args, **kwargs)
-        return MeasureState.start(given, trees.zeros_like(given.params))
+        state = MeasureState.start(Given(*args, **kwargs))
+        return state._replace(total=trees.zeros_like(state.params))
 
     def update(state: MeasureState, batch: Batch) -> MeasureState:
         # Chunks are padded, and padding must not move the indices of the next batch's examples.
         position = state.position + state.stride * batch.labels.shape[0]
         chunks = losses.in_batches(batch, min(chunk_size, batch.labels.shape[0]))
-        return jax.lax.scan(add_chunk, state, chunks)[0]._replace(position=position)
+        # Only the sums are carried: leaves of the parameters may be no arrays.
+        moving, _ = jax.lax.scan(
+            lambda moving, chunk: (add_chunk(state._replace(**moving), chunk).moving(), None),
+            state.moving(),
+            chunks,
+        )
+        return state._replace(**{**moving, "position": position})
 
     def finalize(state: MeasureState) -> Measurement:
         return state.measurement(DiagonalQuadratic.at(state.params, state.average(state.total)))

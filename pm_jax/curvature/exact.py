@@ -28,14 +28,23 @@ class Point(NamedTuple):
     """The parameters and the examples that an exact curvature belongs to.
 
     Attributes:
-        center: the parameters.
+        center: the parameters, the floating-point leaves; `None` for the others.
         examples: `Batch` of N examples; the matrix is a mean over them, by their weights.
         factor: scalar that the matrix is multiplied by.
+        model_state: state of the model, its third argument; or `None`.
+        others: the whole parameters, where some of their leaves are not floating point; or `None`.
     """
 
     center: Params
     examples: Batch
     factor: Array | float = 1.0
+    model_state: PyTree | None = None
+    others: Params | None = None
+
+    def bound(self, model: Callable[..., Any]) -> Callable[..., Any]:
+        """The model as a function of the floating-point leaves and inputs alone."""
+        state = MeasureState.start(Given(self.center, model_state=self.model_state))
+        return state._replace(others=self.others).bound(model)
 
 
 @flax.struct.dataclass
@@ -67,17 +76,17 @@ class Exact(Curvature):
     def times(self, direction: PyTree) -> PyTree:
         """`H d`: a jvp and a vjp per batch, of the gradient for the Hessian."""
 
-        def of_batch(center: Params, batch: Batch) -> PyTree:
+        def of_batch(model: Any, center: Params, batch: Batch) -> PyTree:
             if self.matrix == "hessian":
                 return products.hessian_vector_product(
-                    lambda p, some: jnp.sum(losses.weights_of(some) * self.model(p, some)),
+                    lambda p, some: jnp.sum(losses.weights_of(some) * model(p, some)),
                     center,
                     direction,
                     batch,
                 )
             # An axis for one direction; its tangents must have the parameters' type.
             one = jax.tree.map(lambda d, p: jnp.asarray(d, p.dtype)[None], direction, center)
-            product = products.gauss_newton_times(self.model, center, one, batch)
+            product = products.gauss_newton_times(model, center, one, batch)
             return jax.tree.map(lambda leaf: leaf[0], product)
 
         return self._sum_of_means(of_batch)
@@ -85,10 +94,10 @@ class Exact(Curvature):
     def along(self, direction: PyTree) -> Array:
         """`d^T H d`, scalar: one jvp per batch, two nested ones for the Hessian."""
 
-        def of_batch(center: Params, batch: Batch) -> Array:
+        def of_batch(model: Any, center: Params, batch: Batch) -> Array:
             hessian = self.matrix == "hessian"
             along = products.hessian_along if hessian else products.gauss_newton_along
-            return jnp.sum(losses.weights_of(batch) * along(self.model, center, direction, batch))
+            return jnp.sum(losses.weights_of(batch) * along(model, center, direction, batch))
 
         return self._sum_of_means(of_batch)
 
@@ -118,10 +127,12 @@ class Exact(Curvature):
                 "matrix='gauss_newton'"
             )
 
-        def of_batch(center: Params, batch: Batch) -> Array:
+        def of_batch(model: Any, center: Params, batch: Batch) -> Array:
             # The trace is the sum of the diagonal, which is the exact Fisher's.
             squares = squared_gradients.by_vmap(
-                lambda params, some: self.model(params, some.inputs),
+                lambda params, some: losses.with_weighted_gradients(
+                    model(params, some.inputs), some
+                ),
                 squared_gradients.label_passes(None),
                 center,
                 batch,
@@ -133,17 +144,20 @@ class Exact(Curvature):
     def _static(self) -> tuple[Any, ...]:
         return self.model, self.matrix, self.batch_size
 
-    def _sum_of_means(self, of_batch: Callable[[Params, Batch], PyTree]) -> PyTree:
-        """`sum_points factor sum_batches of_batch(center, batch) / sum of the weights`."""
+    def _sum_of_means(self, of_batch: Callable[[Any, Params, Batch], PyTree]) -> PyTree:
+        """`sum_points factor sum_batches of_batch(model, center, batch) / sum of the weights`."""
 
         def of_point(point: Point) -> PyTree:
             batches = losses.in_batches(point.examples, self.batch_size)
+            model = point.bound(self.model)
             first = jax.tree.map(lambda leaf: leaf[0], batches)
             # The sums of a scan need their shapes before the first batch.
-            zeros = trees.zeros_like(jax.eval_shape(of_batch, point.center, first))
+            zeros = trees.zeros_like(
+                jax.eval_shape(functools.partial(of_batch, model), point.center, first)
+            )
 
             def add(total, batch):
-                return jax.tree.map(jnp.add, total, of_batch(point.center, batch)), None
+                return jax.tree.map(jnp.add, total, of_batch(model, point.center, batch)), None
 
             total, _ = jax.lax.scan(add, zeros, batches)
             weights = jax.vmap(losses.weights_of)(batches)
@@ -177,10 +191,13 @@ class ExactQuadratic(Quadratic):
         model: LogitsFn | LossesFn,
         matrix: str = "gauss_newton",
         batch_size: int = 64,
+        model_state: PyTree | None = None,
     ) -> ExactQuadratic:
         """The quadratic of one task; the arguments are explained at `Exact` and `Point`."""
-        points = (Point(jax.tree.map(jnp.asarray, center), examples),)
-        return super().at(center, Exact(points, model, matrix, batch_size))
+        floating = jax.tree.map(jnp.asarray, trees.floating(center))
+        others = None if trees.same_structure(floating, center) else center
+        point = Point(floating, examples, model_state=model_state, others=others)
+        return super().at(center, Exact((point,), model, matrix, batch_size))
 
 
 @flax.struct.dataclass
@@ -293,7 +310,7 @@ def _directional_measure(along: Callable[..., Array], function: Callable[..., An
         given = Given(*args, **kwargs)
         if given.direction is None:
             raise ValueError("direction=None: this measure needs the direction to measure along")
-        return MeasureState.start(given, None)
+        return MeasureState.start(given)
 
     def update(state: MeasureState, batch: Batch) -> MeasureState:
         values = along(state.bound(function), state.params, state.direction, batch)

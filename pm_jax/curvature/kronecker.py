@@ -363,11 +363,9 @@ def fisher_kronecker(
         return rest.update(before, batch).total
 
     def init(*args: Any, **kwargs: Any) -> MeasureState:
-        given = Given(*args, **kwargs)
-        chosen, rest, _ = parts(MeasureState.start(given, None))
-        return MeasureState.start(
-            given, (Factors.zero(given.params, chosen), trees.zeros_like(rest))
-        )
+        state = MeasureState.start(Given(*args, **kwargs))
+        chosen, rest, _ = parts(state)
+        return state._replace(total=(Factors.zero(state.params, chosen), trees.zeros_like(rest)))
 
     def update(state: MeasureState, batch: Batch) -> MeasureState:
         weights = losses.weights_of(batch)

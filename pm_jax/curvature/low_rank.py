@@ -153,9 +153,9 @@ def gauss_newton_low_rank(logits_fn: LogitsFn, *, rank: int = 16) -> Measure:
         raise ValueError(f"rank={rank}: must be at least 1")
 
     def init(*args: Any, **kwargs: Any) -> MeasureState:
-        given = Given(*args, **kwargs)
-        tests = _test_directions(given.params, given.direction, given.key, rank)
-        return MeasureState.start(given, (tests, trees.zeros_like(tests)))
+        state = MeasureState.start(Given(*args, **kwargs))
+        tests = _test_directions(state.params, state.direction, state.key, rank)
+        return state._replace(total=(tests, trees.zeros_like(tests)))
 
     def update(state: MeasureState, batch: Batch) -> MeasureState:
         tests, sums = state.total

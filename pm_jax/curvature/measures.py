@@ -48,8 +48,8 @@ class MeasureState(NamedTuple):
     """Sums that a measure carries from batch to batch.
 
     Attributes:
-        params: where the curvature is taken.
-        direction: d, or `None`.
+        params: where the curvature is taken, the floating-point leaves; `None` for the others.
+        direction: d, likewise, or `None`.
         key: PRNG key of sampled labels, or `None`.
         total: sum over examples of what the measure adds up, or `None`.
         examples: sum of weights.
@@ -58,6 +58,7 @@ class MeasureState(NamedTuple):
         position: number of rows seen, padding included: the index of the next example.
         stride: from one example's index to the next one's.
         model_state: state of the model, which its functions take as a third argument; or `None`.
+        others: the whole parameters, where some of their leaves are not floating point; or `None`.
     """
 
     params: Params
@@ -70,19 +71,24 @@ class MeasureState(NamedTuple):
     position: Array
     stride: Array
     model_state: PyTree | None = None
+    others: Params | None = None
 
     @classmethod
-    def start(cls, given: "Given", total: PyTree) -> "MeasureState":
-        """The state before the first batch."""
+    def start(cls, given: Given) -> "MeasureState":
+        """The state before the first batch, with `None` for the total."""
         zero = jnp.zeros((), trees.compute_dtype(*jax.tree.leaves(given.params)))
         position, stride = jnp.zeros((), jnp.int32), jnp.ones((), jnp.int32)
-        params, direction, key, model_state = given
+        params, direction = trees.floating(given.params), trees.floating(given.direction)
         figures = (zero, zero, zero, position, stride)
-        return cls(params, direction, key, total, *figures, model_state)
+        others = None if trees.same_structure(params, given.params) else given.params
+        return cls(params, direction, given.key, None, *figures, given.model_state, others)
 
     def bound(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A `LogitsFn` or `LossesFn` with the model's state, where there is one."""
-        return losses.with_state(function, self.model_state)
+        """A `LogitsFn` or `LossesFn` of the floating-point leaves, with all else that it reads."""
+        function = losses.with_state(function, self.model_state)
+        if self.others is None:
+            return function
+        return lambda params, inputs: function(trees.with_floating(self.others, params), inputs)
 
     def keys(self, examples: int) -> Key | None:
         """Keys of the next examples, [N]; `None` without a key."""
@@ -139,6 +145,7 @@ class Measure(NamedTuple):
         logits_fn: the model, for a first look at its logits; `None` where it is not known.
         losses_fn: likewise the loss.
         made_from: what the measure is remembered by: factory and arguments.
+        along_is_exact: whether `Measurement.along` is measured apart, as by `with_along`.
     """
 
     init: Callable[..., MeasureState]
@@ -147,6 +154,7 @@ class Measure(NamedTuple):
     logits_fn: LogitsFn | None = None
     losses_fn: LossesFn | None = None
     made_from: tuple[Any, ...] | None = None
+    along_is_exact: bool = False
 
     def _identity(self) -> tuple[Any, ...]:
         return self.made_from or (self.init, self.update, self.finalize)
@@ -269,6 +277,39 @@ def in_groups(measure: Measure, groups: int) -> Measure:
         return result_for(jnp.ones_like(others[0]))._replace(left_out=left_out)
 
     return measure._replace(init=init, update=update, finalize=finalize)
+
+
+@remembered
+def with_along(measure: Measure, along: Measure) -> Measure:
+    """A measure's quadratic with the curvature along the direction of another measure.
+
+    A merge then weighs the current task's displacement by its exact curvature, and remembers the
+    task by a quadratic that can be kept.
+
+    Args:
+        measure: gives the quadratic.
+        along: measures along the direction alone, such as `gauss_newton(logits_fn)`.
+
+    Example:
+        >>> from pm_jax import curvature
+        >>> logits_fn = lambda w, x: x * w[None]
+        >>> both = with_along(curvature.fisher_exact(logits_fn), curvature.gauss_newton(logits_fn))
+        >>> examples = (jnp.ones((1, 1)), jnp.zeros(1, int))
+        >>> found = measure_all(both, jnp.zeros(2), examples, direction=jnp.asarray([1.0, -1.0]))
+        >>> float(found.along), float(found.quadratic.curvature_along(jnp.asarray([1.0, -1.0])))
+        (1.0, 0.5)
+    """
+
+    def init(*args: Any, **kwargs: Any) -> MeasureState:
+        along.init(*args, **kwargs)  # raises where there is no direction
+        return measure.init(*args, **kwargs)
+
+    def update(state: MeasureState, batch: Batch) -> MeasureState:
+        # Without a direction, along which the measure would only measure in vain.
+        measured = measure.update(state._replace(direction=None), batch)
+        return along.update(state, batch)._replace(total=measured.total)
+
+    return measure._replace(init=init, update=update, along_is_exact=True)
 
 
 def _sums(state: MeasureState) -> dict[str, PyTree]:

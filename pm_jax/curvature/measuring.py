@@ -69,37 +69,12 @@ def _check_arguments(measure: Any, given: Given, batch_size: Any) -> None:
         raise InvalidInput(f"measure={name}: must be a Measure; call its factory, as in {call}")
     if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
         raise InvalidInput(f"batch_size={batch_size}: must be a whole number, at least 1")
-    if not jax.tree.leaves(given.params):
-        raise InvalidInput("params: has no leaves; give the parameters of the model")
-    if given.direction is None:
-        return
-    structures: list[Any] = [jax.tree.structure(x) for x in (given.direction, given.params)]
-    alike = structures[0] == structures[1]
-    pairs = zip(*map(jax.tree.leaves, (given.direction, given.params)), strict=alike)
-    if not alike or any(jnp.shape(a) != jnp.shape(b) for a, b in pairs):
+    if not jax.tree.leaves(trees.floating(given.params)):
         raise InvalidInput(
-            f"direction: {_difference(given.direction, given.params)}; give a tree of the "
-            "parameters' structure and shapes, as task_vectors.difference(trained, previous)"
+            "params: has no floating-point leaf; give the parameters of the model, a pytree"
         )
-
-
-def _difference(tree: PyTree, wanted: PyTree) -> str:
-    """A phrase for the first difference between two trees' leaves."""
-    shapes, wanted_shapes = (
-        {path: jnp.shape(leaf) for path, leaf in trees.leaves_by_path(x).items()}
-        for x in (tree, wanted)
-    )
-    for path, shape in wanted_shapes.items():
-        if path not in shapes:
-            return f"lacks {path or 'a leaf'} {shape}, which the parameters have"
-        if shapes[path] != shape:
-            return (
-                f"has {path or 'a leaf'} of shape {shapes[path]} where the parameters have {shape}"
-            )
-    for path, shape in shapes.items():
-        if path not in wanted_shapes:
-            return f"has {path or 'a leaf'} {shape}, which the parameters do not have"
-    return "is a tree of another type than the parameters"
+    if given.direction is not None:
+        trees.check_alike(given.direction, given.params, ("direction", "params"))
 
 
 def _look(
@@ -238,7 +213,7 @@ def _refuse_nan(given: Given) -> None:
     leaves = {
         path: leaf
         for path, leaf in trees.leaves_by_path(given._asdict()).items()
-        if jnp.issubdtype(getattr(leaf, "dtype", np.bool_), jnp.floating)
+        if trees.is_floating(leaf)
     }
     if not leaves:
         return

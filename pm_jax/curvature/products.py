@@ -10,17 +10,21 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pm_jax import losses
+from pm_jax import losses, trees
 from pm_jax.types import Array, Batch, LogitsFn, LossesFn, LossFn, Params, PyTree
 
 
 def directional_derivative(
     fn: Callable[[Params], Array], params: Params, direction: PyTree
 ) -> tuple[Array, Array]:
-    """`(fn(params), d/da fn(params + a direction) at a = 0)`, by one jvp; `fn` gives any array."""
+    """`(fn(params), d/da fn(params + a direction) at a = 0)`, by one jvp; `fn` gives any array.
+
+    Only floating-point leaves move.
+    """
+    moving, direction = trees.floating(params), trees.floating(direction)
     # Task vectors are float32, and a jvp wants tangents of the parameters' own type.
-    tangent = jax.tree.map(lambda p, d: jnp.asarray(d, jnp.result_type(p)), params, direction)
-    return jax.jvp(fn, (params,), (tangent,))
+    tangent = jax.tree.map(lambda p, d: jnp.asarray(d, jnp.result_type(p)), moving, direction)
+    return jax.jvp(lambda p: fn(trees.with_floating(params, p)), (moving,), (tangent,))
 
 
 def hessian_vector_product(
@@ -32,7 +36,11 @@ def hessian_vector_product(
         >>> hessian_vector_product(lambda w, _: w**3, 2.0, 1.0, None).item()
         12.0
     """
-    return directional_derivative(lambda p: jax.grad(loss_fn)(p, batch), params, direction)[1]
+
+    def loss(moving: Params) -> Array:
+        return loss_fn(trees.with_floating(params, moving), batch)
+
+    return directional_derivative(jax.grad(loss), trees.floating(params), direction)[1]
 
 
 def hessian_along(losses_fn: LossesFn, params: Params, direction: PyTree, batch: Batch) -> Array:
@@ -89,8 +97,11 @@ def gauss_newton_times(
         [[-0.5, 0.5]]
     """
     # Linearized once: all directions share one forward pass and its activations.
-    logits, forward = jax.linearize(lambda p: logits_fn(p, batch.inputs), params)
-    backward = jax.linear_transpose(forward, params)
+    moving = trees.floating(params)
+    logits, forward = jax.linearize(
+        lambda p: logits_fn(trees.with_floating(params, p), batch.inputs), moving
+    )
+    backward = jax.linear_transpose(forward, moving)
     probabilities = jax.nn.softmax(logits)
     weights = losses.weights_of(batch)
     if logits.ndim == 3:
