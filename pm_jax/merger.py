@@ -304,8 +304,9 @@ def _name(measure: Measure | None) -> str:
 
 def _copied(leaf: Any) -> Any:
     """The leaf in a buffer of its own; what is no array stays."""
-    if isinstance(leaf, np.ndarray):
-        return leaf.copy()  # not JAX's, which would cut whole numbers to 32 bits
+    if isinstance(leaf, np.ndarray | np.generic):
+        # Not JAX's array, which would cut whole numbers to 32 bits; Orbax saves arrays alone.
+        return np.array(leaf)
     return jnp.array(leaf, copy=True) if isinstance(leaf, jax.Array) else leaf
 
 
