@@ -98,7 +98,8 @@ def adapted_axes(
             else:
                 found[path] = axes_of(leaves, path, *given)
         except InvalidInput as error:
-            raise InvalidInput(f"pattern={pattern!r}: matches {error}") from None
+            matching = f"pattern={pattern!r}: matches " if isinstance(pattern, str) else ""
+            raise InvalidInput(f"{matching}{error}") from None
         smaller = min(found[path].sides(leaves[path].shape))
         if not 1 <= rank <= smaller:
             raise InvalidInput(f"rank={rank}: must lie in 1..{smaller}, the smaller side of {path}")
@@ -120,7 +121,9 @@ def _axes_by_module(module: Any, leaves: Mapping[str, Array], inputs: tuple) -> 
     if not inputs:
         raise InvalidInput("inputs=(): a linen module needs the arguments of a call; give inputs=")
     calls = dense_layers.traced_calls(
-        lambda: module.init(jax.random.key(0), *inputs), kinds=dense_layers.WITH_KERNEL
+        # No arguments of the trace, because flags among the inputs must stay Python's.
+        lambda: module.init(jax.random.key(0), *inputs),
+        kinds=dense_layers.WITH_KERNEL,
     )
     found = {}
     for name, (call, *_) in calls.items():
@@ -415,8 +418,8 @@ def branch(adapters: Mapping[str, Any], scale: Array | float = 1.0) -> Iterator[
         return output
 
     # All modules, so that an adapter of another layer is an error that names the layer. Lending
-    # comes last and so goes first: the outermost module is called again within it.
-    with dense_layers.visiting(add_branch, kinds=None), dense_layers.lending(stacks):
+    # goes around the visits, because the outermost module is called again within it.
+    with dense_layers.lending(stacks), dense_layers.visiting(add_branch, kinds=None):
         yield
     # An exception within the context does not come here.
     for path in branched:

@@ -94,8 +94,8 @@ def axes_of(
     ]
     if not given:
         raise InvalidInput(
-            f"input_axes={input_axes}, stacked_axes={stacked_axes}: do not fit {path} of shape "
-            f"{shape}, which needs at least one input axis and one output axis"
+            f"{path}: of shape {shape} cannot have input_axes={input_axes} and stacked_axes="
+            f"{stacked_axes}; leave at least one axis to each side of its matrices"
         )
     # The bias has the axes of the stack and then those of the outputs.
     fitting = [
@@ -113,9 +113,8 @@ def axes_of(
         for stacked, inputs, outputs in (axes.split(shape) for axes in fitting or given)
     )
     raise InvalidInput(
-        f"input_axes={input_axes}, stacked_axes={stacked_axes}: {path} of shape {shape} may be "
-        f"{possible}; give the number of its input axes, input_axes=, and of the axes that stack "
-        "layers, stacked_axes="
+        f"{path}: of shape {shape} may be {possible}; give the number of its input axes as "
+        "input_axes= and of the axes that stack layers as stacked_axes=, or module="
     )
 
 
