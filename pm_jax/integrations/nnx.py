@@ -12,7 +12,7 @@
 
     for task in tasks:
         ...  # train_step(model, optimizer, key, state.start, batch)
-        params, state, info = pm_nnx.finish_task(merger, state, model, task)
+        state, info = pm_nnx.finish_task(merger, state, model, task)
 
 Parameters travel as `nnx.State`, which every function of pm_jax takes as a pytree.
 """
@@ -288,34 +288,47 @@ def finish_task(
     merger: Any,
     state: Any,
     module: nnx.Module,
-    batches: Any,
+    batches: Any = None,
     key: Key | None = None,
     *,
     wrt: Filter = nnx.Param,
     batch_size: int = 256,
     progress: bool = False,
-) -> tuple[nnx.State, Any, Any]:
+) -> tuple[Any, Any]:
     """Merge a module that has finished a task, and leave the merged model in it.
 
     Args:
-        merger: made by `pm_jax.merger` with a measure of `logits_fn(module)`, or without one.
+        merger: made by `pm_jax.merger`, where it measures with a measure of `logits_fn(module)`.
         state: its state; `merger.init(snapshot(module))` before the first task.
         module: the trained module. Its statistics stay those of the trained model.
-        batches: the task's examples, as for `Merger.finish_task`.
-        key: PRNG key.
-        wrt: which variables merge.
-        batch_size: examples a step of the measure.
-        progress: whether a bar is shown.
+        batches: the task's examples, in any form that `measure_all` takes.
+        key: PRNG key, for rules and measures that draw random numbers.
+        wrt: which variables merge, those that `merger.init` was given.
+        batch_size: examples per update of the measure.
+        progress: show a progress bar of the measure.
 
     Returns:
-        `(params, state, info)` as `Merger.finish_task`. The module has `params`. Rules whose next
-        task starts from another model need `write_back(module, state.start)` before it.
+        The next state and the figures of the merge, as `Merger.finish_task`. The module has the
+        merged model, in arrays of its own. A rule whose next task starts from another model needs
+        `write_back(module, state.start)` before it.
 
     Raises:
         InvalidInput: no module, or as `Merger.finish_task`.
+
+    Example:
+        >>> import pm_jax
+        >>> model = nnx.Linear(1, 2, rngs=nnx.Rngs(0))
+        >>> measure = pm_jax.fisher_exact(logits_fn(model))
+        >>> merger = pm_jax.merger(pm_jax.rules.perturb_and_merge(), measure)
+        >>> state = merger.init(snapshot(model))
+        >>> for task in range(2):
+        ...     model.bias[...] += jnp.asarray([2.0, 0.0])  # the training
+        ...     batches = [(jnp.ones((2, 1)), jnp.asarray([0, 1]))]
+        ...     state, info = finish_task(merger, state, model, batches)
+        >>> int(state.tasks), bool(2 < model.bias[0] < 4)
+        (2, True)
     """
-    # The merger may keep the arrays: the module gets copies of the merged ones below, so a step
-    # that donates the module deletes none of the merger's.
+    # Nothing is copied: the merger keeps no array that it is given, and its results are new.
     trained = snapshot(module, wrt, copy=False)
     params, state, info = merger.finish_task(
         state,
@@ -326,8 +339,8 @@ def finish_task(
         batch_size=batch_size,
         progress=progress,
     )
-    write_back(module, params)
-    return params, state, info
+    write_back(module, params, copy=False)
+    return state, info
 
 
 def _is_variable(leaf: Any) -> bool:

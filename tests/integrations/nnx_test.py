@@ -459,6 +459,61 @@ def test_a_call_may_have_its_own_arguments():
     np.testing.assert_array_equal(pure(pm_nnx.snapshot(model), x), model.layer(x))
 
 
+# Merging.
+
+
+@pytest.mark.parametrize("name", ["dense", pytest.param("attention", marks=pytest.mark.slow)])
+def test_a_task_finishes_on_a_module_as_on_its_pure_state(name):
+    model, base, (x, y) = problem(name)
+    pure = pm_nnx.logits_fn(model)
+    merger = pm_jax.merger(pm_jax.rules.perturb_and_merge(), pm_jax.fisher_exact(pure))
+    state = pure_state = merger.init(base)
+    for task in (1, 2):
+        pm_nnx.write_back(model, jax.tree.map(lambda leaf, n=task: leaf + 0.1 * n, state.start))
+        model.train()
+        model(x + task)
+        trained, rest = pm_nnx.snapshot(model), pm_nnx.model_state(model)
+        params, pure_state, pure_info = merger.finish_task(
+            pure_state, trained, [(x, y)], model_state=rest
+        )
+        state, info = pm_nnx.finish_task(merger, state, model, [(x, y)])
+        assert_equal(nnx.state(model, nnx.Param), params)
+        assert_equal(nnx.state(model, nnx.Not(nnx.Param)), rest)
+        assert_equal(state.start, pure_state.start)
+        assert float(info.alpha) == float(pure_info.alpha)
+    assert 0 < float(info.alpha) < 1
+
+
+def test_a_whole_stream_with_donation_trains_measures_and_merges_a_module():
+    model, _, (x, y) = problem()
+    loss = pm_nnx.perturbed(aux_loss_fn, perturbation.symmetric(), has_aux=True)
+
+    @partial(nnx.jit, donate_argnames=("model", "optimizer"))
+    def train_step(model, optimizer, key, base, batch):
+        value, gradients = nnx.value_and_grad(loss, argnums=1, has_aux=True)(
+            key, model, base, batch
+        )
+        optimizer.update(model, gradients)
+
+    measure = pm_jax.fisher_exact(pm_nnx.logits_fn(model))
+    merger = pm_jax.merger(pm_jax.rules.perturb_and_merge(), measure)
+    state = merger.init(pm_nnx.snapshot(model))
+    alphas = []
+    for labels in (y, (y + 1) % 3):
+        optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+        model.train()
+        for number in range(5):
+            train_step(model, optimizer, jax.random.key(number), state.start, (x, labels))
+        trained = pm_nnx.snapshot(model)
+        before = state.start
+        state, info = pm_nnx.finish_task(merger, state, model, (x, labels))
+        merged = pm_jax.trees.lerp(before, trained, info.alpha)
+        assert_close(nnx.state(model, nnx.Param), merged, 1e-5, 1e-6)
+        assert_equal(nnx.state(model, nnx.Param), state.start)
+        alphas.append(float(info.alpha))
+    assert alphas[0] == 1 and 0 < alphas[1] < 1
+
+
 # Mistakes.
 
 
