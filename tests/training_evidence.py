@@ -37,6 +37,7 @@ def of_training(rule, previous, trained):
     The trajectory is a curve from one model to the other, which rests where both are equal.
     """
     found = {}
+    previous, trained = trees.floating(previous), trees.floating(trained)
 
     def snapshots(low, high):
         low, high = low.astype(jnp.float32), high.astype(jnp.float32)
