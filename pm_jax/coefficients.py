@@ -130,8 +130,8 @@ def merge_coefficients(
     count = len(jax.tree.leaves(task_vector))
     if len(groups) != count or set(groups) != set(range(max(groups, default=-1) + 1)):
         raise InvalidInput(
-            f"groups={list(groups)}: must be a number for each of {count} floating-point leaves, "
-            "from 0 on without a gap"
+            f"groups={list(groups)}: must be a number for each of {count} floating-point leaves; "
+            "number them from 0 on without a gap"
         )
     if quadratic.leafwise:
         slopes, curvatures = (

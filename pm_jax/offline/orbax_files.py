@@ -26,7 +26,7 @@ def to_safetensors(argument: str, directory: Path, path: Path) -> None:
             tree = checkpointer.metadata(directory).item_metadata.tree
             as_arrays = jax.tree.map(lambda _: orbax.RestoreArgs(restore_type=np.ndarray), tree)
             leaves = trees.leaves_by_path(tree)
-            with writing(path, _entries(leaves), {}) as file:
+            with writing(path, _entries(f"{argument}={directory}", leaves), {}) as file:
                 for name, leaf in leaves.items():
                     # Orbax skips the placeholders, so that one array is in memory at a time.
                     request = jax.tree.map(
@@ -42,7 +42,7 @@ def to_safetensors(argument: str, directory: Path, path: Path) -> None:
                         np.asarray(trees.leaves_by_path(restored)[name], leaf.dtype).tobytes()
                     )
     except InvalidInput:
-        # `writing` has said what is wrong with the output.
+        # It is said already what is wrong with the output, or which leaf has no place in it.
         raise
     except Exception as error:  # Orbax and TensorStore raise many types for damaged folders.
         raise InvalidInput(
@@ -55,11 +55,18 @@ def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
-def _entries(leaves: dict[str, Any]) -> dict[str, Entry]:
+def _entries(source: str, leaves: dict[str, Any]) -> dict[str, Entry]:
     names = {dtype: name for name, dtype in (FLOATS | WHOLE_NUMBERS).items()}
     entries, begin = {}, 0
     for path, leaf in leaves.items():
-        dtype = np.dtype(leaf.dtype)
+        # Orbax also stores text, which has no type here.
+        kind = getattr(leaf, "dtype", "text")
+        if kind == "text" or np.dtype(kind) not in names:
+            raise InvalidInput(
+                f"{source}: {path} is {kind}, which safetensors does not hold; save the tree "
+                "without it"
+            )
+        dtype = np.dtype(kind)
         end = begin + math.prod(leaf.shape) * dtype.itemsize
         entries[path] = Entry(names[dtype], tuple(leaf.shape), begin, end)
         begin = end

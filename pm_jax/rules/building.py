@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from pm_jax import task_vectors, trees
 from pm_jax.coefficients import MergeCoefficient, predicted_loss_change
 from pm_jax.curvature.diagonal import Diagonal
+from pm_jax.curvature.measures import Measurement
 from pm_jax.curvature.quadratics import Curvature, Quadratic
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Requirements
 from pm_jax.rules.checked import merge_rule
@@ -130,6 +131,11 @@ def quadratic_of(evidence: Evidence, kind: type[Curvature]) -> Quadratic:
     """The quadratic of a task; raises InvalidInput unless its curvature is of the rule's kind."""
     quadratic = evidence.quadratic
     if not isinstance(quadratic, Quadratic) or not isinstance(quadratic.curvature, kind):
+        if isinstance(quadratic, Measurement):
+            raise InvalidInput(
+                "evidence.quadratic=Measurement: holds the quadratic in a field; give "
+                "Evidence(measurement.quadratic, measurement.standard_error)"
+            )
         measures = MEASURES.get(kind.__name__, "a measure of that kind")
         raise InvalidInput(
             f"evidence.quadratic={type(quadratic).__name__}: must be a {kind.__name__}Quadratic; "

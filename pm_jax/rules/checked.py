@@ -15,6 +15,7 @@ import numpy as np
 
 from pm_jax import trees
 from pm_jax.curvature.diagonal import Diagonal
+from pm_jax.curvature.measures import Measurement
 from pm_jax.curvature.quadratics import Quadratic
 from pm_jax.rules.base import Comparison, Evidence, MergeInfo, MergeRule, Requirements
 from pm_jax.rules.objectives import Objective
@@ -166,10 +167,13 @@ def _check_evidence(evidence: Evidence | None, needs: Requirements, leaves: Para
             )
         return
     if not isinstance(evidence, Evidence):
-        hint = "quadratic=that" if isinstance(evidence, Quadratic) else "quadratic=..., key=..."
-        raise InvalidInput(
-            f"evidence={type(evidence).__name__}: must be an Evidence; give rules.Evidence({hint})"
-        )
+        fields = "quadratic=..., key=..."
+        if isinstance(evidence, Quadratic):
+            fields = "quadratic"
+        elif isinstance(evidence, Measurement):
+            fields = "measurement.quadratic, measurement.standard_error"
+        given = type(evidence).__name__
+        raise InvalidInput(f"evidence={given}: must be an Evidence; give rules.Evidence({fields})")
     quadratic = evidence.quadratic
     if "quadratic" in needs.evidence and isinstance(quadratic, Quadratic):
         trees.check_alike(quadratic.center, leaves, ("evidence.quadratic.center", "trained"))

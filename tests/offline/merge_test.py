@@ -211,6 +211,49 @@ def test_whole_numbers_stay_the_bases_and_mixed_types_become_its_type(tmp_path, 
     assert "left as the base's: ids" in said and "written in the base's: w" in said
 
 
+@pytest.mark.parametrize("name", ["averaging", "ties", "random_mix"])
+def test_whole_numbers_of_every_type_are_the_bases_to_the_bit(name, tmp_path, capsys):
+    limits = {
+        kind: np.asarray([np.iinfo(kind).min, np.iinfo(kind).max - 1], kind)
+        for kind in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+    }
+    base = {**limits, "mask": np.asarray([True, False]), "w": np.zeros(3, np.float32)}
+    models = [
+        {**{kind: leaf ^ leaf.dtype.type(n) for kind, leaf in base.items() if kind != "w"},
+         "w": np.full(3, n, np.float32)}
+        for n in (1, 2)
+    ]  # fmt: skip
+    found = merged(tmp_path, models, f"--rule={name}", base=base)
+    for kind in set(base) - {"w"}:
+        assert found[kind].dtype == base[kind].dtype
+        assert found[kind].tobytes() == base[kind].tobytes() != models[0][kind].tobytes()
+    assert found["w"].any()
+    said = re.search("left as the base's: (.*) and 3 more", capsys.readouterr().out)
+    assert said and set(said[1].split(", ")) < set(base) - {"w"}
+
+
+def test_keys_in_an_orbax_folder_stay_the_bases_and_text_is_refused_by_name(tmp_path, capsys):
+    def saved(folder, seed, **more):
+        with orbax.PyTreeCheckpointer() as checkpointer:
+            tree = {"w": jnp.full(3, float(seed)), "key": jax.random.key(seed), "none": None}
+            checkpointer.save(tmp_path / folder, {**tree, "step": np.int64(2**60 + seed), **more})
+        return tmp_path / folder
+
+    paths = [saved(f"model{seed}", seed) for seed in range(3)]
+    output = tmp_path / "out.safetensors"
+    given = [f"--models={paths[1]},{paths[2]}", f"--output={output}"]
+    call("merge", f"--base={paths[0]}", *given)
+    found = load_file(output)
+    assert found["w"].tolist() == [1.5] * 3 and int(found["step"]) == 2**60
+    assert found["key"].tolist() == jax.random.key_data(jax.random.key(0)).tolist()
+    assert "left as the base's: key, step" in capsys.readouterr().out
+    line = refused(capsys, "merge", f"--base={saved('text', 0, name='vit')}", *given, "--overwrite")
+    assert re.search("--base=.*text: name is text, which safetensors does not hold; save", line)
+    complex_one = saved("complex", 0, c=np.ones(2, np.complex64))
+    line = refused(capsys, "merge", f"--base={complex_one}", *given, "--overwrite")
+    assert re.search("--base=.*complex: c is complex64, which safetensors does not hold", line)
+
+
 def test_metadata_says_how_the_file_was_made(tmp_path):
     merged(tmp_path, [tensors(1), tensors(2)])
     with safetensors.safe_open(tmp_path / "out.safetensors", "numpy") as file:
