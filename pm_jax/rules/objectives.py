@@ -57,7 +57,7 @@ class Objective(NamedTuple):
 
     def mean_over_batches(self, figures: Callable[[Array], Array]) -> Array:
         """Mean of `figures(number of a batch)`, in which a batch weighs as much as its examples."""
-        weights = jnp.sum(losses.weights_of(self.batches), axis=1)
+        weights = jnp.sum(stacked_weights(self.batches), axis=1)
         # lax.map keeps the activations of one batch at a time; vmap would keep all of them.
         values = jax.lax.map(figures, jnp.arange(weights.shape[0]))
         total = jnp.tensordot(weights, values, 1, precision="highest")
@@ -79,6 +79,12 @@ def weighted_mean(values: Array, batch: Batch) -> Array:
     return jnp.sum(weights * values) / jnp.maximum(jnp.sum(weights), 1.0)
 
 
+def stacked_weights(batches: Batch) -> Array:
+    """Weights of the examples of stacked batches, [..., N]: ones where none are given."""
+    # `losses.weights_of` is for one batch: it would take a second axis for one of tokens.
+    return jnp.ones(batches.labels.shape) if batches.weights is None else batches.weights
+
+
 def stack(objectives: Sequence[Objective], seen: Array) -> Objective:
     """Objectives of one model on T tasks as one with a leading axis T, to loop over when compiled.
 
@@ -87,7 +93,7 @@ def stack(objectives: Sequence[Objective], seen: Array) -> Objective:
     parts = [(one.batches, one.classes, one.old_classes) for one in objectives]
     batches, classes, old_classes = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
     # Weights instead of fewer tasks: the shapes stay, and so does the compiled function.
-    batches = batches._replace(weights=losses.weights_of(batches) * seen[:, None, None])
+    batches = batches._replace(weights=stacked_weights(batches) * seen[:, None, None])
     return objectives[0]._replace(batches=batches, classes=classes, old_classes=old_classes)
 
 

@@ -7,7 +7,7 @@ from pm_jax import losses, trees
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Requirements
 from pm_jax.rules.building import TaskCount, require
 from pm_jax.rules.checked import merge_rule
-from pm_jax.rules.objectives import Objective, map_tasks, weighted_mean
+from pm_jax.rules.objectives import Objective, map_tasks, stacked_weights, weighted_mean
 from pm_jax.types import Array, InvalidInput, Params
 
 CRITERIA = ("loss", "accuracy")
@@ -67,7 +67,7 @@ def oracle(*, criterion: str = "loss", points: int = 21) -> MergeRule:
 
 def _loss_and_error(objectives: Objective, leaves: Params) -> tuple[Array, Array]:
     """Sum of the losses of the tasks with examples, and of their errors over all their classes."""
-    nonempty = jnp.sum(losses.weights_of(objectives.batches), axis=(1, 2)) > 0
+    nonempty = jnp.sum(stacked_weights(objectives.batches), axis=(1, 2)) > 0
     seen = jnp.any(objectives.classes & nonempty[:, None], axis=0)
 
     def of_task(number: Array) -> Array:
