@@ -4,17 +4,19 @@ Curvature is measured example by example, so that a model whose logits of an exa
 other examples, as in BatchNorm's training mode, is another model when it is measured.
 """
 
+import dataclasses
 import functools
 import inspect
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pm_jax import losses
+from pm_jax.curvature.program_keys import Computation, Program
 from pm_jax.curvature.static_leaves import Frame
 from pm_jax.types import Array, Batch, InvalidInput, Params, PyTree
 
@@ -49,15 +51,28 @@ def check_arity(function: Callable[..., Any], model_state: PyTree, inputs: str) 
         pass
 
 
-def outputs_shape(
+class Look(NamedTuple):
+    """What a look at a model found.
+
+    Attributes:
+        logits: shape of its logits; `None` where it has none that are known.
+        computation: the model as it computes now; `None` where the measure does not know it.
+    """
+
+    logits: tuple[int, ...] | None = None
+    computation: Computation | None = None
+
+
+def look_at(
     logits_fn: Callable[..., Any] | None,
     losses_fn: Callable[..., Any] | None,
     params: Params,
     batch: Batch,
     model_state: PyTree,
+    *,
     stacklevel: int,
-) -> tuple[int, ...] | None:
-    """Look at a model's outputs on a batch; returns the shape of its logits where it has some.
+) -> Look:
+    """Look at a model's outputs on a batch, and warn of what curvature cannot be measured with.
 
     Args:
         logits_fn: the model, or `None`.
@@ -72,50 +87,59 @@ def outputs_shape(
     """
     function = logits_fn or losses_fn
     if function is None:
-        return None
+        return Look()
     check_arity(function, model_state, "inputs" if logits_fn else "batch")
     arrays, frame = Frame.split((params, model_state))
     few = jax.tree.map(lambda leaf: leaf[:ROWS], batch)
-    outputs = _outputs(function, bool(logits_fn), frame, arrays, few)
+    model = _Model(function, bool(logits_fn), frame)
+    computation = Computation.of(model.outputs, arrays, few)
+    program = Program(model, computation)
+    outputs = _outputs(program, arrays, few)
     # Copies of one example: whatever another company does to it, this one does most.
     copies = jax.tree.map(lambda leaf: leaf[np.zeros(len(leaf), np.int32)], few)
-    of_copies = _outputs(function, bool(logits_fn), frame, arrays, copies)
+    of_copies = _outputs(program, arrays, copies)
     _compare(
         np.asarray(outputs, np.float32),
         np.asarray(of_copies, np.float32),
         "logits_fn" if logits_fn else "losses_fn",
         stacklevel + 1,
     )
-    return outputs.shape if logits_fn else None
+    return Look(outputs.shape if logits_fn else None, computation)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _outputs(
-    function: Callable[..., Any], are_logits: bool, frame: Frame, arrays: list[Array], batch: Batch
-) -> Array:
-    """Logits or losses of a batch, with their shape checked."""
-    params, model_state = frame.joined(arrays)
-    examples = batch.inputs if are_logits else batch
-    outputs = losses.with_state(function, model_state)(params, examples)
-    name = "logits_fn" if are_logits else "losses_fn"
-    if not hasattr(outputs, "shape"):
-        raise InvalidInput(
-            f"{name}: returns a {type(outputs).__name__}; it must return one array, "
-            + ("the logits [N, C] (without the state that `apply(..., mutable=...)` adds)"
-               if are_logits else "the losses [N]")
-        )  # fmt: skip
-    count = len(batch.labels)
-    wanted = (2, 3) if are_logits else (1,)
-    if outputs.ndim not in wanted or outputs.shape[0] != count:
-        shapes = "logits [N, C], or [N, T, C] of tokens" if are_logits else "one loss each, [N]"
-        raise InvalidInput(
-            f"{name}: returns shape {outputs.shape} for {count} examples; it must return {shapes}"
-        )
-    if not jnp.issubdtype(outputs.dtype, jnp.floating):
-        raise InvalidInput(
-            f"{name}: returns {outputs.dtype}; it must return floating-point numbers"
-        )
-    return outputs
+@dataclasses.dataclass(frozen=True)
+class _Model:
+    """A `LogitsFn` or `LossesFn`, and the structure of its parameters and state."""
+
+    function: Callable[..., Any]
+    are_logits: bool
+    frame: Frame
+
+    def outputs(self, arrays: list[Array], batch: Batch) -> Array:
+        """Logits or losses of a batch, with their shape checked."""
+        params, model_state = self.frame.joined(arrays)
+        examples = batch.inputs if self.are_logits else batch
+        outputs = losses.with_state(self.function, model_state)(params, examples)
+        name = "logits_fn" if self.are_logits else "losses_fn"
+        if not hasattr(outputs, "shape"):
+            wanted = "losses [N]"
+            if self.are_logits:
+                wanted = "logits [N, C] (without the state that `apply(..., mutable=...)` adds)"
+            kind = type(outputs).__name__
+            raise InvalidInput(f"{name}: returns a {kind}; it must return one array, the {wanted}")
+        count, ranks = len(batch.labels), (2, 3) if self.are_logits else (1,)
+        if outputs.ndim not in ranks or outputs.shape[0] != count:
+            wanted = "logits [N, C], or [N, T, C] of tokens" if self.are_logits else "losses [N]"
+            found = f"shape {outputs.shape} for {count} examples"
+            raise InvalidInput(f"{name}: returns {found}; it must return {wanted}")
+        if not jnp.issubdtype(outputs.dtype, jnp.floating):
+            raise InvalidInput(f"{name}: returns {outputs.dtype}; it must return floating point")
+        return outputs
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _outputs(program: Program, arrays: list[Array], batch: Batch) -> Array:
+    return program.owner.outputs(arrays, batch)
 
 
 def _compare(outputs: np.ndarray, of_copies: np.ndarray, name: str, stacklevel: int) -> None:

@@ -282,8 +282,9 @@ def factors(
     inputs = {}
     for path, name in names.items():
         x = taps.inputs[name]
+        shares = _token_shares(batch, x.shape[1])
         # A mean over tokens on this side and a sum on the other: the expanding convention.
-        inputs[path] = moments(weights / x.shape[1], x)
+        inputs[path] = moments(weights, jnp.sqrt(shares)[..., None] * x)
 
     def add_pass(total, one):
         gradients = taps.pull_back(one.cotangents)
@@ -294,6 +295,18 @@ def factors(
 
     start = {path: jnp.zeros((params[path].size // inputs[path].shape[0],) * 2) for path in names}
     return Factors(inputs, jax.lax.scan(add_pass, start, passes_fn(taps.outputs, keys))[0])
+
+
+def _token_shares(batch: Batch, tokens: int) -> Array:
+    """Share of each of a layer's tokens in the mean over an example's tokens, [N, tokens].
+
+    A layer that sees the tokens that have labels leaves out those of padding.
+    """
+    weights = losses.token_weights(batch)
+    if weights.shape != (len(batch.labels), tokens):
+        return jnp.full((len(batch.labels), tokens), 1 / tokens)
+    total = jnp.sum(weights, axis=1, keepdims=True)
+    return weights / jnp.where(total > 0, total, 1)
 
 
 @remembered

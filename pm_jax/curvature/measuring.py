@@ -17,6 +17,7 @@ import numpy as np
 from pm_jax import losses, trees
 from pm_jax.curvature import examples as examples_
 from pm_jax.curvature import first_look
+from pm_jax.curvature.program_keys import Program
 from pm_jax.curvature.static_leaves import Frame
 from pm_jax.types import Array, Batch, InvalidInput, Key, Params, PyTree
 
@@ -50,11 +51,12 @@ def run(
     if not count:
         raise InvalidInput("examples: has no examples; give one at least")
     size = examples_.smaller(batch_size, count)
-    _look(measure, given, batch, "examples", frames=3)
+    look = _look(measure, given, batch, "examples", frames=3)
     number = -(-count // size)
     rows = size * examples_.rounded_up(number)
+    program = Program(measure, look.computation)
     found, has_nan = _measured(
-        measure, frame, size, arrays, examples_.padded(batch, rows), np.int32(number)
+        program, frame, size, arrays, examples_.padded(batch, rows), np.int32(number)
     )
     _refuse_nan_inputs(has_nan)
     _refuse_padding(found)
@@ -77,14 +79,12 @@ def _check_arguments(measure: Any, given: Given, batch_size: Any) -> None:
         trees.check_alike(given.direction, given.params, ("direction", "params"))
 
 
-def _look(
-    measure: Measure, given: Given, batch: Batch, name: str, frames: int
-) -> tuple[int, ...] | None:
-    """Look at the model and the labels on a first batch; returns the shape of the logits.
+def _look(measure: Measure, given: Given, batch: Batch, name: str, frames: int) -> first_look.Look:
+    """Look at the model and the labels on a first batch.
 
     Warnings are those of the caller of `measure_all`, so many frames above the one that looks.
     """
-    shape = first_look.outputs_shape(
+    look = first_look.look_at(
         measure.logits_fn,
         measure.losses_fn,
         given.params,
@@ -92,9 +92,9 @@ def _look(
         given.model_state,
         stacklevel=2 + frames,
     )
-    if shape is not None:
-        examples_.check_labels(batch, shape, name)
-    return shape
+    if look.logits is not None:
+        examples_.check_labels(batch, look.logits, name)
+    return look
 
 
 def _traced(measure: Measure, given: Given, examples: Batch, batch_size: int) -> Measurement:
@@ -113,7 +113,7 @@ def _traced(measure: Measure, given: Given, examples: Batch, batch_size: int) ->
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _measured(
-    measure: Measure,
+    program: Program,
     frame: Frame,
     size: int,
     arrays: list[Array],
@@ -121,6 +121,7 @@ def _measured(
     number: Array,
 ) -> tuple[Measurement, Array]:
     """Measure the first `number` batches of examples; returns also whether NaN is among inputs."""
+    measure = program.owner
     state = measure.init(*frame.joined(arrays))
     batches = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), examples)
 
@@ -143,19 +144,20 @@ def _streamed(
 ) -> Measurement:
     """Measure batch by batch, as an iterable gives them."""
     given = Given(*frame.joined(arrays))
-    moving, shape, flags = None, None, []
+    moving, look, flags = None, first_look.Look(), []
     for name, batch in _shown(items, batch_size, progress):
         if moving is None:
-            shape = _look(measure, given, batch, name, frames=4)
-            moving = _start_compiled(measure, frame, arrays)
-        elif shape is not None:
-            examples_.check_labels(batch, shape, name)
-        moving, has_nan = _update_compiled(measure, frame, arrays, moving, batch)
+            look = _look(measure, given, batch, name, frames=4)
+            program = Program(measure, look.computation)
+            moving = _start_compiled(program, frame, arrays)
+        elif look.logits is not None:
+            examples_.check_labels(batch, look.logits, name)
+        moving, has_nan = _update_compiled(program, frame, arrays, moving, batch)
         flags.append((name, has_nan))
     for name, has_nan in flags:
         # Read at the end: a look at every batch would wait for it before the next one is made.
         _refuse_nan_inputs(has_nan, name)
-    found = _end_compiled(measure, frame, arrays, moving)
+    found = _end_compiled(program, frame, arrays, moving)
     _refuse_padding(found)
     return found
 
@@ -176,24 +178,24 @@ def _shown(items: Iterable[Any], batch_size: int, progress: bool) -> Iterator[tu
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _start_compiled(measure: Measure, frame: Frame, arrays: list[Array]) -> dict[str, PyTree]:
-    return measure.init(*frame.joined(arrays)).moving()
+def _start_compiled(program: Program, frame: Frame, arrays: list[Array]) -> dict[str, PyTree]:
+    return program.owner.init(*frame.joined(arrays)).moving()
 
 
 # The sums are written where the old ones were; parameters are the caller's, and no part of them.
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def _update_compiled(
-    measure: Measure, frame: Frame, arrays: list[Array], moving: dict[str, PyTree], batch: Batch
+    program: Program, frame: Frame, arrays: list[Array], moving: dict[str, PyTree], batch: Batch
 ) -> tuple[dict[str, PyTree], Array]:
-    state = measure.init(*frame.joined(arrays))._replace(**moving)
-    return measure.update(state, batch).moving(), _has_nan(batch.inputs)
+    state = program.owner.init(*frame.joined(arrays))._replace(**moving)
+    return program.owner.update(state, batch).moving(), _has_nan(batch.inputs)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _end_compiled(
-    measure: Measure, frame: Frame, arrays: list[Array], moving: dict[str, PyTree]
+    program: Program, frame: Frame, arrays: list[Array], moving: dict[str, PyTree]
 ) -> Measurement:
-    return measure.finalize(measure.init(*frame.joined(arrays))._replace(**moving))
+    return program.owner.finalize(program.owner.init(*frame.joined(arrays))._replace(**moving))
 
 
 def _has_nan(tree: PyTree) -> Array:
