@@ -131,7 +131,7 @@ def _axes_by_module(module: Any, leaves: Mapping[str, Array], inputs: tuple) -> 
         if isinstance(call.linear_map, dense_layers.Convolution):
             axes = Axes(0, len(call.kernel_shape) - 1)
         elif call.linear_map is not None:
-            axes = call.linear_map.axes
+            axes = call.linear_map.matrices
         if axes is not None and path in leaves:
             # `nn.scan` has taken its axes off the kernel that the layer sees.
             above = len(leaves[path].shape) - len(call.kernel_shape)
@@ -456,7 +456,7 @@ def unused_adapter(path: str, called: Mapping[str, str]) -> str:
     if path in called:
         return (
             f"adapters={path}: belongs to a {called[path]}; a branch is for linen Dense, "
-            "DenseGeneral, Einsum and Conv layers, use fold for others"
+            "DenseGeneral, Einsum and Conv layers themselves, use fold for others"
         )
     near = difflib.get_close_matches(path, called, 3, 0.3)
     reached = f"the nearest are {', '.join(near)}" if near else "no linen layer was called"

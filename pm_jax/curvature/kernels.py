@@ -187,6 +187,20 @@ class Contraction(NamedTuple):
         return Axes(len(stacked), len(self.summed))
 
     @property
+    def matrices(self) -> Axes | None:
+        """Division of the kernel's axes by their order: those before the summed ones are a stack.
+
+        Example:
+            >>> Contraction("btd", "ndh", "btnh").matrices  # one matrix for each head n
+            Axes(stacked=1, inputs=1)
+        """
+        first = min((self.kernel.index(c) for c in self.summed), default=0)
+        last = first + len(self.summed)
+        if [*self.kernel[first:last]] != self.summed:
+            return None
+        return Axes(first, last - first) if first < last < len(self.kernel) else None
+
+    @property
     def is_matrix_product(self) -> bool:
         """Whether rows of the inputs are multiplied by one matrix, in any order of its axes.
 

@@ -11,6 +11,7 @@ nnx knows no interceptors, which `pm_jax.lora.branch` uses in linen. A copy of t
 their place, whose layers add the branch.
 """
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -112,7 +113,7 @@ def with_adapters(
     for path, (adapter, kernel, factor) in lora.branches_of(adapters, scale).items():
         layer = layers.get(path)
         if layer is None:
-            raise InvalidInput(lora.unused_adapter(path, _kinds(copy)))
+            raise InvalidInput(_no_layer(path, module))
         own = layer.kernel[...]
         # Raises where the factors do not fit.
         lora.axes_of_adapter(path, adapter, own.shape)
@@ -145,7 +146,7 @@ def kernel_axes(module: nnx.Module) -> dict[str, Axes]:
                 axes = Axes(0, len(layer.kernel_size) + 1)
             case _:
                 equation = Contraction.einsum(layer.einsum_str, len(layer.einsum_str))
-                axes = equation and equation.axes
+                axes = equation and equation.matrices
         if axes is not None:
             # Layers that `nnx.vmap` has made are stacked.
             above = layer.kernel[...].ndim - _own_axes(layer)
@@ -167,8 +168,18 @@ def _modules(module: nnx.Module) -> dict[str, nnx.Module]:
     return {"/".join([*map(str, path), "kernel"]): part for path, part in nnx.iter_modules(module)}
 
 
-def _kinds(module: nnx.Module) -> dict[str, str]:
-    return {path: type(part).__name__ for path, part in _modules(module).items()}
+def _no_layer(path: str, module: nnx.Module) -> str:
+    """Why an adapter would have no effect on a module."""
+    if path in (modules := _modules(module)):
+        return (
+            f"adapters={path}: belongs to a {type(modules[path]).__name__}; a branch is for nnx "
+            "Linear, LinearGeneral, Einsum and Conv layers themselves, use lora.fold for others"
+        )
+    near = difflib.get_close_matches(path, _layers(module), 3, 0.0)
+    return (
+        f"adapters={path}: is no kernel of a layer of the {type(module).__name__}; the nearest are "
+        f"{', '.join(near) or 'none'}; name the path within the module"
+    )
 
 
 def _own_axes(layer: Any) -> int:
