@@ -11,7 +11,7 @@ import pytest
 import pm_jax
 from pm_jax import lora, perturbation, trees
 from pm_jax.types import InvalidInput
-from tests.dense_models import MODELS, example
+from tests.dense_models import MODELS, VECTORS, example
 from tests.small_runs import slow
 
 COMMON = {
@@ -291,6 +291,19 @@ def test_an_adapter_of_a_program_that_was_compiled_before_is_an_error():
     with pytest.raises(InvalidInput, match="was jitted before does not see this context"):
         with lora.branch(adapters_of("dense")):
             apply(params)
+
+
+COMPILED = nn.jit(nn.Dense)
+
+
+def test_a_layer_within_a_compiled_one_is_refused_and_stays_as_it_is():
+    model, inputs = COMPILED(5), jnp.ones(VECTORS)
+    params = model.init(jax.random.key(0), inputs)
+    adapters = {"kernel": lora.Adapter(jnp.ones((6, 2)), jnp.ones((2, 5)))}
+    with pytest.raises(InvalidInput, match="kernel: .*within nn.jit"), lora.branch(adapters):
+        model.apply(params, inputs)
+    # Flax would have kept the program with the branch for all later calls.
+    close(model.apply(params, inputs), nn.Dense(5).apply(params, inputs))
 
 
 def test_an_exception_within_the_context_stays_the_exception():

@@ -50,6 +50,13 @@ class LayerCall(NamedTuple):
         return f"{self.name}/kernel".lstrip("/")
 
     @property
+    def compiled(self) -> bool:
+        """Whether the layer is within `nn.jit`, which compiles it once for all later calls."""
+        # Flax writes down which transformations a module is within.
+        scope = self.layer.scope
+        return scope is not None and any("jit(" in part for part in scope.debug_path)
+
+    @property
     def kernel_shape(self) -> Shape:
         """Shape of the kernel that the layer sees: one layer's where `nn.scan` stacks them."""
         return shape_of(self.layer.get_variable("params", "kernel"))
@@ -118,8 +125,17 @@ def visiting(
         # All layers of `WITH_KERNEL` give their arguments these names.
         inputs = args[0] if args else kwargs.get("inputs")
         equation = args[1] if len(args) > 1 else kwargs.get("einsum_str")
-        replacement = visit(LayerCall("/".join(layer.path), layer, inputs, output, equation))
-        return output if replacement is None else replacement
+        call = LayerCall("/".join(layer.path), layer, inputs, output, equation)
+        replacement = visit(call)
+        if replacement is None:
+            return output
+        if call.compiled:
+            # The changed program would stay in flax's memory after the context has ended.
+            raise InvalidInput(
+                f"{call.kernel}: belongs to a layer within nn.jit, which cannot be changed for one "
+                "call; leave nn.jit out and compile the call of the model"
+            )
+        return replacement
 
     return nn.intercept_methods(interceptor)
 
@@ -220,17 +236,20 @@ def traced_calls(
     """
     calls: dict[str, list[TracedCall]] = {}
 
-    def mark(call: LayerCall) -> Array:
+    def mark(call: LayerCall) -> Array | None:
         inputs, output = (
             jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (jnp.asarray(call.inputs), call.output)
         )
         traced = TracedCall(call.linear_map, inputs, output, call.kernel_shape, False)
         calls.setdefault(call.name, []).append(traced)
+        if call.compiled:
+            return None
         # A name in the program, by which the call is found again below.
         return checkpoint_name(call.output, f"pm_jax:{len(calls[call.name]) - 1}:{call.name}")
 
     with visiting(mark, kinds):
-        program = jax.make_jaxpr(run)(*args)
+        # A new function, because jax remembers the traces of one that it has seen.
+        program = jax.make_jaxpr(lambda *args: run(*args))(*args)
     times: dict[str, list[tuple[Shape, bool]]] = {}
     for marker, shape, looped in _markers(program.jaxpr):
         times.setdefault(marker, []).append((shape, looped))
@@ -363,25 +382,19 @@ def tapped(
     calls = traced_calls(outputs_fn, params, batch, kinds=WITH_KERNEL)
     if missing := sorted(set(layers) - set(calls)):
         raise InvalidInput(
-            f"dense_layers={missing}: are no linen Dense layers of the model that is applied"
+            f"dense_layers={missing}: are no linen Dense layers of the model that is applied, or "
+            "nn.jit has compiled them"
         )
     contractions = {name: _contraction(name, calls[name]) for name in layers}
 
     def run(slots: dict[str, tuple[Array, Array]]) -> Array:
-        reached = set()
-
         def add_tap(call: LayerCall) -> Array | None:
             if call.name not in layers:
                 return None
-            reached.add(call.name)
             return _tap(call.output, _floating(call.inputs), *slots[call.name])
 
         with visiting(add_tap, DENSE):
-            outputs = outputs_fn(params, batch)
-        # A layer whose program was compiled before, as `nn.jit` does, would pass no gradient.
-        if passed := sorted(set(layers) - reached):
-            raise InvalidInput(f"dense_layers={passed}: are compiled by themselves; leave them out")
-        return outputs
+            return outputs_fn(params, batch)
 
     slots = {
         name: tuple(
@@ -428,8 +441,8 @@ def _contraction(name: str, calls: list[TracedCall]) -> Contraction:
     # One tap for two calls would sum their gradients before they are squared.
     if len(calls) > 1 or not call.once:
         raise InvalidInput(
-            f"dense_layers={name}: is called more than once, or stacked by nn.scan or nn.vmap; "
-            "leave it out"
+            f"dense_layers={name}: is called more than once, stacked by nn.scan or nn.vmap, or "
+            "within nn.jit; leave it out"
         )
     return contraction
 
