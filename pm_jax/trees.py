@@ -9,6 +9,7 @@ model passes on the leaves of the model that it says.
 """
 
 import difflib
+import functools
 import re
 import zlib
 from collections.abc import Callable, Mapping
@@ -112,10 +113,14 @@ def is_floating(leaf: Any) -> bool:
         (False, False, False)
     """
     dtype = getattr(leaf, "dtype", None)
-    if dtype is None:
-        return isinstance(leaf, float)
+    return isinstance(leaf, float) if dtype is None else _is_type_of(jnp.floating, dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _is_type_of(numbers: Any, dtype: Any) -> bool:
+    """True for a type of such numbers; remembered, as checks of models ask it for every leaf."""
     try:
-        return bool(jnp.issubdtype(dtype, jnp.floating))
+        return bool(jnp.issubdtype(dtype, numbers))
     except TypeError:  # another library's type
         return False
 
@@ -168,12 +173,7 @@ def with_floating(tree: PyTree, floating_tree: PyTree) -> PyTree:
 
 def _is_complex(leaf: Any) -> bool:
     dtype = getattr(leaf, "dtype", None)
-    if dtype is None:
-        return isinstance(leaf, complex)
-    try:
-        return bool(jnp.issubdtype(dtype, jnp.complexfloating))
-    except TypeError:  # another library's type
-        return False
+    return isinstance(leaf, complex) if dtype is None else _is_type_of(jnp.complexfloating, dtype)
 
 
 def described(value: Any) -> str:
@@ -210,11 +210,9 @@ def check_alike(left: PyTree, right: PyTree, names: tuple[str, str]) -> None:
         Traceback (most recent call last):
         pm_jax.types.InvalidInput: trained=float32[3] at w: previous is float32[2] there; ...
     """
-    numbers = floating(left), floating(right)
-    ours, theirs = map(jax.tree.leaves, numbers)
-    # This quick look at both trees is enough where they are alike.
-    if same_structure(*numbers):
-        if all(np.shape(a) == np.shape(b) for a, b in zip(ours, theirs, strict=True)):
+    # This quick look at both trees is enough for most that are alike.
+    if same_structure(left, right):
+        if all(map(_leaves_alike, jax.tree.leaves(left), jax.tree.leaves(right))):
             return
     if difference := first_difference(left, right, _leaves_alike):
         raise InvalidInput(

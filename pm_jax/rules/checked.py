@@ -33,6 +33,9 @@ SOURCES = {
 """Where the fields of `Evidence` come from; a rule that reads one of the others can do without."""
 
 
+NUMBERS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct, bool, int, float, complex)
+"""Types of the leaves that are numbers or arrays; values that are traced are `jax.Array`s."""
+
 NOTHING = Requirements()
 """The requirements of a rule that asks nothing of its caller."""
 
@@ -116,19 +119,21 @@ def check_rule(argument: str, rule: Any) -> None:
 
 def _check_model(argument: str, params: Params) -> None:
     """Check that a model is a pytree of arrays."""
-    numbers = 0
-    for path, leaf in trees.leaves_by_path(params).items():
+    leaves = jax.tree.leaves(params)
+    numbers = [isinstance(leaf, NUMBERS) for leaf in leaves]
+    strange = [
+        number
+        for number, leaf in enumerate(leaves)
+        if not numbers[number] and hasattr(leaf, "shape")
+    ]
+    if strange:
+        path, leaf = list(trees.leaves_by_path(params).items())[strange[0]]
         place = f" at {path}" if path else ""
-        if trees.is_floating(leaf):
-            numbers += 1
-        elif isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | jax.core.Tracer):
-            numbers += 1
-        elif hasattr(leaf, "shape") and not isinstance(leaf, jax.ShapeDtypeStruct):
-            raise InvalidInput(
-                f"{argument}={type(leaf).__module__}.{type(leaf).__name__}{place}: is no array of "
-                "JAX or NumPy; convert it by numpy.asarray"
-            )
-    if not numbers and jax.tree.leaves(params):
+        raise InvalidInput(
+            f"{argument}={type(leaf).__module__}.{type(leaf).__name__}{place}: is no array of "
+            "JAX or NumPy; convert it by numpy.asarray"
+        )
+    if leaves and not any(numbers):
         raise InvalidInput(
             f"{argument}={type(params).__name__}: has no array among its leaves; give a pytree of "
             "arrays, such as a linen module's params or nnx.state(model)"
@@ -142,14 +147,12 @@ def _check_models(previous: Params, trained: Params, needs: Requirements) -> Non
         return
     _check_model("previous", previous)
     trees.check_alike(trained, previous, ("trained", "previous"))
-    before = trees.leaves_by_path(trees.floating(previous))
-    for path, leaf in trees.leaves_by_path(trees.floating(trained)).items():
-        if _dtype(leaf) != _dtype(before[path]):
-            place, there = (f" at {path}", " there") if path else ("", "")
-            raise InvalidInput(
-                f"trained={trees.described(leaf)}{place}: previous is "
-                f"{trees.described(before[path])}{there}; convert one of the models"
-            )
+    before, after = (trees.floating(model) for model in (previous, trained))
+    for number, pair in enumerate(zip(*map(jax.tree.leaves, (before, after)), strict=True)):
+        if _dtype(pair[0]) != _dtype(pair[1]):
+            path = list(trees.leaves_by_path(after))[number]
+            found = trees.Difference(path, trees.described(pair[1]), trees.described(pair[0]))
+            raise InvalidInput(f"{found.written('trained', 'previous')}; convert one of the models")
 
 
 def _dtype(leaf: Any) -> np.dtype:
@@ -314,6 +317,8 @@ def _equal(before: list[Array], *others: list[Array]) -> list[Array]:
 
 def _number_that_differ(previous: Params, trained: Params) -> Array:
     """Number of leaves that are not floating point and differ between two models."""
+    if all(map(trees.is_floating, jax.tree.leaves((previous, trained)))):
+        return jnp.zeros((), jnp.float32)
     before, after = (
         {
             path: leaf
