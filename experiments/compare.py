@@ -11,6 +11,7 @@ curvature run with each. Runs that are finished in the work directory are kept, 
 rules have in common is done once. What needs the data of all tasks is shown apart, as a bound.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from absl import app, flags
 
 from experiments import flags as experiment_flags
 from pm_jax import rules
+from pm_jax.continual import Config
 from pm_jax.continual.interruption import StopRequests
 from pm_jax.continual.report import comparison, comparison_plots
 from pm_jax.continual.rule_comparison import changes, configurations, run_rules, write_tables
@@ -51,8 +53,9 @@ def main(argv: Sequence[str]) -> None:
         configs = configurations(base, values.rules, curvatures, experiment_flags.parse_setting)
         stop = StopRequests()
         options = experiment_flags.options_from_flags(stop=stop)
-        for config in dict.fromkeys(config.without_merging() for config in configs.values()):
-            describe(config, values.seeds[0])  # for its errors; once for all that train alike
+        # For its errors; once for all that train alike.
+        for config in dict.fromkeys(map(_what_is_described, configs.values())):
+            describe(config, values.seeds[0])
         if values.dry_run:
             print(describe(base, values.seeds[0]))
             for label, config in configs.items():
@@ -73,6 +76,13 @@ def main(argv: Sequence[str]) -> None:
         except ImportError:
             print("plots: skipped, matplotlib is not installed; pip install 'pm_jax[plots]'")
         print("written:", *files)
+
+
+def _what_is_described(config: Config) -> Config:
+    """Return the settings of training, with those of merging that a model may not go with."""
+    return dataclasses.replace(
+        config.without_merging(), classifier=config.classifier, model_state=config.model_state
+    )
 
 
 if __name__ == "__main__":

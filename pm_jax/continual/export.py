@@ -9,6 +9,7 @@ from pm_jax import files, models
 from pm_jax.continual.learner import Learner
 from pm_jax.continual.merging.programs import partitions
 from pm_jax.continual.settings.config import Config
+from pm_jax.continual.settings.factories import is_reference
 from pm_jax.continual.settings.run_options import RunOptions
 from pm_jax.continual.storage import manifest
 from pm_jax.continual.storage.provenance import environment
@@ -82,7 +83,7 @@ def layout_for(config: Config) -> str:
         layout = pretrained.layout_of(pretrained.read_tensors(config.pretrained))
         # AugReg's layout is for .npz only, and timm's is for the same models.
         return "timm" if layout == "augreg" else layout
-    network = config.network(num_classes=1)
+    network = None if is_reference(config.model) else config.network(num_classes=1)
     if isinstance(network, models.VisionTransformer):
         return "timm"
     if isinstance(network, models.TextEncoder):

@@ -77,6 +77,8 @@ class LinenModel:
             collections = {name: x for name, x in variables.items() if name != "params"}
             return self._train(key, variables["params"], collections, inputs)
 
+        if STATISTICS not in state:
+            return state
         measured = _statistics_of_batch(apply_fn, {"params": params, **state}, inputs)
         return {**state, STATISTICS: measured}
 
@@ -282,7 +284,7 @@ def _statistics_of_batch(
         if tuple(path.split("/")[:-1]) not in seen:
             raise InvalidInput(
                 f"{STATISTICS}={path}: belongs to no nn.BatchNorm that the model calls, so it "
-                "cannot be measured anew"
+                "cannot be measured anew; interpolate it, or keep the trained model's"
             )
     return result
 

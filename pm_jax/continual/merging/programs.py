@@ -145,6 +145,9 @@ class Programs:
         form = (shape.input_shape, shape.largest_task, shape.input_dtype)
         self.objective = Objectives(config, model, *form).of_task
         self.statistics = StatisticsPass(config, model)
+        if config.model_state == "measured" and self.training.traits.has_state:
+            name = own_model.name_of(model, config.model)
+            own_model.check_measurable(model, name, self.training.init_with_state, blank)
         self.batch_statistics = BatchStatisticsPass(config, model)
         self.snapshots = Snapshots(
             self._rule.needs.snapshots, self.merging, resident_bytes(config), self.devices

@@ -28,38 +28,22 @@ def model_of(config: Config, num_classes: int, given: Any = None) -> Model:
     else:
         # Not kept: a subclass of Config may make a network by other means than its settings.
         model = as_model(config.network(num_classes))
-    _check_wishes(config, model)
+    if config.classifier == "discriminant" and not hasattr(model, "features"):
+        raise InvalidInput(
+            "classifier=discriminant: the model has no function features; use trained"
+        )
     return model
 
 
 @functools.lru_cache(maxsize=8)
 def _made_once(reference: str, settings: str, num_classes: int) -> Model:
     """Make a model by its factory; seeds get the same object, and so the same programs."""
+    made = Config(model=reference, model_settings=settings).network(num_classes)
     try:
-        return as_model(Config(model=reference, model_settings=settings).network(num_classes))
+        return as_model(made)
     except InvalidInput as error:
-        text = str(error)
-        what = text.partition("=")[2] if text.startswith("model=") else text
-        if what.startswith(reference):
-            raise
+        what = str(error).partition("=")[2]
         raise InvalidInput(f"model={reference}: returned {what}") from None
-
-
-def _check_wishes(config: Config, model: Model) -> None:
-    """Check that the model has the functions that the settings call for."""
-    for name, value, function in (
-        ("classifier", "discriminant", "features"),
-        ("model_state", "measured", "batch_statistics"),
-    ):
-        if getattr(config, name) == value and not hasattr(model, function):
-            others = ", ".join(x for x in _choices(name) if x != value)
-            raise InvalidInput(
-                f"{name}={value}: the model has no function {function}; use {others}"
-            )
-
-
-def _choices(name: str) -> Sequence[str]:
-    return Config.__dataclass_fields__[name].metadata["choices"]
 
 
 def stream_of(

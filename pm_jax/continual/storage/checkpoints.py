@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from orbax import checkpoint as orbax
 
+from pm_jax import trees
 from pm_jax.continual.placement import processes
 from pm_jax.continual.settings.run_options import KEPT
 from pm_jax.continual.storage import manifest
@@ -163,11 +164,33 @@ class Checkpoints:
             if not saved:
                 raise self._damaged(step, why) from error
             # The manifest has just confirmed every byte, so the files are as they were saved.
+            if difference := self._other_model(step, like):
+                raise InvalidInput(
+                    f"workdir={self._directory}: checkpoint {step} is of another model: "
+                    f"{difference}; use another workdir, or go on with that model"
+                ) from error
             raise InvalidInput(
                 f"workdir={self._directory}: checkpoint {step} cannot be read ({why}): another "
                 "version of pm_jax saved it, whose state has another form; use another workdir, or "
                 "go on with that version"
             ) from error
+
+    def _other_model(self, step: int, like: PyTree) -> str:
+        """Say by which leaf the model in a checkpoint differs from the present one, if it does."""
+        saved = getattr(self._manager.item_metadata(step), "tree", {})
+        for part in ("params", "model_state"):
+            before, now = (
+                {
+                    path.removesuffix("/value"): tuple(leaf.shape)
+                    for path, leaf in trees.leaves_by_path(tree.get(part, {})).items()
+                }
+                for tree in (saved, like)
+            )
+            for path in {**before, **now}:
+                shapes = [str(tree.get(path, "absent")) for tree in (before, now)]
+                if shapes[0] != shapes[1]:
+                    return f"{part}/{path} is {shapes[0]} there and {shapes[1]} in the present one"
+        return ""
 
     def _checksums(self, step: int) -> dict[str, manifest.Entry]:
         """Measure the files of a step once they are all written."""

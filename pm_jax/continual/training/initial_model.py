@@ -33,11 +33,12 @@ def partitions(
     everything = partition(params, class_incremental=by_class, head_pattern=head)
     if config.adapter == "full":
         return everything, everything
+    pattern = kernel_pattern(config, params, model)
     try:
         adapted = partition(
             params,
             class_incremental=by_class,
-            lora_pattern=kernel_pattern(config, params, model),
+            lora_pattern=pattern,
             rank=config.lora_rank,
             head_pattern=head,
         )

@@ -88,6 +88,34 @@ def checked(
     return Traits(bool(jax.tree.leaves(state)), _reads_key(apply, key, params, state))
 
 
+def check_measurable(
+    model: Model, name: str, init: Callable[[Key], tuple[Params, PyTree]], blank: Array
+) -> None:
+    """Check that the running averages of a model can be measured anew.
+
+    Raises:
+        InvalidInput: they cannot; the message names the setting that asks for it.
+    """
+    key, inputs = jax.random.key(0), jnp.broadcast_to(blank, (2, *blank.shape[1:]))
+    params, state = jax.eval_shape(init, key)
+    moving = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    if not moving:
+        return
+    measure = getattr(model, "batch_statistics", None)
+    if measure is None:
+        raise InvalidInput(
+            f"model_state=measured: model={name} has state and no function batch_statistics; use "
+            "merged or trained"
+        )
+    try:
+        jax.eval_shape(measure, params, state, inputs, key)
+    except Exception as error:  # A model may fail in any way.
+        raise InvalidInput(
+            f"model_state=measured: model={name} cannot be measured ({cause(error)}); use merged "
+            "or trained"
+        ) from error
+
+
 def check_values(model: str, params: Params, state: PyTree) -> None:
     """Check that the numbers which a model starts from are finite.
 
