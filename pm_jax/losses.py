@@ -39,7 +39,8 @@ def with_state(function: Callable[..., Any], model_state: PyTree) -> Callable[..
     """
     if model_state is None:
         return function
-    return lambda params, inputs: function(params, inputs, model_state)
+    # A new tree for every call: variables of nnx may only change in the trace that made them.
+    return lambda params, inputs: function(params, inputs, jax.tree.map(lambda x: x, model_state))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -141,7 +141,7 @@ class KroneckerQuadratic(Quadratic):
     @classmethod
     def zero(cls, center: Params, kernels: Sequence[str] | str, slots: int) -> KroneckerQuadratic:
         """The quadratic that is 0 everywhere, with room for the factors of some tasks."""
-        leaves = trees.leaves_by_path(center)
+        leaves = trees.leaves_by_path(trees.floating(center))
         one = Factors.zero(center, _kernels(center, kernels))
         inputs, outputs = jax.tree.map(lambda x: jnp.zeros((slots, *x.shape)), tuple(one))
         rest = {path: x for path, x in leaves.items() if path not in inputs}
@@ -151,7 +151,10 @@ class KroneckerQuadratic(Quadratic):
 
 def _kernels(params: Params, kernels: Sequence[str] | str) -> dict[str, Array]:
     """The kernels that paths or a pattern name."""
-    return trees.select(params, kernels if isinstance(kernels, str) else tuple(kernels))
+    try:
+        return trees.select(params, kernels if isinstance(kernels, str) else tuple(kernels))
+    except ValueError as error:
+        raise InvalidInput(f"kernels={kernels}: {error}") from None
 
 
 def _between(inputs: Array, kernel: Array, outputs: Array) -> Array:
