@@ -17,7 +17,7 @@
 Parameters travel as `nnx.State`, which every function of pm_jax takes as a pytree.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -26,6 +26,12 @@ from flax import nnx
 
 from pm_jax import perturbation as laws
 from pm_jax import trees
+from pm_jax.integrations.nnx_layers import check_module as _check_module
+from pm_jax.integrations.nnx_layers import fold_lora as fold_lora
+from pm_jax.integrations.nnx_layers import has_batch_statistics
+from pm_jax.integrations.nnx_layers import (
+    recalibrate_batch_statistics as recalibrate_batch_statistics,
+)
 from pm_jax.perturbation_checks import check_key, leaves, loss_and_aux
 from pm_jax.types import Array, InvalidInput, Key, Params, PyTree
 
@@ -173,48 +179,6 @@ def perturbed(
     return perturbed_loss
 
 
-def fold_lora(module: nnx.Module) -> None:
-    """Add the products of `nnx.LoRA` and `nnx.LoRALinear` to their kernels, in place.
-
-    Afterwards `lora_b` is 0, the kernels have what the task learned, and `finish_task` merges them
-    like any other parameters.
-
-    Raises:
-        InvalidInput: no module, no such layer, or one without a kernel [in, out] to add to.
-
-    Example:
-        >>> layer = nnx.LoRALinear(2, 3, lora_rank=1, rngs=nnx.Rngs(0))
-        >>> layer.lora.lora_b[...] += 1.0
-        >>> before = layer(jnp.ones((1, 2)))
-        >>> fold_lora(layer)
-        >>> bool(jnp.allclose(layer(jnp.ones((1, 2))), before)), float(layer.lora.lora_b[...].max())
-        (True, 0.0)
-    """
-    _check_module("module", module)
-    layers = dict(nnx.iter_modules(module))
-    pairs: dict[tuple, tuple[nnx.LoRA, Any]] = {
-        path: (layer, layers.get(path[:-1]) if layer.base_module is None else layer.base_module)
-        for path, layer in layers.items()
-        if isinstance(layer, nnx.LoRA)
-    }
-    if not pairs:
-        raise InvalidInput(f"module: the {type(module).__name__} has no nnx.LoRA layer")
-    for path, (layer, target) in pairs.items():
-        shape = (layer.in_features, layer.out_features)
-        if getattr(getattr(target, "kernel", None), "shape", None) != shape:
-            raise InvalidInput(
-                f"module: the nnx.LoRA at {'/'.join(map(str, path)) or 'the top'} has no kernel "
-                f"{list(shape)} that its product could be added to"
-            )
-    for layer, target in pairs.values():
-        # In float32 and cast once: a small step would be lost in a bfloat16 kernel.
-        a, b = (factor[...].astype(jnp.float32) for factor in (layer.lora_a, layer.lora_b))
-        step = jnp.matmul(a, b, precision="highest")
-        kernel = target.kernel[...]
-        target.kernel[...] = (kernel.astype(jnp.float32) + step).astype(kernel.dtype)
-        layer.lora_b[...] = jnp.zeros_like(layer.lora_b[...])
-
-
 def logits_fn(
     module: nnx.Module,
     call: Callable[[nnx.Module, PyTree], Array] | None = None,
@@ -292,18 +256,25 @@ def finish_task(
     key: Key | None = None,
     *,
     wrt: Filter = nnx.Param,
+    call: Callable[[nnx.Module, PyTree], Any] | None = None,
+    recalibrate: bool = True,
     batch_size: int = 256,
     progress: bool = False,
 ) -> tuple[Any, Any]:
     """Merge a module that has finished a task, and leave the merged model in it.
 
+    The running averages of `nnx.BatchNorm` belong to the trained model, and a merged one is often
+    useless with them, so they are measured anew by `recalibrate_batch_statistics`.
+
     Args:
         merger: made by `pm_jax.merger`, where it measures with a measure of `logits_fn(module)`.
         state: its state; `merger.init(snapshot(module))` before the first task.
-        module: the trained module. Its statistics stay those of the trained model.
+        module: the trained module.
         batches: the task's examples, in any form that `measure_all` takes.
         key: PRNG key, for rules and measures that draw random numbers.
         wrt: which variables merge, those that `merger.init` was given.
+        call: `call(module, inputs)` for the statistics, where `module(inputs)` is not right.
+        recalibrate: measure batch statistics anew, where the module has any.
         batch_size: examples per update of the measure.
         progress: show a progress bar of the measure.
 
@@ -313,7 +284,8 @@ def finish_task(
         `write_back(module, state.start)` before it.
 
     Raises:
-        InvalidInput: no module, or as `Merger.finish_task`.
+        InvalidInput: no module; batch statistics to measure and no batches, or batches that can be
+            read once only; or as `Merger.finish_task`.
 
     Example:
         >>> import pm_jax
@@ -328,6 +300,14 @@ def finish_task(
         >>> int(state.tasks), bool(2 < model.bias[0] < 4)
         (2, True)
     """
+    _check_module("module", module)
+    recalibrate = recalibrate and has_batch_statistics(module)
+    if recalibrate and (batches is None or isinstance(batches, Iterator)):
+        given = "None" if batches is None else type(batches).__name__
+        raise InvalidInput(
+            f"batches={given}: the batch statistics of the {type(module).__name__} are measured of "
+            "the merged model as well; give a list or a loader, or recalibrate=False"
+        )
     # Nothing is copied: the merger keeps no array that it is given, and its results are new.
     trained = snapshot(module, wrt, copy=False)
     params, state, info = merger.finish_task(
@@ -340,6 +320,8 @@ def finish_task(
         progress=progress,
     )
     write_back(module, params, copy=False)
+    if recalibrate:
+        recalibrate_batch_statistics(module, batches, call, batch_size=batch_size)
     return state, info
 
 
@@ -417,11 +399,6 @@ def _with_parameters(
         return loss_fn(module, *args, **kwargs)
     finally:
         nnx.update(module, params)
-
-
-def _check_module(name: str, module: Any) -> None:
-    if not isinstance(module, nnx.Module):
-        raise InvalidInput(f"{name}: is a {type(module).__name__}; pass the nnx.Module")
 
 
 def _check_no_module(name: str, params: Any) -> None:

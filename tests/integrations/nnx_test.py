@@ -65,6 +65,7 @@ class Attention(nnx.Module):
 
 
 MODELS = {"dense": Dense, "convolutional": Convolutional, "attention": Attention}
+FAST = {("dense", "symmetric"), ("dense", "antithetic"), ("convolutional", "certain")}
 LAWS = {
     "symmetric": perturbation.symmetric(0.5),
     "certain": perturbation.Perturbation((0.5,), (1.0,)),
@@ -129,7 +130,7 @@ def every_model_and_law():
     """All pairs; those that compile longest and differ least from others are slow."""
     for name in MODELS:
         for law in LAWS:
-            fast = law in ("certain", "antithetic") or name == "dense" and law != "one_sided"
+            fast = (name, law) in FAST
             yield pytest.param(name, law, marks=[] if fast else pytest.mark.slow)
 
 
@@ -185,7 +186,7 @@ def in_tree_mode(loss):
 
 
 @pytest.mark.parametrize("style", [in_graph_mode, in_tree_mode])
-@pytest.mark.parametrize("law", ["symmetric", "antithetic"])
+@pytest.mark.parametrize("law", ["symmetric", pytest.param("antithetic", marks=pytest.mark.slow)])
 def test_under_jit_keys_and_statistics_move_and_parameters_stay(style, law):
     model, base, batch = problem()
     before = pm_nnx.snapshot(model)
@@ -390,7 +391,7 @@ def test_a_snapshot_does_not_follow_the_module_and_goes_back_into_it():
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("name", ["dense", "attention"])
+@pytest.mark.parametrize("name", ["dense", pytest.param("attention", marks=pytest.mark.slow)])
 def test_logits_are_those_of_evaluation_whatever_the_mode(name, mode):
     model, _, (x, _) = problem(name)
     model.train()
@@ -478,12 +479,19 @@ def test_a_task_finishes_on_a_module_as_on_its_pure_state(name):
         )
         state, info = pm_nnx.finish_task(merger, state, model, [(x, y)])
         assert_equal(nnx.state(model, nnx.Param), params)
-        assert_equal(nnx.state(model, nnx.Not(nnx.Param)), rest)
+        statistics = nnx.filter_state(rest, nnx.BatchStat)
+        if jax.tree.leaves(statistics):
+            # They have become those of the merged model on these examples.
+            value = model.first(x)
+            np.testing.assert_allclose(model.norm.mean[...], value.mean(0), 1e-5, 1e-6)
+            np.testing.assert_allclose(model.norm.var[...], value.var(0), 1e-5, 1e-6)
+        assert_equal(nnx.state(model, nnx.RngState), nnx.filter_state(rest, nnx.RngState))
         assert_equal(state.start, pure_state.start)
         assert float(info.alpha) == float(pure_info.alpha)
     assert 0 < float(info.alpha) < 1
 
 
+@pytest.mark.slow
 def test_a_whole_stream_with_donation_trains_measures_and_merges_a_module():
     model, _, (x, y) = problem()
     loss = pm_nnx.perturbed(aux_loss_fn, perturbation.symmetric(), has_aux=True)
@@ -512,6 +520,26 @@ def test_a_whole_stream_with_donation_trains_measures_and_merges_a_module():
         assert_equal(nnx.state(model, nnx.Param), state.start)
         alphas.append(float(info.alpha))
     assert alphas[0] == 1 and 0 < alphas[1] < 1
+
+
+def test_batch_statistics_are_means_over_batches_of_any_number():
+    model, _, (x, y) = problem()
+    shifted = jnp.concatenate([x, x + 1.0, 3.0 * x])
+    labels = jnp.tile(y, 3)
+    before = jax.tree.map(lambda leaf: leaf, nnx.state(model))
+    # Batches of 4, 4 and 4, then of 8 and 4.
+    for size in (4, 8):
+        pm_nnx.recalibrate_batch_statistics(model, [(shifted, labels)], batch_size=size)
+        parts = [model.first(shifted[start : start + size]) for start in range(0, 12, size)]
+        for name in ("mean", "var"):
+            wanted = sum(len(part) * getattr(part, name)(0) for part in parts) / 12
+            got = getattr(model.norm, name)[...]
+            np.testing.assert_allclose(got, wanted, 1e-5, 1e-6, err_msg=name)
+    # Parameters, keys, momentum and the mode stay.
+    assert_equal(
+        nnx.state(model, nnx.Not(nnx.BatchStat)), nnx.filter_state(before, nnx.Not(nnx.BatchStat))
+    )
+    assert (model.norm.momentum, model.norm.use_running_average) == (0.5, False)
 
 
 # Mistakes.
@@ -615,6 +643,14 @@ def mistakes():
         "state forgotten": (
             lambda: pm_nnx.logits_fn(other)(pm_nnx.snapshot(other), batch[0]),
             r"^model_state: lacks 'drop/rngs/count', unlike the Dense",
+        ),
+        "statistics of nothing": (
+            lambda: pm_nnx.recalibrate_batch_statistics(model, [batch]),
+            r"^module: the Convolutional has no nnx.BatchNorm layer",
+        ),
+        "a generator where two passes are made": (
+            lambda: pm_nnx.finish_task(None, None, other, iter([batch])),
+            r"^batches=list_iterator: the batch statistics of the Dense are measured",
         ),
         "logits_fn of parameters": (
             lambda: pm_nnx.logits_fn(state),
