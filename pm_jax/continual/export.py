@@ -114,6 +114,8 @@ def write(destinations: Destinations, config: Config, seed: int, workdir: Path) 
         rank = config.lora_rank * learner.stream.num_tasks
         try:
             adapter = peft_adapter.peft_adapter(start, merged, later.adapted, layout, rank)
+        except InvalidInput:
+            raise
         except ValueError as error:
             raise InvalidInput(
                 f"export_adapter={path}: {error}, with rule={config.rule}; export writes the whole "

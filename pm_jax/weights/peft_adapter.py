@@ -43,7 +43,8 @@ class PeftAdapter(NamedTuple):
     # Content of adapter_config.json.
     config: dict[str, Any]
     # Content of adapter_model.safetensors; for each adapted module `lora_A` [r, in] and `lora_B`
-    # [out, r], and the classifier of a ViT (PEFT's `modules_to_save`).
+    # [out, r] (for a convolution [r, in, h, w] and [out, r, 1, 1]), and the classifier of a ViT
+    # (PEFT's `modules_to_save`).
     tensors: Tensors
     # The classifier of a text encoder, which transformers' BertModel has no module for.
     head: Tensors
@@ -56,6 +57,7 @@ def peft_adapter(
 
     Raises:
         ValueError: a displacement is not of this rank.
+        InvalidInput: PEFT has no such adapter for a leaf.
     """
     entries = LAYOUTS[layout](depth_of(trees.leaves_by_path(merged)))
     # Merging the adapters of T tasks gives the product of their factors, concatenated along the
@@ -64,7 +66,12 @@ def peft_adapter(
     factors = _factors_by_name(start, merged, [e for e in entries if e.path in paths], rank)
     modules = {name: _module(name, layout) for name in factors}
     tensors = {}
+    windows = {e.name: trees.leaves_by_path(merged)[e.path].shape[:-2] for e in entries
+               if e.kind == "conv"}  # fmt: skip
     for name, (a, b) in factors.items():
+        if name in windows:
+            # PEFT convolves with A and then, at every place, with B.
+            a, b = a.reshape(len(a), -1, *windows[name]), b[:, :, None, None]
         tensors[f"{_PREFIX}{modules[name]}.lora_A.weight"] = a
         tensors[f"{_PREFIX}{modules[name]}.lora_B.weight"] = b
     theirs = export_params(merged, layout)
@@ -141,13 +148,26 @@ def _stacked(params: Params, members: Mapping[str, Sequence[Entry]]) -> Tensors:
     """Stack kernels into float64 matrices [out, in] by name, zero where nothing is adapted."""
     leaves, matrices = trees.leaves_by_path(params), {}
     for name, group in members.items():
-        columns, rows = leaves[group[0].path].shape
+        theirs = {entry: _their_matrix(entry, leaves[entry.path]) for entry in group}
+        rows, columns = theirs[group[0]].shape
         blocks = np.zeros((group[0].part[1] if group[0].part else 1, rows, columns))
-        for entry in group:
+        for entry, matrix in theirs.items():
             # Rows of parts that did not train, as the key of a joint matrix, stay zero.
-            blocks[entry.part[0] if entry.part else 0] = np.asarray(leaves[entry.path]).T
+            blocks[entry.part[0] if entry.part else 0] = matrix
         matrices[name] = blocks.reshape(-1, columns)
     return matrices
+
+
+def _their_matrix(entry: Entry, leaf: Any) -> np.ndarray:
+    """A kernel as the matrix [out, in] of PyTorch, or [out, in h w] of a convolution."""
+    axes = {"dense": (1, 0), "conv": (3, 2, 0, 1)}.get(entry.kind)
+    if axes is None or np.ndim(leaf) != len(axes):
+        raise InvalidInput(
+            f"export_adapter: {entry.path} of shape {np.shape(leaf)} is neither a dense kernel nor "
+            "one of a convolution, for which alone PEFT's layout is written; export the model"
+        )
+    theirs = np.asarray(leaf).transpose(axes)
+    return theirs.reshape(len(theirs), -1)
 
 
 def _module(name: str, layout: str) -> str:

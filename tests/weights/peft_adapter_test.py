@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pm_jax import models, trees
+from pm_jax import lora, models, trees
 from pm_jax.types import InvalidInput
 from pm_jax.weights import peft_adapter, pretrained
 
@@ -125,6 +125,31 @@ def test_the_classifier_goes_along(layout):
         name = HEADS_OF[layout]
         assert adapter.config["modules_to_save"] == [name] and not adapter.head
         assert np.array_equal(adapter.tensors[f"base_model.model.{name}.weight"], kernel)
+
+
+@pytest.mark.parametrize("layout", ["timm", "transformers"])
+def test_a_convolution_has_factors_that_peft_convolves_with(layout):
+    pattern = r"(patch_embed|blocks_0/attn/value)/kernel"
+    start = random_params(layout)
+    factors = lora.init(jax.random.key(0), start, pattern, 3)
+    adapters = {path: x._replace(b=jnp.cos(jnp.arange(x.b.size)).reshape(x.b.shape))
+                for path, x in factors.items()}  # fmt: skip
+    merged = lora.fold(start, adapters)
+    adapter = adapter_of(layout, start, merged, pattern, rank=3)
+    (name,) = (name for name in adapter.tensors if "patch" in name and "lora_A" in name)
+    a, b = (adapter.tensors[name.replace("lora_A", f"lora_{f}")] for f in "AB")
+    assert a.shape == (3, 3, PATCH, PATCH) and b.shape == (WIDTH, 3, 1, 1)
+    key = name.removeprefix("base_model.model.").replace(".lora_A", "")
+    before, after = (pretrained.export_params(params, layout) for params in (start, merged))
+    np.testing.assert_allclose(
+        np.einsum("orxy,rihw->oihw", b, a), after[key] - before[key], atol=1e-6
+    )
+
+
+def test_leaves_that_peft_has_no_such_adapter_for_are_refused_by_name():
+    start = random_params("bert")
+    with pytest.raises(InvalidInput, match="export_adapter: word_embed/embedding of shape"):
+        adapter_of("bert", start, start, "word_embed/embedding", rank=1)
 
 
 def test_a_displacement_of_higher_rank_is_no_adapter():
