@@ -1,9 +1,10 @@
 """Flax linen modules in pm_jax: any of them as a `Model`, and batch statistics measured anew."""
 
+import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -261,7 +262,8 @@ def _statistics_of_batch(
         zeros = {name: jnp.zeros_like(value) for name, value in before.items()}
         for name, zero in zeros.items():
             module.put_variable(STATISTICS, name, zero)
-        output = next_fn(*args, **kwargs)
+        with _without_unbound_axis(module):
+            output = next_fn(*args, **kwargs)
         seen.add(module.path)
         earlier = next((calls for value, calls in left if value is before["mean"]), 0)
         for name, zero in zeros.items():
@@ -287,6 +289,25 @@ def _statistics_of_batch(
                 "cannot be measured anew; interpolate it, or keep the trained model's"
             )
     return result
+
+
+@contextlib.contextmanager
+def _without_unbound_axis(module: nn.BatchNorm) -> Iterator[None]:
+    """Let a layer average over its batch alone where its `axis_name` is not bound.
+
+    The axis is that of the parallel training (`jax.pmap`), which a single call is not part of.
+    """
+    axis = module.axis_name
+    try:
+        if axis is not None:
+            jax.lax.axis_index(axis)
+    except NameError:
+        # A module does not allow to set its fields, and a clone has variables of its own.
+        object.__setattr__(module, "axis_name", None)
+    try:
+        yield
+    finally:
+        object.__setattr__(module, "axis_name", axis)
 
 
 def _inputs_of(batch: Any) -> Any:

@@ -23,8 +23,8 @@ def check_module(name: str, module: Any) -> None:
 def fold_lora(module: nnx.Module) -> None:
     """Add the products of `nnx.LoRA` and `nnx.LoRALinear` to their kernels, in place.
 
-    Afterwards `lora_b` is 0 and the kernels have what the task learned, so that `finish_task` merges
-    them like any other parameters.
+    Afterwards `lora_b` is 0 and the kernels have what the task learned; `finish_task` merges them
+    like any other parameters.
 
     Raises:
         InvalidInput: no module, no such layer, or one without a kernel [in, out] to add to.

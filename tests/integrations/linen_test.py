@@ -62,6 +62,27 @@ def test_batch_statistics_are_the_means_over_examples_by_hand(momentum):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
+def test_the_axis_of_parallel_training_counts_where_it_is_bound_and_only_there():
+    module = nn.BatchNorm(use_running_average=False, axis_name="devices")
+    plain = nn.BatchNorm(use_running_average=False)
+    variables = plain.init(KEY, X)
+    wanted = linen.recalibrate_batch_statistics(collected(plain), variables, [X])
+    alone = linen.recalibrate_batch_statistics(collected(module), variables, [X])
+    on_shards = jax.vmap(collected(module), (None, 0), (0, None), axis_name="devices")
+    sharded = linen.recalibrate_batch_statistics(
+        lambda variables, x: on_shards(variables, x.reshape(2, 3, 4)), variables, [X]
+    )
+    for found in (alone, sharded):
+        for name in ("mean", "var"):
+            got, right = (tree["batch_stats"][name] for tree in (found, wanted))
+            np.testing.assert_allclose(got, right, rtol=1e-5, atol=1e-6)
+    assert module.axis_name == "devices"
+
+
+def collected(module):
+    return lambda variables, x: module.apply(variables, x, mutable=["batch_stats"])
+
+
 def test_batches_come_as_inputs_as_tuples_and_with_padding():
     module = Normed()
     variables = module.init(KEY, X, False)
