@@ -99,6 +99,15 @@ class MergeInfo(NamedTuple):
     figures: dict[str, Array] = {}
     comparison: Comparison = Comparison()
 
+    def without_comparison(self) -> "MergeInfo":
+        """The same figures, but for the comparison of the models, which is then not computed.
+
+        It reads the merged model once more, for which XLA's CPU schedule may keep one more model's
+        worth of temporary values in memory.
+        """
+        nan = jnp.full((), jnp.nan, jnp.float32)
+        return self._replace(comparison=Comparison(nan, nan, nan, nan))
+
     @classmethod
     def of(cls, alpha: Array | float, degenerate: Array | float = 0.0) -> "MergeInfo":
         """The info of a merge that predicts nothing."""

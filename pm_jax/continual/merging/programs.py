@@ -187,7 +187,7 @@ class Programs:
             evidence=evidence,
         )
         # The state comes first: donated buffers go to the first results of their shape.
-        return self.devices.keep((rule_state, leaves, info))
+        return self.devices.keep((rule_state, leaves, info.without_comparison()))
 
     @compiled(donate_argnums=0)
     def absorb(
