@@ -22,6 +22,7 @@ import numpy as np
 
 from pm_jax import task_vectors, trees
 from pm_jax.curvature.measures import Measure, Measurement, in_groups, measure_all
+from pm_jax.curvature.measuring import check_parameters
 from pm_jax.curvature.static_leaves import Frame
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Requirements
 from pm_jax.rules.checked import check_rule
@@ -76,6 +77,7 @@ class Merger:
         Raises:
             InvalidInput: no pytree of arrays, or a measure of another kind than the rule reads.
         """
+        check_parameters("params", params)
         arrays, frame = Frame.split(params)
         # The state's own buffers: a training step may donate the parameters it is given.
         rule = _init(self.rule, frame, arrays)
@@ -202,6 +204,7 @@ class Merger:
                 "state or trained: arrays have been deleted, as by a training step that donates "
                 "them; start training from jax.tree.map(jnp.copy, state.start)"
             )
+        check_parameters("trained", trained)
         trees.check_alike(trained, state.start, ("trained", "state.start"))
         if "key" in self.rule.needs.evidence and key is None:
             raise InvalidInput(

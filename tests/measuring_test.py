@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from flax.core import FrozenDict
+from flax.training import train_state
 
 import pm_jax
 from pm_jax import Batch, curvature, losses, trees
@@ -465,6 +467,34 @@ def test_a_loss_that_mixes_examples_is_warned_of_by_its_own_name():
     assert len(warned(curvature.gauss_newton(others_of_the_batch), params, direction=params)) == 1
 
 
+def test_dropout_that_all_examples_share_is_warned_of():
+    def shared(params, inputs):
+        kept = jax.random.bernoulli(jax.random.key(0), 0.9, (1, 4))
+        return jnp.where(kept, inputs, 0) @ params
+
+    class Callable:
+        """A function that cannot be hashed."""
+
+        __hash__ = None
+
+        def __call__(self, params, inputs):
+            return shared(params, inputs)
+
+    for logits_fn in (shared, Callable()):
+        (found,) = warned(curvature.fisher_exact(logits_fn), jnp.ones((4, 3)), (X, Y))
+        assert found.startswith("logits_fn: draws random numbers, as dropout does")
+
+
+def test_an_nnx_module_that_a_function_closes_over_is_named():
+    model = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+
+    def logits_fn(params, inputs):
+        return model(inputs @ params)
+
+    with pytest.raises(InvalidInput, match="^logits_fn: changes variables of an nnx module"):
+        pm_jax.measure_all(pm_jax.fisher_exact(logits_fn), jnp.ones((4, 4)), (X, Y))
+
+
 @pytest.mark.parametrize("depth", [slow(2), slow(12)])
 def test_rounding_in_bfloat16_is_no_dependence(depth):
     class Deep(nn.Module):
@@ -607,6 +637,10 @@ MISTAKES = {
         model_state={"mean": np.full(3, np.nan)},
     ),
     "params: has no floating-point leaf": wrong(params={}),
+    "params=Linear: is a module.*snapshot": wrong(params=nnx.Linear(4, 3, rngs=nnx.Rngs(0))),
+    "params=TrainState: has the optimiser's moments.*state.params": wrong(
+        params=train_state.TrainState.create(apply_fn=linear, params=W, tx=optax.adam(0.1))
+    ),
     r"direction=float32\[3\]: params is float32\[4, 3\]": wrong(direction=np.ones(3, np.float32)),
     "direction=dict: params is": wrong(direction={"w": W}),
     "direction: has NaN": wrong(direction=W * np.nan),

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pm_jax import losses
-from pm_jax.curvature.program_keys import Computation, Program
+from pm_jax.curvature.program_keys import Computation, Program, hashable
 from pm_jax.curvature.static_leaves import Frame
-from pm_jax.types import Array, Batch, InvalidInput, Params, PyTree
+from pm_jax.types import Array, Batch, InvalidInput, Params, PyTree, cause
 
 ROWS = 8
 """Examples that are looked at."""
@@ -91,8 +91,8 @@ def look_at(
     check_arity(function, model_state, "inputs" if logits_fn else "batch")
     arrays, frame = Frame.split((params, model_state))
     few = jax.tree.map(lambda leaf: leaf[:ROWS], batch)
-    model = _Model(function, bool(logits_fn), frame)
-    computation = Computation.of(model.outputs, arrays, few)
+    model = _Model(hashable(function), bool(logits_fn), frame)
+    computation = _computation(model, arrays, few)
     program = Program(model, computation)
     outputs = _outputs(program, arrays, few)
     # Copies of one example: whatever another company does to it, this one does most.
@@ -101,7 +101,8 @@ def look_at(
     _compare(
         np.asarray(outputs, np.float32),
         np.asarray(of_copies, np.float32),
-        "logits_fn" if logits_fn else "losses_fn",
+        model.name,
+        computation.draws,
         stacklevel + 1,
     )
     return Look(outputs.shape if logits_fn else None, computation)
@@ -115,12 +116,17 @@ class _Model:
     are_logits: bool
     frame: Frame
 
+    @property
+    def name(self) -> str:
+        """What errors call the function."""
+        return "logits_fn" if self.are_logits else "losses_fn"
+
     def outputs(self, arrays: list[Array], batch: Batch) -> Array:
         """Logits or losses of a batch, with their shape checked."""
         params, model_state = self.frame.joined(arrays)
         examples = batch.inputs if self.are_logits else batch
         outputs = losses.with_state(self.function, model_state)(params, examples)
-        name = "logits_fn" if self.are_logits else "losses_fn"
+        name = self.name
         if not hasattr(outputs, "shape"):
             wanted = "losses [N]"
             if self.are_logits:
@@ -137,15 +143,36 @@ class _Model:
         return outputs
 
 
+def _computation(model: _Model, arrays: list[Array], batch: Batch) -> Computation:
+    """Trace a model on a batch.
+
+    Raises:
+        InvalidInput: it changes variables of an nnx module that it did not make.
+    """
+    try:
+        return Computation.of(model.outputs, arrays, batch)
+    except Exception as error:
+        # By name, because most users of pm_jax do without nnx.
+        if type(error).__name__ != "TraceContextError":
+            raise
+        raise InvalidInput(
+            f"{model.name}: changes variables of an nnx module while it is measured "
+            f"({cause(error)}); use model.eval() and pm_jax.integrations.nnx.logits_fn(model)"
+        ) from None
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _outputs(program: Program, arrays: list[Array], batch: Batch) -> Array:
     return program.owner.outputs(arrays, batch)
 
 
-def _compare(outputs: np.ndarray, of_copies: np.ndarray, name: str, stacklevel: int) -> None:
-    """Warn where an example's outputs depend on the rest of its batch, or on its place there.
+def _compare(
+    outputs: np.ndarray, of_copies: np.ndarray, name: str, draws: bool, stacklevel: int
+) -> None:
+    """Warn where an example's outputs depend on the rest of its batch, on its place, or on chance.
 
-    `of_copies` are the outputs of as many copies of the first example.
+    `of_copies` are the outputs of as many copies of the first example; `draws` says whether the
+    function draws random numbers, of which all examples may have the same.
     """
     unmasked = np.where(abs(outputs) < LARGEST_LOGIT, abs(outputs), 0)
     bound = SMALLEST_DIFFERENCE * float(np.nan_to_num(unmasked).max(initial=0))
@@ -167,5 +194,11 @@ def _compare(outputs: np.ndarray, of_copies: np.ndarray, name: str, stacklevel: 
             "other examples of its batch, as with BatchNorm in training mode, and curvature is "
             "that of single examples; evaluate with running statistics (train=False, and "
             "model_state=batch_stats)",
+            stacklevel=stacklevel,
+        )
+    elif draws:
+        warnings.warn(
+            f"{name}: draws random numbers, as dropout does; measure without it (train=False, or "
+            "deterministic=True)",
             stacklevel=stacklevel,
         )

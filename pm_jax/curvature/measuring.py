@@ -7,6 +7,7 @@ direction, key and model state of later tasks run through the program of the fir
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -63,6 +64,21 @@ def run(
     return found
 
 
+def check_parameters(name: str, params: Any) -> None:
+    """Raise InvalidInput for what holds more than parameters: an nnx module or a `TrainState`."""
+    kind = type(params).__name__
+    nnx = sys.modules.get("flax.nnx")  # loaded already if there is a module of it
+    if nnx is not None and isinstance(params, nnx.Module):
+        raise InvalidInput(
+            f"{name}={kind}: is a module, with its statistics and keys; give its parameters, "
+            "pm_jax.integrations.nnx.snapshot(module)"
+        )
+    if hasattr(params, "apply_gradients") and hasattr(params, "params"):
+        raise InvalidInput(
+            f"{name}={kind}: has the optimiser's moments as well; give its parameters, state.params"
+        )
+
+
 def _check_arguments(measure: Any, given: Given, batch_size: Any) -> None:
     """Raise InvalidInput for arguments that no measure can use."""
     if not hasattr(measure, "finalize"):
@@ -71,6 +87,7 @@ def _check_arguments(measure: Any, given: Given, batch_size: Any) -> None:
         raise InvalidInput(f"measure={name}: must be a Measure; call its factory, as in {call}")
     if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
         raise InvalidInput(f"batch_size={batch_size}: must be a whole number, at least 1")
+    check_parameters("params", given.params)
     if not jax.tree.leaves(trees.floating(given.params)):
         raise InvalidInput(
             "params: has no floating-point leaf; give the parameters of the model, a pytree"

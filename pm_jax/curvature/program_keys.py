@@ -43,6 +43,11 @@ class Computation:
     text: str
     constants: tuple[Any, ...]
 
+    @property
+    def draws(self) -> bool:
+        """True if the function draws random numbers, whatever key it has."""
+        return "random_bits[" in self.text
+
     @classmethod
     def of(cls, function: Callable[..., Any], *arguments: Any) -> Computation:
         """Trace a function anew."""
@@ -60,6 +65,42 @@ class Computation:
 
     def __hash__(self) -> int:
         return hash((self.text, len(self.constants)))
+
+
+class ById:
+    """A value that is equal to itself alone, for those that cannot be compared or hashed."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ById) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __call__(self, *args: Any) -> Any:
+        """Call the value, a function."""
+        return self.value(*args)
+
+
+def hashable(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, or a stand-in with a hash, such as for a dataclass that is called.
+
+    Example:
+        >>> @dataclasses.dataclass
+        ... class Shift:
+        ...     by: float
+        ...     def __call__(self, x):
+        ...         return x + self.by
+        >>> hashable(Shift(1.0))(2.0), len({hashable(shift) for shift in [Shift(1.0)] * 2})
+        (3.0, 1)
+    """
+    try:
+        hash(function)
+    except TypeError:
+        return ById(function)
+    return function
 
 
 @dataclasses.dataclass(frozen=True)
