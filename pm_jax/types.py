@@ -11,7 +11,10 @@ Key: TypeAlias = jax.Array
 
 PyTree: TypeAlias = Any
 Params: TypeAlias = Any
-"""Any pytree of floating-point arrays: linen params, `nnx.split` state, a plain dict."""
+"""Any pytree of arrays: linen params, `nnx.split` state, a plain dict, a whole train state.
+
+Leaves that are not floating point (steps, PRNG keys, ids, text) do not merge and stay as they are.
+"""
 
 
 class InvalidInput(ValueError):
