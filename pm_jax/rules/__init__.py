@@ -4,6 +4,7 @@ from pm_jax.rules import preferences
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Requirements, TrainingHook
 from pm_jax.rules.became import became
 from pm_jax.rules.building import jit_merge
+from pm_jax.rules.checked import merge_rule
 from pm_jax.rules.cofima import cofima
 from pm_jax.rules.dare import dare
 from pm_jax.rules.exact_curvature import exact_curvature
@@ -40,6 +41,7 @@ __all__ = [
     "joint",
     "magmax",
     "make",
+    "merge_rule",
     "oracle",
     "pam",
     "perturb_and_merge",
