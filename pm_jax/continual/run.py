@@ -1,6 +1,7 @@
 """Runs of a configuration for several seeds, beside a baseline, and what a run would do."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ from pm_jax.continual.storage.workdir import (
 )
 from pm_jax.continual.training import own_model
 from pm_jax.continual.training.initial_model import (
+    blank_example,
     is_built_in,
     kernel_pattern,
     parameter_shapes,
@@ -160,15 +162,15 @@ def describe(config: Config, seed: int = 0) -> str:
         name = own_model.name_of(model, config.model)
         own_model.check_values(name, *training.init_with_state(jax.random.key(seed)))
     shapes = parameter_shapes(config, *form, model=model, input_dtype=str(stream.inputs.dtype))
-    first, later = partitions(config, shapes, model)
+    blank = blank_example(config, form[1], str(stream.inputs.dtype))
+    first, later = partitions(config, shapes, model, None if is_built_in(model) else blank)
     total = lora.count(shapes)
 
     def size(paths: Sequence[str]) -> int:
         return lora.count(trees.select(shapes, tuple(paths)))
 
-    kernels = trees.select(shapes, later.adapted)
-    # A kernel [in, out] has adapters [in, r] and [r, out].
-    adapters = sum(config.lora_rank * sum(kernel.shape) for kernel in kernels.values())
+    make = functools.partial(later.fresh_adapters, rank=config.lora_rank)
+    adapters = lora.count(jax.eval_shape(make, jax.random.key(0), shapes))
 
     def trained(partition: Partition) -> int:
         return (adapters if partition.adapted else 0) + size(partition.direct + partition.head)

@@ -72,6 +72,11 @@ class NNXModel:
         module(inputs, **self._flags(module, True))
         return self._state_of(module)
 
+    @property
+    def module(self) -> nnx.Module:
+        """A module of this form."""
+        return self.make(nnx.Rngs(0)) if self.given is None else self.given
+
     @functools.cached_property
     def _template(self) -> tuple[Any, ...]:
         """The module's form, and the shapes of its parameters, streams and other state."""

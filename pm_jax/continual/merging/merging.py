@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pm_jax import lora, task_vectors, trees
+from pm_jax import task_vectors, trees
 from pm_jax.continual.merging import landscape, model_state, trust
 from pm_jax.continual.merging.programs import Programs
 from pm_jax.continual.merging.records import Records
@@ -119,8 +119,9 @@ class Merging:
 
     def blank_adapters(self, params: Params) -> Adapters:
         """Make adapters of the run's shapes whose products are 0; none without LoRA."""
-        paths, rank = self.programs.adapted, self._config.lora_rank
-        return self._devices.place(lora.init(self._key, params, paths, rank)) if paths else {}
+        partition = self.programs.training.partition
+        adapters = partition.fresh_adapters(self._key, params, self._config.lora_rank)
+        return self._devices.place(adapters)
 
     def tasks_seen(self, task: int) -> int:
         """Return the number of tasks whose data have been trained on after a task."""

@@ -82,15 +82,26 @@ class TrainingPrograms:
         form = (shape.num_classes, shape.input_shape)
         self._init = init_fn(config, *form, model=model, input_dtype=shape.input_dtype)
         self.traits = own_model.Traits()
+        blank = None
         if not is_built_in(model):
             name = own_model.name_of(model, config.model)
             blank = blank_example(config, shape.input_shape, shape.input_dtype)
             self.traits = own_model.checked(model, name, self._init, blank, shape.num_classes)
-        params, _ = jax.eval_shape(self._init, jax.random.key(0))
-        first, later = partitions(config, params, model)
+        params, state = jax.eval_shape(self._init, jax.random.key(0))
+        first, later = partitions(config, params, model, blank)
         self.partition = later
+        if later.adapted and blank is not None:
+            make = functools.partial(later.fresh_adapters, rank=config.lora_rank)
+            adapters = jax.eval_shape(make, jax.random.key(0), params)
+            branches = own_model.takes_branches(model, params, state, blank, adapters)
+            self.traits = self.traits._replace(folds=not branches)
+            if config.perturb_per == "example" and not branches:
+                raise InvalidInput(
+                    "perturb_per=example: the layers that lora_pattern adapts take no adapters on "
+                    "their activations; use perturb_per=batch"
+                )
         self.later, self.first = (
-            TaskProgram(config, model, part, shape.largest_task, hook, **self.traits._asdict())
+            TaskProgram(config, model, part, shape.largest_task, hook, self.traits)
             for part in (later, first)
         )
         if first == later:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from pm_jax import models, trees
 from pm_jax.continual.settings.config import Config
+from pm_jax.continual.training import own_model
 from pm_jax.continual.training.image_transforms import check_images
 from pm_jax.continual.training.logits import normalized
 from pm_jax.continual.training.partition import Partition, partition
@@ -19,11 +20,12 @@ from pm_jax.weights import pretrained
 
 
 def partitions(
-    config: Config, params: Params, model: Model | None = None
+    config: Config, params: Params, model: Model | None = None, blank: Array | None = None
 ) -> tuple[Partition, Partition]:
     """Sort the parameters, or their shapes, for the first task and for the later tasks.
 
-    Without a model they are those of the configuration's own.
+    Without a model they are those of the configuration's own. With a blank example, a model of the
+    user's own tells how its kernels are used.
 
     Raises:
         InvalidInput: the adapter's pattern or rank does not fit the model.
@@ -41,6 +43,7 @@ def partitions(
             lora_pattern=pattern,
             rank=config.lora_rank,
             head_pattern=head,
+            **(own_model.axes_from(model, blank) if model and blank is not None else {}),
         )
     except ValueError as error:
         raise InvalidInput(f"lora_{error}") from None

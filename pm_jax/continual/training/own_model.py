@@ -1,13 +1,14 @@
 """A model of the user's own, looked at once before any work starts."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pm_jax import trees
+from pm_jax import lora, trees
 from pm_jax.curvature import dense_layers
 from pm_jax.integrations.linen import LinenModel
 from pm_jax.models.model import Model, classifier_pattern
@@ -20,10 +21,13 @@ class Traits(NamedTuple):
     Attributes:
         has_state: whether anything moves beside the parameters.
         is_random: whether it draws random numbers while it trains.
+        folds: whether adapters are folded into its kernels at every step, because its layers take
+            none on their activations.
     """
 
     has_state: bool = False
     is_random: bool = False
+    folds: bool = False
 
 
 def name_of(model: Model, setting: str = "") -> str:
@@ -164,6 +168,42 @@ def _reads_key(apply: Callable[..., Any], key: Key, *arguments: Any) -> bool:
     traced = jax.make_jaxpr(apply)(key, *arguments).jaxpr
     first = traced.invars[0]
     return any(variable is first for equation in traced.eqns for variable in equation.invars)
+
+
+def axes_from(model: Model, blank: Array) -> dict[str, Any]:
+    """Return the arguments of `lora.adapted_axes` by which a module says how it uses kernels."""
+    module = getattr(model, "module", None)
+    if not isinstance(model, LinenModel):
+        # An nnx module says it by itself; a few functions say nothing.
+        return {} if module is None else {"module": module}
+    inputs: list[Any] = [blank]
+    flags = dict(model.flags)
+    for name in list(inspect.signature(type(model.module).__call__).parameters)[2:]:
+        if name not in flags:
+            break
+        inputs.append(not flags[name])
+    return {"module": module, "inputs": tuple(inputs)}
+
+
+def takes_branches(
+    model: Model, params: Params, state: PyTree, blank: Array, adapters: lora.Adapters
+) -> bool:
+    """Tell whether adapters can act on the activations of a model, which is cheaper than folding.
+
+    All arguments but the model may be shapes.
+    """
+    if not isinstance(model, LinenModel):
+        return False
+
+    def trial(params: Params, state: PyTree, adapters: lora.Adapters) -> Array:
+        with lora.branch(adapters):
+            return model.apply(params, state, blank)[0]
+
+    try:
+        jax.eval_shape(trial, params, state, adapters)
+    except InvalidInput:
+        return False
+    return True
 
 
 def layers_by_example(model: LinenModel, blank: Array) -> tuple[str, ...]:

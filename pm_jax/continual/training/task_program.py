@@ -1,7 +1,7 @@
 """Training of one task: an optimiser step, and an epoch of them in one compiled loop."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ from pm_jax.continual.settings.config import Config
 from pm_jax.continual.training import hooks, optimizer
 from pm_jax.continual.training.image_transforms import training_transform
 from pm_jax.continual.training.logits import training_logits_of
+from pm_jax.continual.training.own_model import Traits
 from pm_jax.continual.training.partition import Partition, Trainable, fresh_trainable
 from pm_jax.continual.training.purpose_keys import (
     ADAPTERS,
@@ -60,13 +61,19 @@ class Segment(NamedTuple):
 
 
 def training_loss(
-    model: Any, law: Perturbation, *, examples: int | None = None, temperature: float = 1.0
+    model: Any,
+    law: Perturbation,
+    *,
+    examples: int | None = None,
+    temperature: float = 1.0,
+    folds: bool = False,
 ) -> Callable[..., tuple[Array, PyTree]]:
     """Make the loss of a step of Perturb-and-Merge: at a random point along the task vector.
 
     The function is `loss(key, trainable, start, batch, class_mask, model_state={}, model_key=None)
     -> (float32 scalar, next state of the model)`, where `start` is the model that the task started
-    from. With `examples` N it draws a point for each of them.
+    from. With `examples` N it draws a point for each of them. With `folds` the
+    adapters are folded into the kernels, for models whose layers take none.
     """
 
     def loss_fn(
@@ -79,6 +86,8 @@ def training_loss(
         model_key: Key | None,
     ) -> tuple[Array, PyTree]:
         params = trees.replace(start, {**lora.dense_leaves(moving), **head})
+        if folds:
+            params, moving = _folded(params, moving), {}
         next_states: list[PyTree] = []
 
         def logits_fn(params: Params, inputs: Array) -> Array:
@@ -111,6 +120,16 @@ def training_loss(
     return loss
 
 
+def _folded(params: Params, moving: Mapping[str, Any]) -> Params:
+    """Fold the adapters among moving leaves into the parameters."""
+    for path, leaf in moving.items():
+        if isinstance(leaf, lora.AdaptedKernel):
+            params = lora.fold(params, {path: leaf.adapter}, leaf.scale)
+        elif isinstance(leaf, lora.Adapter):
+            params = lora.fold(params, {path: leaf})
+    return params
+
+
 class TaskProgram:
     """The compiled functions that train the same leaves for tasks of any size up to the largest."""
 
@@ -121,12 +140,11 @@ class TaskProgram:
         partition: Partition,
         largest_task: int,
         hook: TrainingHook | None = None,
-        *,
-        has_state: bool = False,
-        is_random: bool = False,
+        traits: Traits | None = None,
     ):
+        traits = traits or Traits()
         # A model with state may compare the examples of a batch, so that padding must be like them.
-        self._pads_with_examples, self._is_random = has_state, is_random
+        self._pads_with_examples, self._is_random = traits.has_state, traits.is_random
         self._config, self._partition, self._hook = config, partition, hook
         self.devices = devices_of(config)
         self.batches = Batches(self.devices, config.batch_size)
@@ -142,6 +160,7 @@ class TaskProgram:
             config.perturbation_law,
             examples=config.batch_size if self._per_example else None,
             temperature=config.temperature,
+            folds=traits.folds,
         )
 
     @compiled()

@@ -1,0 +1,77 @@
+"""A residual network with batch norm as one's own model, by the binary, killed and resumed."""
+
+import json
+import pathlib
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from pm_jax.weights.pretrained import read_tensors
+from tests.small_runs import comparable
+
+ROOT = pathlib.Path(__file__).parents[2]
+CIFAR = ROOT.parent / "shared/data/tfds/cifar100"
+SHORT = (
+    "--model=tests.own_models:resnet", "--model_settings=widths=4:8,dropout=0.1", "--epochs=1",
+    "--first_task_epochs=2", "--num_tasks=2", "--checkpoint_every=4", "--baseline=", "--noreport",
+    "--keep_task_models",
+)  # fmt: skip
+DIGITS = ("--rotation_step=60",)
+SUBSET = (
+    "--dataset=cifar100", f"--data_dir={CIFAR.parent}", "--scenario=class_incremental",
+    "--train_per_class=4", "--test_per_class=1", "--curvature_examples=32",
+)  # fmt: skip
+
+
+def started(workdir, arguments):
+    command = [sys.executable, "-m", "experiments.train", f"--workdir={workdir}", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def finished(workdir, arguments):
+    process = started(workdir, arguments)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    results = json.loads((workdir / "seed_0" / "results.json").read_text())
+    return comparable(results), errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        DIGITS,
+        pytest.param(
+            SUBSET,
+            marks=pytest.mark.skipif(
+                not CIFAR.exists(), reason="needs CIFAR-100 in ../shared/data/tfds"
+            ),
+        ),
+    ],
+    ids=["digits", "cifar100"],
+)
+def test_a_residual_network_is_killed_and_goes_on_to_the_same_bits(arguments, tmp_path):
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    wanted, _ = finished(straight, [*SHORT, *arguments])
+    process = started(killed, [*SHORT, *arguments])
+    checkpoints, last = killed / "seed_0" / "checkpoints", time.monotonic() + 300
+    # Any checkpoint will do: some kills come in the first task and some later.
+    while not [*checkpoints.glob("[0-9]*[0-9]")] and time.monotonic() < last:
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    assert not (killed / "seed_0" / "results.json").exists()
+    found, told = finished(killed, [*SHORT, *arguments])
+    assert "going on from step" in told and found == wanted
+    for name in ("task_2", "rest_2"):
+        one, other = (
+            read_tensors(run / "seed_0" / "task_models" / f"{name}.safetensors")
+            for run in (straight, killed)
+        )
+        assert set(one) == set(other)
+        assert all(np.array_equal(one[path], other[path]) for path in one)
+    # The state is there, beside the parameters.
+    assert any("batch_stats" in path for path in one)
