@@ -78,6 +78,11 @@ class Merger:
             InvalidInput: no pytree of arrays, or a measure of another kind than the rule reads.
         """
         check_parameters("params", params)
+        if not jax.tree.leaves(params):
+            raise InvalidInput(
+                f"params={type(params).__name__}: has no leaves; give the model's parameters, a "
+                "pytree of arrays"
+            )
         arrays, frame = Frame.split(params)
         # The state's own buffers: a training step may donate the parameters it is given.
         rule = _init(self.rule, frame, arrays)
@@ -295,7 +300,7 @@ def _refuse_needs(needs: Requirements) -> None:
         lacks += unknown
     if lacks:
         raise InvalidInput(
-            f"rule: needs {' and '.join(lacks)}, which a merger does not have; use the binaries or "
+            f"rule: needs {', '.join(lacks)}, which a merger does not have; use the binaries or "
             f"Learner for it. A merger takes {TAKEN}"
         )
 

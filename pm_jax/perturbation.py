@@ -54,13 +54,13 @@ def check_law(perturbation: Any) -> None:
     """Raise `InvalidInput` unless the argument is a `Perturbation`, as a factory returns it."""
     if isinstance(perturbation, Perturbation):
         return
-    if callable(perturbation):
-        name = getattr(perturbation, "__name__", repr(perturbation))
+    name = getattr(perturbation, "__name__", repr(perturbation))
+    if callable(perturbation) and getattr(perturbation, "__module__", None) == __name__:
         raise InvalidInput(
             f"perturbation={name}: is a function that makes a law; call it, as {name}()"
         )
     raise InvalidInput(
-        f"perturbation={perturbation!r}: is no law; make one with perturbation.symmetric(), "
+        f"perturbation={name}: is no law; make one with perturbation.symmetric(), "
         "antithetic(), gaussian(), one_sided() or none()"
     )
 

@@ -122,5 +122,6 @@ def loss_and_aux(output: Any, has_aux: bool) -> tuple[Array, Any]:
 
 
 def _described(output: Any) -> str:
-    name = type(output).__name__
-    return f"a {name} of {len(output)}" if isinstance(output, (tuple, list)) else f"a {name}"
+    if isinstance(output, (tuple, list)):
+        return f"a {type(output).__name__} of {len(output)}"
+    return "an array" if isinstance(output, jax.Array) else f"a {type(output).__name__}"

@@ -371,7 +371,7 @@ def mistakes():
         "a number for the law": (lambda: perturbed(law=0.5), r"^perturbation=0.5: is no law; make"),
         "law and loss swapped": (
             lambda: perturbation.perturbed(law, loss_fn),
-            r"^perturbation=.*: is a function",
+            r"^perturbation=loss_fn: is no law; make one with",
         ),
         "no function": (lambda: perturbed(loss_fn=3.0), r"^loss_fn=3.0: must be a function"),
         "examples": (lambda: perturbed(examples=0), r"^examples=0: must be the number of examples"),
@@ -442,7 +442,7 @@ def mistakes():
         ),
         "has_aux without aux": (
             lambda: perturbed(has_aux=True)(key, w, w),
-            r"^has_aux=True: loss_fn must return \(loss, aux\), and returned a ",
+            r"^has_aux=True: loss_fn must return \(loss, aux\), and returned an array",
         ),
         "three outputs": (
             lambda: perturbed(lambda p: (loss_fn(p), 1, 2), has_aux=True)(key, w, w),

@@ -352,10 +352,17 @@ def fisher_kronecker(
         ([[[4.0]]], [[[0.25, -0.25], [-0.25, 0.25]]])
     """
     passes = squared_gradients.label_passes(num_samples)
+    if not kernels:
+        raise InvalidInput("kernels=(): name at least one kernel, or use fisher_exact")
 
     def parts(state: MeasureState) -> tuple[dict[str, Array], dict[str, Array], OutputsFn]:
         """Kernels, other leaves, and the outputs as a function of some of either."""
         chosen = _kernels(state.params, kernels)
+        if others := [path for path in chosen if path.rpartition("/")[2] != "kernel"]:
+            raise InvalidInput(
+                f"kernels={others[0]}: is no kernel of a linen layer, whose path ends in kernel; "
+                "leave it out, and its diagonal is measured"
+            )
         rest = {
             x: leaf for x, leaf in trees.leaves_by_path(state.params).items() if x not in chosen
         }

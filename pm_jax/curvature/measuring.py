@@ -43,7 +43,7 @@ def run(
     if examples_.are_traced((given, examples if examples_.are_arrays(examples) else ())):
         return _traced(measure, given, examples_.as_batch(examples, "examples"), batch_size)
     arrays, frame = Frame.split(given)
-    _refuse_nan(given)
+    _refuse_not_finite(given)
     if progress or not examples_.are_arrays(examples):
         items = [examples] if examples_.are_arrays(examples) else examples
         return _streamed(measure, frame, arrays, items, batch_size, progress)
@@ -223,12 +223,18 @@ def _has_nan(tree: PyTree) -> Array:
 
 
 @jax.jit
-def _which_have_nan(leaves: dict[str, Array]) -> Array:
-    return jnp.stack([jnp.isnan(leaf).any() for leaf in leaves.values()])
+def _which_are_not_finite(leaves: dict[str, Array]) -> Array:
+    def wrong(path: str, leaf: Array) -> Array:
+        # A model's state may have infinities, as a mask that is added to logits.
+        if path.startswith("model_state"):
+            return jnp.isnan(leaf).any()
+        return ~jnp.isfinite(leaf).all()
+
+    return jnp.stack([wrong(path, leaf) for path, leaf in leaves.items()])
 
 
-def _refuse_nan(given: Given) -> None:
-    """Raise InvalidInput for NaN in the parameters, their direction or the model's state."""
+def _refuse_not_finite(given: Given) -> None:
+    """Raise InvalidInput for NaN or infinity in parameters, direction or the model's state."""
     leaves = {
         path: leaf
         for path, leaf in trees.leaves_by_path(given._asdict()).items()
@@ -236,12 +242,12 @@ def _refuse_nan(given: Given) -> None:
     }
     if not leaves:
         return
-    flags = np.asarray(_which_have_nan(leaves))
+    flags = np.asarray(_which_are_not_finite(leaves))
     wrong = [path for path, flag in zip(leaves, flags, strict=True) if flag]
     if wrong:
         raise InvalidInput(
-            f"{', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}: has NaN, and so would the "
-            "curvature; look at the loss of the training before this"
+            f"{', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}: has numbers that are not "
+            "finite, and so would the curvature; look at the loss of the training before this"
         )
 
 

@@ -8,7 +8,6 @@ import pytest
 from experiments.benchmarks import peer
 
 ROOT = pathlib.Path(__file__).parents[2]
-NOTEBOOKS = sorted((ROOT / "experiments" / "notebooks").glob("*.py"))
 HEAVY = ("tensorflow", "tensorflow_datasets", "orbax", "matplotlib", "sklearn", "absl.flags")
 
 
@@ -31,15 +30,6 @@ def test_import_alone_loads_nothing_heavy():
     loaded = set(ended.stdout.split())
     for name in ("tensorflow", "tensorflow_datasets", "orbax.checkpoint", "matplotlib", "sklearn"):
         assert name not in loaded
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebooks_run(path):
-    ended = subprocess.run([sys.executable, path], capture_output=True, text=True, cwd=ROOT)
-    assert ended.returncode == 0, ended.stderr
-    assert "task 2: alpha" in ended.stdout
-    assert "# %%" in path.read_text()
 
 
 @pytest.mark.slow

@@ -268,6 +268,10 @@ def _check_dense(leaves: Params, called_once: tuple[str, ...]) -> None:
     Raises:
         InvalidInput: one cannot.
     """
+    if not kernel_paths(leaves):
+        raise InvalidInput(
+            "curvature=kronecker: no kernel of a dense layer merges; use fisher_exact"
+        )
     for path in kernel_paths(leaves):
         if layer_of(path) not in called_once:
             raise InvalidInput(
