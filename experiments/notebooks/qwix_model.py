@@ -78,7 +78,8 @@ ALPHA = 8.0
 rule = qwix.LoraRule(module_path="first|second", rank=4, alpha=ALPHA)
 example = upright.train_inputs[:1]
 adapted = qwix.apply_lora_to_model(model, qwix.LoraProvider([rule]), example, rngs=nnx.Rngs(1))
-graph, params, rest = nnx.split(adapted, nnx.Param, ...)
+graph, *states = nnx.split(adapted, nnx.Param, ...)
+params, rest = states
 
 
 def separated(params):
