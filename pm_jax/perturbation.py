@@ -20,7 +20,14 @@ import jax.numpy as jnp
 
 from pm_jax import lora, task_vectors, trees
 from pm_jax.lora import AdaptedKernel, Adapter
-from pm_jax.perturbation_checks import check_key, check_models, is_adapter, leaves, loss_and_aux
+from pm_jax.perturbation_checks import (
+    base_and_rest,
+    check_key,
+    check_models,
+    is_adapter,
+    leaves,
+    loss_and_aux,
+)
 from pm_jax.types import Array, InvalidInput, Key, Params
 
 
@@ -294,6 +301,8 @@ def perturbed(
 
         - Gradients are `jax.grad(perturbed_loss, argnums=1)`. Without `argnums`, `jax.grad` refuses
           the key by itself: "grad requires real- or complex-valued inputs".
+        - `functools.partial(perturbed_loss, key, base=base)` has the arguments of `loss_fn` again,
+          and takes its place wherever a loop expects it.
         - `antithetic` has two passes, which see the same arguments and so the same dropout masks
           and batch statistics. Auxiliary outputs are those of the last pass.
         - `base` must outlive the task. Where the jitted step donates `params`, `base` must be a
@@ -325,7 +334,8 @@ def perturbed(
         raise InvalidInput(f"examples={examples!r}: must be the number of examples of a batch")
     shape = () if examples is None else (examples,)
 
-    def perturbed_loss(key: Key, params: Params, base: Params, *args: Any, **kwargs: Any) -> Any:
+    def perturbed_loss(key: Key, params: Params, *args: Any, **kwargs: Any) -> Any:
+        base, args = base_and_rest(args, kwargs)
         # Without a perturbation no random number is drawn.
         if perturbation == none():
             loss, aux = loss_and_aux(loss_fn(params, *args, **kwargs), has_aux)

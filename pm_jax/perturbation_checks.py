@@ -89,6 +89,21 @@ def check_key(key: Any, params: Params) -> None:
     raise InvalidInput(f"key={key!r}: is no PRNG key; make one with jax.random.key(seed)")
 
 
+def base_and_rest(args: tuple, kwargs: dict[str, Any]) -> tuple[Params, tuple]:
+    """Take `base` out of the arguments behind the parameters: by its name, or else the first.
+
+    Raises:
+        InvalidInput: there is none.
+    """
+    if "base" in kwargs:
+        return kwargs.pop("base"), args
+    if not args:
+        raise InvalidInput(
+            "base: is missing; pass the model that the task started from, (key, params, base, ...)"
+        )
+    return args[0], args[1:]
+
+
 def loss_and_aux(output: Any, has_aux: bool) -> tuple[Array, Any]:
     """Loss and auxiliary outputs of a call of a loss function; `None` for no auxiliary outputs.
 

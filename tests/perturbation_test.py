@@ -177,6 +177,19 @@ def test_auxiliary_outputs_and_further_arguments_pass_through():
         assert aux["largest"].shape == ()
 
 
+def test_with_key_and_base_bound_it_takes_the_place_of_the_loss():
+    def loss_fn(params, x, *, scale):
+        return scale * jnp.sum((x @ params) ** 2)
+
+    key, params, base = jax.random.key(2), jnp.asarray([1.0, 2.0]), jnp.asarray([0.5, 0.0])
+    loss = perturbation.perturbed(loss_fn, perturbation.gaussian(0.5, 1.0))
+    bound = functools.partial(loss, key, base=base)
+    got = jax.value_and_grad(bound)(params, jnp.ones((3, 2)), scale=2.0)
+    wanted = jax.value_and_grad(loss, argnums=1)(key, params, base, jnp.ones((3, 2)), scale=2.0)
+    for g, w in zip(got, wanted, strict=True):
+        np.testing.assert_array_equal(g, w)
+
+
 def adapted_loss(point, inputs):
     """Squared outputs of a linen layer whose kernel may have a branch."""
     with lora.branch(point):
@@ -385,6 +398,10 @@ def mistakes():
             r"^key: is a dict with floating-point leaves; .* argnums=1",
         ),
         "params and key swapped": (lambda: perturbed()(w, key, w), r"^params: is a PRNG key; the"),
+        "no base": (
+            lambda: perturbed()(key, w),
+            r"^base: is missing; pass the model that the task started from",
+        ),
         "a seed for the key": (
             lambda: perturbed()(0, w, w),
             r"^key=0: is no PRNG key; make one with jax.random.key\(seed\)$",

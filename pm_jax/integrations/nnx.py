@@ -17,6 +17,7 @@
 Parameters travel as `nnx.State`, which every function of pm_jax takes as a pytree.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,7 +33,7 @@ from pm_jax.integrations.nnx_layers import has_batch_statistics
 from pm_jax.integrations.nnx_layers import (
     recalibrate_batch_statistics as recalibrate_batch_statistics,
 )
-from pm_jax.perturbation_checks import check_key, leaves, loss_and_aux
+from pm_jax.perturbation_checks import base_and_rest, check_key, leaves, loss_and_aux
 from pm_jax.types import Array, InvalidInput, Key, Params, PyTree
 
 Filter = Any
@@ -124,7 +125,8 @@ def perturbed(
 
     Returns:
         `perturbed_loss(key, module, base, *args, **kwargs)`, to be differentiated by
-        `nnx.value_and_grad(perturbed_loss, argnums=1)`, or `argnums=nnx.DiffState(1, wrt)`. `base`
+        `nnx.value_and_grad(perturbed_loss, argnums=1)`, or `argnums=nnx.DiffState(1, wrt)`;
+        `functools.partial(perturbed_loss, key, base=base)` has the arguments of `loss_fn`. `base`
         is a `snapshot` of the module, which must outlive the task. `antithetic` has two passes with
         the same dropout masks and statistics; only the last one changes the module.
 
@@ -145,9 +147,8 @@ def perturbed(
     laws.check_law(perturbation)
     laws.check_loss_fn(loss_fn)
 
-    def perturbed_loss(
-        key: Key, module: nnx.Module, base: Params, *args: Any, **kwargs: Any
-    ) -> Any:
+    def perturbed_loss(key: Key, module: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+        base, args = base_and_rest(args, kwargs)
         _check_order(key, module, base)
         if perturbation == laws.none():
             loss, aux = loss_and_aux(loss_fn(module, *args, **kwargs), has_aux)
@@ -214,26 +215,37 @@ def logits_fn(
     nnx.pop(model, nnx.Intermediate)
     model.eval()
     graph, *states = nnx.split(model, wrt, ...)
-    # Paths only: the function below must not keep the arrays of the module alive.
-    known = dict(zip(("params", "model_state"), map(_paths, states), strict=True))
-    del model, states
-    name = type(module).__name__
+    # Paths only: the function must not keep the arrays of the module alive.
+    params, state = (frozenset(_paths(state)) for state in states)
+    return _Logits(type(module).__name__, graph, params, state, call)
 
-    def pure_logits_fn(params: Params, inputs: PyTree, model_state: PyTree = None) -> Array:
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Logits:
+    """The function that `logits_fn` makes; it compares by identity, as functions do."""
+
+    name: str
+    graph: Any
+    params: frozenset[str]
+    state: frozenset[str]
+    call: Callable[[nnx.Module, PyTree], Array] | None
+
+    def __call__(self, params: Params, inputs: PyTree, model_state: PyTree = None) -> Array:
+        """Logits of the module in evaluation mode."""
         model_state = nnx.State({}) if model_state is None else model_state
-        for argument, tree in (("params", params), ("model_state", model_state)):
-            _check_no_module(argument, tree)
-            if _paths(tree) != known[argument]:
-                path = sorted(_paths(tree) ^ known[argument])[0]
-                raise InvalidInput(
-                    f"{argument}: {'lacks' if path in known[argument] else 'has'} {path!r}, unlike "
-                    f"the {name} that logits_fn was made for; pass snapshot(module) and "
-                    "model_state(module)"
-                )
-        merged = nnx.merge(graph, _pure(params), _pure(model_state))
-        return merged(inputs) if call is None else call(merged, inputs)
+        self._check("params", params, self.params)
+        self._check("model_state", model_state, self.state)
+        merged = nnx.merge(self.graph, _pure(params), _pure(model_state))
+        return merged(inputs) if self.call is None else self.call(merged, inputs)
 
-    return pure_logits_fn
+    def _check(self, argument: str, tree: PyTree, known: frozenset[str]) -> None:
+        _check_no_module(argument, tree)
+        if difference := sorted(_paths(tree) ^ known):
+            verb = "lacks" if difference[0] in known else "has"
+            raise InvalidInput(
+                f"{argument}: {verb} {difference[0]!r}, unlike the {self.name} that logits_fn was "
+                "made for; pass snapshot(module) and model_state(module)"
+            )
 
 
 def model_state(module: nnx.Module, wrt: Filter = nnx.Param) -> nnx.State:
@@ -273,7 +285,8 @@ def finish_task(
         batches: the task's examples, in any form that `measure_all` takes.
         key: PRNG key, for rules and measures that draw random numbers.
         wrt: which variables merge, those that `merger.init` was given.
-        call: `call(module, inputs)` for the statistics, where `module(inputs)` is not right.
+        call: `call(module, inputs)` for the statistics, where `module(inputs)` is not right; that
+            of `logits_fn` if the merger measures with one.
         recalibrate: measure batch statistics anew, where the module has any.
         batch_size: examples per update of the measure.
         progress: show a progress bar of the measure.
@@ -321,6 +334,8 @@ def finish_task(
     )
     write_back(module, params, copy=False)
     if recalibrate:
+        logits = getattr(getattr(merger, "measure", None), "logits_fn", None)
+        call = call or getattr(logits, "call", None)
         recalibrate_batch_statistics(module, batches, call, batch_size=batch_size)
     return state, info
 

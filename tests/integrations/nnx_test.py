@@ -273,6 +273,18 @@ def test_two_passes_see_the_same_keys_and_only_the_last_changes_anything():
     assert int(metrics.count[...]) == 1
 
 
+def test_with_key_and_base_bound_it_takes_the_place_of_the_loss():
+    model, base, batch = problem()
+    twin, _, _ = problem()
+    loss = pm_nnx.perturbed(aux_loss_fn, LAWS["symmetric"], has_aux=True)
+    bound = partial(loss, jax.random.key(4), base=base)
+    got = nnx.value_and_grad(bound, has_aux=True)(model, batch)
+    wanted = nnx.value_and_grad(loss, argnums=1, has_aux=True)(jax.random.key(4), twin, base, batch)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(g, w)
+    assert_equal(nnx.state(model), nnx.state(twin))
+
+
 def test_parameters_come_back_when_the_loss_fails():
     model, base, batch = problem()
     before = pm_nnx.snapshot(model)
@@ -522,6 +534,24 @@ def test_a_whole_stream_with_donation_trains_measures_and_merges_a_module():
     assert alphas[0] == 1 and 0 < alphas[1] < 1
 
 
+@pytest.mark.slow
+def test_statistics_are_measured_by_the_call_that_logits_are_made_of():
+    class Flagged(nnx.Module):
+        def __init__(self, rngs):
+            self.layer, self.norm = nnx.Linear(6, 3, rngs=rngs), nnx.BatchNorm(3, rngs=rngs)
+
+        def __call__(self, x, *, flag):
+            return {"logits": self.norm(self.layer(x))} if flag else None
+
+    model, (x, y) = Flagged(nnx.Rngs(0)), problem()[2]
+    pure = pm_nnx.logits_fn(model, lambda model, x: model(x, flag=True)["logits"])
+    merger = pm_jax.merger(pm_jax.rules.perturb_and_merge(), pm_jax.fisher_exact(pure))
+    state = merger.init(pm_nnx.snapshot(model))
+    model.layer.kernel[...] += 0.5
+    pm_nnx.finish_task(merger, state, model, (x, y))
+    np.testing.assert_allclose(model.norm.mean[...], model.layer(x).mean(0), 1e-5, 1e-6)
+
+
 def test_batch_statistics_are_means_over_batches_of_any_number():
     model, _, (x, y) = problem()
     shifted = jnp.concatenate([x, x + 1.0, 3.0 * x])
@@ -599,6 +629,7 @@ def mistakes():
             lambda: pm_nnx.fold_lora(nnx.LoRA(2, 1, 3, rngs=nnx.Rngs(0))),
             r"^module: the nnx.LoRA at the top has no kernel \[2, 3\]",
         ),
+        "no base": (lambda: loss(key, model), r"^base: is missing"),
         "base forgotten": (
             lambda: loss(key, model, batch),
             r"^base: has '0', which the module lacks",
