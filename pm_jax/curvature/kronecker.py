@@ -27,11 +27,12 @@ import jax.numpy as jnp
 
 from pm_jax import losses, trees
 from pm_jax.curvature import diagonal, products, squared_gradients
-from pm_jax.curvature.dense_layers import layer_of, tapped
+from pm_jax.curvature.dense_layers import layer_of
 from pm_jax.curvature.kernels import axes_of
 from pm_jax.curvature.measures import Given, Measure, Measurement, MeasureState, remembered
 from pm_jax.curvature.quadratics import Curvature, Quadratic
 from pm_jax.curvature.squared_gradients import OutputsFn, PassesFn
+from pm_jax.curvature.taps import tapped
 from pm_jax.types import Array, Batch, InvalidInput, Key, LogitsFn, Params, PyTree
 
 POWER_STEPS = 50

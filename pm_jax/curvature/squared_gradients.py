@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from pm_jax import losses, trees
 from pm_jax.curvature import dense_layers
+from pm_jax.curvature.taps import tapped
 from pm_jax.types import Array, Batch, InvalidInput, Key, Params, PyTree
 
 
@@ -175,7 +176,7 @@ def by_layers(
         InvalidInput: a path that is no kernel or bias of such a layer that is called exactly once.
     """
     layers = {dense_layers.layer_of(path) for path in params}
-    taps = dense_layers.tapped(outputs_fn, params, batch, layers)
+    taps = tapped(outputs_fn, params, batch, layers)
     weights = losses.weights_of(batch)
 
     def add_pass(carry, one):

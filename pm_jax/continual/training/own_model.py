@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from pm_jax import lora, trees
 from pm_jax.curvature import dense_layers
+from pm_jax.curvature.taps import tapped
 from pm_jax.integrations.linen import LinenModel
 from pm_jax.models.model import Model, classifier_pattern
 from pm_jax.types import Array, Batch, InvalidInput, Key, Params, PyTree, cause
@@ -236,7 +237,7 @@ def _can_tap(
     batch = Batch(inputs, jnp.zeros(len(inputs), jnp.int32))
 
     def trial(params: Params) -> Any:
-        taps = dense_layers.tapped(
+        taps = tapped(
             lambda params, batch: model.apply(params, state, batch.inputs)[0], params, batch, layers
         )
         return taps.inputs, taps.pull_back(jnp.ones_like(taps.outputs))
