@@ -485,6 +485,26 @@ def test_dropout_that_all_examples_share_is_warned_of():
         assert found.startswith("logits_fn: draws random numbers, as dropout does")
 
 
+def test_infinite_masks_are_no_dependence_and_an_undefined_curvature_is_said():
+    def masked(params, inputs):
+        return jnp.where(jnp.arange(3)[None] < 2, inputs @ params, -jnp.inf)
+
+    params = jnp.arange(12.0).reshape(4, 3)
+    assert warned(curvature.fisher_exact(masked), params, (X, Y % 2)) == []
+
+    def undefined(params, inputs):
+        return jnp.sqrt(inputs @ params * 0)
+
+    for examples in ((X, Y), [(X, Y)]):
+        (found,) = warned(curvature.fisher_exact(undefined), params, examples)
+        assert found.startswith("measure_all: the curvature has NaN, although")
+
+
+def test_an_iterable_inside_jit_is_refused():
+    with pytest.raises(InvalidInput, match="examples=list: inside a compiled function"):
+        jax.jit(lambda w: pm_jax.measure_all(EXACT, w, [(X, Y)]).along)(W)
+
+
 def test_an_nnx_module_that_a_function_closes_over_is_named():
     model = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
 
@@ -612,6 +632,7 @@ MISTAKES = {
     r"examples: has labels of shape \[N, 7\] where the logits are \[N, 3\]; give labels \[N\]":
         wrong((X, np.ones((6, 7), int))),
     "examples: has a label 3; labels must be from 0 to 2": wrong((X, Y + 1)),
+    "examples: has a label 1099511627776; labels must be": wrong((X, Y + 2**40)),
     "examples: has a label -1; labels must be from 0 to 2": wrong((X, Y - 1), measure=EXACT),
     "examples: batch 2: has a label 3; labels must be": late((X, Y + 3)),
     "examples: batch 0: has a label without an axis": wrong([(X[0], Y[0]), (X[1], Y[1])]),

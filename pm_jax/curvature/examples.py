@@ -49,7 +49,10 @@ def as_batch(item: Any, name: str) -> Batch:
         )
     if isinstance(labels, np.ndarray):
         # One type: loaders mix int32 and int64, and each would be compiled for.
-        batch = batch._replace(labels=labels.astype(np.int32))
+        narrow = labels.astype(np.int32)
+        if (wrong := labels[narrow != labels]).size:
+            raise InvalidInput(f"{name}: has a label {wrong[0]}; labels must be numbers of classes")
+        batch = batch._replace(labels=narrow)
     if labels.ndim == 0:
         raise InvalidInput(
             f"{name}: has a label without an axis of examples; give batches [N, ...], which a "

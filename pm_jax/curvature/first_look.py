@@ -178,17 +178,20 @@ def _compare(
     bound = SMALLEST_DIFFERENCE * float(np.nan_to_num(unmasked).max(initial=0))
     what = "logits" if name == "logits_fn" else "losses"
 
-    def share(differences: np.ndarray) -> float:
-        largest = float(np.nan_to_num(abs(differences)).max(initial=0))
+    def share(left: np.ndarray, right: np.ndarray) -> float:
+        # Masks may be infinite, and their difference undefined.
+        finite = np.isfinite(left) & np.isfinite(right)
+        differences = np.subtract(left, right, out=np.zeros_like(left), where=finite)
+        largest = float(abs(differences).max(initial=0))
         return SMALLEST_DIFFERENCE * largest / bound if bound and largest > bound else 0.0
 
-    if noise := share(of_copies - of_copies[:1]):
+    if noise := share(of_copies, np.broadcast_to(of_copies[:1], of_copies.shape)):
         warnings.warn(
             f"{name}: the {what} of one example, given twice in a batch, differ by {noise:.0%} of "
             "the largest, as with dropout; measure without it (train=False, or deterministic=True)",
             stacklevel=stacklevel,
         )
-    elif change := share(of_copies[:1] - outputs[:1]):
+    elif change := share(of_copies[:1], outputs[:1]):
         warnings.warn(
             f"{name}: the {what} of an example change by {change:.0%} of the largest with the "
             "other examples of its batch, as with BatchNorm in training mode, and curvature is "

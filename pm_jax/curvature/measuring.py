@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -41,6 +42,11 @@ def run(
     """Run a measure over all examples (see `measures.measure_all`)."""
     _check_arguments(measure, given, batch_size)
     if examples_.are_traced((given, examples if examples_.are_arrays(examples) else ())):
+        if not examples_.are_arrays(examples):
+            raise InvalidInput(
+                f"examples={type(examples).__name__}: inside a compiled function they must be one "
+                "Batch or tuple of arrays; call measure_all outside of jax.jit"
+            )
         return _traced(measure, given, examples_.as_batch(examples, "examples"), batch_size)
     arrays, frame = Frame.split(given)
     _refuse_not_finite(given)
@@ -60,7 +66,7 @@ def run(
         program, frame, size, arrays, examples_.padded(batch, rows), np.int32(number)
     )
     _refuse_nan_inputs(has_nan)
-    _refuse_padding(found)
+    _check_found(found, stacklevel=4)
     return found
 
 
@@ -175,7 +181,7 @@ def _streamed(
         # Read at the end: a look at every batch would wait for it before the next one is made.
         _refuse_nan_inputs(has_nan, name)
     found = _end_compiled(program, frame, arrays, moving)
-    _refuse_padding(found)
+    _check_found(found, stacklevel=5)
     return found
 
 
@@ -256,6 +262,14 @@ def _refuse_nan_inputs(has_nan: Array, name: str = "examples") -> None:
         raise InvalidInput(f"{name}: has NaN among its inputs, and so would the curvature")
 
 
-def _refuse_padding(found: Measurement) -> None:
+def _check_found(found: Measurement, stacklevel: int) -> None:
+    """Raise InvalidInput for a measurement of nothing, and warn of one that is undefined."""
     if float(found.examples) == 0:
         raise InvalidInput("examples: all weights are 0, which is padding; give one example more")
+    leaves = trees.leaves_by_path(trees.floating(found.quadratic))
+    if leaves and np.asarray(_which_have_nan(leaves)).any():
+        warnings.warn(
+            "measure_all: the curvature has NaN, although parameters and inputs have none; look "
+            "for an overflow, or a gradient that is undefined, in the model",
+            stacklevel=stacklevel,
+        )
