@@ -64,8 +64,8 @@ def tapped(
         # Rows that mix examples, as windows of images do, have no gradient of one example.
         if (first := calls[name][0].inputs.shape[0]) != batch.labels.shape[0]:
             raise InvalidInput(
-                f"dense_layers={name}: the first axis of its inputs has {first} entries and not one "
-                f"for each of {batch.labels.shape[0]} examples; leave it out"
+                f"dense_layers={name}: the first axis of its inputs has {first} entries and not "
+                f"one for each of {batch.labels.shape[0]} examples; leave it out"
             )
 
     def run(slots: dict[str, tuple[Array, Array]]) -> Array:
