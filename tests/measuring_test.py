@@ -649,11 +649,11 @@ MISTAKES = {
     ),
     "batch_size=0: must be a whole number, at least 1": wrong(batch_size=0),
     "batch_size=2.5: must be a whole number": wrong(batch_size=2.5),
-    "params: has NaN": wrong(params=W * np.nan),
-    "params/b: has NaN": wrong(
+    "params: has numbers that are not finite": wrong(params=W * np.nan),
+    "params/b: has numbers that are not finite": wrong(
         params={"a": W, "b": W * np.nan}, measure=pm_jax.fisher_exact(lambda p, x: x @ p["a"])
     ),
-    "model_state/mean: has NaN": wrong(
+    "model_state/mean: has numbers that are not finite": wrong(
         measure=pm_jax.fisher_exact(lambda p, x, s: x @ p + s["mean"][None]),
         model_state={"mean": np.full(3, np.nan)},
     ),
@@ -664,7 +664,7 @@ MISTAKES = {
     ),
     r"direction=float32\[3\]: params is float32\[4, 3\]": wrong(direction=np.ones(3, np.float32)),
     "direction=dict: params is": wrong(direction={"w": W}),
-    "direction: has NaN": wrong(direction=W * np.nan),
+    "direction: has numbers that are not finite": wrong(direction=W * np.nan),
     "measure=fisher_exact: must be a Measure; call its factory": wrong(measure=pm_jax.fisher_exact),
     "measure=str: must be a Measure": wrong(measure="fisher_exact"),
     r"logits_fn=<lambda>: is called with \(params, inputs\) and does not": wrong(

@@ -228,6 +228,9 @@ def _has_nan(tree: PyTree) -> Array:
     )
 
 
+_has_nan_compiled = jax.jit(_has_nan)
+
+
 @jax.jit
 def _which_are_not_finite(leaves: dict[str, Array]) -> Array:
     def wrong(path: str, leaf: Array) -> Array:
@@ -266,8 +269,7 @@ def _check_found(found: Measurement, stacklevel: int) -> None:
     """Raise InvalidInput for a measurement of nothing, and warn of one that is undefined."""
     if float(found.examples) == 0:
         raise InvalidInput("examples: all weights are 0, which is padding; give one example more")
-    leaves = trees.leaves_by_path(trees.floating(found.quadratic))
-    if leaves and np.asarray(_which_have_nan(leaves)).any():
+    if bool(_has_nan_compiled(found.quadratic)):
         warnings.warn(
             "measure_all: the curvature has NaN, although parameters and inputs have none; look "
             "for an overflow, or a gradient that is undefined, in the model",
