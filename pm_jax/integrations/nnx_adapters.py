@@ -34,9 +34,9 @@ def _adapted_call(self: Any, inputs: Array, *args: Any, **kwargs: Any) -> Array:
     """The output of the layer that an adapted one is a subclass of, plus that of the branch."""
     output = super(type(self), self).__call__(inputs, *args, **kwargs)
     equation = args[0] if args else kwargs.get("einsum_str")
-    adapter = lora.Adapter(self.adapter_a[...], self.adapter_b[...])
+    adapter = lora.Adapter(self.lora_a[...], self.lora_b[...])
     axes = lora.axes_of_adapter("kernel", adapter, self.kernel[...].shape)
-    layer, scale = _linear_map(self, jnp.ndim(inputs), equation), self.adapter_scale[...]
+    layer, scale = _linear_map(self, jnp.ndim(inputs), equation), self.lora_scale[...]
     try:
         if layer is None:
             raise branches.Unfit("its kernel is masked, or an ellipsis stands for its axes")
@@ -122,8 +122,8 @@ def with_adapters(
         # Where layers are stacked, `nnx.scan` takes a slice of all that they have.
         factor = jnp.asarray(factor, jnp.float32)
         stack = own.shape[: own.ndim - _own_axes(layer)]
-        layer.adapter_scale = AdapterScale(jnp.broadcast_to(factor, (*stack, *factor.shape)))
-        layer.adapter_a, layer.adapter_b = map(nnx.LoRAParam, adapter)
+        layer.lora_scale = AdapterScale(jnp.broadcast_to(factor, (*stack, *factor.shape)))
+        layer.lora_a, layer.lora_b = map(nnx.LoRAParam, adapter)
         layer.__class__ = _ADAPTED[type(layer)]
     return copy
 

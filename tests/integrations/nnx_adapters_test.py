@@ -8,6 +8,7 @@ from flax import nnx
 
 import pm_jax
 from pm_jax import lora, perturbation
+from pm_jax.integrations import nnx as pm_nnx
 from pm_jax.integrations import nnx_adapters
 from pm_jax.types import InvalidInput
 from tests.small_runs import slow
@@ -197,3 +198,19 @@ def test_adapters_of_an_adapted_module_train_in_the_idiom_of_nnx():
     wrt = nnx.DiffState(0, nnx.LoRAParam)
     gradients = nnx.grad(lambda model: jnp.sum(model(x) ** 2), argnums=wrt)(adapted)
     assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(gradients))
+
+
+@pytest.mark.slow
+def test_the_perturbation_of_a_module_scales_the_branches_of_an_adapted_one():
+    model, params, adapters, x = example("sequential")
+    adapted = nnx_adapters.with_adapters(model, adapters)
+    law = perturbation.symmetric()
+    loss = pm_nnx.perturbed(lambda model: jnp.sum(model(x) ** 2), law, wrt=nnx.LoRAParam)
+    # A task starts with B = 0 and any A.
+    base = jax.tree.map(lambda leaf: 0.0 * leaf, pm_nnx.snapshot(adapted, nnx.LoRAParam))
+    graph, _ = nnx.split(model)
+    wanted = pm_jax.perturbed(lambda p: jnp.sum(nnx.merge(graph, p)(x) ** 2), law)
+    for key in jax.random.split(jax.random.key(3), 3):
+        np.testing.assert_allclose(
+            loss(key, adapted, base), wanted(key, lora.fold(params, adapters), params), rtol=1e-4
+        )
