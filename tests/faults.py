@@ -105,5 +105,7 @@ def the_measured_loss_of_task_2_is_infinite(monkeypatch):
     loss = Merging.held_out_loss
     monkeypatch.setattr(
         Merging, "held_out_loss",
-        lambda self, trained, task: loss(self, trained, task) + (jnp.inf if task == 1 else 0.0),
+        lambda self, trained, task, *rest: (
+            loss(self, trained, task, *rest) + (jnp.inf if task == 1 else 0.0)
+        ),
     )  # fmt: skip

@@ -153,8 +153,8 @@ def compilations() -> Iterator[list[str]]:
     """Collect the events of compiling while the context lasts."""
     events: list[str] = []
 
-    def listen(event: str, duration: float, **others: Any) -> None:
-        del duration, others
+    def listen(event: str, duration_secs: float, **others: str | int) -> None:
+        del duration_secs, others
         if event == "/jax/core/compile/backend_compile_duration":
             events.append(event)
 
