@@ -115,6 +115,8 @@ class Merger:
                 the rule needs no curvature.
             key: PRNG key, for rules and measures that draw random numbers; every task draws others.
             model_state: as for `measure_all`: batch statistics or a class mask of this task.
+                Running averages of batch norms are the trained model's and fit no merged one: see
+                `pm_jax.integrations.linen.recalibrate_batch_statistics`.
             batch_size: examples per update of the measure.
             progress: show a progress bar of the measure.
 
