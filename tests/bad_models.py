@@ -54,6 +54,19 @@ def always_random(num_classes):
     return Restless(num_classes)
 
 
+class Forgetful(nn.Module):
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.remat(nn.Dense)(4, name="again")(x.reshape(x.shape[0], -1))
+        return nn.Dense(self.num_classes, name="head")(nn.relu(x))
+
+
+def computed_again(num_classes):
+    return Forgetful(num_classes)
+
+
 class Unsound(nn.Module):
     num_classes: int
 
@@ -105,6 +118,18 @@ def _with(change):
     first, second = digits()
     (inputs, labels), test = first
     return [(change(inputs, labels), test), second]
+
+
+def _several(x):
+    return {"left": x[..., :4, :], "right": x[..., 4:, :]}
+
+
+def with_several_inputs():
+    return _with(lambda x, y: Source([_several(image) for image in x], y))
+
+
+def with_several_arrays():
+    return _with(lambda x, y: (_several(x), y))
 
 
 def longer_than_it_is():

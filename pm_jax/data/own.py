@@ -161,6 +161,9 @@ def _is_array_pair(thing: Any) -> bool:
 
 def _read_split(split: Any, name: str) -> tuple[Any, np.ndarray]:
     """Return inputs and labels of a split."""
+    if isinstance(split, (tuple, list)) and len(split) == 2:
+        # A pair is no source of two examples.
+        _check_one_array(split[0], f"{name}: the inputs")
     if _is_array_pair(split):
         inputs, labels = stored_form(_array(split[0], name)), _array(split[1], name)
     elif hasattr(split, "__len__") and hasattr(split, "__getitem__"):
@@ -216,6 +219,7 @@ def _read_source(source: Any, name: str) -> tuple[Any, np.ndarray]:
                 f"dataset={name}: its example {index} cannot be read ({cause(error)})"
             ) from error
         value, label = example_parts(example, f"{name}: example {index}")
+        _check_one_array(value, f"{name}: the inputs of example {index}")
         value = stored_form(_array(value, f"{name}: example {index}"))
         if first is None:
             first = value
@@ -236,6 +240,14 @@ def _read_source(source: Any, name: str) -> tuple[Any, np.ndarray]:
     return SourceInputs(
         [(source, count)], first.shape, first.dtype
     ) if kept is None else kept, labels
+
+
+def _check_one_array(inputs: Any, name: str) -> None:
+    if isinstance(inputs, Mapping):
+        raise InvalidInput(
+            f"dataset={name} are several arrays ({', '.join(map(str, inputs))}); put them into one "
+            "array, which the model takes apart"
+        )
 
 
 def _label(label: Any, name: str) -> int:

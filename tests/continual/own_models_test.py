@@ -10,6 +10,7 @@ import pytest
 import pm_jax
 from pm_jax import losses, trees
 from pm_jax.continual import Config, Learner, RunOptions
+from pm_jax.continual.training import own_model
 from pm_jax.integrations import linen
 from pm_jax.types import Batch, InvalidInput
 from tests import own_models
@@ -66,6 +67,31 @@ def test_a_subclass_of_the_settings_may_make_the_network():
     width = 5
     wide = Learner(settings, 0, options=QUIET).params["hidden_0"]["kernel"]
     assert (narrow.shape, wide.shape) == ((64, 2), (64, 5))
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (
+            {"rule": "became", "perturbation": "none"},
+            "rule=became: reads the inputs",
+        ),
+        ({"curvature": "kronecker"}, "curvature=kronecker: reads the inputs"),
+    ],
+)
+@pytest.mark.parametrize("make", [own_models.network, own_models.functions])
+def test_what_reads_the_inputs_of_layers_is_for_linen_models(make, change, message):
+    config = dataclasses.replace(TWO, **change)
+    wanted = f"^{message} of linen Dense layers, and model=.* is no linen module"
+    with pytest.raises(InvalidInput, match=wanted):
+        Learner(config, 0, options=QUIET, model=make(10))
+
+
+def test_layers_of_models_with_state_are_found():
+    model = linen.model(own_models.ResNet(10, (4,)))
+    assert own_model.layers_by_example(model, jnp.ones((1, 8, 8, 1))) == ("head",)
+    model = linen.model(own_models.Scanned(10))
+    assert own_model.layers_by_example(model, jnp.ones((1, 8, 8, 1))) == ("stem", "head")
 
 
 def merges_of(learner):
@@ -168,7 +194,9 @@ def test_padding_of_a_batch_does_not_reach_the_statistics():
         {"model_state": "measured", "landscape_points": 3, "plane_points": 2, "trust": "shrink"},
         {"scenario": "class_incremental", "classifier": "discriminant"},
         {"curvature": "exact_current", "accumulation_steps": 2},
+        {"curvature": "kronecker"},
         {"rule": "trm", "perturbation": "none"},
+        {"rule": "became", "perturbation": "none"},
         {"rule": "joint", "perturbation": "none"},
         {"adapter": "lora", "lora_pattern": "Residual_0/Conv_0/kernel", "lora_rank": 2},
         {"resident_mb": 0.1},

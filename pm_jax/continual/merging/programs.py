@@ -148,8 +148,12 @@ class Programs:
         leaves = trees.select(shapes, self.merging)
         blank = blank_example(config, shape.input_shape, shape.input_dtype)
         called_once = dense_layers_of(model, blank)
+        name = own_model.name_of(model, config.model)
         if config.kept_curvature == "kronecker":
+            own_model.check_linen(model, name, "curvature=kronecker", "fisher_exact")
             _check_dense(leaves, called_once)
+        if "input_moments" in self._rule.needs.evidence and not is_built_in(model):
+            own_model.check_inputs_of_layers(model, name, config.rule, leaves, self.adapted, blank)
         self.evidence_pass = EvidencePass(
             config, model, self._rule, leaves, shape.largest_task, called_once, shape.task_classes
         )
@@ -157,7 +161,6 @@ class Programs:
         self.objective = Objectives(config, model, *form).of_task
         self.statistics = StatisticsPass(config, model)
         if config.model_state == "measured" and self.training.traits.has_state:
-            name = own_model.name_of(model, config.model)
             own_model.check_measurable(model, name, self.training.init_with_state, blank)
         self.batch_statistics = BatchStatisticsPass(config, model)
         self.snapshots = Snapshots(

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -121,6 +121,63 @@ def check_measurable(
         ) from error
 
 
+def check_linen(model: Model, name: str, setting: str, instead: str) -> None:
+    """Check that the inputs of a model's dense layers can be read, as a setting asks for.
+
+    Raises:
+        InvalidInput: the model is no linen module, which alone tells of the calls of its layers.
+    """
+    if not isinstance(model, LinenModel):
+        raise InvalidInput(
+            f"{setting}: reads the inputs of linen Dense layers, and model={name} is no linen "
+            f"module; use a linen model or {instead}"
+        )
+
+
+def check_inputs_of_layers(
+    model: Model, name: str, rule: str, leaves: Params, adapted: Collection[str], blank: Array
+) -> None:
+    """Check that a rule can read the inputs of all dense layers whose kernels merge.
+
+    `leaves` are those that merge, or their shapes; `adapted` are paths of the kernels that have
+    adapters; `blank` is one blank example.
+
+    Raises:
+        InvalidInput: it cannot; the message names a kernel.
+    """
+    check_linen(model, name, f"rule={rule}", "another rule")
+    reads = f"rule={rule}: reads the inputs of linen Dense layers"
+    kernels = dense_layers.kernel_paths(leaves)
+    if others := sorted(set(adapted) - set(kernels)):
+        raise InvalidInput(
+            f"{reads}, and {others[0]}, which has an adapter, is no kernel of one; choose others "
+            "by lora_pattern, or another rule"
+        )
+    if not kernels:
+        raise InvalidInput(f"{reads}, and model={name} merges no kernel of one; use another rule")
+    params, state = jax.eval_shape(model.init, jax.random.key(0), blank)
+
+    def can_read(*paths: str) -> bool:
+        def trial(params: Params, state: PyTree) -> Any:
+            return dense_layers.input_moments(
+                lambda: model.apply(params, state, blank), paths, jnp.ones(len(blank))
+            )
+
+        try:
+            constants = jax.make_jaxpr(trial)(params, state).consts
+        except Exception:  # JAX has several errors for values that leave the loop they belong to.
+            return False
+        # It takes values that leave a checkpoint for constants, and complains only when they run.
+        return not any(isinstance(value, jax.core.Tracer) for value in constants)
+
+    if not can_read(*kernels):
+        path = next((path for path in kernels if not can_read(path)), kernels[0])
+        raise InvalidInput(
+            f"{reads}, and {path} of model={name} is not the kernel of one that is called in the "
+            "open, outside nn.scan, nn.remat and nn.jit; use another rule"
+        )
+
+
 def check_values(model: str, params: Params, state: PyTree) -> None:
     """Check that the numbers which a model starts from are finite.
 
@@ -236,14 +293,14 @@ def _can_tap(
     """Tell whether the outputs of layers can be differentiated by, as a trial shows."""
     batch = Batch(inputs, jnp.zeros(len(inputs), jnp.int32))
 
-    def trial(params: Params) -> Any:
+    def trial(params: Params, state: PyTree) -> Any:
         taps = tapped(
             lambda params, batch: model.apply(params, state, batch.inputs)[0], params, batch, layers
         )
         return taps.inputs, taps.pull_back(jnp.ones_like(taps.outputs))
 
     try:
-        jax.eval_shape(trial, params)
+        jax.eval_shape(trial, params, state)
     except Exception:
         # JAX has several errors for values that leave the loop or the checkpoint they belong to.
         return False
