@@ -205,6 +205,36 @@ def test_under_jit_keys_and_statistics_move_and_parameters_stay(style, law):
     assert_equal(nnx.state(model, nnx.Param), before)
 
 
+@pytest.mark.slow
+def test_all_modes_of_nnx_give_the_same_step():
+    class Normed(nnx.Module):
+        """Without random numbers, which the gradient of a whole module in tree mode refuses."""
+
+        def __init__(self, rngs):
+            self.first, self.norm = nnx.Linear(6, 8, rngs=rngs), nnx.BatchNorm(8, rngs=rngs)
+            self.last = nnx.Linear(8, 3, rngs=rngs)
+
+        def __call__(self, x):
+            return self.last(nnx.relu(self.norm(self.first(x))))
+
+    batch, results = problem()[2], []
+    loss = pm_nnx.perturbed(loss_fn, LAWS["symmetric"])
+    for mode in ({}, {"graph": False}, {"graph": True, "graph_updates": False}):
+        model = Normed(nnx.Rngs(0))
+        before = pm_nnx.snapshot(model)
+        base = jax.tree.map(lambda leaf: 0.5 * leaf, before)
+        step = nnx.jit(nnx.value_and_grad(loss, argnums=1, **mode), **mode)
+        value, gradient = step(jax.random.key(3), model, base, batch)
+        assert_equal(nnx.state(model, nnx.Param), before)
+        gradient = nnx.state(gradient) if isinstance(gradient, nnx.Module) else gradient
+        statistics = nnx.state(model, nnx.BatchStat)
+        results.append((value, nnx.filter_state(gradient, nnx.Param), statistics))
+    assert float(jnp.abs(model.norm.mean[...]).max()) > 0
+    for result in results[1:]:
+        for got, wanted in zip(result, results[0], strict=True):
+            assert_close(got, wanted, 1e-5, 1e-6)
+
+
 def test_an_ordinary_training_loop_with_donation_keeps_its_base():
     model, base, batch = problem()
     pm_nnx.write_back(model, base)
@@ -422,7 +452,8 @@ def test_logits_are_those_of_evaluation_whatever_the_mode(name, mode):
     assert all(flag == (mode == "eval") for flag in flags)
 
 
-@pytest.mark.parametrize("name", ["dense", pytest.param("attention", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dense", "attention"])
 def test_a_module_is_measured_with_its_statistics_as_its_pure_function_would_be(name):
     model, base, (x, y) = problem(name)
     model.train()
