@@ -81,8 +81,8 @@ for angle in (0, 30, 60):
 
 model = linen.model(ResNet(num_classes=10), classifier="classifier")
 results = {}
-for rule in ("sequential", "perturb_and_merge"):
-    config = Config(num_tasks=3, epochs=3, first_task_epochs=6, rule=rule)
+for rule, law in {"sequential": "none", "perturb_and_merge": "symmetric"}.items():
+    config = Config(num_tasks=3, epochs=3, first_task_epochs=6, rule=rule, perturbation=law)
     learner = Learner(config, seed=0, options=RunOptions(quiet=True), model=model, stream=tasks)
     results[rule] = learner.run()
     alphas = [round(merge["alpha"], 2) for merge in results[rule]["merges"]]
@@ -99,5 +99,6 @@ for plot, (rule, result) in zip(axes, results.items(), strict=True):
     for (row, column), value in np.ndenumerate(matrix):
         plot.text(column, row, f"{value:.0f}", ha="center", va="center", color="white")
     plot.set(title=rule, xlabel="on task", ylabel="after task")
+    plot.set(xticks=range(3), xticklabels=(1, 2, 3), yticks=range(3), yticklabels=(1, 2, 3))
     print(f"{rule}: final accuracy {matrix[-1].mean():.0f} %")
 figure.tight_layout()
