@@ -418,9 +418,13 @@ def leaf_keys(key: Key, tree: PyTree) -> PyTree:
         True
     """
     # A checksum, because Python's `hash` of a string changes from process to process.
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: jax.random.fold_in(key, zlib.crc32(path_name(path).encode())), tree
-    )
+    numbers = [zlib.crc32(path.encode()) for path in leaves_by_path(tree)]
+    structure = jax.tree.structure(tree)
+    if not numbers:
+        return tree
+    # All at once: a program with as many foldings as a model has leaves compiles for a minute.
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, np.asarray(numbers, np.uint32))
+    return jax.tree.unflatten(structure, list(keys))
 
 
 def gaussian_like(key: Key, tree: PyTree) -> PyTree:

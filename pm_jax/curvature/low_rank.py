@@ -192,9 +192,34 @@ def _test_directions(
         if key is None:
             raise ValueError("key=None: random directions need a PRNG key in Measure.init")
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(number))
-        # A vmap, because as many normal draws one by one would take minutes to compile.
-        rows.append(jax.vmap(trees.gaussian_like, (0, None))(keys, zero))
+        rows.append(_normal_directions(keys, zero))
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *rows)
+
+
+def _normal_directions(keys: Key, zero: PyTree) -> PyTree:
+    """Draw `trees.gaussian_like(key, zero)` for K keys, leaves [K, ...].
+
+    Leaves of one shape are drawn together: a program with as many draws as a model has leaves would
+    take a minute to compile.
+    """
+    leaf_keys = jax.tree.leaves(jax.vmap(trees.leaf_keys, (0, None))(keys, zero))
+    leaves, structure = jax.tree.flatten(zero)
+    alike: dict[Any, list[int]] = {}
+    for number, leaf in enumerate(leaves):
+        alike.setdefault((leaf.shape, leaf.dtype), []).append(number)
+    drawn: dict[int, Array] = {}
+    for (shape, dtype), numbers in alike.items():
+
+        def draw(key: Key, shape: Any = shape, dtype: Any = dtype) -> Array:
+            return jax.random.normal(key, shape, dtype)
+
+        # A map and no vmap, whose program takes ten times longer to compile.
+        own = jnp.stack([leaf_keys[number] for number in numbers])
+        # Keys that are no typed ones have an axis more.
+        flat = own.reshape(-1, *own.shape[2:])
+        stacked = jax.lax.map(draw, flat).reshape(*own.shape[:2], *shape)
+        drawn |= {number: stacked[place] for place, number in enumerate(numbers)}
+    return jax.tree.unflatten(structure, [drawn[number] for number in range(len(leaves))])
 
 
 def _inner_products(left: PyTree, right: PyTree) -> Array:
