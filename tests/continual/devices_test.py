@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pm_jax import curvature
-from pm_jax.continual import Learner, RunOptions
+from pm_jax import curvature, trees
+from pm_jax.continual import Config, Learner, RunOptions
 from pm_jax.continual.placement.data import HostData
 from pm_jax.continual.placement.devices import Devices, devices_of
 from pm_jax.continual.storage.checkpoints import Checkpoints
@@ -18,6 +18,7 @@ from pm_jax.continual.training.initial_model import starting_params
 from pm_jax.continual.training.task_program import Segment
 from pm_jax.curvature import measures
 from pm_jax.types import Batch
+from tests import own_models
 from tests.small_runs import BY_CLASS, QUIET, SMALL, VIT, Killed, slow
 
 MESHES = {"two": (2, 1), "eight": (8, 1), "divided": (8, 4)}
@@ -150,6 +151,36 @@ def test_streamed_inputs_are_divided_as_resident_ones(monkeypatch):
     for name in ("accuracy_matrix", "merges"):
         for a, b in zip(*(jax.tree.leaves(x[name]) for x in (found, wanted)), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("choice", ["merged", "measured"])
+def test_batch_statistics_are_those_of_one_device(choice):
+    """Also of a last batch that is filled up, with dropout, and measured on all examples anew."""
+    config = dataclasses.replace(
+        SMALL, num_tasks=2, first_task_epochs=1, hidden_sizes=Config.hidden_sizes, batch_size=32,
+        optimizer="sgd", learning_rate=0.1, model_state=choice, model="tests.own_models:resnet",
+        model_settings="widths=8:,dropout=0.1", curvature="fisher_empirical",
+    )  # fmt: skip
+    tasks = [
+        tuple(
+            (inputs[:count], labels[:count])
+            for (inputs, labels), count in zip(task, (78, 21), strict=True)
+        )
+        for task in own_models.digits()
+    ]
+    straight = Learner(config, 0, options=QUIET, stream=tasks)
+    divided = Learner(on(config, "divided"), 0, options=QUIET, stream=tasks)
+    wanted, found = straight.run(), divided.run()
+    assert found["accuracy_matrix"] == wanted["accuracy_matrix"]
+    np.testing.assert_allclose(found["merges"][1]["alpha"], wanted["merges"][1]["alpha"], rtol=1e-4)
+    for part in ("params", "model_state"):
+        one, other = (trees.leaves_by_path(getattr(x, part)) for x in (divided, straight))
+        for path, leaf in one.items():
+            assert len(leaf.sharding.device_set) == 8
+            # Of the largest entry: sums over examples in another order cancel differently.
+            scale = np.abs(other[path]).max()
+            np.testing.assert_allclose(leaf, other[path], rtol=2e-5, atol=2e-5 * scale)
 
 
 def test_every_device_has_as_many_examples():
