@@ -19,6 +19,7 @@ from pm_jax.curvature.squared_gradients import (
     PassesFn,
     SquaredGradients,
     by_layers,
+    by_program,
     by_vmap,
     label_passes,
 )
@@ -98,7 +99,7 @@ class DiagonalQuadratic(Quadratic):
 
 @remembered
 def fisher_empirical(
-    losses_fn: LossesFn, *, chunk_size: int = 32, dense_layers: Sequence[str] = ()
+    losses_fn: LossesFn, *, chunk_size: int = 32, dense_layers: Sequence[str] | None = None
 ) -> Measure:
     """Diagonal empirical Fisher, `mean_n (d L_n / d theta)^2` with the true labels.
 
@@ -108,7 +109,8 @@ def fisher_empirical(
         losses_fn: `losses_fn(params, batch) -> [N]`.
         chunk_size: examples whose gradients are in memory at a time (see `chunk_for_memory`).
         dense_layers: names "a/b" of linen layers that `squared_gradients.by_layers` measures: the
-            same numbers, faster.
+            same numbers, faster. With `None`, `squared_gradients.by_program` finds by itself the
+            kernels of convolutions and matrix products for which there is a faster way.
 
     Returns:
         A `Measure`; its quadratic is diagonal.
@@ -143,7 +145,7 @@ def fisher_exact(
     *,
     num_samples: int | None = None,
     chunk_size: int = 32,
-    dense_layers: Sequence[str] = (),
+    dense_layers: Sequence[str] | None = None,
 ) -> Measure:
     """Diagonal Fisher, `mean_n sum_c p_nc (d log p_nc / d theta)^2`: the Gauss-Newton diagonal.
 
@@ -237,7 +239,7 @@ def diagonal_measure(
     outputs_fn: Callable[..., Array],
     passes_fn: PassesFn,
     chunk_size: int,
-    dense_layers: Sequence[str],
+    dense_layers: Sequence[str] | None,
 ) -> Measure:
     """Accumulate squared gradients, the diagonal of the matrix that the passes stand for.
 
@@ -249,7 +251,8 @@ def diagonal_measure(
     def squares_of(state: MeasureState, chunk: Batch) -> SquaredGradients:
         keys, outputs = state.keys(chunk.labels.shape[0]), state.bound(outputs_fn)
         if not dense_layers:
-            return by_vmap(outputs, passes_fn, state.params, chunk, keys, state.direction)
+            way = by_program if dense_layers is None else by_vmap
+            return way(outputs, passes_fn, state.params, chunk, keys, state.direction)
         leaves = trees.leaves_by_path(state.params)
         along = None if state.direction is None else trees.leaves_by_path(state.direction)
         dense = [

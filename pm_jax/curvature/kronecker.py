@@ -320,7 +320,7 @@ def fisher_kronecker(
     *,
     num_samples: int | None = None,
     chunk_size: int = 32,
-    dense_layers: Sequence[str] = (),
+    dense_layers: Sequence[str] | None = None,
 ) -> Measure:
     """Fisher in Kronecker factors for linen Dense kernels, in its diagonal for other leaves.
 

@@ -2,9 +2,12 @@
 
 A *pass* is one backward pass of all examples at once: a cotangent for the model's outputs and a
 weight per example. The empirical Fisher is one pass; the exact one has a pass per label. Sums are
-`sum_passes sum_n weight_n (pulled-back cotangent_n)^2`, by one of two ways that agree:
+`sum_passes sum_n weight_n (pulled-back cotangent_n)^2`, by one of three ways that agree:
 
 - `by_vmap`, for any parameters: the gradient of every example is formed.
+- `by_program`, for any parameters as well, in one pass: convolutions and matrix products in the
+  traced program are found, and the gradients of their kernels follow from the inputs x and the
+  gradients g of the outputs.
 - `by_layers`, for linen layers that are matrix products (`dense_layers.DENSE`): from the inputs x
   of the layer and the gradients g of its outputs, which one ordinary backward pass gives for the
   whole batch. A layer without token axes needs no per-example gradient at all, since
@@ -13,13 +16,14 @@ weight per example. The empirical Fisher is one pass; the exact one has a pass p
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pm_jax import losses, trees
 from pm_jax.curvature import dense_layers
+from pm_jax.curvature.linear_uses import Traced
 from pm_jax.curvature.taps import tapped
 from pm_jax.types import Array, Batch, InvalidInput, Key, Params, PyTree
 
@@ -141,8 +145,12 @@ def by_vmap(
         # example and label.
         return jax.lax.scan(add_pass, trees.zeros_like(params), passes)[0]
 
-    weights = losses.weights_of(batch)
     squares = jax.vmap(squares_of, (0, None if keys is None else 0))(batch, keys)
+    return _summed(squares, losses.weights_of(batch), direction)
+
+
+def _summed(squares: PyTree, weights: Array, direction: PyTree | None) -> SquaredGradients:
+    """Sums over examples of squared gradients [N, ...]."""
     # Products with vectors, not sums over an axis, and none of it fused into the outer products:
     # XLA's CPU reductions over a leading axis are ten times slower.
     squares = jax.lax.optimization_barrier(squares)
@@ -157,6 +165,89 @@ def by_vmap(
         direction,
     )
     return SquaredGradients(total, functools.reduce(jnp.add, jax.tree.leaves(along)))
+
+
+def by_program(
+    outputs_fn: OutputsFn,
+    passes_fn: PassesFn,
+    params: Params,
+    batch: Batch,
+    keys: Key | None = None,
+    direction: PyTree | None = None,
+) -> SquaredGradients:
+    """Sum squared gradients, those of kernels from the inputs and output gradients of layers.
+
+    Arguments and results are those of `by_vmap`, which it is for a program without such kernels.
+    The squared gradient of a kernel that one row is multiplied by is a product of squares, and is
+    not formed for the examples.
+    """
+    traced = Traced.of(outputs_fn, params, jax.tree.map(lambda leaf: leaf[:1], batch))
+    uses = dict(traced.uses.values())
+    if not uses:
+        return by_vmap(outputs_fn, passes_fn, params, batch, keys, direction)
+    leaves, structure = jax.tree.flatten(params)
+    squares, inputs = jax.vmap(
+        functools.partial(_squares_of_example, traced, passes_fn, leaves),
+        (0, None if keys is None else 0),
+    )(batch, keys)
+    directions = None if direction is None else jax.tree.leaves(direction)
+    weights = losses.weights_of(batch)
+    whole = {number: s for number, s in squares.items() if number not in inputs}
+    along: Array | None = None
+    total: dict[int, Array] = {}
+    if whole:
+        d_whole = None if directions is None else {number: directions[number] for number in whole}
+        total, along = _summed(whole, weights, d_whole)
+    for number, x in inputs.items():
+        use, g = uses[number], squares[number]
+        matrix = jnp.matmul((weights.astype(x.dtype)[:, None] * x).T, g, precision="highest")
+        total[number] = use.from_matrix(matrix)
+        if directions is not None:
+            d = use.as_matrix(directions[number]).astype(x.dtype)
+            value = jnp.sum(jnp.matmul(x, d**2, precision="highest") * g, axis=1)
+            along = value if along is None else along + value
+    of_leaves = [total[number] for number in range(len(leaves))]
+    return SquaredGradients(jax.tree.unflatten(structure, of_leaves), along)
+
+
+def _squares_of_example(
+    traced: Traced, passes_fn: PassesFn, leaves: list[Array], example: Batch, key: Key | None
+) -> tuple[dict[int, Array], dict[int, Array]]:
+    """Squared gradients of one example by the numbers of the leaves, summed over the passes.
+
+    For a kernel that one row is multiplied by, they are those of the layer's outputs [out], and its
+    squared inputs [in] are the second result: the kernel's are their outer product.
+    """
+    uses = dict(traced.uses.values())
+    single = jax.tree.map(lambda leaf: leaf[None], example)
+
+    def run(slots: dict[int, Array], others: dict[int, Array]) -> Any:
+        # The kernels are constants here, so no gradients of them are formed.
+        return traced.run([others.get(n, x) for n, x in enumerate(leaves)], single, slots)
+
+    slots = {n: jnp.zeros(use.output.shape, use.output.dtype) for n, use in uses.items()}
+    others = {number: x for number, x in enumerate(leaves) if number not in uses}
+    outputs, pull_back, inputs = jax.vjp(run, slots, others, has_aux=True)
+    rows = {number: use.input_rows(inputs[number]) for number, use in uses.items()}
+
+    def squares_of(cotangent: Array) -> dict[int, Array]:
+        of_slots, gradients = pull_back(cotangent)
+        for number, use in uses.items():
+            g = use.gradient_rows(of_slots[number])
+            if use.rows > 1:
+                g = use.from_matrix(jnp.matmul(rows[number].T, g, precision="highest"))
+            gradients = {**gradients, number: g if use.rows > 1 else g[0]}
+        return {n: g.astype(trees.compute_dtype(g)) ** 2 for n, g in gradients.items()}
+
+    passes = passes_fn(outputs, None if key is None else key[None])
+
+    def add_pass(total, one):
+        squares = squares_of(one.cotangents)
+        return jax.tree.map(lambda t, s: t + one.weights[0] * s, total, squares), None
+
+    start = trees.zeros_like(jax.eval_shape(squares_of, passes.cotangents[0]))
+    squares, _ = jax.lax.scan(add_pass, start, passes)
+    return squares, {number: rows[number][0] ** 2 for number, use in uses.items() if use.rows == 1}
 
 
 def by_layers(

@@ -79,6 +79,11 @@ def test_import_alone_loads_nothing_heavy():
             "compilations after task 3: 0",
         ),
         ("offline_merging", ["--depth=1", "--models=1"], "peak above the baseline"),
+        (
+            "finish_task",
+            ["--model=cnn", "--examples=4", "--batch_size=2", "--repeats=1"],
+            "compilations after the first task: 0",
+        ),
     ],
 )
 def test_benchmarks_run_small(module, arguments, expected):
