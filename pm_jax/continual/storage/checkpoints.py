@@ -178,6 +178,8 @@ class Checkpoints:
     def _other_model(self, step: int, like: PyTree) -> str:
         """Say by which leaf the model in a checkpoint differs from the present one, if it does."""
         saved = getattr(self._manager.item_metadata(step), "tree", {})
+        if "params" not in like:
+            return ""
         for part in ("params", "model_state"):
             before, now = (
                 {
