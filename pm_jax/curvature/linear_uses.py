@@ -111,7 +111,7 @@ class LinearUse(NamedTuple):
 
     def _patches(self, x: Array) -> Array:
         """Inputs of a convolution under its window, [positions, window x channels]."""
-        # Slices, not `lax.conv_general_dilated_patches`: a convolution of its own is slow on CPUs.
+        # Slices, which are copies: `lax.conv_general_dilated_patches` would run a convolution.
         params = self.equation.params
         numbers = params["dimension_numbers"]
         batch, features, *window = numbers.lhs_spec
