@@ -15,7 +15,7 @@ from tests.small_runs import comparable
 ROOT = pathlib.Path(__file__).parents[2]
 CIFAR = ROOT.parent / "shared/data/tfds/cifar100"
 SHORT = (
-    "--model=tests.own_models:resnet", "--model_settings=widths=4:8,dropout=0.1", "--epochs=1",
+    "--model=tests.own_models:resnet", "--model_settings=widths=4:,dropout=0.1", "--epochs=1",
     "--first_task_epochs=2", "--num_tasks=2", "--checkpoint_every=4", "--baseline=", "--noreport",
     "--keep_task_models",
 )  # fmt: skip
