@@ -1,5 +1,7 @@
+import gc
 import importlib.metadata
 import os
+import pathlib
 import tempfile
 
 import pytest
@@ -19,6 +21,19 @@ import jax  # noqa: E402  reads the environment
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_legacy_prng_key", "error")
 jax.config.update("jax_num_cpu_devices", 8)
+
+MAPPINGS = 20_000
+"""Linux gives a process 65,530 mappings of memory by default, and a compiled program takes several:
+a worker that kept the programs of a thousand tests would crash while it compiles the next one."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def room_for_programs():
+    yield
+    mappings = pathlib.Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
