@@ -201,6 +201,7 @@ def flat_directions(delta, groups):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_coefficients_of_correlated_groups_are_the_minimum_in_the_box(float64):
     """Against SciPy, for curvature with entries between the groups."""
     rng = np.random.default_rng(6)
@@ -302,6 +303,7 @@ def dense_tasks(kind, rng, count):
     }[kind]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalize", ["none", "trace"])
 @pytest.mark.parametrize("kind", ["diagonal", "kronecker", "low_rank"])
 def test_the_rule_follows_the_formula_for_every_kind_of_memory(float64, kind, normalize):

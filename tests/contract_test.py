@@ -276,6 +276,7 @@ def test_state_survives_a_checkpoint(name, tmp_path):
 
 # This law takes longest to compile. Rules of one builder differ by one function of two leaves, so
 # the law is put to one of them; settings count where they take other code for several leaves.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

@@ -202,6 +202,7 @@ def test_a_single_example_and_logits_of_0_are_no_trouble(kind):
     assert warned(curvature.fisher_exact(logits_fn), zero, model_state=state) == []
 
 
+@pytest.mark.slow
 def test_measuring_batch_statistics_takes_the_state():
     """Example by example in training mode, most of the Fisher vanishes."""
     logits_fn, params, state = net("batch", False)

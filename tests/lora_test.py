@@ -44,6 +44,7 @@ def test_branch_equals_fold(vit, scale):
     assert (float(jnp.abs(folded - plain).max()) > 1e-3) == (scale != 0.0)
 
 
+@pytest.mark.slow
 def test_one_scale_per_example_is_that_examples_fold(vit):
     model, params, images, _, adapters = vit
     scales = jnp.asarray([0.5, 1.0, 1.5])

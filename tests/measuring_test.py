@@ -103,6 +103,7 @@ def test_examples_in_every_form_give_the_same_bits(form):
     assert identical(measured(FORMS[form]()), measured(BATCH))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [slow(1), 3, slow(8), slow(256)])
 def test_sampled_labels_and_sums_do_not_depend_on_the_batch_size(batch_size):
     wanted = measured(BATCH)
@@ -179,6 +180,7 @@ def test_measuring_again_compiles_nothing():
     assert run(1, ((INPUTS[n : n + 2], labels[n : n + 2]) for n in range(0, 12, 2))) == 0
 
 
+@pytest.mark.slow
 def test_a_model_that_reads_changed_variables_is_measured_as_it_is_now():
     table = {"mask": jnp.ones(4), "scale": 1.0}
 
@@ -250,6 +252,7 @@ def test_the_state_of_a_model_is_an_argument_of_every_measure(name):
     assert_close(found, wanted)
 
 
+@pytest.mark.slow
 def test_exact_quadratics_have_the_state_of_each_task():
     state = {"classes": MASK}
     quadratic = ExactQuadratic.at(PARAMS, BATCH, masked, batch_size=4, model_state=state)
@@ -297,6 +300,7 @@ def linen(kind):
     return params, lambda p, x: model.apply({"params": p}, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nested", *map(slow, ("flat", "frozen", "remat", "with others"))])
 def test_kronecker_and_dense_layers_take_any_tree_by_path(kind):
     params, logits_fn = linen(kind)

@@ -83,6 +83,7 @@ def test_finishing_a_task_is_measuring_and_merging(name):
     assert int(state.tasks) == 2 and 0 < abs(float(info.alpha)) < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*WITHOUT, *DRAWING])
 def test_rules_without_a_measure_merge_as_by_hand(name):
     rule = rules.make(name, max_tasks=3)
@@ -199,6 +200,7 @@ TREES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TREES)
 def test_any_tree_keeps_its_structure_and_its_other_leaves(kind):
     params, logits_fn = TREES[kind]()

@@ -259,6 +259,7 @@ def regularized_problem():
     return loss_fn, params, base, statistics, x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "law,train",
     [

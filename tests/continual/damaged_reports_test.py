@@ -67,6 +67,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_file_is_one_line_and_leaves_no_report(workdir, name, capsys):
     call("report", f"--workdir={workdir}")  # whole, it is read

@@ -62,6 +62,7 @@ def one_of_each(config):
 on_one_device = functools.cache(lambda kind: one_of_each(KINDS[kind]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "mesh"),
     [slow("mlp", "two"), slow("mlp", "eight"), ("mlp", "divided"), slow("vit", "divided")],

@@ -17,6 +17,7 @@ from pm_jax.types import Batch
 from tests.small_runs import BY_CLASS, QUIET, SMALL, VIT, slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
@@ -69,6 +70,7 @@ def test_evidence_is_the_curvature_of_the_tasks_own_loss_over_dense_weights(conf
         assert abs(float(direct.along / along.along) - 1) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["kronecker", "low_rank"])
 @pytest.mark.parametrize("config", [SMALL, slow(VIT)], ids=["mlp", "lora"])
 def test_evidence_of_correlated_curvature_is_that_of_the_tasks_own_loss(config, kind):
@@ -113,6 +115,7 @@ def test_evidence_of_correlated_curvature_is_that_of_the_tasks_own_loss(config, 
     assert float(got.curvature_error) > 0
 
 
+@pytest.mark.slow
 def test_curvature_is_measured_on_as_many_examples_as_an_error_asks_for():
     base = dataclasses.replace(SMALL, curvature="fisher_empirical", curvature_memory_mb=0.05)
 
@@ -141,6 +144,7 @@ def test_curvature_is_measured_on_as_many_examples_as_an_error_asks_for():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(b.max()))
 
 
+@pytest.mark.slow
 def test_scores_do_not_depend_on_the_batch_size_and_count_every_example():
     learner = Learner(BY_CLASS, seed=0, options=QUIET)
     model, stream = BY_CLASS.network(10), learner.stream

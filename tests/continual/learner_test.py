@@ -46,6 +46,7 @@ def test_seeds_share_the_compiled_functions():
     assert not leaves_equal(first.params, second.params)
 
 
+@pytest.mark.slow
 def test_head_columns_of_other_tasks_and_frozen_weights_do_not_move():
     learner = Learner(VIT, seed=0, options=QUIET)
     initial = jax.tree.map(np.asarray, learner.params)
@@ -151,6 +152,7 @@ def test_other_settings_run_and_learn(change):
     assert all(0 <= merge["alpha"] <= 1 for merge in results["merges"])
 
 
+@pytest.mark.slow
 def test_computation_in_bfloat16_keeps_float32_parameters_and_curvature():
     learner = Learner(dataclasses.replace(SMALL, compute_dtype="bfloat16"), seed=0, options=QUIET)
     logits = learner.config.network(10).apply({"params": learner.params}, jnp.ones((1, 8, 8, 1)))

@@ -32,6 +32,7 @@ STATEFUL = dataclasses.replace(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_model_of_ones_own_has_the_numbers_of_the_same_built_in_one():
     wanted = Learner(dataclasses.replace(TWO, hidden_sizes=(16,)), 0, options=QUIET)
     results = wanted.run()
@@ -110,6 +111,7 @@ def merges_of(learner):
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", [slow("trained"), "merged", slow("measured")])
 def test_the_state_at_a_merge_is_what_the_setting_says(choice):
     learner = Learner(dataclasses.replace(STATEFUL, model_state=choice), 0, options=QUIET)

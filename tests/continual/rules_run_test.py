@@ -35,6 +35,7 @@ ONE_BY_ONE = [name for name in rules.REGISTRY if not rules.make(name).needs.task
 FAST = ("perturb_and_merge", "sequential", "averaging")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [x if x in FAST else slow(x) for x in ONE_BY_ONE])
 def test_a_run_trains_as_the_rule_says_and_is_measured_on_the_merged_model(name):
     found, losses = results(name)

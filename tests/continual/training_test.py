@@ -41,6 +41,7 @@ def trained_task(config, extra_padding, stop=1000):
     return before, jax.tree.map(np.asarray, tuple(state)), np.asarray(values), steps
 
 
+@pytest.mark.slow
 def test_padding_changes_neither_parameters_nor_optimizer_state():
     _, plain, values, steps = trained_task(BY_CLASS, 0)
     _, padded, more_values, _ = trained_task(BY_CLASS, 300)
@@ -114,6 +115,7 @@ def test_segments_lead_through_the_task_from_any_step():
 # Accumulation.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -161,6 +163,7 @@ def test_epoch_repeats_are_epochs():
 # What trains, and on which loss.
 
 
+@pytest.mark.slow
 def test_training_loss_is_the_perturbed_loss_of_the_library():
     learner = Learner(SMALL, seed=0, options=QUIET)
     model, start = SMALL.network(10), learner.params
@@ -186,6 +189,7 @@ def test_training_loss_is_the_perturbed_loss_of_the_library():
             np.testing.assert_allclose(got, wanted, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_example", [slow(False), True])
 def test_training_loss_with_adapters_is_the_loss_at_the_displaced_dense_weights(per_example):
     learner = Learner(VIT, seed=0, options=QUIET)

@@ -90,6 +90,7 @@ def tokens():
     return logits_fn, params, direction, batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_size", [4, slow(64)])
 @pytest.mark.parametrize("layers", [("token", "head"), slow(("head",))])
 @pytest.mark.parametrize("kind", ["empirical", "exact", "sampled"])
@@ -156,6 +157,7 @@ MEASURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MEASURES)
 @pytest.mark.parametrize("batch_size", [1, 7, 64, EXAMPLES])
 def test_curvature_along_a_direction_and_its_error_for_any_batch_size(name, batch_size):
@@ -213,6 +215,7 @@ def test_sampling_without_a_key_and_measuring_without_a_direction_are_refused():
         curvature.fisher_exact(oracles.network, num_samples=0)
 
 
+@pytest.mark.slow
 def test_padding_in_the_last_batch_changes_nothing():
     params, direction, batch = oracles.problem(EXAMPLES)
     padded = Batch(
@@ -227,6 +230,7 @@ def test_padding_in_the_last_batch_changes_nothing():
         np.testing.assert_allclose(masked.standard_error, plain.standard_error, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_products_of_single_examples_against_dense_matrices():
     params, direction, batch = oracles.problem(EXAMPLES)
     for name, got in {
@@ -237,6 +241,7 @@ def test_products_of_single_examples_against_dense_matrices():
         np.testing.assert_allclose(got, values, rtol=1e-5, atol=1e-6 * abs(values).max())
 
 
+@pytest.mark.slow
 def test_hessian_vector_product_is_the_dense_one():
     params, direction, batch = oracles.problem(EXAMPLES)
     got = products.hessian_vector_product(

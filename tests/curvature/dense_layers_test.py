@@ -232,6 +232,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", REFUSED)
 def test_layers_that_are_not_covered_are_refused_by_name(how):
     layer, message = REFUSED[how]

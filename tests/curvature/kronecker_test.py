@@ -70,6 +70,7 @@ def test_one_task_answers_as_the_dense_matrix():
     )
 
 
+@pytest.mark.slow
 def test_a_memory_of_slots_is_the_sum_of_the_tasks():
     rng = np.random.default_rng(1)
     tasks = [task(rng) for _ in range(3)]
@@ -105,6 +106,7 @@ def test_a_memory_of_slots_is_the_sum_of_the_tasks():
         np.testing.assert_allclose(slopes[number], wanted, rtol=1e-5, atol=1e-5 * abs(slope))
 
 
+@pytest.mark.slow
 def test_beyond_the_slots_the_last_one_is_the_nearest_product_to_the_sum():
     rng = np.random.default_rng(3)
     tasks = [task(rng) for _ in range(3)]
@@ -196,6 +198,7 @@ def test_factors_are_moments_of_inputs_and_output_gradients(tokens):
         np.testing.assert_allclose(found.outputs[path], g[path], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_for_one_example_the_diagonal_is_that_of_the_exact_fisher():
     params, batch = problem(1, 1)
     selected = trees.select(params, KERNELS)

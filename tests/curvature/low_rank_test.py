@@ -29,6 +29,7 @@ def dense(quadratic):
     return np.asarray(columns).T @ np.asarray(columns)
 
 
+@pytest.mark.slow
 def test_enough_directions_give_the_whole_matrix(float64):
     found, params, _, batch = measured(60)
     wanted = oracles.dense_gauss_newton(params, batch)
@@ -47,6 +48,7 @@ def test_it_is_exact_along_the_task_vector_whatever_the_rank(float64, rank):
     assert float(gram[1, 1]) < other @ matrix @ other
 
 
+@pytest.mark.slow
 def test_the_measure_is_a_mean_whatever_the_batches_and_weights():
     whole, params, direction, batch = measured(4, EXAMPLES, dtype=np.float32)
     pieces = measured(4, 5, dtype=np.float32)[0]

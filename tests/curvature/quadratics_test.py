@@ -81,6 +81,7 @@ def dense_matrix(matrix, params, batch):
     return dense(params, batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("matrix", ["gauss_newton", "hessian"])
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_exact_quadratic_answers_as_the_dense_matrix(matrix, batch_size):
@@ -172,6 +173,7 @@ def test_a_curvature_along_one_direction_has_its_value_there_and_nothing_across(
     assert not (quadratic + DiagonalQuadratic.zero(d)).leafwise
 
 
+@pytest.mark.slow
 def test_sum_of_different_kinds_adds_their_answers():
     center, direction, batch = oracles.problem()
     exact = ExactQuadratic.at(center, batch, oracles.network)

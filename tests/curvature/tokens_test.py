@@ -107,6 +107,7 @@ MEASURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", [slow(False), True])
 @pytest.mark.parametrize(
     "name", [slow(name) if name in ("hessian", "kronecker") else name for name in MEASURES]
@@ -206,6 +207,7 @@ def test_a_sequence_of_one_token_is_an_example():
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [slow("fisher_exact"), "sampled"])
 def test_sequences_are_left_out_in_groups_and_batches_of_any_size(name):
     params, direction, batch = problem(True)

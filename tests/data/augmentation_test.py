@@ -227,6 +227,7 @@ def arguments_for(choices):
     return operation, strength
 
 
+@pytest.mark.slow
 def test_rand_augment_is_one_of_its_operations_for_each_image():
     found = jax.jit(augmentation_policies.rand_augment, static_argnums=2)(
         jax.random.key(0), jnp.asarray(np.repeat(IMAGE, 400, axis=0)), 1, 5.0
@@ -259,6 +260,7 @@ def test_auto_augment_is_one_of_its_sub_policies_for_each_image():
     assert results_of(found) <= results_of(images) and len(results_of(found)) > 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", augmentation.AUGMENTATIONS)
 def test_an_augmentation_is_a_function_of_the_key(name):
     images = jnp.asarray(random_images(6, 12, 10))

@@ -85,6 +85,7 @@ def test_large_sources_are_read_when_their_examples_are_needed(monkeypatch):
     assert np.array_equal(np.asarray(both)[3:50], both[3:50])
 
 
+@pytest.mark.slow
 def test_a_factory_of_data_and_a_list_of_tasks_give_the_numbers_of_the_built_in_stream():
     config = dataclasses.replace(SMALL, num_tasks=2, rotation_step=60.0)
     wanted = Learner(config, 0, options=QUIET)

@@ -90,6 +90,7 @@ def cut_short(path):
     os.truncate(path, path.stat().st_size - 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "which,damage",
     [
@@ -320,6 +321,7 @@ json_values = strategies.recursive(
 )
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=50, deadline=None)
 @hypothesis.given(json_values)
 def test_a_manifest_of_anything_else_is_damaged(value):

@@ -114,6 +114,7 @@ def test_results_hold_what_is_promised(tmp_path):
     assert "NaN" not in text and str(tmp_path) not in text
 
 
+@pytest.mark.slow
 def test_what_does_not_apply_is_null(tmp_path):
     call(
         "train", f"--workdir={tmp_path}", "--rule=averaging", "--scenario=class_incremental", *TINY
@@ -124,6 +125,7 @@ def test_what_does_not_apply_is_null(tmp_path):
     assert found["merges"][1]["denominator"] is None and found["merges"][1]["alpha"] == 0.5
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so_and_more_seeds_are_added_to_it(tmp_path, capsys):
     arguments = [f"--workdir={tmp_path}", "--rule=averaging", *TINY]
     call("train", *arguments)
@@ -200,6 +202,7 @@ def test_flags_override_a_preset_wherever_they_stand(preset, capsys, spelling):
     assert "\nepochs=2\n" in text and "rule=averaging" in text
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_ends_with_a_warning(tmp_path, capsys):
     whole = [f"--workdir={tmp_path / 'b'}", "--rule=averaging", *TINY]
     call("train", *whole)

@@ -134,6 +134,7 @@ def every_model_and_law():
             yield pytest.param(name, law, marks=[] if fast else pytest.mark.slow)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name,law", list(every_model_and_law()))
 def test_loss_gradient_and_state_equal_those_of_the_pure_state(name, law):
     law = LAWS[law]

@@ -109,6 +109,7 @@ def close(left, right):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_the_folded_model_is_that_of_qwix(name):
     with_qwix, plain, params, inputs = example(name)

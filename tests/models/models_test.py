@@ -47,6 +47,7 @@ def numpy_vit(params, images, num_heads):
     return dense(norm(x, "norm")[:, 0], "head")
 
 
+@pytest.mark.slow
 def test_vit_agrees_with_the_same_network_in_numpy():
     model = models.VisionTransformer(5, patch_size=2, width=12, depth=2, num_heads=3)
     images = jax.random.normal(jax.random.key(1), (4, 6, 8, 3))
@@ -60,6 +61,7 @@ def test_vit_agrees_with_the_same_network_in_numpy():
     np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model", [models.MLP(3, (7, 5)), models.VisionTransformer(3, 2, width=8, depth=1, num_heads=2)]
 )

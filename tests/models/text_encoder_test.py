@@ -35,6 +35,7 @@ def test_padding_and_other_texts_change_nothing():
         np.testing.assert_allclose(whole[row : row + 1], alone, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_word_order_matters():
     params = random_params()
     one, other = (encoder().apply({"params": params}, row) for row in (IDS[2:], IDS[2:, ::-1]))

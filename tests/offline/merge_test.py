@@ -101,6 +101,7 @@ def in_memory(rule, base, models, fishers):
     return params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "settings"),
     [*((name, "") for name in sorted(rules.REGISTRY)), ("ties", "trim=tensor")],
@@ -294,6 +295,7 @@ def test_an_existing_output_is_kept_unless_told_and_never_an_input(tmp_path, cap
     assert "is one of the inputs" in refused(capsys, "merge", *onto)
 
 
+@pytest.mark.slow
 def test_the_task_models_of_a_run_merge_to_the_model_of_the_run(tmp_path, capsys):
     config = dataclasses.replace(small_runs.BY_CLASS, rule="averaging")
     run_seeds(config, [0], tmp_path / "run", RunOptions(quiet=True, keep_task_models=True))

@@ -286,6 +286,7 @@ def test_the_memory_grows_by_the_threshold_of_each_task():
         np.testing.assert_allclose(held, np.arange(3) < directions, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [FULL, slow(LORA)], ids=["full", "lora"])
 def test_the_projected_stage_leaves_the_memory_alone_and_the_free_stage_does_not(config):
     """Under AdamW with weight decay, which alone would leave the complement."""

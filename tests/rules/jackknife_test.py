@@ -30,6 +30,7 @@ def measure_of(kind, logits_fn):
     return low_rank.gauss_newton_low_rank(logits_fn, rank=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fisher_exact", slow("kronecker"), slow("low_rank")])
 def test_leaving_a_group_out_is_measuring_without_it(kind):
     """Against the same measure, with the same labels drawn, on examples of weight 0."""
@@ -97,6 +98,7 @@ def alpha_by_hand(vectors, matrices, own, start):
     return sum(slopes) / sum(curvatures)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exact_over_trace", [False, True])
 def test_the_error_is_that_of_coefficients_without_each_group(float64, exact_over_trace):
     """Dense matrices of three tasks; the groups do not divide their numbers of examples."""
@@ -134,6 +136,7 @@ def test_the_error_is_that_of_coefficients_without_each_group(float64, exact_ove
         np.testing.assert_allclose(info.alpha, plain[last][0].alpha, rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["kronecker", "low_rank"])
 def test_every_memory_keeps_one_sum_for_each_group(float64, kind):
     """The coefficients are those of rules that were given one group's evidence each."""
@@ -160,6 +163,7 @@ def test_every_memory_keeps_one_sum_for_each_group(float64, kind):
     assert error > 1e-3
 
 
+@pytest.mark.slow
 def test_the_error_is_the_spread_over_resampled_data_of_all_tasks():
     """Fresh samples of three tasks' data; the error given the earlier tasks is too small."""
     groups, repeats, size = 10, 300, 120
@@ -202,6 +206,7 @@ def test_the_error_is_the_spread_over_resampled_data_of_all_tasks():
 SEVERAL_BATCHES = dataclasses.replace(SMALL, curvature_memory_mb=0.05)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_jackknife_merges_as_without():
     config = dataclasses.replace(SEVERAL_BATCHES, rule_settings="jackknife=4")
     learner = Learner(config, 0, options=QUIET)

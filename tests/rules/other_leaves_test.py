@@ -270,6 +270,7 @@ def test_functions_of_trees_pass_other_leaves_on():
     assert bits(quadratic.recentered(high)) == bits(plain.recentered(high["model"]))
 
 
+@pytest.mark.slow
 def test_text_of_whole_models_reaches_the_functions_that_a_rule_calls():
     def logits(whole, inputs):
         assert whole["activation"] == "gelu" and whole["step"].dtype == jnp.int32

@@ -93,6 +93,7 @@ FULL = dataclasses.replace(SMALL, rule="pam", perturbation="none", epochs=2)
 LORA = dataclasses.replace(VIT, rule="pam", perturbation="none", epochs=2, num_tasks=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [FULL, slow(LORA)], ids=["full", "lora"])
 def test_every_task_starts_from_the_origin_and_is_kept_in_line(config):
     learner = Learner(config, 0, options=QUIET)

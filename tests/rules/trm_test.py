@@ -104,6 +104,7 @@ def by_numpy(params, old_params, temperature=2.0):
     return np.average(found, axis=0, weights=sizes)
 
 
+@pytest.mark.slow
 def test_the_losses_before_and_after_are_those_of_numpy_and_the_objective_falls():
     previous, trained, merged, info = second_merge()
     halfway = jax.tree.map(lambda a, b: (a + b) / 2, previous, trained)
@@ -147,6 +148,7 @@ def test_the_end_is_a_minimum_in_the_subspace(per):
             assert value(jax.tree.map(lambda m, d, s=step: m + s * d, merged, direction)) > lowest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["alignment", "consistency", "responsiveness"])
 def test_a_loss_without_weight_is_not_minimised(name):
     weights = {"alignment": 1.0, "consistency": 1.0, "responsiveness": 5.0}
@@ -157,6 +159,7 @@ def test_a_loss_without_weight_is_not_minimised(name):
     assert not leaves_equal(merged, other)
 
 
+@pytest.mark.slow
 def test_a_search_by_tensor_begins_alike_and_leads_further_down():
     figures = [second_merge(per=per, steps=300)[3].figures for per in ("model", "tensor")]
     names = ("alignment", "consistency", "responsiveness")

@@ -39,6 +39,7 @@ def assert_same(left, right):
         assert jnp.array_equal(leaf, trees.leaves_by_path(right)[path]), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", VIT_LAYOUTS)
 def test_what_is_exported_is_recognised_and_read_back_bit_for_bit(layout, tmp_path):
     params = random_params()
@@ -78,6 +79,7 @@ def test_fused_query_key_value_rows_go_where_they_belong():
         assert np.array_equal(rows, np.asarray(attention[name]["kernel"]).T)
 
 
+@pytest.mark.slow
 def test_position_embeddings_are_resized_and_the_class_token_kept():
     ramp = np.broadcast_to(np.arange(8, dtype=np.float32)[:, None], (8, 8)).reshape(1, 64, 1)
     positions = np.concatenate([np.full((1, 1, 1), 99, np.float32), ramp], axis=1)
