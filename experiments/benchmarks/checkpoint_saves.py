@@ -42,8 +42,10 @@ def table(config: Config, steps: int, repeats: int, directory: Path) -> dict[str
         return jax.block_until_ready(losses)
 
     def saved():
+        # The state of the model is empty, and a run does not save an empty one.
+        trainable, optimizer, *_ = state
         kept = ("params", "rule", "trainable", "optimizer")
-        return dict(zip(kept, (work.params, rule, *state), strict=True))
+        return dict(zip(kept, (work.params, rule, trainable, optimizer), strict=True))
 
     def with_checkpoint(checkpoints):
         nonlocal number

@@ -92,7 +92,7 @@ def test_a_whole_stream_ends_alike_and_is_compiled_once():
         np.testing.assert_allclose(a, b, rtol=5e-5, atol=5e-5)  # after hundreds of Adam's steps
     run = divided.programs
     for function in (
-        run.training.init,
+        run.training.init_with_state,
         run.training.first.begin,
         run.training.first.train,
         run.training.later.train,
