@@ -20,10 +20,10 @@ SHORT = (
     "--first_task_epochs=2", "--num_tasks=2", "--checkpoint_every=4", "--baseline=", "--noreport",
     "--keep_task_models",
 )  # fmt: skip
-DIGITS = ("--rotation_step=60",)
+DIGITS = ("--rotation_step=60", "--train_per_class=20")
 SUBSET = (
     "--dataset=cifar100", f"--data_dir={CIFAR.parent}", "--scenario=class_incremental",
-    "--train_per_class=4", "--test_per_class=1", "--curvature_examples=32",
+    "--train_per_class=3", "--test_per_class=1", "--curvature_examples=32",
 )  # fmt: skip
 
 
