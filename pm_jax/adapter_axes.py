@@ -1,4 +1,7 @@
-"""Which axes of a kernel are inputs, for low-rank adapters: found, given, or read off a module."""
+"""The division of a kernel's axes into inputs and outputs, which a low-rank adapter needs.
+
+It follows from the shapes of kernel and bias, is given, or is read off a module.
+"""
 
 import re
 from collections.abc import Mapping

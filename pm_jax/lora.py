@@ -62,15 +62,6 @@ class AdaptedKernel(NamedTuple):
     scale: Array | float
 
 
-def adapted_paths(params: Params, pattern: str, rank: int, **axes: Any) -> tuple[str, ...]:
-    """Paths of the dense kernels that a regular expression over "a/b/c" selects for adapters.
-
-    Raises:
-        InvalidInput: as `adapted_axes`, whose keyword arguments it takes.
-    """
-    return tuple(adapted_axes(params, pattern, rank, **axes))
-
-
 def init(
     key: Key,
     params: Params,

@@ -11,10 +11,10 @@ import pytest
 from flax.core import FrozenDict
 
 import pm_jax
+from experiments.benchmarks.compilations import compilations
 from pm_jax import Batch, curvature, losses, trees
 from pm_jax.curvature import ExactQuadratic, kronecker, low_rank, measures
 from tests import oracles
-from tests.compilations import compilations
 from tests.small_runs import slow
 
 EXAMPLES = 13

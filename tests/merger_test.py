@@ -12,12 +12,12 @@ from flax import nnx
 from flax.core import FrozenDict
 
 import pm_jax
+from experiments.benchmarks.compilations import compilations
 from pm_jax import losses, rules, task_vectors, trees
 from pm_jax.curvature import kronecker, low_rank, measures
 from pm_jax.rules.checked import merge_rule
 from pm_jax.types import InvalidInput
 from tests import oracles
-from tests.compilations import compilations
 
 EXAMPLES = 13
 FISHER = pm_jax.fisher_exact(oracles.network)

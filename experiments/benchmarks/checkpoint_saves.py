@@ -44,8 +44,12 @@ def table(config: Config, steps: int, repeats: int, directory: Path) -> dict[str
     def saved():
         # The state of the model is empty, and a run does not save an empty one.
         trainable, optimizer, *_ = state
-        kept = ("params", "rule", "trainable", "optimizer")
-        return dict(zip(kept, (work.params, rule, trainable, optimizer), strict=True))
+        return {
+            "params": work.params,
+            "rule": rule,
+            "trainable": trainable,
+            "optimizer": optimizer,
+        }
 
     def with_checkpoint(checkpoints):
         nonlocal number

@@ -7,9 +7,8 @@ The epoch is that of an ordinary loop: one jitted step of the perturbed loss a b
 parameters of the CNN and LoRA on key and value of the ViT-Ti. Both run in one process, in turns.
 """
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -19,6 +18,7 @@ import optax
 from absl import app, flags
 
 import pm_jax
+from experiments.benchmarks.compilations import compilations
 from experiments.benchmarks.workloads import interleaved, random_data
 from pm_jax import lora, models, rules, trees
 from pm_jax.types import Array, PyTree
@@ -66,12 +66,11 @@ class Task:
         self._folded, self._batches, self._model_state = folded, batches, model_state
         optimizer = optax.adam(1e-3)
         self._moving, self._state = moving, optimizer.init(moving)
-        base = trees.select(params, tuple(trees.leaves_by_path(params)))
         loss = pm_jax.perturbed(loss_fn, pm_jax.perturbation.symmetric())
 
         @functools.partial(jax.jit, donate_argnums=(1, 2))
         def step(key: Array, moving: PyTree, state: PyTree, batch: PyTree) -> PyTree:
-            gradients = jax.grad(loss, argnums=1)(key, moving, base, batch, model_state)
+            gradients = jax.grad(loss, argnums=1)(key, moving, params, batch, model_state)
             updates, state = optimizer.update(gradients, state)
             return optax.apply_updates(moving, updates), state
 
@@ -146,23 +145,6 @@ def vit_task(batches: list[tuple[Array, Array]], depth: int) -> Task:
 
 def _mean_loss(logits: Array, labels: Array) -> Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-
-@contextlib.contextmanager
-def compilations() -> Iterator[list[str]]:
-    """Collect the events of compiling while the context lasts."""
-    events: list[str] = []
-
-    def listen(event: str, duration_secs: float, **others: str | int) -> None:
-        del duration_secs, others
-        if event == "/jax/core/compile/backend_compile_duration":
-            events.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield events
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments import flags as experiment_flags
+from experiments.benchmarks.compilations import compilations
 from pm_jax.continual import Config, Learner, RunOptions
 from pm_jax.continual.merging.records import PHASES
 from pm_jax.types import InvalidInput
@@ -38,23 +39,6 @@ SMALL: dict[str, Any] = {
 """Settings of the stream and the model, unless flags say otherwise."""
 WARM_UP = 3
 MEGABYTE = 1e6
-COMPILATION = "/jax/core/compile/backend_compile_duration"
-
-
-@contextlib.contextmanager
-def compilations() -> Iterator[list[float]]:
-    """Collect the seconds of each compilation, as they come."""
-    durations: list[float] = []
-
-    def listen(event: str, duration_secs: float, **_: str | int) -> None:
-        if event == COMPILATION:
-            durations.append(duration_secs)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield durations
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def resident_bytes() -> int:

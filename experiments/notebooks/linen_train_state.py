@@ -74,7 +74,7 @@ def train_step(state, base, images, labels, key):
 
 
 # %% [markdown]
-# ## What is measured
+# ## Measure the model as it predicts
 #
 # Curvature is that of the model as it predicts: with its running statistics, which are an argument.
 

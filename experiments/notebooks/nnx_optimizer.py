@@ -104,7 +104,7 @@ for number, task in enumerate(tasks):
     test(f"merged after task {number + 1}")
 
 # %% [markdown]
-# ## What merging keeps
+# ## Merging keeps most of both tasks
 
 # %%
 figure, axes = plt.subplots(figsize=(6, 2.5))

@@ -62,7 +62,7 @@ class LayerCall(NamedTuple):
 
     @property
     def linear_map(self) -> Contraction | Convolution | None:
-        """What the layer does with its kernel; `None` where that is not known."""
+        """The product of inputs and kernel that the layer computes; `None` for an unknown layer."""
         layer, ndim = self.layer, jnp.ndim(self.inputs)
         match kind_of(layer):
             case nn.Dense:

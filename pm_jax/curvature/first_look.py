@@ -52,7 +52,7 @@ def check_arity(function: Callable[..., Any], model_state: PyTree, inputs: str) 
 
 
 class Look(NamedTuple):
-    """What a look at a model found.
+    """The findings of a look at a model.
 
     Attributes:
         logits: shape of its logits; `None` where it has none that are known.
@@ -118,7 +118,7 @@ class _Model:
 
     @property
     def name(self) -> str:
-        """What errors call the function."""
+        """The name of the function in errors."""
         return "logits_fn" if self.are_logits else "losses_fn"
 
     def outputs(self, arrays: list[Array], batch: Batch) -> Array:

@@ -186,7 +186,7 @@ def remembered(factory: Callable[Arguments, Measure]) -> Callable[Arguments, Mea
         try:
             hash(made_from)
         except TypeError:
-            # What cannot be compared is remembered by itself.
+            # A measure of arguments without a hash is equal to itself only.
             return factory(*args, **kwargs)
         return factory(*args, **kwargs)._replace(made_from=made_from)
 

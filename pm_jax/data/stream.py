@@ -171,16 +171,7 @@ def domain_incremental(
     if not domains:
         raise InvalidInput("domains=[]: at least one is needed")
     num_classes = _count_classes(domains)
-    rows: dict[str, list[np.ndarray]] = {"train": [], "validation": [], "test": []}
-    offset = 0
-    for domain in domains:
-        # Versions of the same examples have equal labels, so the same ones are held out of all.
-        train, validation = _hold_out(domain.train_labels, seed, validation_fraction)
-        rows["train"].append(offset + train)
-        rows["validation"].append(offset + validation)
-        offset += len(domain.train_labels)
-        rows["test"].append(offset + np.arange(len(domain.test_labels)))
-        offset += len(domain.test_labels)
+    rows = _rows_of(domains, seed, validation_fraction)
     _check_examples(rows, [f"{domain.name}: the task" for domain in domains])
     masks = np.ones((len(domains), num_classes), bool)
     return _task_stream(domains, rows, masks, "domain_incremental", np.arange(num_classes))
@@ -195,15 +186,7 @@ def tasks_of_classes(
         InvalidInput: a class has no training examples in any task, or loses them all to validation.
     """
     num_classes = _count_classes(tasks)
-    rows: dict[str, list[np.ndarray]] = {"train": [], "validation": [], "test": []}
-    offset = 0
-    for task in tasks:
-        train, validation = _hold_out(task.train_labels, seed, validation_fraction)
-        rows["train"].append(offset + train)
-        rows["validation"].append(offset + validation)
-        offset += len(task.train_labels)
-        rows["test"].append(offset + np.arange(len(task.test_labels)))
-        offset += len(task.test_labels)
+    rows = _rows_of(tasks, seed, validation_fraction)
     _check_examples(rows, [f"{task.name}: the task" for task in tasks])
     groups = [np.unique(task.train_labels) for task in tasks]
     for task, classes in zip(tasks, groups, strict=True):
@@ -215,6 +198,23 @@ def tasks_of_classes(
     masks = np.stack([np.isin(np.arange(num_classes), classes) for classes in groups])
     order = np.asarray(list(dict.fromkeys(np.concatenate(groups).tolist())))
     return _task_stream(tasks, rows, masks, "class_incremental", order)
+
+
+def _rows_of(
+    tasks: Sequence[LabelledArrays], seed: int, validation_fraction: float
+) -> dict[str, list[np.ndarray]]:
+    """Find the rows of each task in each split, where the tasks lie behind one another."""
+    rows: dict[str, list[np.ndarray]] = {"train": [], "validation": [], "test": []}
+    offset = 0
+    for task in tasks:
+        # Versions of the same examples have equal labels, so the same ones are held out of all.
+        train, validation = _hold_out(task.train_labels, seed, validation_fraction)
+        rows["train"].append(offset + train)
+        rows["validation"].append(offset + validation)
+        offset += len(task.train_labels)
+        rows["test"].append(offset + np.arange(len(task.test_labels)))
+        offset += len(task.test_labels)
+    return rows
 
 
 def _task_stream(

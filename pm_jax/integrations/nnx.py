@@ -37,7 +37,7 @@ from pm_jax.perturbation_checks import base_and_rest, check_key, leaves, loss_an
 from pm_jax.types import Array, InvalidInput, Key, Params, PyTree
 
 Filter = Any
-"""What nnx takes to choose variables: a type such as `nnx.Param`, a path, a predicate."""
+"""A choice of variables, as nnx takes it: a type such as `nnx.Param`, a path, a predicate."""
 
 
 def snapshot(module: nnx.Module, wrt: Filter = nnx.Param, *, copy: bool = True) -> nnx.State:

@@ -195,7 +195,7 @@ def _own_axes(layer: Any) -> int:
 
 
 def _linear_map(layer: Any, ndim: int, equation: str | None) -> Contraction | Convolution | None:
-    """What a layer does with its kernel, for inputs of some axes."""
+    """Describe how a layer multiplies its inputs, of `ndim` axes, by its kernel."""
     match layer:
         case nnx.Linear():
             return Contraction.general(ndim, (-1,), (), 1)

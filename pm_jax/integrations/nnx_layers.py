@@ -1,4 +1,4 @@
-"""What a merge needs of single layers of nnx modules: batch statistics, and products of LoRA."""
+"""Batch statistics and LoRA products of single nnx layers, which a merge needs."""
 
 import functools
 from collections.abc import Callable
