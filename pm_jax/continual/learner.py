@@ -45,7 +45,7 @@ class Learner:
         model: instead of the settings' model, a linen module, an nnx module or a
             `pm_jax.models.Model`; its classifier has a column for each class of all tasks.
         stream: instead of the settings' data, a `TaskStream`, or a list of tasks as
-            `pm_jax.data.own.stream_of_tasks` takes them.
+            `pm_jax.data.own.stream_of_data` takes them.
         programs: compiled functions to use instead of the configuration's own. These, and the
             methods `train_task`, `merge_task` and `accuracy`, are where a test plants a fault.
 
