@@ -20,7 +20,7 @@ from pm_jax.continual.export import Destinations
 from pm_jax.continual.interruption import Interrupted
 from pm_jax.continual.settings.run_options import KEPT
 from pm_jax.continual.settings.settings import names_of
-from pm_jax.rules.registry import number
+from pm_jax.registries import number
 from pm_jax.types import InvalidInput, cause
 
 PRESETS = Path(__file__).parent / "presets"

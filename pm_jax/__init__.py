@@ -1,6 +1,7 @@
 """Continual learning by model merging in JAX: Perturb-and-Merge and its neighbours."""
 
 from pm_jax import (
+    classifiers,
     coefficients,
     curvature,
     lora,
@@ -39,6 +40,7 @@ __all__ = [
     "Perturbation",
     "Quadratic",
     "SumQuadratic",
+    "classifiers",
     "coefficients",
     "curvature",
     "curvature_weight",

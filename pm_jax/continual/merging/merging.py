@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pm_jax import task_vectors, trees
+from pm_jax import classifiers, task_vectors, trees
+from pm_jax.classifiers import ClassStatistics
 from pm_jax.continual.merging import landscape, model_state, trust
 from pm_jax.continual.merging.programs import Programs
 from pm_jax.continual.merging.records import Records
@@ -15,10 +16,12 @@ from pm_jax.continual.placement.data import StreamData
 from pm_jax.continual.placement.devices import devices_of
 from pm_jax.continual.settings.config import Config
 from pm_jax.data.stream import TaskStream
-from pm_jax.discriminant import ClassStatistics
 from pm_jax.lora import Adapters
 from pm_jax.rules import Evidence, MergeInfo, objectives
 from pm_jax.types import Array, Key, Params, PyTree
+
+_DISCRIMINANT = classifiers.discriminant()
+_STATISTICS = classifiers.CLASS_STATISTICS
 
 
 class RunState(NamedTuple):
@@ -95,7 +98,7 @@ class Merging:
         statistics = None
         if self._config.classifier == "discriminant":
             width, classes = trees.leaves_by_path(params)[f"{self._classifier}/kernel"].shape
-            statistics = self._devices.place(ClassStatistics.zero(classes, width))
+            statistics = self._devices.place(_STATISTICS.init(classes, width, self._key))
         apart = self.rule.needs.next_task_from != "merged"
         return RunState(
             params,
@@ -112,9 +115,9 @@ class Merging:
         # Before the first task there are no statistics to make a classifier of.
         if state.statistics is None or not state.statistics.counts.any():
             return state.params
-        kernel, bias = state.statistics.classifier()
+        predictor: Any = _DISCRIMINANT.fit(state.statistics, None, None)
         names = (f"{self._classifier}/{leaf}" for leaf in ("kernel", "bias"))
-        classifier = dict(zip(names, (kernel, bias), strict=True))
+        classifier = dict(zip(names, predictor, strict=True))
         return trees.replace(state.params, self._devices.place(classifier))
 
     def blank_adapters(self, params: Params) -> Adapters:

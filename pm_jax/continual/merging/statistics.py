@@ -1,15 +1,15 @@
-"""Class statistics of a task's features, for the classifier of `pm_jax.discriminant`."""
+"""Class statistics of a task's features, for the classifiers made from them."""
 
 from typing import Any, NamedTuple
 
 from pm_jax import losses
+from pm_jax.classifiers import CLASS_STATISTICS, ClassStatistics
 from pm_jax.continual.placement.data import DeviceData, Order
 from pm_jax.continual.placement.data_pass import DataPass
 from pm_jax.continual.placement.devices import devices_of
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.training.image_transforms import evaluation_transform
 from pm_jax.continual.training.logits import normalized
-from pm_jax.discriminant import ClassStatistics
 from pm_jax.integrations.wrap import as_model
 from pm_jax.types import Array, Batch, Params, PyTree
 
@@ -50,4 +50,5 @@ class StatisticsPass(DataPass):
         del data
         _, params, _, model_state = Given(*given)
         features = features_of(self._model, params, batch.inputs, model_state)
-        return statistics.plus(features, batch.labels, losses.weights_of(batch))
+        weights = losses.weights_of(batch)
+        return CLASS_STATISTICS.observe(statistics, features, batch.labels, weights)

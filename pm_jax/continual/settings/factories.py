@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from pm_jax.rules.registry import number
+from pm_jax.registries import number
 from pm_jax.types import InvalidInput, cause
 
 REFERENCE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")

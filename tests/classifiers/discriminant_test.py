@@ -7,14 +7,17 @@ import pytest
 from sklearn.covariance import oas
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
+from pm_jax import classifiers
 from pm_jax.continual import Config, Learner
 from pm_jax.continual.merging.statistics import features_of
 from pm_jax.continual.training.logits import logits_of
-from pm_jax.discriminant import ClassStatistics
 from pm_jax.types import InvalidInput
 from tests.small_runs import BY_CLASS, QUIET
 
-plus, classifier = jax.jit(ClassStatistics.plus), jax.jit(ClassStatistics.classifier)
+DISCRIMINANT = classifiers.discriminant()
+STATISTICS = DISCRIMINANT.statistics
+observe = jax.jit(STATISTICS.observe)
+fit = jax.jit(lambda state: DISCRIMINANT.fit(state, None, None))
 
 
 def examples(count=90, width=5, classes=3, seed=0):
@@ -29,17 +32,17 @@ def examples(count=90, width=5, classes=3, seed=0):
 
 
 def statistics_of(features, labels, classes, batches=((0, None),)):
-    found = ClassStatistics.zero(classes, features.shape[1])
+    found = STATISTICS.init(classes, features.shape[1], None)
     for first, stop in batches:
         rows = slice(first, stop)
-        found = plus(found, features[rows], labels[rows], np.ones(len(labels[rows])))
+        found = observe(found, features[rows], labels[rows], np.ones(len(labels[rows])))
     return found
 
 
 def test_logits_are_those_of_another_implementation():
     features, labels = examples()
     found = statistics_of(features, labels, 3)
-    kernel, bias = classifier(found)
+    kernel, bias = fit(found)
     centred = features - np.stack([features[labels == c].mean(axis=0) for c in range(3)])[labels]
     _, share = oas(centred.astype(np.float64), assume_centered=True)
     other = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=share)
@@ -59,8 +62,8 @@ def test_batches_add_up(batches):
 
 def test_padding_does_not_count():
     features, labels = examples(20)
-    padded = plus(
-        ClassStatistics.zero(3, 5),
+    padded = observe(
+        STATISTICS.init(3, 5, None),
         np.concatenate([features, 100 + features]),
         np.tile(labels, 2),
         np.arange(40) < 20,
@@ -71,14 +74,14 @@ def test_padding_does_not_count():
 
 def test_classes_without_examples_are_never_chosen():
     features, labels = examples()
-    kernel, bias = classifier(statistics_of(features, 2 * labels, 6))
+    kernel, bias = fit(statistics_of(features, 2 * labels, 6))
     logits = features @ np.asarray(kernel) + np.asarray(bias)
     assert np.isfinite(logits).all() and set(np.argmax(logits, axis=1)) == {0, 2, 4}
 
 
 def test_equal_features_leave_only_the_shares():
     features, labels = np.ones((4, 2), np.float32), np.asarray([0, 0, 0, 1])
-    kernel, bias = classifier(statistics_of(features, labels, 2))
+    kernel, bias = fit(statistics_of(features, labels, 2))
     found = np.ones(2) @ np.asarray(kernel) + np.asarray(bias)
     np.testing.assert_allclose(found, np.log([0.75, 0.25]) + 1.0, rtol=1e-5)
 
@@ -101,7 +104,7 @@ def test_run_predicts_with_the_classes_of_all_tasks_and_trains_as_before():
     for label in np.flatnonzero(stream.class_masks[-1]):
         own = features[stream.labels[rows] == label]
         np.testing.assert_allclose(statistics.means[label], own.mean(axis=0), rtol=1e-4, atol=1e-5)
-    kernel, bias = statistics.classifier()
+    kernel, bias = fit(statistics)
     for task, rows in enumerate(stream.test.rows()):
         inputs, seen = jnp.asarray(stream.inputs[rows]), jnp.ones(10)
         logits = features_of(model, merged, inputs) @ kernel + np.asarray(bias)[None]
