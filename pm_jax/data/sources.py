@@ -9,7 +9,7 @@ import numpy as np
 
 from pm_jax.data import stored_images
 from pm_jax.data.digits import load_digits
-from pm_jax.data.stream import LabelledArrays, first_of_each_class
+from pm_jax.data.stream import LabelledArrays, first_classes, first_of_each_class
 from pm_jax.data.tfds_images import DOMAINS, load_images
 from pm_jax.types import InvalidInput, cause
 
@@ -19,6 +19,7 @@ ARCHIVE_FIELDS = ("x_train", "y_train", "x_test", "y_test")
 class ReadOptions(TypedDict, total=False):
     """The options of `tfds_images.load_images`."""
 
+    class_subset: int
     train_per_class: int
     test_per_class: int
     stored_size: int
@@ -37,6 +38,7 @@ def load(
     """
     if dataset == "digits" or dataset.endswith(".npz"):
         arrays = load_digits() if dataset == "digits" else load_archive(Path(dataset))
+        arrays = keep_classes(arrays, options.get("class_subset", 0))
         train, test = options.get("train_per_class", 0), options.get("test_per_class", 0)
         arrays = keep_first(arrays, train, test)
     else:
@@ -71,6 +73,29 @@ def load_domains(
     return tuple(_as_rgb(arrays) if rgb else arrays for arrays in loaded)
 
 
+def keep_classes(arrays: LabelledArrays, count: int) -> LabelledArrays:
+    """Keep the examples of the first `count` classes, by their numbers; 0 keeps all.
+
+    Raises:
+        InvalidInput: there are fewer classes.
+    """
+    if not count:
+        return arrays
+    classes = np.unique(np.concatenate([arrays.train_labels, arrays.test_labels]))
+    kept = first_classes(classes, count, arrays.name)
+    train, test = np.isin(arrays.train_labels, kept), np.isin(arrays.test_labels, kept)
+    groups = arrays.class_groups
+    return LabelledArrays(
+        arrays.train_inputs[train],
+        arrays.train_labels[train],
+        arrays.test_inputs[test],
+        arrays.test_labels[test],
+        arrays.name,
+        None if groups is None else groups[:count],
+        len(classes) - count,
+    )
+
+
 def keep_first(arrays: LabelledArrays, train_per_class: int, test_per_class: int) -> LabelledArrays:
     """Keep the first examples of each class, in the data's order; 0 keeps all."""
     train = first_of_each_class(arrays.train_labels, train_per_class)
@@ -86,7 +111,8 @@ def keep_first(arrays: LabelledArrays, train_per_class: int, test_per_class: int
 def _pooled(domains: list[LabelledArrays], name: str) -> LabelledArrays:
     parts = zip(*(domain[:4] for domain in domains), strict=True)
     x_train, y_train, x_test, y_test = (np.concatenate(part) for part in parts)
-    return LabelledArrays(x_train, y_train, x_test, y_test, name)
+    left_out = domains[0].left_out_classes
+    return LabelledArrays(x_train, y_train, x_test, y_test, name, left_out_classes=left_out)
 
 
 def _as_rgb(arrays: LabelledArrays) -> LabelledArrays:

@@ -30,6 +30,7 @@ class LabelledArrays(NamedTuple):
         test_labels: int [M].
         name: prefix of the example ids, "name/train/17".
         class_groups: the group of each class (a domain of intents), int [C]; `None` without groups.
+        left_out_classes: how many classes the data set has beyond the first C, which are here.
     """
 
     train_inputs: np.ndarray
@@ -38,6 +39,7 @@ class LabelledArrays(NamedTuple):
     test_labels: np.ndarray
     name: str = "data"
     class_groups: np.ndarray | None = None
+    left_out_classes: int = 0
 
     def with_inputs(self, change: Callable[[np.ndarray], np.ndarray]) -> "LabelledArrays":
         """Return the data set with a function applied to its inputs."""
@@ -76,6 +78,7 @@ class TaskStream:
         scenario: "class_incremental" (tasks bring new classes) or "domain_incremental" (every task
             has every class, its inputs differ).
         class_order: the classes in the order in which they arrive.
+        left_out_classes: as `LabelledArrays` has it.
     """
 
     inputs: np.ndarray
@@ -87,6 +90,7 @@ class TaskStream:
     class_masks: np.ndarray
     scenario: str
     class_order: tuple[int, ...]
+    left_out_classes: int = 0
 
     @property
     def num_tasks(self) -> int:
@@ -118,7 +122,13 @@ class TaskStream:
                 digest = hashlib.sha256(ids.encode()).hexdigest()
                 entry[name] = {"examples": int(split.sizes[task]), "sha256_of_ids": digest}
             tasks.append(entry)
-        return {"scenario": self.scenario, "class_order": list(self.class_order), "tasks": tasks}
+        subset = {"first": self.num_classes, "left_out": self.left_out_classes}
+        return {
+            "scenario": self.scenario,
+            "class_order": list(self.class_order),
+            **({"class_subset": subset} if self.left_out_classes else {}),
+            "tasks": tasks,
+        }
 
 
 def class_incremental(
@@ -234,7 +244,22 @@ def _task_stream(
         class_masks=class_masks,
         scenario=scenario,
         class_order=tuple(class_order.tolist()),
+        left_out_classes=data_sets[0].left_out_classes,
     )
+
+
+def first_classes(classes: np.ndarray, count: int, name: str) -> np.ndarray:
+    """Return the first `count` of a data set's classes, in rising order; 0 for all.
+
+    Raises:
+        InvalidInput: the data set has fewer.
+    """
+    if count > len(classes):
+        raise InvalidInput(
+            f"class_subset={count}: {name} has {len(classes)} classes; choose 2..{len(classes)}, "
+            "or 0 for all"
+        )
+    return classes[: count or None]
 
 
 def first_of_each_class(labels: np.ndarray, count: int) -> np.ndarray:

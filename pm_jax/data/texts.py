@@ -23,17 +23,20 @@ def load(
     tokenizer: str,
     max_tokens: int,
     *,
+    class_subset: int = 0,
     train_per_class: int = 0,
     test_per_class: int = 0,
 ) -> LabelledArrays:
     """Load texts into memory, as int32 token ids [N, max_tokens], with labels.
 
     Raises:
-        InvalidInput: data or tokenizer are missing, damaged or of another kind.
+        InvalidInput: data or tokenizer are missing, damaged or of another kind, or there are fewer
+            classes than `class_subset`.
     """
     encode = _encoder(tokenizer, max_tokens)
     archive = dataset.endswith(".npz")
     arrays = load_archive(Path(dataset)) if archive else _prepared(dataset, data_dir)
+    arrays = sources.keep_classes(arrays, class_subset)
     return sources.keep_first(arrays, train_per_class, test_per_class).with_inputs(encode)
 
 

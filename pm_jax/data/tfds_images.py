@@ -11,7 +11,7 @@ import numpy as np
 import tqdm
 
 from pm_jax.data import prepared, stored_images
-from pm_jax.data.stream import LabelledArrays, first_of_each_class
+from pm_jax.data.stream import LabelledArrays, first_classes, first_of_each_class
 from pm_jax.types import InvalidInput, cause
 
 DOMAINS = {"domainnet": ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")}
@@ -26,12 +26,15 @@ class _Part(NamedTuple):
     split: str
     side: str
     per_class: int
+    # Classes to keep, by the data set's own numbers; `None` for all.
+    classes: tuple[int, ...] | None = None
 
 
 def load_images(
     names: Sequence[str],
     data_dir: str = "",
     *,
+    class_subset: int = 0,
     train_per_class: int = 0,
     test_per_class: int = 0,
     stored_size: int = 0,
@@ -39,17 +42,32 @@ def load_images(
 ) -> list[LabelledArrays]:
     """Load image data sets that tensorflow-datasets has prepared; several share their classes.
 
+    With a `class_subset` images of other classes than the first so many are not decoded.
+
     Raises:
         InvalidInput: a data set is unknown, not prepared, damaged, or has no labelled uint8 images;
-            has several sizes without stored_size; has a class without training examples; or there
-            is no place for resized images.
+            has several sizes without stored_size; has a class without training examples, or fewer
+            classes than `class_subset`; or there is no place for resized images.
     """
     builders = [_builder(name, data_dir) for name in names]
+    of_each = [
+        _parts(name, builder, train_per_class, test_per_class)
+        for name, builder in zip(names, builders, strict=True)
+    ]
+    left_out = 0
+    if class_subset:
+        trained = [
+            _labels(name, builder, parts[0])[1]
+            for name, builder, parts in zip(names, builders, of_each, strict=True)
+        ]
+        classes = np.unique(np.concatenate(trained))
+        kept = tuple(first_classes(classes, class_subset, names[0]).tolist())
+        left_out = len(classes) - len(kept)
+        of_each = [[part._replace(classes=kept) for part in parts] for parts in of_each]
     data_sets = []
-    for name, builder in zip(names, builders, strict=True):
-        parts = _parts(name, builder, train_per_class, test_per_class)
+    for name, builder, parts in zip(names, builders, of_each, strict=True):
         train, test = (_read(name, builder, part, stored_size, cache_dir) for part in parts)
-        data_sets.append(LabelledArrays(*train, *test, name=name))
+        data_sets.append(LabelledArrays(*train, *test, name=name, left_out_classes=left_out))
     shapes = {images.shape[1:] for arrays in data_sets for images in (arrays[0], arrays[2])}
     if len(shapes) > 1:
         raise InvalidInput(
@@ -128,13 +146,26 @@ def _read(
 
 def _positions(name: str, builder: Any, part: _Part) -> np.ndarray | None:
     """Find the places of a part's examples in its split, rising; `None` for all."""
-    if not part.side and not part.per_class:
+    if not part.side and not part.per_class and part.classes is None:
         return None
-    # A first pass over the labels alone, so that only chosen images are decoded.
+    positions, labels = _labels(name, builder, part)
+    if part.classes is not None:
+        chosen = np.isin(labels, part.classes)
+        positions, labels = positions[chosen], labels[chosen]
+        if not len(labels):
+            raise InvalidInput(
+                f"class_subset={len(part.classes)}: split {part.split} of {name} has no example of "
+                "these classes; choose more, or 0 for all"
+            )
+    return positions[first_of_each_class(labels, part.per_class)]
+
+
+def _labels(name: str, builder: Any, part: _Part) -> tuple[np.ndarray, np.ndarray]:
+    """Read the labels of a split's side alone, with their places, so that no image is decoded."""
     examples = prepared.examples(builder, part.split, ("label",))
     labels = np.fromiter((example["label"] for example in examples), np.int64)
     positions = _divided(name, labels)[part.side] if part.side else np.arange(len(labels))
-    return positions[first_of_each_class(labels[positions], part.per_class)]
+    return positions, labels[positions]
 
 
 def _divided(name: str, labels: np.ndarray) -> dict[str, np.ndarray]:
@@ -166,6 +197,9 @@ def _stem(builder: Any, part: _Part) -> str:
     words = [part.split, seal.hexdigest()[:12]]
     words += [part.side] if part.side else []
     words += [f"first_{part.per_class}"] if part.per_class else []
+    if part.classes is not None:
+        numbers = hashlib.sha256(repr(part.classes).encode()).hexdigest()
+        words += [f"{len(part.classes)}_classes_{numbers[:8]}"]
     return "-".join(words)
 
 

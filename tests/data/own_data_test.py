@@ -140,3 +140,6 @@ def test_a_stream_must_agree_with_the_settings():
     config = dataclasses.replace(SMALL, num_tasks=2, scenario="class_incremental")
     with pytest.raises(InvalidInput, match="^scenario=class_incremental: the stream is domain_inc"):
         Learner(config, 0, stream=stream)
+    config = dataclasses.replace(config, class_subset=2)
+    with pytest.raises(InvalidInput, match="^class_subset=2: has no effect on a stream that is"):
+        Learner(config, 0, stream=stream)

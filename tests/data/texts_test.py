@@ -49,6 +49,10 @@ def test_texts_become_the_tokenizers_ids_cut_and_padded(tmp_path, tokenizer):
     assert found.train_inputs.tolist() == [[2, 4, 3, 0, 0], [2, 8, 9, 5, 3], [2, 6, 3, 0, 0]]
     kept = texts.load(path, "", tokenizer, 5, train_per_class=1)
     assert kept.train_labels.tolist() == [0, 1]
+    colours(tmp_path / "t.npz")
+    two = texts.load(path, "", tokenizer, 4, class_subset=2, train_per_class=3)
+    assert two.train_labels.tolist() == [0, 1] * 3 and two.left_out_classes == 2
+    assert two.train_inputs[0].tolist() == [2, 8, 9, 3]
 
 
 @pytest.mark.slow

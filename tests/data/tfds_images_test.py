@@ -131,6 +131,29 @@ def test_only_what_is_kept_is_decoded(tmp_path, monkeypatch):
     assert len(seen) == 3 * 2 + 3
     kept = data.stream.first_of_each_class(whole.train_labels, 2)
     assert np.array_equal(few.train_inputs, whole.train_inputs[kept])
+    seen.clear()
+    two = load("mine", tmp_path, class_subset=2, train_per_class=3)
+    assert len(seen) == 2 * 3 + 2 * 2 and two.left_out_classes == 1
+    kept = data.stream.first_of_each_class(whole.train_labels, 3)
+    kept = kept[whole.train_labels[kept] < 2]
+    assert np.array_equal(two.train_inputs, whole.train_inputs[kept])
+    assert np.array_equal(two.train_labels, whole.train_labels[kept])
+    with pytest.raises(InvalidInput, match=r"class_subset=4: mine has 3 classes; choose 2\.\.3"):
+        load("mine", tmp_path, class_subset=4)
+
+
+def test_the_first_classes_are_those_that_occur_and_resized_ones_have_a_place_of_their_own(
+    imagenet_r, tmp_path
+):
+    settings = {"stored_size": 8, "cache_dir": str(tmp_path)}
+    # Of 1,000 declared classes 7, 130 and 999 occur: the first two become 0 and 1.
+    two = load("imagenet_r", imagenet_r, class_subset=2, **settings)
+    whole = load("imagenet_r", imagenet_r, **settings)
+    again = load("imagenet_r", imagenet_r, class_subset=2, **settings)
+    assert np.bincount(two.train_labels).tolist() == [8, 8] and two.left_out_classes == 1
+    assert np.array_equal(two.train_inputs, whole.train_inputs[whole.train_labels < 2])
+    assert np.array_equal(two.test_inputs, whole.test_inputs[whole.test_labels < 2])
+    assert all(np.array_equal(a, b) for a, b in zip(two[:4], again[:4], strict=True))
 
 
 def test_other_fields_of_birds_are_left_alone(tmp_path):

@@ -37,6 +37,7 @@ def data_dir(tmp_path_factory):
         return {"train": train, "test": labelled(classes, classes, **settings)}
 
     prepare(folder, "cifar100", "3.0.2", both(100, size=(32, 32)), image(100, (32, 32, 3)))
+    prepare(folder, "cars_168", "1.0.0", both(196, size=(24, 24)), image(196, (24, 24, 3)))
     prepare(folder, "caltech_birds2011", "0.2.0", both(200), image(200))
     for name, version in (("imagenet_r", "0.2.0"), ("imagenet_a", "0.1.0")):
         prepare(folder, name, version, {"test": labelled(1000, 200)}, image(1000))
@@ -79,6 +80,9 @@ def test_presets_of_images_pass_a_dry_run(capsys, data_dir, tmp_path, preset):
         "--patch_size=16", "--width=16", "--depth=1", "--num_heads=2",
     )  # fmt: skip
     assert "adapted by '.*/attn/(key|value)/kernel':\n  blocks_0/attn/key/kernel" in text
+    if preset == "cars_5_vit_tiny":
+        # Ten of the first fifty classes a task, with an image each to train on, validate and test.
+        assert "tasks: 5, training examples [10, 10, 10, 10, 10], validation [10, 10," in text
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ LARGEST = 2**31 - 1
 TEXT_POSITIONS = 512
 """Positions of BERT's text encoders, so the most tokens that a text may have."""
 OWN = "{}=package.module:factory"
-READING = ("data_dir", "train_per_class", "test_per_class", "cache_dir")
+READING = ("data_dir", "class_subset", "train_per_class", "test_per_class", "cache_dir")
 """Settings of how data sets are read that a factory of one's own has no use for."""
 Condition = tuple[str, bool, str]
 """Name of a setting, whether its value is allowed, and the remedy if it is not."""
@@ -88,6 +88,9 @@ def _stream(s: Settings) -> Iterator[Condition]:
     has_domains = s.dataset in ("digits", *sources.DOMAINS) or is_reference(s.dataset)
     remedy = f"dataset={s.dataset} has no domains; use scenario=class_incremental"
     yield "scenario", has_domains or by_class, remedy
+    remedy = "is for streams that bring new classes; use scenario=class_incremental, or 0"
+    yield "class_subset", not s.class_subset or by_class, remedy
+    yield "class_subset", s.class_subset != 1, "must be 0, or at least 2"
     remedy = f"the classes of a {s.scenario} stream have one classifier; use trained"
     yield "classifier", s.classifier == "trained" or by_class, remedy
     # Digits and archives are arrays already, so their images have one size.

@@ -181,7 +181,10 @@ class Config(Settings):
         return [digits.rotated(arrays, angle) for angle in angles]
 
     def _reading(self) -> dict[str, Any]:
-        names = ("data_dir", "train_per_class", "test_per_class", "stored_size", "cache_dir")
+        names = (
+            *("data_dir", "class_subset", "train_per_class", "test_per_class"),
+            *("stored_size", "cache_dir"),
+        )
         settings = {name: getattr(self, name) for name in names}
         return {**settings, "rgb": bool(self.pretrained)}
 
@@ -193,6 +196,7 @@ class Config(Settings):
             self.data_dir,
             self.tokenizer or beside,
             self.max_tokens,
+            class_subset=self.class_subset,
             train_per_class=self.train_per_class,
             test_per_class=self.test_per_class,
         )

@@ -56,6 +56,11 @@ def stream_of(
     """
     if given is None:
         return config.task_stream(seed)
+    if config.class_subset:
+        raise InvalidInput(
+            f"class_subset={config.class_subset}: has no effect on a stream that is given; leave "
+            "the classes out of it, and use 0"
+        )
     if isinstance(given, TaskStream):
         own.check_agrees(given, config.scenario, config.num_tasks)
         return given

@@ -105,6 +105,9 @@ class Settings:
         "be written, the user's cache directory.",
         identity=False,
     )
+    class_subset: Natural = _stream(
+        0, "Class-incremental: classes to keep, the first so many by their numbers; 0 for all."
+    )
     train_per_class: Natural = _stream(0, "Training examples of each class to keep; 0 for all.")
     test_per_class: Natural = _stream(0, "Test examples of each class to keep; 0 for all.")
     scenario: str = _stream(
