@@ -73,7 +73,8 @@ target = examples(digits.test_inputs, digits.test_labels, skewed)
 preferences = {
     "equal": (0.5, 0.5),
     "labels": rules.preferences.label_counts(target.labels, class_masks),
-    "features": rules.preferences.from_features("cosine", sources, features),
+    "cosine": rules.preferences.from_features("cosine", sources, features),
+    "mmd": rules.preferences.from_features("mmd", sources, features),
 }
 accuracies = {}
 for name, preference in preferences.items():
@@ -87,3 +88,4 @@ for name, preference in preferences.items():
     print(f"{name} {preference[0]:.2f}, task 2: alpha {info.alpha:.2f}, {accuracies[name]:.3f}")
 
 assert accuracies["labels"] > accuracies["equal"] + 0.03, "the target's labels must pay"
+assert preferences["mmd"][0] > 0.9, "nine of ten examples of the target are of task 1"

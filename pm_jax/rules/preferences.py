@@ -59,26 +59,32 @@ def cosine_distance(source: ArrayLike, target: ArrayLike) -> float:
 def mmd_distance(source: ArrayLike, target: ArrayLike) -> float:
     """Maximum mean discrepancy: the root of its unbiased square, or 0 where that is negative.
 
-    The kernel matrices (within source, within target, across) are Gaussian, `exp(-|x - y|^2 / 2 m)`
-    with m the median of the matrix's squared distances; this scale is our choice. Both sides have
+    Kernels are Gaussian, `exp(-|x - y|^2 / (2 m^2))`. Within the source and across, m is the lower
+    median of the source's pairwise distances; within the target, of the target's own. Across, the
+    median of the distances themselves would grow with the separation and hide it. Both sides have
     two examples at least.
 
     References:
+        Tunable MAGMAX, `arXiv 2605.20803 <https://arxiv.org/abs/2605.20803>`_;
         Gretton et al., `A Kernel Two-Sample Test
         <https://jmlr.org/papers/v13/gretton12a.html>`_, 2012, equation 3
     """
     left, right = (np.asarray(x, np.float64) for x in (source, target))
-    # Without the diagonal, on which an example meets itself: so the square is unbiased.
-    within = sum(_kernel_mean(x, x, ~np.eye(len(x), dtype=bool)) for x in (left, right))
-    across = _kernel_mean(left, right, np.ones((len(left), len(right)), bool))
-    return float(np.sqrt(max(0.0, within - 2 * across)))
+    # Each pair once, without the diagonal, on which an example meets itself: the square is
+    # unbiased by that.
+    within = [_squared_distances(x, x)[np.triu_indices(len(x), 1)] for x in (left, right)]
+    # The square of the lower median: the lower one of the squares, which have the same order.
+    source_scale, target_scale = (np.sort(x)[(len(x) - 1) // 2] for x in within)
+    both = _kernel_mean(within[0], source_scale) + _kernel_mean(within[1], target_scale)
+    across = _kernel_mean(_squared_distances(left, right), source_scale)
+    return float(np.sqrt(max(0.0, both - 2 * across)))
 
 
-def _kernel_mean(left: np.ndarray, right: np.ndarray, pairs: np.ndarray) -> float:
-    squares = _squared_distances(left, right)[pairs]
-    median = np.median(squares)
-    # A median of 0 has no scale: most examples are the same, and their kernel is 1.
-    return float(np.exp(-squares / (2 * median)).mean()) if median else 1.0
+def _kernel_mean(squares: np.ndarray, scale: float) -> float:
+    """Mean of `exp(-squares / (2 scale))`; of its limit where most examples are the same."""
+    if not scale:
+        return float(np.mean(squares == 0))
+    return float(np.exp(-squares / (2 * scale)).mean())
 
 
 def _squared_distances(left: np.ndarray, right: np.ndarray) -> np.ndarray:
