@@ -56,14 +56,14 @@ def main(argv: Sequence[str]) -> None:
         if not is_first():
             return
         if values.report:
-            _write_report(workdir)
+            _write_report(workdir, config.evaluate_on)
         print(table(summaries))
         export.write(destinations, config, values.seeds[0], workdir)
 
 
-def _write_report(workdir: Path) -> None:
+def _write_report(workdir: Path, split: str) -> None:
     try:
-        print("report:", write_report(workdir))
+        print("report:", write_report(workdir, split))
     except ImportError:
         print("report: skipped, matplotlib is not installed; pip install 'pm_jax[plots]'")
 

@@ -16,11 +16,12 @@ from pm_jax.continual.merging.programs import Programs, StreamShape, programs_of
 from pm_jax.continual.merging.records import Records
 from pm_jax.continual.placement import processes
 from pm_jax.continual.placement.compiled import number
-from pm_jax.continual.placement.data import of_split, place_stream
+from pm_jax.continual.placement.data import StreamData, of_splits, place_stream
 from pm_jax.continual.placement.devices import devices_of
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.settings.own import model_of, stream_of
 from pm_jax.continual.settings.run_options import RunOptions
+from pm_jax.continual.settings.settings import SPLITS
 from pm_jax.continual.storage import reuse
 from pm_jax.continual.storage.checkpoints import Checkpoints
 from pm_jax.continual.storage.logs import RunLog
@@ -50,8 +51,8 @@ class Learner:
             methods `train_task`, `merge_task` and `accuracy`, are where a test plants a fault.
 
     Attributes:
-        held_out_data: examples that accuracies are measured on.
-        validation_data: examples that merges are judged by.
+        splits: examples of each of `SPLITS`, on which accuracies are measured; merges are judged
+            by those for validation.
         state: what the run carries from task to task.
 
     Raises:
@@ -90,13 +91,15 @@ class Learner:
         self._devices = devices_of(config)
         self.key = self._devices.place(jax.random.key(seed))
         self.training_data = place_stream(config, lessons, lessons.train)
-        self.held_out_data, self.validation_data = (
-            of_split(self.training_data, split, self.stream.class_masks)
-            for split in (getattr(self.stream, config.evaluate_on), self.stream.validation)
-        )
+        self.splits = of_splits(self.training_data, self.stream, SPLITS)
         self.steps = TaskSteps.of(config, lessons.train.sizes)
         self.merging = Merging(
-            config, self.key, self.stream, self.programs, self.training_data, self.validation_data
+            config,
+            self.key,
+            self.stream,
+            self.programs,
+            self.training_data,
+            self.splits["validation"],
         )
         training = self.programs.training
         self._trainer = Trainer(
@@ -125,6 +128,11 @@ class Learner:
             self._devices.place(params), self._devices.place(model_state)
         )
         self._records = Records(self.stream.num_tasks, self.config, self.merging.wants_onset)
+
+    @property
+    def held_out_data(self) -> StreamData:
+        """The examples of the split that is shown."""
+        return self.splits[self.config.evaluate_on]
 
     @property
     def params(self) -> Params:
@@ -204,7 +212,7 @@ class Learner:
                 log.tell(f"going on from step {step} of {self.total_steps}")
             elif self._by_domain:
                 # Forward transfer compares with the accuracies before the first task.
-                self._records.arrays["initial"] = self.accuracy(self.stream.num_tasks)
+                self._records.arrays["initial_scores"] = self.accuracy(self.stream.num_tasks)
             for task in range(self.steps.task_at(step), len(self.steps.epochs)):
                 self._learn(task, step, training_state, checkpoints, log)
                 step, training_state = self.steps.bounds[task + 1], None
@@ -237,22 +245,39 @@ class Learner:
         figures = self.merge_task(task, finished)
         seen = self.merging.tasks_seen(task)
         accuracies = self.accuracy(self.stream.num_tasks if self._by_domain else seen)
-        self._records.arrays["accuracy"][:, seen - 1] = accuracies
-        end, mean = self.steps.bounds[task + 1], float(np.mean(accuracies[0, :seen]))
+        self._records.arrays["scores"][..., seen - 1, :] = accuracies
+        end, means = self.steps.bounds[task + 1], np.mean(accuracies[:, :, 0, :seen], axis=-1)
         log.write("merge", step=end, task=task + 1, **figures)
         if task and self.config.trust != "off":
             for warning in trust.of_merge(figures):
                 log.tell(f"task {task + 1}: {warning}")
-        log.write("evaluate", step=end, task=task + 1, accuracy=mean)
-        log.tell(
-            f"task {task + 1} of {len(self.steps.epochs)}: alpha {figures['alpha']:.3f}, "
-            f"accuracy on the tasks seen {100 * mean:.1f} %"
-        )
+        self._tell(task, end, figures["alpha"], means, log)
         # Logged before it is saved: a run that goes on from a checkpoint has all lines up to it.
         if checkpoints:
             checkpoints.save(end, self._saved(None))
         if end < self.total_steps:
             end_if(self._stop.received(), end, self.total_steps)
+
+    def _tell(self, task: int, end: int, alpha: float, means: np.ndarray, log: RunLog) -> None:
+        """Log the accuracies on the tasks seen, [classifiers, splits], and say those shown."""
+        names, split = [self.config.classifier], self.config.evaluate_on
+        shown = means[:, SPLITS.index(split)]
+        every = {
+            f"{split}_accuracy_{name}": float(value)
+            for name, row in zip(names, means, strict=True)
+            for split, value in zip(SPLITS, row, strict=True)
+        }
+        log.write(
+            "evaluate", step=end, task=task + 1, accuracy=float(shown[0]), split=split, **every
+        )
+        texts = [
+            f"{name if len(names) > 1 else ''} {100 * value:.1f} %".strip()
+            for name, value in zip(names, shown, strict=True)
+        ]
+        log.tell(
+            f"task {task + 1} of {len(self.steps.epochs)}: alpha {alpha:.3f}, {split} accuracy on "
+            f"the tasks seen {', '.join(texts)}"
+        )
 
     def _trained_before(self, task: int, start: Params, log: RunLog) -> TrainedTask | None:
         """Take over the trained model of another run that has trained the same, and its log."""
@@ -337,15 +362,18 @@ class Learner:
         return figures
 
     def accuracy(self, count: int) -> np.ndarray:
-        """Measure accuracies [2, T] of the merged model on the first tasks, NaN for the others."""
+        """Measure accuracies of the merged model on the first tasks, NaN for the others.
+
+        They are by classifier, by split as `SPLITS` has them, over all classes seen and over the
+        task's own, and by task: [classifiers, 2, 2, T].
+        """
         seen, scores = self.stream.class_masks[:count].any(axis=0), self.programs.training.scores
+        given = self.params, seen, number(count), self.state.model_state
         with self._records.timed("evaluate"):
-            result = scores(
-                self.held_out_data, self.params, seen, number(count), self.state.model_state
-            )
+            results = [scores(data, *given) for data in self.splits.values()]
             # Waits for the device, so that the time is the evaluation's.
-            accuracies = np.stack([result.accuracy, result.task_aware])
-        accuracies[:, count:] = np.nan
+            accuracies = np.stack([np.stack([r.accuracy, r.task_aware]) for r in results])[None]
+        accuracies[..., count:] = np.nan
         return accuracies
 
     def _saved(self, training_state: TrainingState | None) -> PyTree:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pm_jax import rules
 from pm_jax.continual.report import comparison
-from pm_jax.continual.report.results import read_results
+from pm_jax.continual.report.results import read_results, view
 from pm_jax.continual.run import check_runs, run_seeds
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.settings.run_options import RunOptions
@@ -120,7 +120,13 @@ def run_rules(
         except TrainingDiverged as error:
             raise TrainingDiverged(f"{label}: {error}") from error
     return {
-        label: [read_results(directory / f"seed_{seed}" / RESULTS_FILE) for seed in seeds]
+        label: [
+            view(
+                read_results(directory / f"seed_{seed}" / RESULTS_FILE),
+                split=configs[label].evaluate_on,
+            )
+            for seed in seeds
+        ]
         for label, directory in directories.items()
     }
 

@@ -16,7 +16,7 @@ from pm_jax.continual.merging.programs import StreamShape, programs_of
 from pm_jax.continual.merging.records import seconds_since
 from pm_jax.continual.placement import processes
 from pm_jax.continual.placement.devices import devices_of
-from pm_jax.continual.report.results import summarize_seeds
+from pm_jax.continual.report.results import read_seeds, summarize_seeds, view
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.settings.own import model_of
 from pm_jax.continual.settings.run_options import RunOptions
@@ -59,6 +59,7 @@ def run_seeds(
     # The first process makes the directory, which the others then read.
     processes.wait_for_all("claimed")
     with locked(workdir):
+        _check_finished(workdir, config)
         for seed in seeds:
             directory = workdir / f"seed_{seed}"
             if (directory / RESULTS_FILE).exists():
@@ -72,10 +73,16 @@ def run_seeds(
             clock = time.perf_counter()
             _run_seed(Learner(config, seed, directory, options), directory, clock)
         processes.wait_for_all("finished")
-        summary = summarize_seeds(workdir)
+        summary = summarize_seeds(workdir, config.evaluate_on)
         with manifest.covering(workdir, SUMMARY_FILE):
             write_json(workdir / SUMMARY_FILE, summary)
     return summary
+
+
+def _check_finished(workdir: Path, config: Config) -> None:
+    """Check that the finished seeds of a work directory can be shown; raises `InvalidInput`."""
+    for content in read_seeds(workdir):
+        view(content, split=config.evaluate_on)
 
 
 def _run_seed(learner: Learner, directory: Path, clock: float) -> None:
@@ -110,6 +117,7 @@ def check_runs(runs: Mapping[Path, Config], seeds: Sequence[int], options: RunOp
     """Check runs by their work directories, before any of them starts; raises `InvalidInput`."""
     for directory, config in runs.items():
         check_claim(directory, config)
+        _check_finished(directory, config)
         reuse.check_branch(config, seeds)
     if options.tensorboard:
         check_tensorboard()

@@ -278,6 +278,13 @@ RESULTS = {
     "manifest": {"tasks": []},
     "environment": {"python": "3", "device": "cpu", "devices": 1, "packages": {}},
 }
+FIGURES = {
+    **dict.fromkeys(METRICS[:6], 0.5),
+    "accuracy_matrix": RESULTS["accuracy_matrix"],
+    "task_aware": RESULTS["task_aware"],
+}
+OTHER_SIZE = FIGURES | {"accuracy_matrix": [[1.0]]}
+BOTH = {"test": FIGURES, "validation": FIGURES}
 
 
 @pytest.mark.parametrize(
@@ -300,6 +307,13 @@ RESULTS = {
         ({"seconds": {"train": []}}, "is damaged at seconds;"),
         ({"manifest": {"tasks": [{"classes": 1}]}}, "is damaged at manifest;"),
         ({"seed": None, "merges": None}, "is damaged at seed;"),
+        ({"scores": {"trained": {"test": {}}}}, "is damaged at scores;"),
+        ({"scores": {"trained": BOTH}, "classifiers": ["x"]}, "is damaged at classifiers;"),
+        ({"scores": {"trained": BOTH | {"test": OTHER_SIZE}}}, "is damaged at scores;"),
+        ({"classifiers": []}, "is damaged at classifiers;"),
+        ({"evaluate_on": []}, "is damaged at evaluate_on;"),
+        ({"config": {"evaluate_on": "train"}}, "is damaged at evaluate_on;"),
+        ({"config": []}, "is damaged at config;"),
     ],
 )
 def test_results(tmp_path, content, wanted):

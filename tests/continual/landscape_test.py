@@ -45,7 +45,7 @@ def test_points_are_scored_on_validation_data_and_the_regret_is_to_the_best_of_t
         models = {place: trees.replace(trained, x) for place, x in points.items()}
         for place, params in {**models, None: merged}.items():
             wanted = run.training.scores(
-                learner.validation_data, params, classes, np.asarray(seen, np.int32)
+                learner.splits["validation"], params, classes, np.asarray(seen, np.int32)
             )
             for name, values in zip(landscape.SCORES, wanted, strict=True):
                 at_merged = found[f"merged_{name}"][task]
@@ -96,7 +96,7 @@ def test_plane_goes_through_the_models_of_the_last_two_merges(tmp_path):
             merging(previous), merging(trained), earlier,
         )  # fmt: skip
         model = trees.replace(trained, leaves)
-        wanted = run.training.scores(learner.validation_data, model, classes, count)
+        wanted = run.training.scores(learner.splits["validation"], model, classes, count)
         for name, values in zip(landscape.SCORES, wanted, strict=True):
             # Sums in another order.
             np.testing.assert_allclose(found[f"plane_{name}"][2, row, column], values, atol=1e-4)
@@ -123,7 +123,7 @@ def test_looking_changes_nothing_and_compiles_once(tmp_path):
     learner = Learner(CONFIG, seed=0, options=QUIET)
     looked = learner.run()
     np.testing.assert_array_equal(looked["accuracy_matrix"], before["accuracy_matrix"])
-    assert learner.programs.training.scores.resident._cache_size() == 2  # of two splits
+    assert learner.programs.training.scores.resident._cache_size() == 1
     assert learner.programs.between._cache_size() == 1
 
 

@@ -172,7 +172,7 @@ def test_evaluation_and_curvature_are_at_the_running_statistics():
     images = jnp.asarray(stream.inputs[rows], jnp.float32) / 127.5 - 1
     logits = module.apply({"params": learner.params, **learner.model_state}, images)
     right = float(jnp.mean(jnp.argmax(logits, axis=1) == stream.labels[rows]))
-    np.testing.assert_allclose(learner.accuracy(2)[0, 0], right, rtol=1e-6)
+    np.testing.assert_allclose(learner.accuracy(2)[0, 0, 0, 0], right, rtol=1e-6)
 
 
 def test_padding_of_a_batch_does_not_reach_the_statistics():

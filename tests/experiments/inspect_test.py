@@ -148,7 +148,9 @@ def test_what_a_directory_holds_is_printed(trained, compared, capsys):
     assert second.startswith(f"{trained / 'baseline'}: sequential on digits ")
     results = json.loads((trained / "seed_0/results.json").read_text())
     accuracy = f"{100 * results['final_average_accuracy']:.1f}"
-    assert seed == (f"  seed 0: finished, 72 steps; final accuracy {accuracy}; checkpoints 56, 72")
+    assert seed == (
+        f"  seed 0: finished, 72 steps; final test accuracy {accuracy}; checkpoints 56, 72"
+    )
     for name, version in results["environment"]["packages"].items():
         assert f"{name} {version}" in origin
     revision = provenance.git_revision()

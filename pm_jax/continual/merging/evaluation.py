@@ -76,20 +76,22 @@ class ScoresPass(ModelPass):
         """Begin with zero counts, and the examples of all tasks, one task after the other."""
         count = ScoresGiven(*given).tasks
         tasks, largest = data.positions.shape
-        # Tasks keep their padding, so that the shape does not depend on `count`.
         places = jnp.arange(tasks * largest)
-        real = (places % largest < data.sizes[places // largest]) & (places < count * largest)
-        order = Order(data.positions.ravel(), real.astype(jnp.float32), count * largest)
-        # The first number counts batches, which tells the tasks of a batch's examples.
-        return (jnp.zeros((), jnp.int32), jnp.zeros((2, tasks), jnp.int32), jnp.zeros(tasks)), order
+        owners = places // largest
+        real = (places % largest < data.sizes[owners]) & (owners < count)
+        # Padding goes behind all examples, so that no batch is made of it, however tasks differ.
+        places = jnp.argsort(~real, stable=True)
+        order = Order.of(data.positions.ravel()[places], jnp.sum(real))
+        # The number of batches so far tells the places, and so the tasks, of a batch's examples.
+        number, correct = jnp.zeros((), jnp.int32), jnp.zeros((2, tasks), jnp.int32)
+        return (number, owners[places], correct, jnp.zeros(tasks)), order
 
     def update(self, carry: PyTree, batch: Batch, data: DeviceData, given: tuple) -> PyTree:
         """Add the hits and losses of a batch to those of its examples' tasks."""
         params, seen_mask, _, model_state = ScoresGiven(*given)
-        number, correct, losses = carry
-        tasks, largest = data.positions.shape
+        number, owners, correct, losses = carry
         places = number * self.batches.size + jnp.arange(self.batches.size)
-        task = jnp.minimum(places // largest, tasks - 1)
+        task = owners[jnp.minimum(places, owners.shape[0] - 1)]
         real = weights_of(batch) > 0
         every_class = jnp.ones_like(seen_mask)
         logits = logits_of(self._model, params, batch.inputs, every_class, model_state=model_state)
@@ -104,6 +106,7 @@ class ScoresPass(ModelPass):
         # Hits are counted in int32: float32 would round beyond 2**24 examples.
         return (
             number + 1,
+            owners,
             correct.at[:, task].add(jnp.stack(hits).astype(jnp.int32)),
             losses.at[task].add(jnp.where(real, values, 0.0)),
         )
@@ -111,7 +114,7 @@ class ScoresPass(ModelPass):
     def finish(self, carry: PyTree, data: DeviceData, given: tuple) -> Scores:
         """Return means over the examples of each task."""
         del given
-        _, correct, losses = carry
+        *_, correct, losses = carry
         accuracy, task_aware = correct / data.sizes[None, :]
         return Scores(accuracy, task_aware, losses / data.sizes)
 

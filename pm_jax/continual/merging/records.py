@@ -11,6 +11,7 @@ import numpy as np
 from pm_jax import metrics
 from pm_jax.continual.merging import landscape
 from pm_jax.continual.settings.config import Config
+from pm_jax.continual.settings.settings import SPLITS
 from pm_jax.rules import MergeInfo
 
 MERGE_FIELDS = (
@@ -35,15 +36,18 @@ class Records:
 
     def __init__(self, tasks: int, config: Config, with_onset: bool):
         landscape_points, plane_points = config.landscape_points, config.plane_points
+        self._classifiers, self._evaluate_on = (config.classifier,), config.evaluate_on
         self._fields = (
             *MERGE_FIELDS,
             *config.merge_rule.needs.figures,
             *(("onset_gradient_norm",) if with_onset else ()),
             *(landscape.FIGURES if landscape_points else ()),
         )
+        # By classifier, by split, over all classes seen and over the task's own: see `Learner`.
+        measured = (len(self._classifiers), len(SPLITS), 2)
         self.arrays: dict[str, np.ndarray] = {
-            "accuracy": np.full((2, tasks, tasks), np.nan, np.float32),
-            "initial": np.full((2, tasks), np.nan, np.float32),
+            "scores": np.full((*measured, tasks, tasks), np.nan, np.float32),
+            "initial_scores": np.full((*measured, tasks), np.nan, np.float32),
             "merges": np.full((tasks, len(self._fields)), np.nan, np.float32),
             "seconds": np.zeros(len(PHASES), np.float64),
         }
@@ -86,15 +90,25 @@ class Records:
     def results(self, *, initial: bool) -> dict[str, Any]:
         """Return the records as `results.json` has them; `initial` accuracies give the transfer."""
         # Means are taken in float64.
-        names = ("accuracy", "initial", "merges", "seconds")
+        names = ("scores", "initial_scores", "merges", "seconds")
         arrays = {name: self.arrays[name].astype(np.float64) for name in names}
-        seen, task_aware = (
-            {
-                "accuracy_matrix": matrix.tolist(),
-                **metrics.summarize(matrix, before if initial else None),
-            }
-            for matrix, before in zip(arrays["accuracy"], arrays["initial"], strict=True)
-        )
+
+        def figures(place: tuple[int, int]) -> dict[str, Any]:
+            seen, task_aware = (
+                {
+                    "accuracy_matrix": matrix.tolist(),
+                    **metrics.summarize(matrix, before if initial else None),
+                }
+                for matrix, before in zip(
+                    arrays["scores"][place], arrays["initial_scores"][place], strict=True
+                )
+            )
+            return {**seen, "task_aware": task_aware}
+
+        scores = {
+            name: {split: figures((row, column)) for column, split in enumerate(SPLITS)}
+            for row, name in enumerate(self._classifiers)
+        }
         merges = [dict(zip(self._fields, row, strict=True)) for row in arrays["merges"].tolist()]
         # The first merge has nothing to regret: there is no earlier model.
         regrets = {
@@ -102,9 +116,12 @@ class Records:
             for name in ("regret_loss", "regret_accuracy")
         }
         return {
-            **seen,
+            # Those that are shown, and behind them those of every classifier on every split.
+            **scores[self._classifiers[0]][self._evaluate_on],
             **regrets,
-            "task_aware": task_aware,
+            "evaluate_on": self._evaluate_on,
+            "classifiers": list(self._classifiers),
             "merges": merges,
             "seconds": dict(zip(PHASES, arrays["seconds"].tolist(), strict=True)),
+            "scores": scores,
         }

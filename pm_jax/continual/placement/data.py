@@ -1,5 +1,6 @@
 """Where the examples of a stream lie: on the devices, or, if too many, in the host's memory."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -151,9 +152,18 @@ def resident_bytes(config: Config) -> float:
     return 1e6 * config.resident_mb or statistics.get("bytes_limit", float("inf")) / 2
 
 
-def of_split(data: StreamData, split: TaskIndices, class_masks: np.ndarray) -> StreamData:
-    """Return another split of a stream, with the same inputs in memory."""
+def of_splits(data: StreamData, stream: TaskStream, names: Sequence[str]) -> dict[str, StreamData]:
+    """Return other splits of a stream, with the same inputs in memory.
+
+    All have one shape, so that one program serves them.
+    """
     rest = data.rest if isinstance(data, HostData) else data
-    positions, sizes, masks = Devices.like(rest.labels).place((*split, class_masks))
-    rest = rest._replace(positions=positions, sizes=sizes, class_masks=masks)
-    return data._replace(rest=rest) if isinstance(data, HostData) else rest
+    splits = {name: getattr(stream, name) for name in names}
+    width = max(split.positions.shape[1] for split in splits.values())
+    devices, found = Devices.like(rest.labels), dict[str, StreamData]()
+    for name, (positions, sizes) in splits.items():
+        positions = np.pad(positions, ((0, 0), (0, width - positions.shape[1])))
+        positions, sizes, masks = devices.place((positions, sizes, stream.class_masks))
+        part = rest._replace(positions=positions, sizes=sizes, class_masks=masks)
+        found[name] = data._replace(rest=part) if isinstance(data, HostData) else part
+    return found

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pm_jax.continual.merging.trust import FACTOR, NEGLIGIBLE
-from pm_jax.continual.report.results import accuracies_after_each_task, of_merges
+from pm_jax.continual.report.results import Shown, accuracies_after_each_task, of_merges
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,7 +45,7 @@ def accuracy_matrix(runs: Sequence[Results]) -> "Figure":
     places = np.arange(0, len(values), -(-len(values) // 10))
     axes.set_xticks(places, places + 1)
     axes.set_yticks(places, places + 1)
-    axes.set(xlabel="accuracy on task, %", ylabel="after task")
+    axes.set(xlabel=f"{Shown.of(runs[0]).split} accuracy on task, %", ylabel="after task")
     return figure
 
 
@@ -58,7 +58,8 @@ def accuracy_curves(runs: Mapping[str, Sequence[Results]]) -> "Figure":
         tasks = np.arange(1, values.shape[1] + 1) + 0.05 * number
         axes.errorbar(tasks, values.mean(axis=0), deviation(values), label=label,
                       color=f"C{number}", marker="os"[number], markersize=4, capsize=3)  # fmt: skip
-    axes.set(xlabel="after task", ylabel="accuracy on the tasks seen, %")
+    split = Shown.of(next(iter(runs.values()))[0]).split
+    axes.set(xlabel="after task", ylabel=f"{split} accuracy on the tasks seen, %")
     _finish(figure, axes, 1, values.shape[1])
     return figure
 

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pm_jax import files
-from pm_jax.continual.report.results import read_seeds
+from pm_jax.continual.report.results import Shown, classifiers_of, read_seeds, view
+from pm_jax.continual.settings.settings import as_now
 from pm_jax.continual.storage.logs import JSONL_FILE
 from pm_jax.continual.storage.workdir import CONFIG_FILE
 from pm_jax.types import InvalidInput
@@ -24,15 +25,33 @@ class FinishedRun(NamedTuple):
     label: str
     # Settings as config.json has them.
     config: dict[str, Any]
-    # Content of results.json of each seed.
+    # Content of results.json of each seed, as it is shown.
     results: list[dict[str, Any]]
 
+    @property
+    def split(self) -> str:
+        """The split whose accuracies are shown."""
+        return Shown.of(self.results[0]).split
 
-def read_run(directory: Path, suffix: str = "") -> FinishedRun:
+    @property
+    def classifiers(self) -> list[str]:
+        """The classifiers that were evaluated, the one that is shown first."""
+        return classifiers_of(self.results[0])
+
+    @property
+    def shown(self) -> str:
+        """Words for what is shown: the split, and the classifier where there are several."""
+        several = len(self.classifiers) > 1
+        return f"{self.split} split" + (f", {self.classifiers[0]}" if several else "")
+
+
+def read_run(directory: Path, suffix: str = "", split: str | None = None) -> FinishedRun:
     """Read settings and results of a work directory; the suffix ends the run's label.
 
+    Without a split, the one is shown that the run was started with.
+
     Raises:
-        InvalidInput: a file is damaged, or no seed is finished.
+        InvalidInput: a file is damaged, no seed is finished, or one has no figures on the split.
     """
     path = directory / CONFIG_FILE
     if not path.exists():
@@ -41,12 +60,12 @@ def read_run(directory: Path, suffix: str = "") -> FinishedRun:
             "experiments.train"
         )
     try:
-        config = files.read_json(path, {"rule": str, "dataset": str})
+        config = as_now(files.read_json(path, {"rule": str, "dataset": str}))
     except ValueError:
         raise InvalidInput(
             f"workdir={directory}: its {CONFIG_FILE} is damaged; take another directory"
         ) from None
-    results = read_seeds(directory)
+    results = [view(content, split=split) for content in read_seeds(directory)]
     if not results:
         raise InvalidInput(
             f"workdir={directory}: has no finished seed; run the command that made it to its end"

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pm_jax import files
-from pm_jax.continual.report.results import table
+from pm_jax.continual.report.results import Shown, problem_of, table
 from pm_jax.continual.settings.config import Config
+from pm_jax.continual.settings.settings import as_now
 from pm_jax.continual.storage import manifest
 from pm_jax.continual.storage.workdir import (
     COMPARISON_FILE,
@@ -170,12 +171,15 @@ def _holds(workdir: Path, damaged: Collection[Path]) -> list[str]:
         lines += _run(directory, damaged)
         summary = _content(directory / SUMMARY_FILE, damaged)
         if summary.get("seeds"):
-            rows[str(directory)] = summary
+            # An earlier version measured on one split, and named it in the settings only.
+            split = _content(directory / CONFIG_FILE, damaged).get("evaluate_on")
+            rows[str(directory)] = ({"evaluate_on": split} if split else {}) | summary
     return [*lines, *(table(rows).splitlines() if rows else ())]
 
 
 def _run(directory: Path, damaged: Collection[Path]) -> list[str]:
-    config = _content(directory / CONFIG_FILE, damaged)
+    saved = _content(directory / CONFIG_FILE, damaged)
+    config = as_now(saved) if saved else {}
     default = saved_form(Config())
     changed = [
         f"--{name}={','.join(map(str, value)) if isinstance(value, list) else value}"
@@ -203,9 +207,11 @@ def _progress(seed: Path, about: Mapping[str, Any], damaged: Collection[Path]) -
     checkpoints = f"checkpoints {', '.join(map(str, sorted(steps))) or 'none'}"
     if not (seed / RESULTS_FILE).exists():
         return f"at step {max(steps, default=0)} of {total}; {checkpoints}"
-    accuracy = _content(seed / RESULTS_FILE, damaged).get("final_average_accuracy")
-    shown = f"{100 * accuracy:.1f}" if accuracy is not None else "cannot be read"
-    return f"finished, {total} steps; final accuracy {shown}; {checkpoints}"
+    results = _content(seed / RESULTS_FILE, damaged)
+    shown = "accuracy cannot be read"
+    if not problem_of(results) and (accuracy := results["final_average_accuracy"]) is not None:
+        shown = f"{Shown.of(results).split} accuracy {100 * accuracy:.1f}"
+    return f"finished, {total} steps; final {shown}; {checkpoints}"
 
 
 def _origin(made_with: Mapping[str, Any]) -> str:

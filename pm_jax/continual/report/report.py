@@ -11,8 +11,9 @@ from pm_jax.continual.merging import landscape
 from pm_jax.continual.merging.trust import warnings_of
 from pm_jax.continual.report import figures, tables
 from pm_jax.continual.report.finished_run import FinishedRun, read_run, training_losses
-from pm_jax.continual.report.results import of_merges
+from pm_jax.continual.report.results import COLUMNS, of_merges, view
 from pm_jax.continual.settings.config import Config
+from pm_jax.continual.settings.settings import SPLITS
 from pm_jax.continual.storage import manifest
 from pm_jax.continual.storage.logs import JSONL_FILE
 from pm_jax.continual.storage.workdir import RESULTS_FILE, saved_form, write_text
@@ -46,17 +47,19 @@ class Captioned(NamedTuple):
     caption: str
 
 
-def write_report(workdir: Path) -> Path:
+def write_report(workdir: Path, split: str | None = None) -> Path:
     """Write the report of a run, and of the baseline in `workdir/baseline`, if there is one.
 
+    Without a split, it shows the one that the run was started with.
+
     Raises:
-        InvalidInput: the directory has no finished run, or a damaged file.
+        InvalidInput: the directory has no finished run, a damaged file, or no figures on the split.
         ImportError: matplotlib is not installed.
     """
     try:
-        runs = [read_run(workdir)]
+        runs = [read_run(workdir, split=split)]
         if any((workdir / "baseline").glob(f"seed_*/{RESULTS_FILE}")):
-            runs.append(read_run(workdir / "baseline", " (baseline)"))
+            runs.append(read_run(workdir / "baseline", " (baseline)", runs[0].split))
         page = _page(runs)
         with manifest.covering(workdir, FILE):
             write_text(workdir / FILE, page)
@@ -88,6 +91,7 @@ def _page(runs: Sequence[FinishedRun]) -> str:
         **_settings(runs),
         **_accuracy(runs),
         metrics=_metrics(runs),
+        classifiers=_classifiers(runs),
         warnings=_warnings(run),
         merges=_merges(run),
         merges_in_numbers=_merges_in_numbers(run),
@@ -115,7 +119,8 @@ def _heading(run: FinishedRun) -> dict[str, str]:
     introduction = (
         f"{len(run.results[0]['accuracy_matrix'])} tasks, "
         f"{str(config.get('scenario')).replace('_', '-')}; model {config.get('model')}; "
-        f"seed{'s' if several else ''} {', '.join(map(str, seeds))}: {spread}."
+        f"seed{'s' if several else ''} {', '.join(map(str, seeds))}: {spread}. "
+        f"Accuracies: {run.shown}."
     )
     title = f"{run.label} on {Path(config['dataset']).name}"
     return {"title": title, "introduction": introduction}
@@ -131,9 +136,31 @@ def _metrics(runs: Sequence[FinishedRun]) -> Any:
         aware = [[result["task_aware"][name] for result in run.results] for run in runs]
         rows.append(["final average accuracy among the classes of the task alone"])
         rows[-1] += [_spread(values, 100) for values in aware]
-    split = runs[0].config.get("evaluate_on")
     applicable = [row for row in rows if set(row[1:]) != {"-"}]
-    return _table([f"percent, {split} split", *(run.label for run in runs)], applicable)
+    return _table([f"percent, {runs[0].shown}", *(run.label for run in runs)], applicable)
+
+
+def _classifiers(runs: Sequence[FinishedRun]) -> Any:
+    """Lay out the figures of every classifier on every split; `None` where a run has not all."""
+    scores = [content.get("scores", {}) for run in runs for content in run.results]
+    if any(name not in each for each in scores for name in runs[0].classifiers):
+        return None
+    metrics = dict(list(COLUMNS.items())[:3])
+    rows = []
+    for name in runs[0].classifiers:
+        for split in SPLITS:
+            views = [[view(content, name, split) for content in run.results] for run in runs]
+            values = (
+                _spread([content[metric] for content in contents], 100)
+                for metric in metrics.values()
+                for contents in views
+            )
+            rows.append([f"{name}, {split}", *values])
+    several = len(runs) > 1
+    heading = [
+        f"{metric}, {run.label}" if several else metric for metric in metrics for run in runs
+    ]
+    return _table(["percent", *heading], rows)
 
 
 def _warnings(run: FinishedRun) -> list[str]:
@@ -163,14 +190,15 @@ def _accuracy(runs: Sequence[FinishedRun]) -> dict[str, Any]:
         _captioned(
             figures.accuracy_curves({run.label: run.results for run in runs}),
             "Accuracy on the tasks seen",
-            "Mean accuracy on the tasks seen so far, after each task."
+            f"Mean accuracy on the tasks seen so far, after each task; {runs[0].shown}."
             + (" Bars: a standard deviation." if several else ""),
         ),
         _captioned(
             figures.accuracy_matrix(runs[0].results),
             "Accuracy matrix",
-            f"Accuracy of {runs[0].label} on each task (column) after each task (row): down a "
-            "column, a task is forgotten" + ("; mean over seeds." if several else "."),
+            f"Accuracy of {runs[0].label} on each task (column) after each task (row), "
+            f"{runs[0].shown}: down a column, a task is forgotten"
+            + ("; mean over seeds." if several else "."),
         ),
     ]
     losses = {run.label: read for run in runs if (read := training_losses(run))}
@@ -190,7 +218,7 @@ def _accuracy(runs: Sequence[FinishedRun]) -> dict[str, Any]:
     for t in tasks:
         cells = [_spread(matrices[:, t - 1, i - 1], 100) for i in tasks]
         rows.append([f"after\u00a0task\u00a0{t}", *cells])
-    heading = ["percent", *(f"task\u00a0{task}" for task in tasks)]
+    heading = [f"percent, {runs[0].shown}", *(f"task\u00a0{task}" for task in tasks)]
     return {
         "accuracy": captioned,
         "has_losses": bool(losses),

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pm_jax import files
 from pm_jax.continual.report import tables
+from pm_jax.continual.settings.settings import SPLITS
 from pm_jax.continual.storage.workdir import RESULTS_FILE
 from pm_jax.types import InvalidInput
 
@@ -39,6 +40,12 @@ FORM = {
     "environment": {"python": str, "device": str, "devices": int, "packages": {str: object}},
 }  # fmt: skip
 """Fields that every run writes, with their forms as `files.fits` reads them."""
+SCORES = {
+    "accuracy_matrix": [[NUMBER]],
+    "task_aware": {"final_average_accuracy": NUMBER},
+    **dict.fromkeys(METRICS[:6], NUMBER),
+}
+"""The form of the figures of one classifier on one split."""
 COLUMNS = {
     "final accuracy": "final_average_accuracy",
     "AAA": "average_incremental_accuracy",
@@ -67,7 +74,80 @@ def problem_of(content: Any) -> str | None:
         for name in METRICS:
             if not files.fits(figures.get(name), NUMBER):
                 return f"is damaged at {name}"
+    return _problem_of_scores(content)
+
+
+def _problem_of_scores(content: Results) -> str | None:
+    """Say what is wrong with the figures by classifier and split; earlier versions wrote none."""
+    scores, config = content.get("scores", {}), content.get("config", {})
+    if not files.fits(scores, {str: {split: SCORES for split in SPLITS}}):
+        return "is damaged at scores"
+    size = len(content["accuracy_matrix"])
+    matrices = (part["accuracy_matrix"] for parts in scores.values() for part in parts.values())
+    if any([len(row) for row in matrix] != [size] * size for matrix in matrices):
+        return "is damaged at scores"
+    if not files.fits(config, {str: object}) or not files.fits(config.get("classifier", ""), str):
+        return "is damaged at config"
+    names = content.get("classifiers", [*scores, "trained"][:1])
+    if not files.fits(names, [str]) or not names or (scores and list(scores) != names):
+        return "is damaged at classifiers"
+    splits = [each.get("evaluate_on", "test") for each in (content, config)]
+    if any(split not in SPLITS for split in splits):
+        return "is damaged at evaluate_on"
     return None
+
+
+class Shown(NamedTuple):
+    """The figures at the top of a content: those of a classifier on a split."""
+
+    classifier: str
+    split: str
+
+    @classmethod
+    def of(cls, content: Results) -> "Shown":
+        """Read them from a content; that of an earlier version has them in its settings."""
+        config = content.get("config", {})
+        return cls(
+            content.get("classifiers", [config.get("classifier", "trained")])[0],
+            content.get("evaluate_on", config.get("evaluate_on", "test")),
+        )
+
+
+def classifiers_of(content: Results) -> list[str]:
+    """List the classifiers whose figures a content has, the first of which is shown."""
+    return list(content.get("classifiers", [Shown.of(content).classifier]))
+
+
+def view(
+    content: Results, classifier: str | None = None, split: str | None = None
+) -> dict[str, Any]:
+    """Return results that show a classifier on a split: the figures at their top are its own.
+
+    `None` leaves what is shown as it is.
+
+    Raises:
+        InvalidInput: these results do not have such figures.
+    """
+    before = Shown.of(content)
+    wanted = Shown(classifier or before.classifier, split or before.split)
+    names = classifiers_of(content)
+    order = [wanted.classifier, *(name for name in names if name != wanted.classifier)]
+    named = {"classifiers": order, "evaluate_on": wanted.split}
+    if wanted == before:
+        return {**content, **named}
+    figures = content.get("scores", {}).get(wanted.classifier, {}).get(wanted.split)
+    if figures is None:
+        seed = content.get("seed")
+        if wanted.classifier not in names:
+            raise InvalidInput(
+                f"classifiers={wanted.classifier}: seed {seed} has figures of {', '.join(names)} "
+                "only; choose of them, or run it with this one in another work directory"
+            )
+        raise InvalidInput(
+            f"evaluate_on={wanted.split}: seed {seed} has figures on {before.split} data only, as "
+            "an earlier version measured them; show these, or run it in another work directory"
+        )
+    return {**content, **figures, **named}
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -96,17 +176,38 @@ def read_seeds(workdir: Path) -> list[dict[str, Any]]:
     return sorted(results, key=lambda content: content["seed"])
 
 
-def summarize_seeds(workdir: Path) -> dict[str, Any]:
-    """Compute summary.json: mean, sample deviation and seed count of every figure."""
-    results = read_seeds(workdir)
+def summarize_seeds(workdir: Path, split: str | None = None) -> dict[str, Any]:
+    """Compute summary.json: mean, sample deviation and seed count of every figure.
+
+    Raises:
+        InvalidInput: a file is damaged, or has no figures on that split.
+    """
+    return summarize([view(result, split=split) for result in read_seeds(workdir)])
+
+
+def summarize(results: Sequence[Results]) -> dict[str, Any]:
+    """Compute mean, sample deviation and count of every figure of some seeds, as they are shown."""
 
     def figures(of: Sequence[Results]) -> dict[str, Any]:
-        return {name: _spread([result.get(name) for result in of]) for name in METRICS}
+        aware = [result["task_aware"] for result in of]
+        return {
+            **{name: _spread([result.get(name) for result in of]) for name in METRICS},
+            "task_aware": {n: _spread([result.get(n) for result in aware]) for n in METRICS},
+        }
 
     return {
         "seeds": [result["seed"] for result in results],
+        "evaluate_on": Shown.of(results[0]).split,
+        "classifiers": classifiers_of(results[0]),
         **figures(results),
-        "task_aware": figures([result["task_aware"] for result in results]),
+        "scores": {
+            name: {
+                split: figures([result["scores"][name][split] for result in results])
+                for split in SPLITS
+            }
+            for name in classifiers_of(results[0])
+            if all(name in result.get("scores", {}) for result in results)
+        },
     }
 
 
@@ -120,13 +221,39 @@ def _spread(values: Sequence[float | None]) -> dict[str, Any]:
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Lay out summaries side by side by label, in percent, with the deviation over seeds."""
-    cells = [["rule", *COLUMNS]]
-    for label, row in rows.items():
-        figures = [row[name] for name in COLUMNS.values()]
-        percents = (tables.percent(f["mean"], f["standard_deviation"]) for f in figures)
-        cells.append([label, *percents])
+    """Lay out summaries side by side by label, in percent, with the deviation over seeds.
+
+    The corner names the split, and the classifier where there are several; each of the others has
+    a column of its final accuracy. A row that shows something else says so.
+    """
+    shown = [_shown(row) for row in rows.values()]
+    others = dict.fromkeys(
+        name
+        for row in rows.values()
+        for name in row.get("scores", {})
+        if name not in row["classifiers"][:1]
+    )
+    alike = len(set(shown)) == 1
+    final, *rest = COLUMNS
+    corner = f"rule ({shown[0]})" if alike else "rule"
+    cells = [[corner, final, *(f"final, {name}" for name in others), *rest]]
+    for (label, row), what in zip(rows.items(), shown, strict=True):
+        own = row["evaluate_on"] if "evaluate_on" in row else None
+        by_name = {name: splits.get(own, {}) for name, splits in row.get("scores", {}).items()}
+        first, *more = [row[name] for name in COLUMNS.values()]
+        figures = [first, *(by_name.get(n, {}).get(COLUMNS[final]) for n in others), *more]
+        percents = (
+            tables.percent(f["mean"], f["standard_deviation"]) if f else "-" for f in figures
+        )
+        cells.append([label if alike else f"{label} ({what})", *percents])
     return tables.as_text(cells)
+
+
+def _shown(summary: Mapping[str, Any]) -> str:
+    """Say what a summary shows; that of an earlier version says nothing of it."""
+    names = summary.get("classifiers", [])
+    split = f"{summary['evaluate_on']} split" if "evaluate_on" in summary else "split not known"
+    return ", ".join([split, *(names[:1] if len(names) > 1 else ())])
 
 
 def accuracies_after_each_task(runs: Sequence[Results]) -> np.ndarray:

@@ -26,6 +26,8 @@ STORED_CURVATURES = (
     "identity",
 )
 CURVATURES = (*STORED_CURVATURES, "exact_current", "exact_all")
+SPLITS = ("test", "validation")
+"""Splits that accuracies are measured on."""
 STAGES = ("stream", "model", "training", "placement", "perturbation", "merging", "evaluation")
 """Parts of a run; a field says in which one its value first matters."""
 
@@ -57,13 +59,15 @@ def _option(
     stage: str,
     identity: bool = True,
     or_factory: bool = False,
+    later: bool = False,
 ) -> Any:
     """Make a field; a setting without identity may differ between calls on a work directory.
 
-    With `or_factory` it may also be a package.module:factory instead of one of its choices.
+    With `or_factory` it may also be a package.module:factory instead of one of its choices. Runs of
+    earlier versions do not have a `later` setting; its default must be what they did.
     """
     about = {"description": description, "choices": choices, "stage": stage, "identity": identity}
-    about["or_factory"] = or_factory
+    about |= {"or_factory": or_factory, "later": later}
     return dataclasses.field(default=default, metadata=about)
 
 
@@ -106,7 +110,9 @@ class Settings:
         identity=False,
     )
     class_subset: Natural = _stream(
-        0, "Class-incremental: classes to keep, the first so many by their numbers; 0 for all."
+        0,
+        "Class-incremental: classes to keep, the first so many by their numbers; 0 for all.",
+        later=True,
     )
     train_per_class: Natural = _stream(0, "Training examples of each class to keep; 0 for all.")
     test_per_class: Natural = _stream(0, "Test examples of each class to keep; 0 for all.")
@@ -134,10 +140,13 @@ class Settings:
     validation_fraction: float = _stream(
         0.15, "Share of each class's training data that is held out for validation."
     )
+    # Both are always measured, so a work directory may be shown with either.
     evaluate_on: str = _evaluation(
         "test",
-        "Split that accuracies are measured on; validation to choose settings.",
-        ("test", "validation"),
+        "Split whose accuracies are shown, of the two that are measured after every task; "
+        "validation to choose settings.",
+        SPLITS,
+        identity=False,
     )
 
     # Model.
@@ -410,6 +419,20 @@ class Settings:
     def from_scratch(self) -> bool:
         """True if the first task is the pre-training."""
         return not self.pretrained
+
+
+def as_now(saved: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a config.json, which an earlier version may have written, as of now.
+
+    Settings that it did not have get their defaults.
+    """
+    later = (field for field in dataclasses.fields(Settings) if field.metadata["later"])
+    # JSON has lists for tuples.
+    defaults = {
+        field.name: list(field.default) if isinstance(field.default, tuple) else field.default
+        for field in later
+    }
+    return {**defaults, **saved}
 
 
 def names_of(*stages: str, identity: bool = False) -> tuple[str, ...]:

@@ -12,7 +12,17 @@ from pm_jax.continual.storage import manifest
 from pm_jax.types import InvalidInput
 
 JSONL_FILE, CSV_FILE, EVENT_FILES = "metrics.jsonl", "metrics.csv", "events.out.tfevents.*"
-COLUMNS = ("step", "event", "task", "epoch", "loss", "alpha", "accuracy", "images_per_second")
+COLUMNS = (
+    "step",
+    "event",
+    "task",
+    "epoch",
+    "loss",
+    "alpha",
+    "accuracy",
+    "split",
+    "images_per_second",
+)
 
 
 class RunLog:

@@ -14,7 +14,7 @@ import numpy as np
 
 from pm_jax import files, trees
 from pm_jax.continual.settings.config import Config
-from pm_jax.continual.settings.settings import STAGES, names_of
+from pm_jax.continual.settings.settings import STAGES, as_now, names_of
 from pm_jax.continual.storage import logs, manifest
 from pm_jax.continual.storage.provenance import configuration_hash
 from pm_jax.continual.storage.workdir import CONFIG_FILE
@@ -114,7 +114,7 @@ def check_branch(config: Config, seeds: Sequence[int]) -> None:
             "rule, or train from the beginning"
         )
     try:
-        values: dict[str, Any] = files.read_json(Path(source) / CONFIG_FILE, {})
+        values: dict[str, Any] = as_now(files.read_json(Path(source) / CONFIG_FILE, {}))
         # JSON has lists for tuples.
         lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
         saved = Config(**(values | lists))

@@ -11,6 +11,7 @@ from typing import Any
 from pm_jax import files
 from pm_jax.continual.placement import processes
 from pm_jax.continual.settings.config import Config
+from pm_jax.continual.settings.settings import as_now
 from pm_jax.continual.storage import manifest
 from pm_jax.types import InvalidInput
 
@@ -130,7 +131,7 @@ def check_claim(workdir: Path, config: Config, file_name: str = CONFIG_FILE) -> 
         raise InvalidInput(
             f"workdir={workdir}: its {file_name} is damaged; choose another directory"
         ) from None
-    _check_same_settings(workdir, saved, saved_form(config))
+    _check_same_settings(workdir, as_now(saved), saved_form(config))
 
 
 def _check_same_settings(workdir: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
