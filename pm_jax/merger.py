@@ -40,8 +40,9 @@ NEEDS_MORE = {
 }
 """Fields of `Evidence` that neither a measure nor a key gives."""
 TAKEN = (
-    "perturb_and_merge, fisher_averaging, cofima (with a measure), sequential, averaging, coma, "
-    "task_arithmetic, ties, dare, random_mix, magmax, tunable_magmax (without)"
+    "perturb_and_merge, fisher_averaging, cofima (with a measure), frozen, first_session, "
+    "sequential, averaging, slao, coma, task_arithmetic, ties, dare, random_mix, magmax, "
+    "tunable_magmax (without)"
 )
 """The rules of `pm_jax.rules` that a merger takes, in errors."""
 
@@ -139,7 +140,9 @@ class Merger:
         params = trees.with_floating(others, merged)
         if self.rule.needs.absorb:
             rule = _absorb(self.rule, rule, measuring(at=params))
-        if info.comparison.unchanged_by_training == 1 or info.comparison.unchanged_by_merge == 1:
+        # A rule that keeps a model by its definition is no surprise.
+        surprises = self.rule.needs.moving_tasks is None and info.comparison.unchanged_by_merge == 1
+        if info.comparison.unchanged_by_training == 1 or surprises:
             warnings.warn(f"finish_task: {info.remarks()[0]}", stacklevel=2)
         start = {"merged": params, "trained": trained, "initial": state.start}
         next_start = jax.tree.map(_copied, start[self.rule.needs.next_task_from])
@@ -238,9 +241,9 @@ def merger(rule: MergeRule, measure: Measure | None = None) -> Merger:
 
     ==================================================  =======================================
     perturb_and_merge, fisher_averaging, cofima         with a measure
-    sequential, averaging, coma, task_arithmetic, ties  without
-    dare, random_mix, magmax, tunable_magmax            without, `finish_task` with a key where
-                                                        they draw
+    frozen, first_session, sequential, averaging, slao  without
+    coma, task_arithmetic, ties, magmax                 without
+    dare, random_mix, tunable_magmax                    without, `finish_task` with a key
     became, trm, pam                                    refused: they take part in training
     oracle, exact_curvature, joint                      refused: they look at all tasks
     ==================================================  =======================================

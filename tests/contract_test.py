@@ -23,6 +23,7 @@ VARIANTS = [
     "cofima:cap=0.5",
     "ties:trim=tensor",
     "dare:on=ties",
+    "averaging:power=0.3",
 ]
 """Settings of registered rules that take other paths than the default ones."""
 
@@ -32,7 +33,7 @@ OF_TASK_VECTORS = {"task_arithmetic", "ties", "random_mix", "magmax", "tunable_m
 MERGES_EQUAL_MODELS_TO_ANOTHER = OF_TASK_VECTORS | {
     *("dare:on=ties", "fisher_averaging", "trm", "pam")
 }
-DOES_NOT_KEEP_THE_FIRST_MODEL = OF_TASK_VECTORS - {"random_mix"} | {"dare"}
+DOES_NOT_KEEP_THE_FIRST_MODEL = OF_TASK_VECTORS - {"random_mix"} | {"dare", "frozen"}
 KEEPS_THE_FIRST_MODEL_TO_ROUNDING = {"fisher_averaging", "random_mix"}
 SELECTS = {"magmax", "random_mix", "tunable_magmax"}
 SEARCHES = {"trm"}

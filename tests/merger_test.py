@@ -21,7 +21,10 @@ from tests import oracles
 
 EXAMPLES = 13
 FISHER = pm_jax.fisher_exact(oracles.network)
-WITHOUT = ["sequential", "averaging", "coma", "task_arithmetic", "ties", "magmax"]
+WITHOUT = [
+    *("frozen", "first_session", "sequential", "averaging", "slao", "coma", "task_arithmetic"),
+    *("ties", "magmax"),
+]
 DRAWING = ["dare", "random_mix", "tunable_magmax"]
 REFUSED = ["became", "trm", "pam", "oracle", "exact_curvature", "joint"]
 WITH = {

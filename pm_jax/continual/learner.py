@@ -105,7 +105,7 @@ class Learner:
         self._trainer = Trainer(
             config,
             self.key,
-            (training.first, training.later),
+            (training.first, training.later, training.columns),
             self.programs.snapshots,
             self.training_data,
             self.steps,
@@ -233,10 +233,11 @@ class Learner:
     ) -> None:
         """Learn one task from a step on: its training, merge, evaluation and checkpoint."""
         start = trees.replace(self.state.params, self.state.start)
-        finished = self._trained_before(task, start, log) if training_state is None else None
+        finished = self._not_to_train(task, start, log) if training_state is None else None
         if finished is None:
             finished = self.train_task(task, step, start, training_state, checkpoints, log)
-            if self._shared:
+            # Others train what merges too: the columns alone are of no use to them.
+            if self._shared and self.config.moves(task):
                 models = (
                     reuse.joined(start, self._start_state),
                     reuse.joined(finished.trained, finished.model_state),
@@ -279,6 +280,23 @@ class Learner:
             f"the tasks seen {', '.join(texts)}"
         )
 
+    def _not_to_train(self, task: int, start: Params, log: RunLog) -> TrainedTask | None:
+        """Return a task that needs no training of its own; `None` for one that does."""
+        if not self.config.trains(task):
+            if task == 0 and self._by_domain:
+                log.tell(
+                    f"rule={self.config.rule} trains nothing, not even the classifier, which the "
+                    "tasks share: it stays as it was drawn, and accuracies are those of chance"
+                )
+            return self._finished(start, start, self._start_state)
+        # Models of other runs have moved, which this task must not.
+        return self._trained_before(task, start, log) if self.config.moves(task) else None
+
+    def _finished(self, start: Params, trained: Params, model_state: PyTree) -> TrainedTask:
+        """Return a task that was trained without adapters, or elsewhere."""
+        adapters = self.merging.blank_adapters(start)
+        return TrainedTask(start, trained, adapters, None, model_state, self._start_state)
+
     def _trained_before(self, task: int, start: Params, log: RunLog) -> TrainedTask | None:
         """Take over the trained model of another run that has trained the same, and its log."""
         whole = reuse.joined(start, self._start_state)
@@ -293,8 +311,7 @@ class Learner:
         for line in lines:
             log.write(**line)
             self._records.add_time("train", line["seconds"])
-        adapters = self.merging.blank_adapters(start)
-        return TrainedTask(start, trained, adapters, None, model_state, self._start_state)
+        return self._finished(start, trained, model_state)
 
     @property
     def _start_state(self) -> PyTree:

@@ -180,7 +180,9 @@ def describe(config: Config, seed: int = 0) -> str:
     make = functools.partial(later.fresh_adapters, rank=config.lora_rank)
     adapters = lora.count(jax.eval_shape(make, jax.random.key(0), shapes))
 
-    def trained(partition: Partition) -> int:
+    def trained(task: int, partition: Partition) -> int:
+        if not config.moves(task):
+            return size(partition.head) if config.trains(task) else 0
         return (adapters if partition.adapted else 0) + size(partition.direct + partition.head)
 
     lines = [f"{name}={value}" for name, value in dataclasses.asdict(config).items()]
@@ -188,8 +190,8 @@ def describe(config: Config, seed: int = 0) -> str:
         f"tasks: {stream.num_tasks}, training examples {stream.train.sizes.tolist()}, validation "
         f"{stream.validation.sizes.tolist()}, test {stream.test.sizes.tolist()}",
         f"parameters: {total}",
-        f"training in the first task: {trained(first)}",
-        f"training in a later task: {trained(later)} (adapters {adapters})",
+        f"training in the first task: {trained(0, first)}",
+        f"training in a later task: {trained(1, later)} (adapters {adapters})",
         f"merging: {size(later.merging)}",
     ]
     if later.adapted:

@@ -16,7 +16,15 @@ from pm_jax.rules.pam import pam
 from pm_jax.rules.perturb_and_merge import perturb_and_merge
 from pm_jax.rules.random_mix import random_mix
 from pm_jax.rules.registry import REGISTRY, make
-from pm_jax.rules.simple import averaging, coma, joint, sequential
+from pm_jax.rules.simple import (
+    averaging,
+    coma,
+    first_session,
+    frozen,
+    joint,
+    sequential,
+    slao,
+)
 from pm_jax.rules.task_arithmetic import task_arithmetic
 from pm_jax.rules.ties import ties
 from pm_jax.rules.trm import trm
@@ -35,7 +43,9 @@ __all__ = [
     "coma",
     "dare",
     "exact_curvature",
+    "first_session",
     "fisher_averaging",
+    "frozen",
     "jackknifed",
     "jit_merge",
     "joint",
@@ -48,6 +58,7 @@ __all__ = [
     "preferences",
     "random_mix",
     "sequential",
+    "slao",
     "task_arithmetic",
     "ties",
     "trm",

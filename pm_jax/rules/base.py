@@ -233,6 +233,8 @@ class Requirements(NamedTuple):
         tasks_at_once: whether all tasks are trained as one.
         analysis_only: whether the rule needs the data of all tasks: a bound, not a method.
         reads_previous: whether `update` reads the model that the task started from.
+        moving_tasks: how many tasks, the first ones, move what merges; `None` for all. Later merges
+            leave the model as it is, so that nothing but a classifier needs to be trained for them.
     """
 
     evidence: frozenset[str] = frozenset()
@@ -247,6 +249,7 @@ class Requirements(NamedTuple):
     tasks_at_once: bool = False
     analysis_only: bool = False
     reads_previous: bool = True
+    moving_tasks: int | None = None
 
     @property
     def takes_part_in_training(self) -> bool:

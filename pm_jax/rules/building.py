@@ -35,8 +35,13 @@ class TaskCount(NamedTuple):
         return cls(jnp.zeros((), jnp.int32))
 
 
-def merge_by_count(coefficient: Callable[[Array], Array]) -> MergeRule:
-    """A rule whose coefficient depends only on t, the number of tasks, counted from 1."""
+def merge_by_count(
+    coefficient: Callable[[Array], Array], moving_tasks: int | None = None
+) -> MergeRule:
+    """A rule whose coefficient depends only on t, the number of tasks, counted from 1.
+
+    The coefficient is 0 after `moving_tasks` tasks, where that is given.
+    """
 
     def update(
         state: TaskCount, *, previous: Params, trained: Params, evidence: Evidence | None = None
@@ -46,7 +51,8 @@ def merge_by_count(coefficient: Callable[[Array], Array]) -> MergeRule:
         info = MergeInfo.of(coefficient(tasks))
         return trees.lerp(previous, trained, info.alpha), TaskCount(tasks), info
 
-    return merge_rule(TaskCount.zero, update, Requirements(scope="element"))
+    needs = Requirements(scope="element", moving_tasks=moving_tasks)
+    return merge_rule(TaskCount.zero, update, needs)
 
 
 class RunningTaskVector(NamedTuple):

@@ -1,5 +1,7 @@
 """DARE: drop entries of the task vector at random and rescale the rest, then merge."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -12,10 +14,16 @@ from pm_jax.rules.task_arithmetic import task_arithmetic
 from pm_jax.rules.ties import ties
 from pm_jax.types import Array, InvalidInput, Params
 
-MERGED_BY = {"averaging": averaging, "task_arithmetic": task_arithmetic, "ties": ties}
+MERGED_BY: dict[str, Callable[..., MergeRule]] = {
+    "averaging": averaging,
+    "task_arithmetic": task_arithmetic,
+    "ties": ties,
+}
 
 
-def dare(*, on: str = "averaging", drop: float = 0.5, scale: float = 0.0) -> MergeRule:
+def dare(
+    *, on: str = "averaging", drop: float = 0.5, scale: float = 0.0, keep: float = 0.0
+) -> MergeRule:
     """Merge by another rule after dropping entries of the task vector at random.
 
         tau' = mask tau / (1 - drop),   mask = 0 with probability `drop`, else 1
@@ -27,6 +35,8 @@ def dare(*, on: str = "averaging", drop: float = 0.5, scale: float = 0.0) -> Mer
         on: "averaging", "task_arithmetic" or "ties".
         drop: probability in [0, 1); with 0 it is the other rule.
         scale: the other rule's, which averaging lacks; 0 for its default.
+        keep: of ties, in (0, 1]; 1 leaves out the trimming, so that `drop` alone makes the task
+            vector sparse. 0 for the default of ties.
 
     Returns:
         A `MergeRule` that needs `key`.
@@ -52,7 +62,11 @@ def dare(*, on: str = "averaging", drop: float = 0.5, scale: float = 0.0) -> Mer
     require("scale", scale, scale >= 0, "at least 0, where 0 is the default of the rule merged by")
     if scale and on == "averaging":
         raise InvalidInput(f"scale={scale}: averaging has none; leave it out")
-    rule = MERGED_BY[on](**({"scale": scale} if scale else {}))
+    require("keep", keep, 0 <= keep <= 1, "in [0, 1], where 0 is the default of ties")
+    if keep and on != "ties":
+        raise InvalidInput(f"keep={keep}: belongs to ties, and on={on}; leave it out")
+    given = {"scale": scale, "keep": keep}
+    rule = MERGED_BY[on](**{name: value for name, value in given.items() if value})
 
     def update(state, *, previous: Params, trained: Params, evidence: Evidence):
         base = previous if rule.needs.next_task_from == "merged" else state.origin

@@ -15,7 +15,15 @@ from pm_jax.rules.oracle import oracle
 from pm_jax.rules.pam import pam
 from pm_jax.rules.perturb_and_merge import perturb_and_merge
 from pm_jax.rules.random_mix import random_mix
-from pm_jax.rules.simple import averaging, coma, joint, sequential
+from pm_jax.rules.simple import (
+    averaging,
+    coma,
+    first_session,
+    frozen,
+    joint,
+    sequential,
+    slao,
+)
 from pm_jax.rules.task_arithmetic import task_arithmetic
 from pm_jax.rules.ties import ties
 from pm_jax.rules.trm import trm
@@ -23,8 +31,11 @@ from pm_jax.rules.tunable_magmax import tunable_magmax
 
 REGISTRY: dict[str, Callable[..., MergeRule]] = {
     "perturb_and_merge": perturb_and_merge,
+    "frozen": frozen,
+    "first_session": first_session,
     "sequential": sequential,
     "averaging": averaging,
+    "slao": slao,
     "became": became,
     "trm": trm,
     "pam": pam,

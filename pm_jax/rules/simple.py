@@ -4,6 +4,7 @@ import jax.numpy as jnp
 
 from pm_jax.rules.base import MergeRule
 from pm_jax.rules.building import merge_by_count, require
+from pm_jax.types import Array
 
 
 def sequential() -> MergeRule:
@@ -15,13 +16,59 @@ def sequential() -> MergeRule:
     return merge_by_count(jnp.ones_like)
 
 
-def averaging() -> MergeRule:
-    """Move 1/t of the way to the trained model, `lerp(theta_hat, theta_t*, 1/t)`.
+def frozen() -> MergeRule:
+    """Keep the pre-trained model, `theta_0`: the row that shows what doing nothing gives.
 
-    It is Perturb-and-Merge with equal curvature for every task.
+    No task moves what merges, so a learner trains the columns of a classifier at most. From scratch
+    the first task is the pre-training and is trained all the same.
 
     Returns:
         A `MergeRule` without settings that needs no evidence.
+
+    Example:
+        >>> rule, start = frozen(), jnp.zeros(1)
+        >>> rule.update(rule.init(start), previous=start, trained=jnp.ones(1))[0].tolist()
+        [0.0]
+    """
+    return merge_by_count(lambda tasks: jnp.zeros_like(tasks, jnp.float32), moving_tasks=0)
+
+
+def first_session() -> MergeRule:
+    """Adapt the model to the first task and keep it from then on, `theta_1*`.
+
+    A learner trains the columns of a classifier at most after the first task.
+
+    Returns:
+        A `MergeRule` without settings that needs no evidence.
+
+    References:
+        Panos et al., `First Session Adaptation: A Strong Replay-Free Baseline for
+        Class-Incremental Learning <https://arxiv.org/abs/2303.13199>`_, ICCV 2023
+
+    Example:
+        >>> rule, start = first_session(), jnp.zeros(1)
+        >>> first, state, _ = rule.update(rule.init(start), previous=start, trained=jnp.ones(1))
+        >>> rule.update(state, previous=first, trained=jnp.full(1, 5.0))[0].tolist()
+        [1.0]
+    """
+    return merge_by_count(lambda tasks: (tasks == 1).astype(jnp.float32), moving_tasks=1)
+
+
+def averaging(*, power: float = 1.0) -> MergeRule:
+    """Move t^-power of the way to the trained model, `lerp(theta_hat, theta_t*, t^-power)`.
+
+    With power 1 the model is the running average of the trained ones: Perturb-and-Merge with equal
+    curvature for every task. A smaller power keeps more of the new task.
+
+    Args:
+        power: above 0; 1 weighs all tasks the same, 1/2 is `slao`, and towards 0 the rule becomes
+            sequential training.
+
+    Returns:
+        A `MergeRule` that needs no evidence.
+
+    Raises:
+        ValueError: power out of range.
 
     Example:
         >>> rule = averaging()
@@ -30,7 +77,39 @@ def averaging() -> MergeRule:
         >>> rule.update(state, previous=first, trained=jnp.full(1, 3.0))[0].tolist()
         [2.0]
     """
-    return merge_by_count(lambda tasks: 1 / tasks.astype(jnp.float32))
+    require("power", power, power > 0, "above 0, and 1 for the mean of all tasks")
+
+    def coefficient(tasks: Array) -> Array:
+        count = tasks.astype(jnp.float32)
+        # A general power may miss these two by its last bits.
+        if power == 1:
+            return 1 / count
+        return 1 / (jnp.sqrt(count) if power == 0.5 else count**power)
+
+    return merge_by_count(coefficient)
+
+
+def slao() -> MergeRule:
+    """Move `1 / sqrt(t)` of the way to the trained model, the coefficient of SLAO.
+
+    It is `averaging(power=0.5)`, for effective weights: the paper merges one factor of adapters so,
+    and starts the next adapters from the last ones, which belongs to training and is not here.
+
+    Returns:
+        A `MergeRule` without settings that needs no evidence.
+
+    References:
+        SLAO, `arXiv 2512.23017 <https://arxiv.org/abs/2512.23017>`_, ICLR 2026
+
+    Example:
+        >>> rule, models = slao(), [jnp.zeros(1), jnp.zeros(1), jnp.zeros(1), jnp.full(1, 4.0)]
+        >>> state, merged = rule.init(models[0]), models[0]
+        >>> for trained in models:
+        ...     merged, state, info = rule.update(state, previous=merged, trained=trained)
+        >>> float(info.alpha), merged.tolist()
+        (0.5, [2.0])
+    """
+    return averaging(power=0.5)
 
 
 def coma(*, step: float = 0.4) -> MergeRule:

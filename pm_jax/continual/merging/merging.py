@@ -142,6 +142,9 @@ class Merging:
         trained = finished.model_state
         if not self.programs.training.traits.has_state or self._config.model_state == "trained":
             return trained
+        if not self._config.moves(task):
+            # The parameters stay, and their state fits them as it is.
+            return trained
         if self._config.model_state == "merged":
             return model_state.between(state.model_state, trained, jnp.asarray(alpha))
         measure = self.programs.batch_statistics

@@ -1,5 +1,6 @@
 """The compiled functions of a run, made once per configuration and shape of stream."""
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -23,7 +24,8 @@ from pm_jax.continual.training.initial_model import (
     is_built_in,
     partitions,
 )
-from pm_jax.continual.training.partition import Trainable, trained_params
+from pm_jax.continual.training.logits import Evaluating
+from pm_jax.continual.training.partition import Partition, Trainable, trained_params
 from pm_jax.continual.training.purpose_keys import MERGE, purpose_key
 from pm_jax.continual.training.snapshots import Snapshots
 from pm_jax.continual.training.task_program import TaskProgram
@@ -71,6 +73,7 @@ class TrainingPrograms:
     Attributes:
         partition: leaves that train and merge, from the second task on at the latest.
         later: trains all tasks but the first; the same object as `first` if the same leaves train.
+        columns: trains the classifier's columns alone, in tasks that move nothing that merges.
         traits: what the model has beside its parameters.
 
     Raises:
@@ -106,6 +109,11 @@ class TrainingPrograms:
         )
         if first == later:
             self.first = self.later
+        # Without a task vector there is nothing to perturb along.
+        unperturbed = dataclasses.replace(config, perturbation="none", perturb_per="batch")
+        self.columns = TaskProgram(
+            unperturbed, Evaluating(model), Partition((), (), later.head), shape.largest_task
+        )
         transform, temperature = evaluation_transform(config), config.temperature
         self.scores, self.mean_loss = (
             kind(self.model, temperature=temperature, transform=transform, devices=self.devices)

@@ -128,6 +128,18 @@ class Config(Settings):
         longer = task == 0 and self.from_scratch and self.first_task_epochs
         return self.epoch_repeats * (self.first_task_epochs if longer else self.epochs)
 
+    def moves(self, task: int) -> bool:
+        """Return whether a task, which counts from 0, can move what merges."""
+        first_tasks = self.merge_rule.needs.moving_tasks
+        # From scratch the first task is the pre-training, whatever the rule.
+        is_origin = task == 0 and self.from_scratch
+        return first_tasks is None or task < first_tasks or is_origin
+
+    def trains(self, task: int) -> bool:
+        """Return whether anything trains in a task: what merges, or columns that predict."""
+        has_columns = self.scenario == "class_incremental" and self.classifier == "trained"
+        return self.moves(task) or has_columns
+
     def task_stream(self, seed: int) -> stream.TaskStream:
         """Load the tasks, split by a seed; raises `InvalidInput` where they cannot be formed."""
         if factories.is_reference(self.dataset):

@@ -1,12 +1,13 @@
 """The way from examples as they are stored to logits."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pm_jax import losses
 from pm_jax.integrations.wrap import as_model
+from pm_jax.models.model import Model
 from pm_jax.types import Array, Key, Params, PyTree
 
 
@@ -49,6 +50,38 @@ def training_logits_of(
     # The loop over the steps carries the state, whose types must not change on the way.
     changed = jax.tree.map(lambda old, new: new.astype(old.dtype), model_state, changed)
     return _as_seen(logits, class_mask, temperature), changed
+
+
+class Evaluating(NamedTuple):
+    """A model that trains as it evaluates: nothing is random, and its state stays.
+
+    The columns of a classifier train on the features that they will predict from.
+    """
+
+    model: Model
+
+    @property
+    def classifier(self) -> str:
+        """Return the path of the model's classifier."""
+        return self.model.classifier
+
+    def init(self, key: Key, inputs: Array, /) -> tuple[Params, PyTree]:
+        """Make the model's parameters and its state."""
+        return self.model.init(key, inputs)
+
+    def apply(
+        self,
+        params: Params,
+        state: PyTree,
+        inputs: Array,
+        /,
+        *,
+        key: Key | None = None,
+        train: bool = False,
+    ) -> tuple[Array, PyTree]:
+        """Compute the logits of the model that evaluates, and return its state as it was."""
+        del key, train
+        return self.model.apply(params, state, inputs)[0], state
 
 
 def _as_seen(logits: Array, class_mask: Array, temperature: float) -> Array:

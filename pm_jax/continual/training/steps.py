@@ -17,8 +17,12 @@ class TaskSteps(NamedTuple):
     @classmethod
     def of(cls, config: Config, sizes: np.ndarray) -> "TaskSteps":
         """Return the steps of tasks with these numbers of examples."""
-        per_epoch = (-(-sizes // config.batch_size)).tolist()
-        return cls(tuple(per_epoch), tuple(map(config.epochs_of, range(len(per_epoch)))))
+        steps = (-(-sizes // config.batch_size)).tolist()
+        # A task that trains nothing counts as one step, at which its end is saved.
+        trains = [config.trains(task) for task in range(len(steps))]
+        per_epoch = [count if some else 1 for count, some in zip(steps, trains, strict=True)]
+        epochs = [config.epochs_of(task) if some else 1 for task, some in enumerate(trains)]
+        return cls(tuple(per_epoch), tuple(epochs))
 
     @property
     def bounds(self) -> tuple[int, ...]:

@@ -58,7 +58,8 @@ class Trainer:
     """Trains the tasks of a run.
 
     Args:
-        programs: program of the first task, and of the later ones.
+        programs: program of the first task, of the later ones, and of tasks that move nothing that
+            merges and train the classifier's columns alone.
         options: say how often to end a piece for a checkpoint, and when to stop.
         directory: named in messages if the run saves anything.
 
@@ -70,7 +71,7 @@ class Trainer:
         self,
         config: Config,
         key: Key,
-        programs: tuple[TaskProgram, TaskProgram],
+        programs: tuple[TaskProgram, TaskProgram, TaskProgram],
         snapshots: Snapshots,
         data: StreamData,
         steps: TaskSteps,
@@ -155,7 +156,7 @@ class Trainer:
         return self._program(task).order(self._key, data, number(task), epoch).rows
 
     def _program(self, task: int) -> TaskProgram:
-        return self._programs[min(task, 1)]
+        return self._programs[min(task, 1) if self._config.moves(task) else 2]
 
     def _cuts(self, task: int) -> tuple[int, ...]:
         """Return the steps of a task at which snapshots are due."""
