@@ -8,6 +8,7 @@ python -m experiments.notebooks.build --check    # writes nothing; code 1 if one
 import math
 import re
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,14 +36,15 @@ def executed(script: Path) -> nbformat.NotebookNode:
         CellExecutionError: a cell fails.
     """
     notebook = jupytext.read(script)
-    client = nbclient.NotebookClient(
-        notebook,
+    with tempfile.TemporaryDirectory() as sockets:
         # Files instead of ports of the machine: a notebook needs no network.
-        km=AsyncKernelManager(kernel_name="python3", transport="ipc"),
-        record_timing=False,
-        resources={"metadata": {"path": str(ROOT)}},
-    )
-    client.execute()
+        kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=f"{sockets}/kernel")
+        resources = {"metadata": {"path": str(ROOT)}}
+        client = nbclient.NotebookClient(
+            notebook, km=kernel, record_timing=False, resources=resources
+        )
+        # By default a kernel that is given outlives the notebook.
+        client.execute(cleanup_kc=True)
     # Neither times nor versions are kept: a notebook that is made again should not differ.
     notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
     for number, cell in enumerate(notebook.cells):

@@ -23,7 +23,7 @@ from pm_jax.curvature.squared_gradients import (
     by_vmap,
     label_passes,
 )
-from pm_jax.types import Array, Batch, Key, LogitsFn, LossesFn, Params, PyTree
+from pm_jax.types import Array, Batch, InvalidInput, Key, LogitsFn, LossesFn, Params, PyTree
 
 
 @flax.struct.dataclass
@@ -116,7 +116,8 @@ def fisher_empirical(
         A `Measure`; its quadratic is diagonal.
 
     Raises:
-        ValueError: chunk_size below 1; in `update`, a name that is no such layer.
+        ValueError: chunk_size below 1; in `init`, a name without parameters; in `update`, a name
+            that is no such layer.
 
     References:
         Kunstner et al., `Limitations of the Empirical Fisher Approximation
@@ -136,6 +137,7 @@ def fisher_empirical(
         return Passes(jnp.ones_like(outputs)[None], jnp.ones((1, *outputs.shape)))
 
     measure = diagonal_measure(losses_fn, passes, chunk_size, dense_layers)
+    measure = _with_known_layers(measure, dense_layers)
     return measure._replace(logits_fn=getattr(losses_fn, "logits_fn", None), losses_fn=losses_fn)
 
 
@@ -160,7 +162,8 @@ def fisher_exact(
         A `Measure`; its quadratic is diagonal. Sampling needs a key in `init`.
 
     Raises:
-        ValueError: chunk_size or num_samples below 1; in `update`, no key, or a name of no layer.
+        ValueError: chunk_size or num_samples below 1; in `init`, a name without parameters; in
+            `update`, no key, or a name of no layer.
 
     References:
         Martens, `New Insights and Perspectives on the Natural Gradient Method
@@ -179,6 +182,7 @@ def fisher_exact(
         return losses.with_weighted_gradients(logits, batch)
 
     measure = diagonal_measure(outputs, label_passes(num_samples), chunk_size, dense_layers)
+    measure = _with_known_layers(measure, dense_layers)
     return measure._replace(logits_fn=logits_fn)
 
 
@@ -233,6 +237,22 @@ def chunk_for_memory(params: Params, memory_bytes: float) -> int:
         leaf.size * trees.compute_dtype(leaf).itemsize for leaf in jax.tree.leaves(params)
     )
     return max(1, min(1024, int(memory_bytes // max(per_example, 1))))
+
+
+def _with_known_layers(measure: Measure, dense_layers: Sequence[str] | None) -> Measure:
+    """Let a measure refuse parameters that have none of a layer that was named."""
+
+    def init(*args: Any, **kwargs: Any) -> MeasureState:
+        state = measure.init(*args, **kwargs)
+        layers = {layer_of(path) for path in trees.leaves_by_path(state.params)}
+        if unknown := sorted(set(dense_layers or ()) - layers):
+            raise InvalidInput(
+                f"dense_layers={unknown}: have no parameters here; name layers of "
+                f"{sorted(layers)}, or leave dense_layers out to have them found"
+            )
+        return state
+
+    return measure._replace(init=init)
 
 
 def diagonal_measure(

@@ -14,7 +14,7 @@ from pm_jax.continual.training.image_transforms import evaluation_transform
 from pm_jax.continual.training.logits import logits_of
 from pm_jax.continual.training.purpose_keys import CURVATURE, purpose_key
 from pm_jax.curvature import kronecker, low_rank
-from pm_jax.curvature.dense_layers import kernel_paths
+from pm_jax.curvature.dense_layers import kernel_paths, layer_of
 from pm_jax.curvature.measures import Measure, Measurement, MeasureState, in_groups
 from pm_jax.rules import Evidence, MergeRule
 from pm_jax.types import Array, Batch, Key, LogitsFn, Params, PyTree
@@ -70,7 +70,9 @@ class EvidencePass(DataPass):
         chunk = -(-min(chunk, largest_task) // step) * step
         super().__init__(devices, chunk, evaluation_transform(config))
         self._config, self._model, self._groups = config, model, rule.needs.example_groups
-        self._merging, self._dense_layers = tuple(leaves), dense_layers
+        layers = set(map(layer_of, leaves))
+        self._dense_layers = tuple(layer for layer in dense_layers if layer in layers)
+        self._merging = tuple(leaves)
         self._task_classes = task_classes
 
     def begin(self, data: DeviceData, given: Given) -> tuple[tuple[MeasureState, ...], Order]:
