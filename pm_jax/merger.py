@@ -41,8 +41,8 @@ NEEDS_MORE = {
 """Fields of `Evidence` that neither a measure nor a key gives."""
 TAKEN = (
     "perturb_and_merge, fisher_averaging, cofima (with a measure), frozen, first_session, "
-    "sequential, averaging, slao, coma, task_arithmetic, ties, dare, random_mix, magmax, "
-    "tunable_magmax (without)"
+    "sequential, averaging, slao, coma, task_arithmetic, ties, dare, opcm, null_space, "
+    "random_mix, magmax, tunable_magmax (without)"
 )
 """The rules of `pm_jax.rules` that a merger takes, in errors."""
 
@@ -242,7 +242,9 @@ def merger(rule: MergeRule, measure: Measure | None = None) -> Merger:
     ==================================================  =======================================
     perturb_and_merge, fisher_averaging, cofima         with a measure
     frozen, first_session, sequential, averaging, slao  without
-    coma, task_arithmetic, ties, magmax                 without
+    coma, task_arithmetic, ties, magmax, opcm           without
+    null_space                                          without, `finish_task` with a key if a part
+                                                        is learned
     dare, random_mix, tunable_magmax                    without, `finish_task` with a key
     became, trm, pam                                    refused: they take part in training
     oracle, exact_curvature, joint                      refused: they look at all tasks

@@ -10,7 +10,7 @@ from typing import Any
 from pm_jax import rules
 from pm_jax.continual.report import comparison
 from pm_jax.continual.report.results import read_results, view
-from pm_jax.continual.run import check_runs, run_seeds
+from pm_jax.continual.run import check_matrices, check_runs, run_seeds
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.settings.run_options import RunOptions
 from pm_jax.continual.storage import manifest, reuse
@@ -110,6 +110,11 @@ def run_rules(
     directories = {label: workdir / urllib.parse.quote(label, safe="+=:") for label in configs}
     check_claim(workdir, owner, COMPARISON_FILE)
     check_runs({directories[label]: configs[label] for label in configs}, seeds, options)
+    for label, config in configs.items():
+        try:
+            check_matrices(config, seeds[0])
+        except InvalidInput as error:
+            raise InvalidInput(f"rules={label}: {error}") from None
     claim(workdir, owner, COMPARISON_FILE)
     for label, config in configs.items():
         try:

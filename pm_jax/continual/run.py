@@ -12,7 +12,7 @@ import jax
 from pm_jax import lora, trees
 from pm_jax.continual.learner import Learner
 from pm_jax.continual.merging import landscape
-from pm_jax.continual.merging.programs import StreamShape, programs_of
+from pm_jax.continual.merging.programs import StreamShape, initial_rule_state, programs_of
 from pm_jax.continual.merging.records import seconds_since
 from pm_jax.continual.placement import processes
 from pm_jax.continual.placement.devices import devices_of
@@ -123,6 +123,18 @@ def check_runs(runs: Mapping[Path, Config], seeds: Sequence[int], options: RunOp
         check_tensorboard()
 
 
+def check_matrices(config: Config, seed: int) -> None:
+    """Check that a rule that looks at matrices finds its own in the model.
+
+    Of several runs the later ones would otherwise fail after the first have trained.
+
+    Raises:
+        InvalidInput: it does not, or the settings do not fit the data or the model.
+    """
+    if config.merge_rule.needs.parts:
+        describe(config, seed)
+
+
 def run_with_baseline(
     config: Config,
     baseline: Config | None,
@@ -147,6 +159,8 @@ def run_with_baseline(
         label = f"{baseline.rule} ({', '.join(['baseline', *differing])})"
         runs[label] = workdir / "baseline", baseline
     check_runs(dict(runs.values()), seeds, options)
+    for _, settings in runs.values():
+        check_matrices(settings, seeds[0])
     return {
         label: run_seeds(settings, seeds, directory, options)
         for label, (directory, settings) in runs.items()
@@ -172,6 +186,9 @@ def describe(config: Config, seed: int = 0) -> str:
     shapes = parameter_shapes(config, *form, model=model, input_dtype=str(stream.inputs.dtype))
     blank = blank_example(config, form[1], str(stream.inputs.dtype))
     first, later = partitions(config, shapes, model, None if is_built_in(model) else blank)
+    # For its errors.
+    leaves = trees.select(shapes, later.merging)
+    jax.eval_shape(functools.partial(initial_rule_state, config.merge_rule), leaves)
     total = lora.count(shapes)
 
     def size(paths: Sequence[str]) -> int:

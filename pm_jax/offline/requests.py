@@ -120,6 +120,14 @@ def rules_by_settings(merge: Merge, inputs: Inputs) -> list[tuple[MergeRule, tup
                 f"rule={merge.rule}: trains all tasks at once, which needs their data; use "
                 "experiments.train, or another rule"
             )
+        if rule.needs.moving_tasks is not None:
+            kept = "the first model" if rule.needs.moving_tasks else "the base"
+            raise InvalidInput(
+                f"rule={merge.rule}: keeps {kept} as it is, so there is nothing to merge; copy the "
+                "file, or use another rule"
+            )
+        if rule.needs.parts:
+            raise InvalidInput(f"rule={merge.rule}: does not merge files; use another rule")
         if beyond := rule.needs.evidence - OF_FISHERS - {"key"}:
             raise InvalidInput(
                 f"rule={merge.rule}: needs {' and '.join(sorted(beyond))} from training, which "

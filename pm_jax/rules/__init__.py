@@ -11,6 +11,8 @@ from pm_jax.rules.exact_curvature import exact_curvature
 from pm_jax.rules.fisher_averaging import fisher_averaging
 from pm_jax.rules.jackknife import jackknifed
 from pm_jax.rules.magmax import magmax
+from pm_jax.rules.null_space import null_space
+from pm_jax.rules.opcm import opcm
 from pm_jax.rules.oracle import oracle
 from pm_jax.rules.pam import pam
 from pm_jax.rules.perturb_and_merge import perturb_and_merge
@@ -52,6 +54,8 @@ __all__ = [
     "magmax",
     "make",
     "merge_rule",
+    "null_space",
+    "opcm",
     "oracle",
     "pam",
     "perturb_and_merge",

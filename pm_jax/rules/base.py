@@ -213,6 +213,25 @@ class UpdateFn(Protocol):
         """
 
 
+class Parts(NamedTuple):
+    """A rule that looks at matrices as rules of single tensors, for files larger than memory.
+
+    Attributes:
+        matrix: merges one matrix [in, out] that is a model of its own.
+        other: merges any other tensor, and matrices outside of the pattern.
+        pattern: regular expression over the whole names of the matrices; empty for all of them.
+        has_sides: whether the transposed matrices would not merge into the transposed matrix.
+        factor: `factor(norms, length) -> scalar`, by which the whole displacement from theta_0 is
+            multiplied at the end, from the norms [T] of all task vectors and its own; or `None`.
+    """
+
+    matrix: "MergeRule"
+    other: "MergeRule"
+    pattern: str = ""
+    has_sides: bool = True
+    factor: Callable[[Array, Array], Array] | None = None
+
+
 class Requirements(NamedTuple):
     """Everything a rule asks of its caller beyond calls of `init` and `update`.
 
@@ -235,6 +254,7 @@ class Requirements(NamedTuple):
         reads_previous: whether `update` reads the model that the task started from.
         moving_tasks: how many tasks, the first ones, move what merges; `None` for all. Later merges
             leave the model as it is, so that nothing but a classifier needs to be trained for them.
+        parts: the rule tensor by tensor, for one that tells matrices from other tensors; or `None`.
     """
 
     evidence: frozenset[str] = frozenset()
@@ -250,6 +270,7 @@ class Requirements(NamedTuple):
     analysis_only: bool = False
     reads_previous: bool = True
     moving_tasks: int | None = None
+    parts: Parts | None = None
 
     @property
     def takes_part_in_training(self) -> bool:

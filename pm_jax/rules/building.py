@@ -180,6 +180,12 @@ def require(name: str, value: float | str, holds: bool, wanted: str) -> None:
         raise InvalidInput(f"{name}={value}: must be {wanted}")
 
 
+def check_starts(next_task_from: str) -> None:
+    """Raise InvalidInput unless the argument says where a task starts, as `Requirements` does."""
+    starts = ("initial", "merged", "trained")
+    require("next_task_from", next_task_from, next_task_from in starts, ", ".join(starts))
+
+
 def jit_merge(update: Callable[..., Any]) -> jax.stages.Wrapped:
     """Compile a merge for the default backend so that it needs little memory beyond its inputs.
 

@@ -11,6 +11,8 @@ from pm_jax.rules.dare import dare
 from pm_jax.rules.exact_curvature import exact_curvature
 from pm_jax.rules.fisher_averaging import fisher_averaging
 from pm_jax.rules.magmax import magmax
+from pm_jax.rules.null_space import null_space
+from pm_jax.rules.opcm import opcm
 from pm_jax.rules.oracle import oracle
 from pm_jax.rules.pam import pam
 from pm_jax.rules.perturb_and_merge import perturb_and_merge
@@ -45,6 +47,8 @@ REGISTRY: dict[str, Callable[..., MergeRule]] = {
     "task_arithmetic": task_arithmetic,
     "ties": ties,
     "dare": dare,
+    "opcm": opcm,
+    "null_space": null_space,
     "random_mix": random_mix,
     "magmax": magmax,
     "tunable_magmax": tunable_magmax,

@@ -112,6 +112,12 @@ def test_every_rule_merges_in_pieces_as_in_memory(name, settings, tmp_path, caps
     models = [tensors(1 + n) for n in range(3)]
     fishers = [tensors(11 + n, positive=True) for n in range(3)]
     given = {"fishers": fishers} if rule.needs.evidence & requests.OF_FISHERS else {}
+    if rule.needs.moving_tasks is not None:
+        line = refused(capsys, "merge", *arguments_of(tmp_path, models, f"--rule={name}"))
+        assert re.search(f"--rule={name}: keeps the (base|first model) as it is", line)
+        return
+    if rule.needs.parts:
+        return
     if rule.needs.analysis_only:
         line = refused(capsys, "merge", *arguments_of(tmp_path, models, f"--rule={name}"))
         assert re.search(f"--rule={name}: .* all", line)

@@ -9,7 +9,7 @@ import numpy as np
 from pm_jax import classifiers, task_vectors, trees
 from pm_jax.classifiers import ClassStatistics
 from pm_jax.continual.merging import landscape, model_state, trust
-from pm_jax.continual.merging.programs import Programs
+from pm_jax.continual.merging.programs import Programs, initial_rule_state
 from pm_jax.continual.merging.records import Records
 from pm_jax.continual.placement.compiled import number
 from pm_jax.continual.placement.data import StreamData
@@ -211,7 +211,7 @@ class Merging:
         takes = "adapters" in self.rule.needs.evidence
         given = {"adapters": self.blank_adapters(theta_0)} if takes else {}
         # Copies: merging donates the state, and the model must survive.
-        state = self.rule.init(jax.tree.map(jnp.copy, leaves), **given)
+        state = initial_rule_state(self.rule, jax.tree.map(jnp.copy, leaves), **given)
         place = self._devices.whole if self.rule.needs.keeps_tasks else self._devices.place
         return place(state)
 

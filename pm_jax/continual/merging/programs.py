@@ -34,7 +34,7 @@ from pm_jax.data.stream import TaskStream
 from pm_jax.integrations.linen import LinenModel
 from pm_jax.integrations.wrap import as_model
 from pm_jax.models.model import Model
-from pm_jax.rules import Evidence, MergeInfo, TrainingHook, gradient_projection
+from pm_jax.rules import Evidence, MergeInfo, MergeRule, TrainingHook, gradient_projection
 from pm_jax.rules.objectives import Objective
 from pm_jax.types import Array, InvalidInput, Key, Params, PyTree
 
@@ -262,6 +262,18 @@ def programs_of(config: Config, shape: StreamShape, model: Model | None = None) 
         InvalidInput: settings that do not fit the model.
     """
     return Programs(config, shape, model or as_model(config.network(shape.num_classes)))
+
+
+def initial_rule_state(rule: MergeRule, leaves: Params, **given: PyTree) -> PyTree:
+    """Make the state of a rule before any merge, from the leaves that merge.
+
+    Raises:
+        InvalidInput: the model's leaves do not suit the rule's settings.
+    """
+    try:
+        return rule.init(leaves, **given)
+    except InvalidInput as error:
+        raise InvalidInput(f"rule_settings={error}") from None
 
 
 def dense_layers_of(model: Model, blank: Array) -> tuple[str, ...]:
