@@ -17,6 +17,7 @@ from pm_jax.curvature import kronecker, low_rank, measures, quadratics, squared_
 from pm_jax.curvature import products as matrix_products
 from pm_jax.curvature.diagonal import DiagonalQuadratic, fisher_empirical, fisher_exact
 from pm_jax.curvature.exact import ExactQuadratic, gauss_newton, hessian
+from pm_jax.curvature.input_moments import InputMomentQuadratic, input_moment
 from pm_jax.curvature.measures import Measure, Measurement, measure_all
 from pm_jax.curvature.quadratics import Quadratic, SumQuadratic
 from pm_jax.merger import Merger, MergerState, merger
@@ -29,6 +30,7 @@ __all__ = [
     "DiagonalQuadratic",
     "Evidence",
     "ExactQuadratic",
+    "InputMomentQuadratic",
     "InvalidInput",
     "Measure",
     "Measurement",
@@ -48,6 +50,7 @@ __all__ = [
     "fisher_exact",
     "gauss_newton",
     "hessian",
+    "input_moment",
     "kronecker",
     "lora",
     "losses",

@@ -40,9 +40,9 @@ NEEDS_MORE = {
 }
 """Fields of `Evidence` that neither a measure nor a key gives."""
 TAKEN = (
-    "perturb_and_merge, fisher_averaging, cofima (with a measure), frozen, first_session, "
-    "sequential, averaging, slao, coma, task_arithmetic, ties, dare, opcm, null_space, "
-    "random_mix, magmax, tunable_magmax (without)"
+    "perturb_and_merge, fisher_averaging, cofima, regmean (with a measure), frozen, "
+    "first_session, sequential, averaging, slao, coma, task_arithmetic, ties, dare, opcm, "
+    "null_space, random_mix, magmax, tunable_magmax (without)"
 )
 """The rules of `pm_jax.rules` that a merger takes, in errors."""
 
@@ -241,6 +241,7 @@ def merger(rule: MergeRule, measure: Measure | None = None) -> Merger:
 
     ==================================================  =======================================
     perturb_and_merge, fisher_averaging, cofima         with a measure
+    regmean                                             with `input_moment`
     frozen, first_session, sequential, averaging, slao  without
     coma, task_arithmetic, ties, magmax, opcm           without
     null_space                                          without, `finish_task` with a key if a part

@@ -32,7 +32,7 @@ VARIANTS = [
 # is registered is held to them unless it is named here.
 OF_TASK_VECTORS = {"task_arithmetic", "ties", "random_mix", "magmax", "tunable_magmax"}
 MERGES_EQUAL_MODELS_TO_ANOTHER = OF_TASK_VECTORS | {
-    *("dare:on=ties", "fisher_averaging", "trm", "pam", "opcm", "null_space")
+    *("dare:on=ties", "fisher_averaging", "regmean", "trm", "pam", "opcm", "null_space")
 }
 DOES_NOT_KEEP_THE_FIRST_MODEL = OF_TASK_VECTORS - {"random_mix"} | {
     *("dare", "frozen", "null_space")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pm_jax import trees
-from pm_jax.curvature import DiagonalQuadratic, dense_layers
+from pm_jax.curvature import DiagonalQuadratic, InputMomentQuadratic, dense_layers
 from pm_jax.curvature.measures import Measurement
 from pm_jax.rules import objectives
 from pm_jax.types import Batch
@@ -63,12 +63,25 @@ def in_groups(evidence, groups):
     return Measurement(jax.tree.map(lambda *x: jnp.stack(x), *each), nans, nans, nans)
 
 
+def of_input_moments(quadratic):
+    """A quadratic of the kind that `regmean` takes, as different as the diagonal one is."""
+    moments = {}
+    for path, leaf in trees.leaves_by_path(quadratic.diagonal).items():
+        if path.rpartition("/")[2] == "kernel":
+            width = leaf.shape[0]
+            mix = jnp.eye(width) + 0.3 * jnp.tri(width, k=-1)
+            moments[path] = jnp.matmul(mix * leaf[:, 0][None], mix.T, precision="highest")
+    return InputMomentQuadratic.at(quadratic.center, moments)
+
+
 def as_in_training(rule):
     """The rule as a learner calls it: with the evidence of training, and absorbing its merges."""
 
     def update(state, *, previous, trained, evidence=None):
         if evidence is not None:
             evidence = evidence._replace(**of_training(rule, previous, trained))
+            if rule.needs.curvatures == ("input_moment",):
+                evidence = evidence._replace(quadratic=of_input_moments(evidence.quadratic))
             if rule.needs.example_groups:
                 evidence = evidence._replace(
                     left_out=in_groups(evidence, rule.needs.example_groups)

@@ -58,7 +58,11 @@ def configurations(
 def _with_curvatures(label: str, curvatures: Sequence[str]) -> list[str]:
     """Return a rule once for each curvature, if it uses any and its label names none."""
     name, *pairs = label.split("+")
-    takes = name in rules.REGISTRY and "quadratic" in rules.make(name).needs.evidence
+    if name not in rules.REGISTRY:
+        return [label]
+    needs = rules.make(name).needs
+    # A rule that takes one kind only has it in any case.
+    takes = "quadratic" in needs.evidence and needs.curvatures != ("input_moment",)
     if not takes or any(pair.startswith("curvature=") for pair in pairs):
         return [label]
     return [f"{label}+curvature={curvature}" for curvature in curvatures]

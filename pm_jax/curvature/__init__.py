@@ -8,6 +8,7 @@ from pm_jax.curvature.diagonal import (
     identity,
 )
 from pm_jax.curvature.exact import ExactQuadratic, gauss_newton, hessian
+from pm_jax.curvature.input_moments import InputMomentQuadratic, input_moment
 from pm_jax.curvature.kronecker import KroneckerQuadratic, fisher_kronecker
 from pm_jax.curvature.low_rank import LowRankQuadratic, gauss_newton_low_rank
 from pm_jax.curvature.measures import Measure, Measurement, measure_all
@@ -17,6 +18,7 @@ __all__ = [
     "Curvature",
     "DiagonalQuadratic",
     "ExactQuadratic",
+    "InputMomentQuadratic",
     "KroneckerQuadratic",
     "LowRankQuadratic",
     "Measure",
@@ -31,5 +33,6 @@ __all__ = [
     "gauss_newton_low_rank",
     "hessian",
     "identity",
+    "input_moment",
     "measure_all",
 ]

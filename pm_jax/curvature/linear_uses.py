@@ -179,16 +179,16 @@ class Traced(NamedTuple):
                 here = (*place, index)
                 if any(use[: len(here)] == here and use != here for use in self.uses):
                     inner = equation.params["jaxpr"]
-                    operands = [_value(values, x) for x in equation.invars]
+                    operands = [value_of(values, x) for x in equation.invars]
                     results = run(inner.jaxpr, inner.consts, operands, here)
                 else:
-                    results = _results(program, equation, values)
+                    results = results_of(program, equation, values)
                 if here in self.uses:
                     number, use = self.uses[here]
-                    inputs[number] = _value(values, equation.invars[1 - use.side])
+                    inputs[number] = value_of(values, equation.invars[1 - use.side])
                     results = [results[0] + slots[number]]
                 values.update(zip(equation.outvars, results, strict=True))
-            return [_value(values, x) for x in program.outvars]
+            return [value_of(values, x) for x in program.outvars]
 
         args = [*leaves, *jax.tree.leaves(batch)]
         (outputs,) = run(self.program.jaxpr, self.program.consts, args, ())
@@ -200,10 +200,10 @@ def _uses(program: Any, leaves: Mapping[Any, int]) -> dict[Place, tuple[int, Lin
     occurrences: dict[int, list[Place]] = {number: [] for number in leaves.values()}
     for index, equation in enumerate(program.eqns):
         for side, var in enumerate(equation.invars):
-            if not _is_literal(var) and var in leaves:
+            if not is_literal(var) and var in leaves:
                 occurrences[leaves[var]].append((index, side))
     for var in program.outvars:
-        if not _is_literal(var) and var in leaves:
+        if not is_literal(var) and var in leaves:
             # Two, so that it is not the only one.
             occurrences[leaves[var]] += [(), ()]
     found: dict[Place, tuple[int, LinearUse]] = {}
@@ -222,10 +222,10 @@ def _uses(program: Any, leaves: Mapping[Any, int]) -> dict[Place, tuple[int, Lin
     return found
 
 
-def _results(program: Any, equation: Any, values: Mapping[Any, Any]) -> list[Any]:
+def results_of(program: Any, equation: Any, values: Mapping[Any, Any]) -> list[Any]:
     """The results of one equation of an open program."""
     # As a program of its own, which JAX evaluates in the equation's context, such as precision.
-    operands = [x for x in equation.invars if not _is_literal(x)]
+    operands = [x for x in equation.invars if not is_literal(x)]
     operands = list(dict.fromkeys(operands))
     alone = program.replace(
         constvars=[], invars=operands, outvars=equation.outvars, eqns=[equation]
@@ -233,9 +233,11 @@ def _results(program: Any, equation: Any, values: Mapping[Any, Any]) -> list[Any
     return jax.core.eval_jaxpr(alone, [], *(values[x] for x in operands))
 
 
-def _is_literal(var: Any) -> bool:
+def is_literal(var: Any) -> bool:
+    """Whether an operand of an equation is a number and no variable."""
     return hasattr(var, "val")
 
 
-def _value(values: Mapping[Any, Any], var: Any) -> Any:
-    return var.val if _is_literal(var) else values[var]
+def value_of(values: Mapping[Any, Any], var: Any) -> Any:
+    """The value of an operand, among those of the variables."""
+    return var.val if is_literal(var) else values[var]

@@ -47,10 +47,12 @@ class Curvature(abc.ABC):
         sum_is_exact_about: the center about which slopes of a sum are exact, although `plus` may
             lose some of H: "any" where it loses nothing, "first" for the center of the left side,
             "newest" for the center of the right side.
+        of_loss: whether H is that of the loss, so that `d^T H d / 2` predicts a change of it.
     """
 
     leafwise = False
     sum_is_exact_about = "any"
+    of_loss = True
 
     @abc.abstractmethod
     def times(self, direction: PyTree) -> PyTree:

@@ -18,6 +18,7 @@ from pm_jax.rules.pam import pam
 from pm_jax.rules.perturb_and_merge import perturb_and_merge
 from pm_jax.rules.random_mix import random_mix
 from pm_jax.rules.registry import REGISTRY, make
+from pm_jax.rules.regmean import regmean
 from pm_jax.rules.simple import (
     averaging,
     coma,
@@ -61,6 +62,7 @@ __all__ = [
     "perturb_and_merge",
     "preferences",
     "random_mix",
+    "regmean",
     "sequential",
     "slao",
     "task_arithmetic",

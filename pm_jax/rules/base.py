@@ -255,6 +255,8 @@ class Requirements(NamedTuple):
         moving_tasks: how many tasks, the first ones, move what merges; `None` for all. Later merges
             leave the model as it is, so that nothing but a classifier needs to be trained for them.
         parts: the rule tensor by tensor, for one that tells matrices from other tensors; or `None`.
+        curvatures: kinds of `Evidence.quadratic` that it takes, "diagonal" or "input_moment";
+            empty for any.
     """
 
     evidence: frozenset[str] = frozenset()
@@ -271,6 +273,7 @@ class Requirements(NamedTuple):
     reads_previous: bool = True
     moving_tasks: int | None = None
     parts: Parts | None = None
+    curvatures: tuple[str, ...] = ()
 
     @property
     def takes_part_in_training(self) -> bool:

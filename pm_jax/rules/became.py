@@ -119,7 +119,7 @@ def became(
         current = quadratic.curvature_along(free_step)
         total = current + state.precision.along(free_step)
         coefficient = merge_coefficient_of(current, total, task=tasks, clip=False)
-        info = info_of(coefficient, current)
+        info = info_of(coefficient, current if quadratic.curvature.of_loss else jnp.nan)
         info = info._replace(figures={"memory_share": _share(state.projectors)})
         merged = trees.lerp(projected_model, trained, coefficient.alpha)
         return merged, state._replace(tasks=tasks), info

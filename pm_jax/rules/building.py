@@ -19,6 +19,7 @@ MEASURES = {
     "Diagonal": "fisher_empirical or fisher_exact",
     "Kronecker": "fisher_kronecker",
     "LowRank": "gauss_newton_low_rank",
+    "InputMoment": "input_moment",
 }
 """Measures to name in errors, by the kind of curvature that they measure."""
 
@@ -164,8 +165,11 @@ def _mean_of_entries(tree: PyTree) -> Array:
     return total / jnp.float32(sum(leaf.size for leaf in leaves))
 
 
-def info_of(coefficient: MergeCoefficient, curvature: Array) -> MergeInfo:
-    """The info of a coefficient, with the current task's `Delta^T H_t Delta` for its prediction."""
+def info_of(coefficient: MergeCoefficient, curvature: Array | float) -> MergeInfo:
+    """The info of a coefficient, with the current task's `Delta^T H_t Delta` for its prediction.
+
+    It is NaN where H is not that of the loss.
+    """
     return MergeInfo.of(coefficient.alpha, coefficient.degenerate)._replace(
         alpha_raw=coefficient.alpha_raw,
         numerator=coefficient.numerator,

@@ -77,4 +77,5 @@ def cofima(*, step: float = 0.4, cap: float = 0.0) -> MergeRule:
         merged = jax.tree.map(trees.lerp, previous, trained, weights)
         return merged, CofimaState(tasks, fisher), info
 
-    return merge_rule(init, update, Requirements(frozenset({"quadratic"}), scope="element"))
+    needs = Requirements(frozenset({"quadratic"}), scope="element", curvatures=("diagonal",))
+    return merge_rule(init, update, needs)

@@ -125,6 +125,8 @@ def perturb_and_merge(
         alphas = jax.tree.unflatten(structure, [coefficient.alpha[group] for group in groups])
         rest = jax.tree.map(lambda alpha, step: (1 - alpha) * step, alphas, delta)
         change = 0.5 * quadratic.curvature_along(rest)
+        if not quadratic.curvature.of_loss:
+            change = jnp.full((), jnp.nan)
         sizes = [leaf.size for leaf in jax.tree.leaves(delta)]
         info = _info(coefficient, groups, sizes)._replace(predicted_loss_change=change)
         merged = jax.tree.map(trees.lerp, previous, trained, alphas)

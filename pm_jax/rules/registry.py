@@ -17,6 +17,7 @@ from pm_jax.rules.oracle import oracle
 from pm_jax.rules.pam import pam
 from pm_jax.rules.perturb_and_merge import perturb_and_merge
 from pm_jax.rules.random_mix import random_mix
+from pm_jax.rules.regmean import regmean
 from pm_jax.rules.simple import (
     averaging,
     coma,
@@ -42,6 +43,7 @@ REGISTRY: dict[str, Callable[..., MergeRule]] = {
     "trm": trm,
     "pam": pam,
     "fisher_averaging": fisher_averaging,
+    "regmean": regmean,
     "coma": coma,
     "cofima": cofima,
     "task_arithmetic": task_arithmetic,

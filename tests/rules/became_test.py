@@ -185,7 +185,7 @@ def stacked(tree):
 
 
 @pytest.mark.parametrize("decay", [0.5, 0.0])
-@pytest.mark.parametrize("kind", ["diagonal", "kronecker", "low_rank"])
+@pytest.mark.parametrize("kind", ["diagonal", "kronecker", "low_rank", slow("input_moment")])
 def test_every_kind_of_memory_follows_the_formula_with_dense_matrices(float64, kind, decay):
     rng = np.random.default_rng(9)
     found, memory = dense_tasks(kind, rng, 8)

@@ -137,7 +137,7 @@ def test_the_error_is_that_of_coefficients_without_each_group(float64, exact_ove
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["kronecker", "low_rank"])
+@pytest.mark.parametrize("kind", ["kronecker", "low_rank", "input_moment"])
 def test_every_memory_keeps_one_sum_for_each_group(float64, kind):
     """The coefficients are those of rules that were given one group's evidence each."""
     drawn, memory = dense_tasks(kind, np.random.default_rng(11), 6)

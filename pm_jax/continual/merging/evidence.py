@@ -13,7 +13,7 @@ from pm_jax.continual.settings.config import Config
 from pm_jax.continual.training.image_transforms import evaluation_transform
 from pm_jax.continual.training.logits import logits_of
 from pm_jax.continual.training.purpose_keys import CURVATURE, purpose_key
-from pm_jax.curvature import kronecker, low_rank
+from pm_jax.curvature import input_moments, kronecker, low_rank
 from pm_jax.curvature.dense_layers import kernel_paths, layer_of
 from pm_jax.curvature.measures import Measure, Measurement, MeasureState, in_groups
 from pm_jax.rules import Evidence, MergeRule
@@ -21,6 +21,8 @@ from pm_jax.types import Array, Batch, Key, LogitsFn, Params, PyTree
 
 FEWEST_EXAMPLES = 32
 """A standard error of fewer examples is not believed."""
+FORWARD_CHUNK = 64
+"""Examples of a device whose inputs of all layers are in memory at a time."""
 
 
 class Given(NamedTuple):
@@ -65,6 +67,8 @@ class EvidencePass(DataPass):
     ):
         devices = devices_of(config)
         chunk = curvature.chunk_for_memory(leaves, _memory_bytes(config)) * devices.count
+        if config.kept_curvature == "input_moment" and config.curvature != "exact_current":
+            chunk = FORWARD_CHUNK * devices.count  # no gradient of an example is formed
         # Each group of examples is measured by itself, and each device has as many of a group.
         step = devices.count * max(1, rule.needs.example_groups)
         chunk = -(-min(chunk, largest_task) // step) * step
@@ -158,6 +162,8 @@ class EvidencePass(DataPass):
                 )
             case "low_rank":
                 return low_rank.gauss_newton_low_rank(logits_fn, rank=config.curvature_rank)
+            case "input_moment":
+                return input_moments.input_moment(logits_fn, chunk_size=self.batches.size)
         # For a softmax, the exact Fisher is the diagonal of the Gauss-Newton matrix.
         return curvature.fisher_exact(label_logits_fn, num_samples=samples, **options)
 

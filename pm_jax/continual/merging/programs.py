@@ -160,6 +160,11 @@ class Programs:
         if config.kept_curvature == "kronecker":
             own_model.check_linen(model, name, "curvature=kronecker", "fisher_exact")
             _check_dense(leaves, called_once)
+        if config.kept_curvature == "input_moment" and "quadratic" in self._rule.needs.evidence:
+            alone = self._rule.needs.curvatures == ("input_moment",)
+            setting = f"rule={config.rule}" if alone else "curvature=input_moment"
+            example = None if is_built_in(model) else blank
+            own_model.check_input_moments(model, name, setting, leaves, self.adapted, example)
         if "input_moments" in self._rule.needs.evidence and not is_built_in(model):
             own_model.check_inputs_of_layers(model, name, config.rule, leaves, self.adapted, blank)
         self.evidence_pass = EvidencePass(

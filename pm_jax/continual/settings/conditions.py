@@ -20,6 +20,8 @@ LARGEST = 2**31 - 1
 TEXT_POSITIONS = 512
 """Positions of BERT's text encoders, so the most tokens that a text may have."""
 OWN = "{}=package.module:factory"
+NOT_DIAGONAL = ("kronecker", "low_rank", "input_moment")
+"""Kinds of curvature that have more than a number for each entry."""
 READING = ("data_dir", "class_subset", "train_per_class", "test_per_class", "cache_dir")
 """Settings of how data sets are read that a factory of one's own has no use for."""
 Condition = tuple[str, bool, str]
@@ -173,14 +175,16 @@ def check_rule(settings: Settings, rule: MergeRule) -> None:
         )
     if "quadratic" not in needs:
         return
-    if s.kept_curvature == "exact_all":
+    if s.curvature == "exact_all":
         raise InvalidInput(
             f"curvature=exact_all: rule={s.rule} takes curvature of one task at a time; use "
             "fisher_exact, or perturb_and_merge"
         )
     # Rules that keep any kind of curvature have a parameter `memory`; others read entries.
     takes = inspect.signature(rules.REGISTRY[s.rule]).parameters
-    if s.kept_curvature in ("kronecker", "low_rank") and "memory" not in takes:
+    kinds = rule.needs.curvatures or (() if "memory" in takes else ("diagonal",))
+    kind = s.kept_curvature if s.kept_curvature in NOT_DIAGONAL else "diagonal"
+    if kinds and kind not in kinds:
         raise InvalidInput(
             f"curvature={s.kept_curvature}: rule={s.rule} takes curvature entry by entry; use "
             "fisher_exact, or perturb_and_merge or became"

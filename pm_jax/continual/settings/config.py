@@ -13,6 +13,7 @@ from pm_jax.continual.settings import conditions, factories
 from pm_jax.continual.settings.settings import PUBLIC_SIZES, Settings, names_of
 from pm_jax.curvature.dense_layers import kernel_paths
 from pm_jax.curvature.diagonal import DiagonalQuadratic
+from pm_jax.curvature.input_moments import InputMomentQuadratic
 from pm_jax.curvature.kronecker import KroneckerQuadratic
 from pm_jax.curvature.low_rank import LowRankQuadratic
 from pm_jax.curvature.quadratics import Quadratic
@@ -78,6 +79,8 @@ class Config(Settings):
                 return KroneckerQuadratic.zero(params, kernels, slots)
             case "low_rank":
                 return LowRankQuadratic.zero(params, self.curvature_rank)
+            case "input_moment":
+                return InputMomentQuadratic.zero(params)
         return DiagonalQuadratic.zero(params)
 
     def without_merging(self) -> "Config":

@@ -23,7 +23,7 @@ OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("constant", "cosine", "linear", "milestones")
 STORED_CURVATURES = (
     *("fisher_empirical", "fisher_exact", "gauss_newton_diag", "kronecker", "low_rank"),
-    "identity",
+    *("input_moment", "identity"),
 )
 CURVATURES = (*STORED_CURVATURES, "exact_current", "exact_all")
 SPLITS = ("test", "validation")
@@ -315,7 +315,9 @@ class Settings:
         "fisher_exact",
         "Curvature that a task leaves behind for the merge rule: the diagonal of the Fisher of the "
         "true labels or of all labels (which is gauss_newton_diag too), its Kronecker factors for "
-        "dense kernels, or a Gauss-Newton matrix of low rank; exact_current: stored_curvature, and "
+        "dense kernels, or a Gauss-Newton matrix of low rank; input_moment: second moments of the "
+        "inputs of dense kernels, which need one forward pass and no labels, and which regmean "
+        "takes whatever is named here; exact_current: stored_curvature, and "
         "the current task's own along its task vector by jvp; exact_all: that of all tasks, by "
         "replay of merge_examples of each, for analysis.",
         CURVATURES,
@@ -412,6 +414,9 @@ class Settings:
     @property
     def kept_curvature(self) -> str:
         """Kind of curvature that tasks leave behind for later merges."""
+        kinds = rules.REGISTRY[self.rule]().needs.curvatures
+        if kinds and "diagonal" not in kinds:
+            return kinds[0]  # the only one that the rule takes
         exact = self.curvature == "exact_current"
         return self.stored_curvature if exact else self.curvature
 

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from pm_jax import lora, trees
-from pm_jax.curvature import dense_layers
+from pm_jax.curvature import dense_layers, input_moments
+from pm_jax.curvature.kernel_inputs import kernel_inputs
 from pm_jax.curvature.taps import tapped
 from pm_jax.integrations.linen import LinenModel
 from pm_jax.models.model import Model, classifier_pattern
@@ -176,6 +177,55 @@ def check_inputs_of_layers(
             f"{reads}, and {path} of model={name} is not the kernel of one that is called in the "
             "open, outside nn.scan, nn.remat and nn.jit; use another rule"
         )
+
+
+def check_input_moments(
+    model: Model,
+    name: str,
+    setting: str,
+    leaves: Params,
+    adapted: Collection[str],
+    blank: Array | None,
+) -> None:
+    """Check that the inputs of the dense kernels that merge can be measured.
+
+    Arguments are as for `check_inputs_of_layers`; `setting` is the one that asks for them. Without
+    an example the model is one of this package, which needs no trial.
+
+    Raises:
+        InvalidInput: they cannot; the message names a kernel.
+    """
+    reads = f"{setting}: reads the inputs of dense kernels"
+    try:
+        kernels = input_moments.kernel_axes(leaves)
+    except InvalidInput:
+        raise InvalidInput(
+            f"{reads}, and model={name} merges none; use another rule or curvature"
+        ) from None
+    if others := sorted(set(adapted) - set(kernels)):
+        raise InvalidInput(
+            f"{reads}, and {others[0]} of shape {leaves[others[0]].shape}, which has an adapter, "
+            "does not tell its inputs from its outputs; choose others by lora_pattern, or another "
+            "rule or curvature"
+        )
+    if blank is None:
+        return
+    params, state = jax.eval_shape(model.init, jax.random.key(0), blank)
+
+    def trial(params: Params, state: PyTree) -> Any:
+        return kernel_inputs(
+            lambda some, inputs: model.apply(trees.replace(params, some), state, inputs)[0],
+            trees.select(params, tuple(kernels)),
+            blank,
+            kernels,
+        )
+
+    try:
+        jax.eval_shape(trial, params, state)
+    except InvalidInput as error:
+        raise InvalidInput(
+            f"{setting}: model={name} cannot be measured ({error}); use another rule or curvature"
+        ) from None
 
 
 def check_values(model: str, params: Params, state: PyTree) -> None:
