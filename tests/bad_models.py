@@ -67,6 +67,19 @@ def computed_again(num_classes):
     return Forgetful(num_classes)
 
 
+class WeightNormalised(nn.Module):
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.WeightNorm(nn.Dense(4, name="hidden"))(x.reshape(x.shape[0], -1))
+        return nn.Dense(self.num_classes, name="head")(x)
+
+
+def with_normalised_kernels(num_classes):
+    return WeightNormalised(num_classes)
+
+
 class Unsound(nn.Module):
     num_classes: int
 

@@ -31,6 +31,10 @@ WITH = {
     "perturb_and_merge": (rules.perturb_and_merge(), FISHER),
     "fisher_averaging": (rules.fisher_averaging(), FISHER),
     "cofima": (rules.cofima(), pm_jax.fisher_empirical(oracles.losses)),
+    "regmean": (
+        rules.regmean(memory=lambda p: pm_jax.InputMomentQuadratic.zero(p, "w|v")),
+        pm_jax.input_moment(oracles.network, "w|v"),
+    ),
     "jackknifed": (rules.perturb_and_merge(jackknife=3), FISHER),
     "low rank": (
         rules.perturb_and_merge(memory=lambda p: low_rank.LowRankQuadratic.zero(p, 4), clip=False),
