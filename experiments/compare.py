@@ -7,8 +7,10 @@ python -m experiments.compare --rules=perturb_and_merge --curvature=kronecker,lo
 Every rule runs with the settings that the flags give, but training is perturbed for
 perturb_and_merge alone. A rule may have its own after it: settings of the rule, or any flag of
 experiments.train, as averaging+perturbation=symmetric. With a list of curvatures, rules that take
-curvature run with each. Runs that are finished in the work directory are kept, and training that
-rules have in common is done once. What needs the data of all tasks is shown apart, as a bound.
+curvature run with each. Every rule has a column of final accuracy for each of --classifiers, all
+from one training. Runs that are finished in the work directory are kept, and training that rules
+have in common is done once. What needs the data of all tasks is shown apart, as a bound. The last
+sentence says whether adapting pays: the best rule that adapts against the frozen model.
 """
 
 import dataclasses
@@ -22,7 +24,14 @@ from pm_jax import rules
 from pm_jax.continual import Config
 from pm_jax.continual.interruption import StopRequests
 from pm_jax.continual.report import comparison, comparison_plots
-from pm_jax.continual.rule_comparison import changes, configurations, run_rules, write_tables
+from pm_jax.continual.report.adapting import UNKNOWN
+from pm_jax.continual.rule_comparison import (
+    changes,
+    configurations,
+    run_rules,
+    table_of,
+    write_tables,
+)
 from pm_jax.continual.run import describe
 from pm_jax.types import InvalidInput
 
@@ -34,6 +43,12 @@ flags.DEFINE_list(
     f"Rules to compare, of {', '.join(rules.REGISTRY)}, each with settings of its own after it as "
     "name+setting=value+flag=value, colons between the numbers of a tuple; all for each once. The "
     "flag --rule is not read.",
+)
+flags.DEFINE_boolean(
+    "keep_shared_training",
+    False,
+    "Keep shared_training, the training that rules have in common, when all rules are finished; "
+    "rules that a later call adds then begin with it.",
 )
 flags.adopt_module_key_flags(experiment_flags)  # --help lists them
 
@@ -65,11 +80,14 @@ def main(argv: Sequence[str]) -> None:
             raise InvalidInput("workdir=: needs a directory, as --workdir=runs/rules")
         workdir = Path(values.workdir)
         with stop:
-            results = run_rules(configs, base, values.seeds, workdir, options)
-        bounds = [label for label, one in configs.items() if one.merge_rule.needs.analysis_only]
-        rows = comparison.compare(results, bounds)
-        print(comparison.as_text(rows))
-        files = write_tables(rows, values.seeds, workdir)
+            keep = values.keep_shared_training
+            results = run_rules(
+                configs, base, values.seeds, workdir, options, keep_shared_training=keep
+            )
+        rows, verdict = table_of(results, configs)
+        print(comparison.as_text(rows), comparison.caption(rows), sep="\n")
+        print(verdict.sentence() if verdict else UNKNOWN)
+        files = write_tables(rows, values.seeds, workdir, verdict)
         try:
             in_order = {row.rule: results[row.rule] for row in rows}
             files += comparison_plots.write_plots(in_order, workdir)

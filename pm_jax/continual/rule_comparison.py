@@ -2,13 +2,14 @@
 
 import dataclasses
 import inspect
+import shutil
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pm_jax import rules
-from pm_jax.continual.report import comparison
+from pm_jax.continual.report import adapting, comparison
 from pm_jax.continual.report.results import read_results, view
 from pm_jax.continual.run import check_matrices, check_runs, run_seeds
 from pm_jax.continual.settings.config import Config
@@ -41,7 +42,7 @@ def configurations(
         raise InvalidInput("rules=: needs one or more, or all")
     if len(curvatures) > 1:
         labels = [part for label in labels for part in _with_curvatures(label, curvatures)]
-    configs = {}
+    configs: dict[str, Config] = {}
     for label in labels:
         name, *pairs = label.split("+")
         try:
@@ -49,9 +50,15 @@ def configurations(
             # The perturbation belongs to that method; other rules are compared as published.
             if name != "perturb_and_merge":
                 settings.setdefault("perturbation", "none")
-            configs[label] = dataclasses.replace(base, rule=name, **settings)
+            config = dataclasses.replace(base, rule=name, **settings)
         except InvalidInput as error:
             raise InvalidInput(f"rules={label}: {error}") from None
+        if config.evaluate_on != base.evaluate_on:
+            raise InvalidInput(
+                f"rules={label}: evaluate_on={config.evaluate_on} is for the whole table, which "
+                f"shows {base.evaluate_on} data; both are measured: give it as evaluate_on"
+            )
+        configs[label] = config
     return configs
 
 
@@ -101,8 +108,13 @@ def run_rules(
     seeds: Sequence[int],
     workdir: Path,
     options: RunOptions = RunOptions(),
+    *,
+    keep_shared_training: bool = False,
 ) -> dict[str, list[dict[str, Any]]]:
     """Run each configuration for each seed, and return the results by label, one a seed.
+
+    The training that rules have in common is deleted when all are finished, unless it is to be
+    kept for rules that another call adds.
 
     Raises:
         InvalidInput: as `run_seeds`; nothing has been run then.
@@ -128,11 +140,13 @@ def run_rules(
             run_seeds(config, seeds, directories[label], options)
         except TrainingDiverged as error:
             raise TrainingDiverged(f"{label}: {error}") from error
+    if not keep_shared_training:
+        forget_shared_training(workdir)
     return {
         label: [
             view(
                 read_results(directory / f"seed_{seed}" / RESULTS_FILE),
-                split=configs[label].evaluate_on,
+                split=base.evaluate_on,
             )
             for seed in seeds
         ]
@@ -140,17 +154,56 @@ def run_rules(
     }
 
 
+def forget_shared_training(workdir: Path) -> None:
+    """Delete the training that rules had in common, which no result depends on."""
+    shared, leaving = workdir / SHARED_FOLDER, workdir / f"{SHARED_FOLDER}.deleted"
+    # What a killed process has left of an earlier deletion.
+    shutil.rmtree(leaving, ignore_errors=True)
+    if shared.exists():
+        # Renamed first: a process that is killed meanwhile leaves no half of it to be used again.
+        shared.rename(leaving)
+        shutil.rmtree(leaving, ignore_errors=True)
+
+
+def table_of(
+    results: Mapping[str, Sequence[Mapping[str, Any]]], configs: Mapping[str, Config]
+) -> tuple[list[comparison.Comparison], adapting.Verdict | None]:
+    """Return the rows of a comparison, and whether adapting pays, where that can be said."""
+    first = next(iter(configs.values()))
+    needs = {label: config.merge_rule.needs for label, config in configs.items()}
+    split, classifiers = first.evaluate_on, (first.classifier,)
+    bounds = [label for label, one in needs.items() if one.analysis_only]
+    frozen = [label for label, config in configs.items() if config.rule == "frozen"]
+    adapted = [
+        label for label, one in needs.items() if one.moving_tasks is None and not one.analysis_only
+    ]
+    verdict = adapting.verdict(results, frozen, adapted, split=split, classifiers=classifiers)
+    rows = comparison.compare(results, bounds, split=split, classifiers=classifiers)
+    return rows, verdict
+
+
 def write_tables(
-    rows: Sequence[comparison.Comparison], seeds: Sequence[int], workdir: Path
+    rows: Sequence[comparison.Comparison],
+    seeds: Sequence[int],
+    workdir: Path,
+    verdict: adapting.Verdict | None = None,
 ) -> list[Path]:
     """Write the table as CSV, JSON and LaTeX into a directory, and return the files."""
-    files = [csv, json, latex] = [workdir / f"comparison.{kind}" for kind in ("csv", "json", "tex")]
+    stem = comparison.file_stem("comparison", rows[0].split)
+    files = [csv, json, latex] = [workdir / f"{stem}.{kind}" for kind in ("csv", "json", "tex")]
     # The JSON also has the values over the seeds, for tests of significance.
     records = comparison.as_records(rows)
     for record, row in zip(records, rows, strict=True):
-        record["over_seeds"] = row.figures
+        record["over_seeds"] = comparison.all_figures(row)
+    content = {
+        "seeds": list(seeds),
+        "evaluate_on": rows[0].split,
+        "classifiers": list(rows[0].by_classifier),
+        "rules": records,
+        "adapting": verdict.as_record() if verdict else None,
+    }
     with manifest.covering(workdir, *(path.name for path in files)):
         write_text(csv, comparison.as_csv(rows))
-        write_json(json, {"seeds": list(seeds), "rules": records})
-        write_text(latex, comparison.as_latex(rows) + "\n")
+        write_json(json, content)
+        write_text(latex, f"% {comparison.caption(rows)}\n{comparison.as_latex(rows)}\n")
     return files

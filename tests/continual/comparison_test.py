@@ -101,3 +101,42 @@ def test_regret_is_a_column_where_a_run_has_it():
     place = heading.index("regret")
     assert first[place:].split()[0] == "1.2" and second[place:].split()[0] == "-"
     assert comparison.as_records(rows)[0]["mean_regret_accuracy_mean"] == 0.0125
+
+
+def with_scores(seed, final, other):
+    """A run that shows the classifier trained, with the figures of a second one."""
+    return run(seed, final, scores={"discriminant": {"test": {"final_average_accuracy": other}}})
+
+
+def test_every_classifier_has_a_column_and_the_first_one_orders_the_rules():
+    results = {
+        "a": [with_scores(0, 0.5, 0.9), with_scores(1, 0.6, 0.8)],
+        "b": [with_scores(0, 0.7, 0.6), with_scores(1, 0.6, 0.7)],
+        "c": [run(0, 0.1), run(1, 0.1)],
+    }
+    rows = comparison.compare(results, classifiers=("trained", "discriminant"))
+    assert [row.rule for row in rows] == ["b", "a", "c"]
+    heading, _, second, third = comparison.as_text(rows).splitlines()
+    assert heading.startswith("rule  final accuracy, test: trained  final, discriminant  AAA  ")
+    place = heading.index("final, discriminant")
+    assert second[place:].startswith("85.0 +- 7.1") and "55.0 +- 7.1" in second[:place]
+    assert third[place:].startswith("- ")
+    record = comparison.as_records(rows)[1]
+    assert record["final_average_accuracy_discriminant_mean"] == pytest.approx(0.85)
+    assert record["final_average_accuracy_trained_mean"] == pytest.approx(0.55)
+    assert (record["split"], record["classifier"]) == ("test", "trained")
+    assert "final, discriminant" in comparison.as_latex(rows)
+    assert comparison.caption(rows) == (
+        "Accuracies in percent on test data; AAA and what follows are with the classifier trained."
+    )
+
+
+def test_the_split_is_named_wherever_an_accuracy_stands(rows):
+    assert "final accuracy, test" in comparison.as_text(rows).splitlines()[0]
+    validated = comparison.compare({"a": [run(0, 0.5)]}, split="validation")
+    for text in (comparison.as_text(validated), comparison.as_latex(validated)):
+        assert "final accuracy, validation" in text
+    assert comparison.as_records(validated)[0]["split"] == "validation"
+    assert comparison.caption(validated) == "Accuracies in percent on validation data."
+    assert comparison.file_stem("comparison", "test") == "comparison"
+    assert comparison.file_stem("comparison", "validation") == "comparison_validation"

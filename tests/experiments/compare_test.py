@@ -11,6 +11,7 @@ from absl import flags
 from experiments import flags as experiment_flags
 from pm_jax import rules
 from pm_jax.continual import learner as learner_module
+from pm_jax.continual import rule_comparison
 from pm_jax.continual.rule_comparison import configurations
 from tests.binaries import call, refused
 
@@ -133,3 +134,58 @@ def test_a_comparison_of_other_settings_or_beside_something_else_is_refused(
     (thesis / "thesis.tex").write_text("years of work")
     assert f"{thesis}: is not empty" in refused(capsys, "compare", *compared, "--rules=sequential")
     assert not learners
+
+
+BY_CLASS = ["--scenario=class_incremental", "--num_tasks=2", *TINY[1:]]
+
+
+def test_shared_training_is_deleted_when_all_rules_are_finished_or_kept(tmp_path, capsys, learners):
+    shared = tmp_path / "shared_training"
+    kept = [f"--workdir={tmp_path}", "--rules=sequential,magmax", *TINY, "--keep_shared_training"]
+    call("compare", *kept)
+    assert len(list(shared.glob("*/seed_0/task_*.safetensors"))) == 3
+    learners.clear()
+    call("compare", *kept[:-1])
+    assert learners == [] and not shared.exists()
+    assert not list(tmp_path.glob("shared_training*")) and call("inspect", tmp_path) == 0
+    call("compare", *kept[:-1])
+    assert learners == []
+
+
+def test_a_comparison_that_is_not_finished_keeps_what_rules_share(tmp_path, monkeypatch, learners):
+    def interrupted(config, *_):
+        if config.rule == "magmax":
+            raise KeyboardInterrupt
+        return run_seeds(config, *_)
+
+    run_seeds = rule_comparison.run_seeds
+    monkeypatch.setattr(rule_comparison, "run_seeds", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        call("compare", f"--workdir={tmp_path}", "--rules=sequential,magmax", *TINY)
+    assert list(tmp_path.glob("shared_training/*/seed_0/task_3.safetensors"))
+
+
+@pytest.mark.slow
+def test_a_sentence_says_whether_adapting_pays(tmp_path, capsys):
+    arguments = [f"--workdir={tmp_path}", *BY_CLASS, "--classifier=discriminant"]
+    call("compare", *arguments, "--rules=averaging")
+    assert "adapting pays is not known: compare frozen with a rule" in capsys.readouterr().out
+    call("compare", *arguments, "--rules=frozen,first_session,averaging,joint,sequential")
+    found = json.loads((tmp_path / "comparison.json").read_text())["adapting"]
+    assert found["sentence"] in capsys.readouterr().out.splitlines()
+    assert (found["rules"], found["classifier"], found["split"]) == (2, "discriminant", "test")
+
+    def run(rule):
+        return json.loads((tmp_path / rule / "seed_0/results.json").read_text())
+
+    adapted = max(run(rule)["final_average_accuracy"] for rule in ("averaging", "sequential"))
+    frozen = run("frozen")["final_average_accuracy"]
+    assert found["difference"] == pytest.approx(adapted - frozen)
+    assert found["pays"] is (None if 0 < adapted - frozen <= 2 * found["error"]
+                             else adapted > frozen)  # fmt: skip
+    variances = []
+    for rule in ("frozen", found["rule"]):
+        sizes = [task["test"]["examples"] for task in run(rule)["manifest"]["tasks"]]
+        last = run(rule)["accuracy_matrix"][-1]
+        variances += [p * (1 - p) / n / 4 for p, n in zip(last, sizes, strict=True)]
+    assert found["error"] == pytest.approx(sum(variances) ** 0.5)

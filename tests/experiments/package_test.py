@@ -116,6 +116,43 @@ def test_the_grid_study_runs_small(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_study_of_rules_and_classifiers_stops_in_time_and_goes_on(tmp_path):
+    command = [
+        *(sys.executable, "-m", "experiments.studies.rules_and_classifiers"),
+        *(f"--workdir={tmp_path}", "--rules=frozen,sequential,averaging", "--seeds=0,1"),
+        *("--learning_rates=0.001", "--leading=1", "--scenario=class_incremental"),
+        *("--num_tasks=2", "--epochs=1", "--first_task_epochs=1", "--hidden_sizes=4"),
+    ]
+
+    def ended(*more):
+        process = subprocess.run([*command, *more], capture_output=True, text=True, cwd=ROOT)
+        assert process.returncode == 0, process.stderr
+        return process.stdout
+
+    # The first cell begins in any case, the second after more than 6 ms.
+    assert "the same command goes on" in ended("--minutes=0.0001")
+    first = (tmp_path / "ledger.jsonl").read_text()
+    assert first.count("\n") == 1
+    output = ended()
+    lines = list(map(json.loads, (tmp_path / "ledger.jsonl").read_text().splitlines()))
+    # Three rules with the first seed, the leading one at another rate, three with the second seed.
+    assert len(lines) == 7 and json.dumps(lines[0], sort_keys=True) + "\n" == first
+    cells = [(line["rule"], line["seed"]) for line in lines]
+    rules = ["frozen", "sequential", "averaging"]
+    assert cells[:3] == [(rule, 0) for rule in rules] and cells[4:] == [(r, 1) for r in rules]
+    [other_rate] = [line for line in lines if line["learning_rate"] == 0.001 and line["seed"] == 0]
+    assert other_rate["rule"] in rules[1:]
+    for line in lines:
+        run = json.loads((tmp_path / line["results"] / "results.json").read_text())
+        for split, figures in line["scores"]["trained"].items():
+            of_run = run["scores"]["trained"][split]
+            assert figures == {name: of_run[name] for name in figures} and len(figures) == 4
+    assert not list(tmp_path.rglob("shared_training*"))
+    tables = output[output.index("\n| rule (digits, test) ") :]
+    assert ended("--tables") == tables and ended() == tables
+
+
+@pytest.mark.slow
 def test_the_map_of_where_merging_pays_runs_small(tmp_path):
     command = [
         *(sys.executable, "-m", "experiments.studies.merging_map", f"--workdir={tmp_path}"),

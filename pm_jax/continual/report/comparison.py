@@ -27,6 +27,8 @@ MEASURED_ON_DEMAND = {"mean_regret_accuracy": "regret"}
 LEARNING_PHASES = ("train", "curvature", "merge", "classifier")
 """Seconds of these phases count; those of evaluation and analysis do not."""
 NAN = float("nan")
+Results = Mapping[str, Sequence[Mapping[str, Any]]]
+"""Contents of results.json by rule, one a seed."""
 
 
 class Comparison(NamedTuple):
@@ -46,6 +48,11 @@ class Comparison(NamedTuple):
     seconds: float
     # Size of what the rule carries at the end of the stream; NaN if unknown.
     state_bytes: float
+    # Split that all accuracies are of, and the classifier that all but `by_classifier` are of.
+    split: str = "test"
+    classifier: str = "trained"
+    # Final accuracy of each classifier over the seeds; fractions, NaN where a run lacks it.
+    by_classifier: Mapping[str, list[float]] = {}
 
 
 def ranks(accuracies) -> np.ndarray:
@@ -64,21 +71,20 @@ def paired_differences(accuracies, best: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def compare(
-    results: Mapping[str, Sequence[Mapping[str, Any]]], apart: Collection[str] = ()
+    results: Results,
+    apart: Collection[str] = (),
+    *,
+    split: str = "test",
+    classifiers: Sequence[str] = ("trained",),
 ) -> list[Comparison]:
     """Order rules from the highest mean final accuracy to the lowest, the bounds `apart` last.
+
+    The figures at the top of the results are those of a split and of the first of the classifiers.
 
     Raises:
         InvalidInput: the rules were not run with the same seeds.
     """
-    seeds = {label: [run["seed"] for run in runs] for label, runs in results.items()}
-    reference, seeds_of_reference = next(iter(seeds.items()))
-    for label, seeds_of_rule in seeds.items():
-        if seeds_of_rule != seeds_of_reference:
-            raise InvalidInput(
-                f"seeds={_joined(seeds_of_rule)}: of {label}, those of {reference} are "
-                f"{_joined(seeds_of_reference)}; only the same ones can be compared"
-            )
+    _check_seeds(results)
     final = [[run["final_average_accuracy"] for run in runs] for runs in results.values()]
     labels = list(results)
     # Where there are bounds only, they are ranked among themselves.
@@ -103,8 +109,14 @@ def compare(
             rank=float(rank[row]),
             difference=float(difference[row]),
             difference_error=float(error[row]),
-            seconds=float(np.median([_learning_seconds(run) for run in runs])),
+            seconds=median_seconds(runs),
             state_bytes=float(np.mean([_number(run.get("rule_state_bytes")) for run in runs])),
+            split=split,
+            classifier=classifiers[0],
+            by_classifier={
+                classifiers[0]: [run["final_average_accuracy"] for run in runs],
+                **{c: [final_accuracy(run, c, split) for run in runs] for c in classifiers[1:]},
+            },
         )
         for row, (label, runs) in enumerate(results.items())
     ]
@@ -113,6 +125,31 @@ def compare(
         comparisons,
         key=lambda row: (row.rank != row.rank, -_mean(row.figures["final_average_accuracy"])),
     )
+
+
+def final_accuracy(run: Mapping[str, Any], classifier: str, split: str) -> float:
+    """Return a run's final accuracy with one of its classifiers; NaN for one that it has not."""
+    scores = run.get("scores", {}).get(classifier, {}).get(split)
+    return _number(scores["final_average_accuracy"]) if scores else NAN
+
+
+def file_stem(name: str, split: str) -> str:
+    """Return the name of a file about a split; those about test data are the plain ones."""
+    return name if split == "test" else f"{name}_{split}"
+
+
+def caption(rows: Sequence[Comparison]) -> str:
+    """Say in a sentence of which split and classifier the figures of a table are."""
+    split, classifier, several = rows[0].split, rows[0].classifier, len(rows[0].by_classifier) > 1
+    of_first = f"; AAA and what follows are with the classifier {classifier}" if several else ""
+    return f"Accuracies in percent on {split} data{of_first}."
+
+
+def all_figures(row: Comparison) -> dict[str, list[float]]:
+    """Return the figures of a row, with the final accuracy of each of several classifiers."""
+    several = row.by_classifier if len(row.by_classifier) > 1 else {}
+    by_name = {f"final_average_accuracy_{name}": values for name, values in several.items()}
+    return {**row.figures, **by_name}
 
 
 def as_text(rows: Sequence[Comparison]) -> str:
@@ -130,9 +167,11 @@ def as_records(rows: Sequence[Comparison]) -> list[dict[str, Any]]:
     return [
         {
             "rule": row.rule,
+            "split": row.split,
+            "classifier": row.classifier,
             **{
                 f"{name}_{statistic}": function(values)
-                for name, values in row.figures.items()
+                for name, values in all_figures(row).items()
                 for statistic, function in (("mean", _mean), ("standard_deviation", _deviation))
             },
             "rank": row.rank,
@@ -157,14 +196,31 @@ def as_csv(rows: Sequence[Comparison]) -> str:
     return text.getvalue()
 
 
+def _headings(row: Comparison) -> dict[str, str]:
+    """Return the headings of a table by the names in `all_figures`."""
+    first, others = f"final accuracy, {row.split}", FIGURES | MEASURED_ON_DEMAND
+    classifiers = {f"final_average_accuracy_{name}": name for name in row.by_classifier}
+    if len(classifiers) < 2:
+        return {name: others[name] for name in row.figures} | {"final_average_accuracy": first}
+    # The column of the first classifier stands for the final accuracy.
+    columns = list(classifiers)
+    return {
+        columns[0]: f"{first}: {row.classifier}",
+        **{name: f"final, {classifiers[name]}" for name in columns[1:]},
+        **{name: others[name] for name in row.figures if name != "final_average_accuracy"},
+    }
+
+
 def _cells(rows: Sequence[Comparison]) -> list[list[str]]:
-    headings = FIGURES | MEASURED_ON_DEMAND
-    names = (headings[name] for name in rows[0].figures)
-    head = ["rule", *names, "rank", "to the best", "seconds", "state"]
+    headings = _headings(rows[0])
+    head = ["rule", *headings.values(), "rank", "to the best", "seconds", "state"]
     return [head] + [
         [
             row.rule,
-            *(tables.percent(_mean(values), _deviation(values)) for values in row.figures.values()),
+            *(
+                tables.percent(_mean(values), _deviation(values))
+                for values in map(all_figures(row).__getitem__, headings)
+            ),
             f"{row.rank:.1f}" if np.isfinite(row.rank) else "-",
             tables.percent(row.difference, row.difference_error),
             f"{row.seconds:.1f}",
@@ -172,6 +228,17 @@ def _cells(rows: Sequence[Comparison]) -> list[list[str]]:
         ]
         for row in rows
     ]
+
+
+def _check_seeds(results: Results) -> None:
+    seeds = {label: [run["seed"] for run in runs] for label, runs in results.items()}
+    reference, seeds_of_reference = next(iter(seeds.items()))
+    for label, seeds_of_rule in seeds.items():
+        if seeds_of_rule != seeds_of_reference:
+            raise InvalidInput(
+                f"seeds={_joined(seeds_of_rule)}: of {label}, those of {reference} are "
+                f"{_joined(seeds_of_reference)}; only the same ones can be compared"
+            )
 
 
 def _size(number: float) -> str:
@@ -187,8 +254,10 @@ def _number(value: float | None) -> float:
     return NAN if value is None else float(value)
 
 
-def _learning_seconds(run: Mapping[str, Any]) -> float:
-    return sum(run["seconds"].get(phase, 0.0) for phase in LEARNING_PHASES)
+def median_seconds(runs: Sequence[Mapping[str, Any]]) -> float:
+    """Return the seconds in which a rule learns a whole stream, the median over the seeds."""
+    phases = [[run["seconds"].get(phase, 0.0) for phase in LEARNING_PHASES] for run in runs]
+    return float(np.median(np.sum(phases, axis=1)))
 
 
 def _mean(values: Sequence[float]) -> float:

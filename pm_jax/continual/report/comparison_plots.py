@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from pm_jax.continual.report import figures
-from pm_jax.continual.report.results import accuracies_after_each_task, of_merges
+from pm_jax.continual.report import comparison, figures
+from pm_jax.continual.report.results import Shown, accuracies_after_each_task, of_merges
 from pm_jax.continual.storage import manifest
 
 Results = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -15,6 +15,8 @@ Results = Mapping[str, Sequence[Mapping[str, Any]]]
 
 def write_plots(results: Results, directory: Path) -> list[Path]:
     """Write the plots of a comparison as PNG, and return their paths.
+
+    Titles and names of the files say which split the accuracies are of.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -28,10 +30,12 @@ def write_plots(results: Results, directory: Path) -> list[Path]:
         "alpha_of_each_task": _alpha_of_each_task,
     }
     files = []
+    shown = Shown.of(next(iter(results.values()))[0])
     for name, plot in plots.items():
         figure = Figure(figsize=(9, max(5.0, 2 + 0.25 * len(results))), layout="constrained")
         plot(figure.subplots(), results)
-        files.append(directory / f"{name}.png")
+        figure.suptitle(f"{shown.split} data, classifier {shown.classifier}", fontsize="small")
+        files.append(directory / f"{comparison.file_stem(name, shown.split)}.png")
         with manifest.covering(directory, files[-1].name):
             figure.savefig(files[-1], dpi=150)
     return files

@@ -23,7 +23,8 @@ from pm_jax.types import InvalidInput
 
 SEED, CHECKPOINTS = re.compile(r"seed_(\d+)"), "checkpoints"
 REMEDIES = {
-    r"(.*/)?shared_training/.*": "delete the folder shared_training, which no result depends on",
+    r"(.*/)?shared_training(\.deleted)?/.*": "delete the folder shared_training, which no result "
+    "depends on",
     r"(?P<seed>.*seed_\d+)/checkpoints.*": "the same command goes on from the newest that is "
     r"whole; where the run is finished, once \g<seed>/results.json is moved away",
     r"(.*/)?manifest\.json": "put back a copy; else the same command begins a new one, and what it "
@@ -31,7 +32,7 @@ REMEDIES = {
     r"(.*/)?(comparison_)?config\.json": "put back a copy, or run the command in another directory",
     r"(.*/)?summary\.json": "the same command writes it anew",
     r"report\.html": "python -m experiments.report writes it anew",
-    r"comparison\.\w+|\w+\.png": "the same command writes it anew",
+    r"comparison(_validation)?\.\w+|\w+\.png": "the same command writes it anew",
     r"(?P<seed>.*seed_\d+)/(results\.json|landscape\.npz)": r"without \g<seed>/results.json the "
     "same command goes on from the newest checkpoint and writes it anew",
     r".*seed_\d+/(metrics\.\w+|events\..*)": "put back a copy; no result depends on it",
