@@ -25,6 +25,12 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         ("output", None, "The .safetensors file to write."),
         ("rule", "averaging", "Merge rule; one that needs no data."),
         ("rule_settings", "", "Settings of the rule: name=value,name=value."),
+        (
+            "layout",
+            "",
+            "For rules that look at matrices (opcm, null_space): flax if the files store them as "
+            "[in, out], torch for [out, in]; empty to tell by their names, kernel or weight.",
+        ),
     ):
         flags.DEFINE_string(name, default, description, values)
     flags.DEFINE_list("models", [], "Files of the models after each task, in order.", values)
@@ -66,6 +72,7 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
             tuple(map(Path, values.fishers)),
             values.seed,
             values.overwrite,
+            values.layout,
         )
         print(merge_files(merge))
 

@@ -6,6 +6,7 @@ tensors for a rule that looks across them.
 
 import functools
 import json
+import math
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -18,8 +19,10 @@ import numpy as np
 
 from pm_jax import files
 from pm_jax.curvature.diagonal import DiagonalQuadratic
+from pm_jax.offline.displacements import Displacement, as_displacements
+from pm_jax.offline.matrices import StoredMatrix, described, stored_matrices
 from pm_jax.offline.requests import Inputs, Merge, open_inputs, rules_by_settings
-from pm_jax.offline.tensor_files import FLOATS, TensorFile, check_output, writing
+from pm_jax.offline.tensor_files import FLOATS, Entry, TensorFile, check_output, writing
 from pm_jax.rules import Evidence, MergeRule, jit_merge
 from pm_jax.types import InvalidInput, Params
 
@@ -42,13 +45,17 @@ def merge_files(merge: Merge) -> str:
     with tempfile.TemporaryDirectory(
         prefix=f"{merge.output.name}.", dir=merge.output.parent
     ) as folder:
-        return _merge(merge, open_inputs(merge, Path(folder)))
+        return _merge(merge, open_inputs(merge, Path(folder)), Path(folder))
 
 
-def _merge(merge: Merge, inputs: Inputs) -> str:
+def _merge(merge: Merge, inputs: Inputs, folder: Path) -> str:
     by_settings = rules_by_settings(merge, inputs)
     of_tensor = {name: rule for rule, names in by_settings for name in names}
     entries = inputs.base.entries
+    stored: dict[str, StoredMatrix] = {}
+    for rule, names in by_settings:
+        if rule.needs.parts:
+            stored |= stored_matrices(entries, names, rule.needs.parts, merge.layout)
     with (
         # float64 is on for this merge only if a file holds it: it would slow the others down.
         jax.enable_x64(
@@ -58,36 +65,54 @@ def _merge(merge: Merge, inputs: Inputs) -> str:
             merge.output, entries, _provenance(merge, inputs), overwrite=merge.overwrite
         ) as file,
     ):
-        pieces = _Pieces(inputs, by_settings, merge.seed)
+        pieces = _Pieces(inputs, by_settings, stored, merge.seed)
+        if any(rule.needs.parts and rule.needs.parts.factor for rule, _ in by_settings):
+            pieces = _Rescaled(inputs, pieces, of_tensor, folder)
         for name in entries:
             if name not in of_tensor:
                 inputs.base.copy(name, file)
                 continue
             for values in pieces.of(name, of_tensor[name]):
                 file.write(_rounded(merge, name, values, FLOATS[entries[name].dtype]))
-    return _report(merge, inputs, of_tensor)
+    return _report(merge, inputs, of_tensor, stored)
 
 
 class _Pieces:
     """Merger of tensors piece by piece, in the order of the elements of each tensor."""
 
     def __init__(
-        self, inputs: Inputs, by_settings: list[tuple[MergeRule, tuple[str, ...]]], seed: int
+        self,
+        inputs: Inputs,
+        by_settings: list[tuple[MergeRule, tuple[str, ...]]],
+        stored: dict[str, StoredMatrix],
+        seed: int,
     ):
-        self._inputs, self._by_settings = inputs, by_settings
+        self.inputs, self._by_settings, self._stored = inputs, by_settings, stored
         self._merged: dict[str, np.ndarray] = {}
-        self._run = {id(rule): _runner(rule, inputs, seed) for rule, _ in by_settings}
+        self._seed, self._run = seed, dict[int, Callable[..., Params]]()
+
+    def on(self, inputs: Inputs) -> "_Pieces":
+        """Return the same merger of other files with the same tensors."""
+        return _Pieces(inputs, self._by_settings, self._stored, self._seed)
 
     def of(self, name: str, rule: MergeRule) -> Iterator[np.ndarray]:
         """Yield the merged pieces of a tensor."""
-        run, size = self._run[id(rule)], self._inputs.base.entries[name].size
+        parts, size = rule.needs.parts, self.inputs.base.entries[name].size
+        is_matrix = name in self._stored
+        of_tensor = rule if parts is None else parts.matrix if is_matrix else parts.other
+        run = self._runner(of_tensor)
         # Draws depend on the tensor's name, not on its place among the others.
         place = zlib.crc32(name.encode())
-        if rule.needs.scope == "element":
+        if is_matrix:
+            matrices = run(
+                lambda file: self._stored[name].separate(self._tensor(file, name)), place
+            )
+            yield self._stored[name].joined(matrices, self.inputs.base.entries[name].shape)
+        elif of_tensor.needs.scope == "element":
             for block, first in enumerate(range(0, size, BLOCK)):
                 stop = min(first + BLOCK, size)
                 yield run(self._block(name, first, stop), place, block)[: stop - first]
-        elif rule.needs.scope == "tensor":
+        elif of_tensor.needs.scope == "tensor":
             yield run(lambda file: self._tensor(file, name), place)
         else:
             if name not in self._merged:
@@ -95,10 +120,15 @@ class _Pieces:
                 self._merged |= run(lambda file: {n: self._tensor(file, n) for n in names})
             yield self._merged.pop(name)
 
+    def _runner(self, rule: MergeRule) -> Callable[..., Params]:
+        if id(rule) not in self._run:
+            self._run[id(rule)] = _runner(rule, self.inputs, self._seed)
+        return self._run[id(rule)]
+
     def _block(self, name: str, first: int, stop: int) -> Load:
         def load(file: TensorFile) -> np.ndarray:
             # Padded to one shape, so that one compilation serves all blocks.
-            values: np.ndarray = np.zeros(BLOCK, self._dtype(name))
+            values: np.ndarray = np.zeros(BLOCK, self.dtype(name))
             values[: stop - first] = _values(file, name, first, stop)
             return values
 
@@ -106,12 +136,56 @@ class _Pieces:
 
     def _tensor(self, file: TensorFile, name: str) -> np.ndarray:
         entry = file.entries[name]
-        values = _values(file, name, 0, entry.size).astype(self._dtype(name), copy=False)
+        values = _values(file, name, 0, entry.size).astype(self.dtype(name), copy=False)
         return values.reshape(entry.shape)
 
-    def _dtype(self, name: str) -> np.dtype:
-        double = any(file.entries[name].dtype == "F64" for file in self._inputs.files)
+    def dtype(self, name: str) -> np.dtype:
+        """Return the type in which a tensor is merged."""
+        double = any(file.entries[name].dtype == "F64" for file in self.inputs.files)
         return np.dtype(np.float64 if double else np.float32)
+
+
+class _Rescaled(_Pieces):
+    """Merger of a rule that multiplies the whole displacement by a number that all of it gives.
+
+    The displacements are merged into a file in a folder first, and from there into the output.
+    """
+
+    def __init__(
+        self, inputs: Inputs, pieces: _Pieces, of_tensor: dict[str, MergeRule], folder: Path
+    ):
+        self.inputs, displaced = inputs, as_displacements(inputs)
+        pieces, entries, begin = pieces.on(displaced), dict[str, Entry](), 0
+        for name in of_tensor:
+            dtype, size = pieces.dtype(name), inputs.base.entries[name].size
+            kind = "F64" if dtype == np.float64 else "F32"
+            entries[name] = Entry(kind, (size,), begin, begin + size * dtype.itemsize)
+            begin = entries[name].end
+        path, squares = folder / "displacement.safetensors", []
+        with writing(path, entries, {}) as file:
+            for name, rule in of_tensor.items():
+                for values in pieces.of(name, rule):
+                    squares.append(float(np.sum(values.astype(np.float64) ** 2)))
+                    file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+        self._displacement = TensorFile.open("models", path)
+        lengths = jnp.asarray(
+            [file.length for file in displaced.models if isinstance(file, Displacement)]
+        )
+        parts = next(rule.needs.parts for rule in of_tensor.values())
+        assert parts and parts.factor
+        self._factor = float(parts.factor(lengths, jnp.asarray(math.sqrt(math.fsum(squares)))))
+
+    def of(self, name: str, rule: MergeRule) -> Iterator[np.ndarray]:
+        """Yield the merged pieces of a tensor."""
+        del rule
+        size, dtype = self.inputs.base.entries[name].size, self.dtype(name)
+        for first in range(0, size, BLOCK):
+            stop = min(first + BLOCK, size)
+            start, step = (
+                file.read(name, first, stop).astype(dtype)
+                for file in (self.inputs.base, self._displacement)
+            )
+            yield start + dtype.type(self._factor) * step
 
 
 def _values(file: TensorFile, name: str, first: int, stop: int) -> np.ndarray:
@@ -207,7 +281,12 @@ def _provenance(merge: Merge, inputs: Inputs) -> dict[str, str]:
     }
 
 
-def _report(merge: Merge, inputs: Inputs, of_tensor: dict[str, MergeRule]) -> str:
+def _report(
+    merge: Merge,
+    inputs: Inputs,
+    of_tensor: dict[str, MergeRule],
+    stored: dict[str, StoredMatrix],
+) -> str:
     entries = inputs.base.entries
     numbers = sum(entries[name].size for name in of_tensor)
     lines = [
@@ -223,6 +302,11 @@ def _report(merge: Merge, inputs: Inputs, of_tensor: dict[str, MergeRule]) -> st
         lines.append(f"of several types, written in the base's: {files.listed(mixed)}")
     if copied := [name for name, entry in entries.items() if entry.dtype not in FLOATS]:
         lines.append(f"not floating-point, left as the base's: {files.listed(copied)}")
-    if any(rule.needs.scope == "model" for rule in of_tensor.values()):
+    parts = next(iter(of_tensor.values())).needs.parts
+    if parts:
+        lines += described(stored, parts)
+        if others := [name for name in of_tensor if name not in stored]:
+            lines.append(f"merged as other tensors than matrices: {files.listed(others)}")
+    elif any(rule.needs.scope == "model" for rule in of_tensor.values()):
         lines.append(f"{merge.rule} looks at all tensors at once: they were held in memory")
     return "\n".join(lines)

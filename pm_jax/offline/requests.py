@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pm_jax import files, rules, trees
 from pm_jax.offline import orbax_files
+from pm_jax.offline.matrices import LAYOUTS
 from pm_jax.offline.tensor_files import FLOATS, WHOLE_NUMBERS, TensorFile
 from pm_jax.rules import MergeRule
 from pm_jax.types import InvalidInput
@@ -38,6 +39,9 @@ class Merge:
     seed: int = 0
     # Replace an existing output, which must not be one of the inputs.
     overwrite: bool = False
+    # How matrices are stored, a key of `LAYOUTS`, for rules that look at them; empty to tell by
+    # their names.
+    layout: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +130,6 @@ def rules_by_settings(merge: Merge, inputs: Inputs) -> list[tuple[MergeRule, tup
                 f"rule={merge.rule}: keeps {kept} as it is, so there is nothing to merge; copy the "
                 "file, or use another rule"
             )
-        if rule.needs.parts:
-            raise InvalidInput(f"rule={merge.rule}: does not merge files; use another rule")
         if beyond := rule.needs.evidence - OF_FISHERS - {"key"}:
             raise InvalidInput(
                 f"rule={merge.rule}: needs {' and '.join(sorted(beyond))} from training, which "
@@ -137,6 +139,13 @@ def rules_by_settings(merge: Merge, inputs: Inputs) -> list[tuple[MergeRule, tup
             raise InvalidInput(
                 f"rule={merge.rule}: needs curvature; give fishers, a file for each model"
             )
+    if merge.layout and merge.layout not in LAYOUTS:
+        raise InvalidInput(f"layout={merge.layout}: must be {' or '.join(LAYOUTS)}, or left out")
+    if merge.layout and not by_settings[0][0].needs.parts:
+        raise InvalidInput(
+            f"layout={merge.layout}: rule={merge.rule} tells no matrices from other tensors; leave "
+            "it out"
+        )
     if merge.fishers and not any(rule.needs.evidence & OF_FISHERS for rule, _ in by_settings):
         raise InvalidInput(
             f"fishers={merge.fishers[0]}: rule={merge.rule} reads none; leave them out"

@@ -221,6 +221,7 @@ class Parts(NamedTuple):
         other: merges any other tensor, and matrices outside of the pattern.
         pattern: regular expression over the whole names of the matrices; empty for all of them.
         has_sides: whether the transposed matrices would not merge into the transposed matrix.
+        input_axes: of kernels with more than two axes, see `matrices.matrices`.
         factor: `factor(norms, length) -> scalar`, by which the whole displacement from theta_0 is
             multiplied at the end, from the norms [T] of all task vectors and its own; or `None`.
     """
@@ -229,6 +230,7 @@ class Parts(NamedTuple):
     other: "MergeRule"
     pattern: str = ""
     has_sides: bool = True
+    input_axes: int = 0
     factor: Callable[[Array, Array], Array] | None = None
 
 

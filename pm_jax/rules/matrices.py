@@ -6,6 +6,7 @@ of embeddings and positions are none.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -13,7 +14,7 @@ from pm_jax import trees
 from pm_jax.curvature.kernels import Axes, axes_of, shape_of
 from pm_jax.types import Array, InvalidInput, Params, PyTree
 
-NO_MATRICES = ("bias", "scale", "embedding")
+NO_MATRICES = ("bias", "scale")
 """Names of leaves that are no matrices, however many axes they have."""
 
 
@@ -36,7 +37,7 @@ def matrices(params: Params, pattern: str = "", input_axes: int = 0) -> dict[str
         {'mlp/kernel': Axes(stacked=0, inputs=1)}
     """
     leaves = trees.leaves_by_path(params)
-    paths = [path for path, leaf in leaves.items() if _is_matrix(path, leaf)]
+    paths = [path for path, leaf in leaves.items() if is_matrix(path, leaf)]
     if pattern:
         try:
             matched = trees.match_paths(params, pattern)
@@ -101,9 +102,18 @@ def kept_share(added: PyTree, task_vector: PyTree) -> dict[str, Array]:
     return {"kept_share": jnp.where(whole > 0, share, 1.0).astype(jnp.float32)}
 
 
-def _is_matrix(path: str, leaf: Array) -> bool:
-    name, axes = path.rpartition("/")[2], len(shape_of(leaf))
-    return (axes == 2 and name not in NO_MATRICES) or (axes > 2 and name == "kernel")
+def is_matrix(path: str, leaf: Any) -> bool:
+    """True for a leaf that counts as a matrix, or as several, by its name and its axes.
+
+    Example:
+        >>> is_matrix("fc1/kernel", jnp.ones((4, 8))), is_matrix("in/embedding", jnp.ones((9, 4)))
+        (True, False)
+    """
+    name, shape = path.rpartition("/")[2], shape_of(leaf)
+    axes = 0 if 0 in shape else len(shape)
+    if axes == 2:
+        return name not in NO_MATRICES and "embed" not in name
+    return axes > 2 and name == "kernel"
 
 
 def _axes(leaves: dict[str, Array], path: str, input_axes: int) -> Axes:

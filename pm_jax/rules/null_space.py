@@ -120,7 +120,12 @@ def null_space(
         reads_previous=False,
     )
     any_matrix = _Filter(rank, "", learning, input_axes)
-    parts = Parts(merge_rule(any_matrix.init, any_matrix.update, needs), frozen(), pattern)
+    parts = Parts(
+        merge_rule(any_matrix.init, any_matrix.update, needs),
+        frozen(),
+        pattern,
+        input_axes=input_axes,
+    )
     own = any_matrix._replace(pattern=pattern)
     return merge_rule(own.init, own.update, needs._replace(parts=parts))
 

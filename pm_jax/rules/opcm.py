@@ -140,6 +140,7 @@ def opcm(
         matrix=merge_rule(init, by_tensor, needs._replace(scope="tensor")),
         other=task_arithmetic(scale=1.0),
         has_sides=False,
+        input_axes=input_axes,
         factor=lambda norms, length: _scale(jnp.mean(norms), length, jnp.asarray(len(norms)))[0],
     )
     return merge_rule(init, update, needs._replace(parts=parts))
