@@ -26,6 +26,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "fisher_exact": {"curvature_samples": 1},
     "kronecker": {"curvature_samples": 1},
     "low_rank": {},
+    "input_moment": {},
     "exact_current": {"stored_curvature": "identity"},
 }
 """Kinds of curvature, with further settings; exact_current is measured with nothing stored."""

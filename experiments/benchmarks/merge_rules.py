@@ -30,8 +30,10 @@ TASKS = 3
 
 
 def without_training(rule: MergeRule) -> bool:
-    """Tell whether a rule needs nothing but two models and curvature."""
-    return rule.needs.evidence <= GIVEN and not rule.needs.hook and not rule.needs.analysis_only
+    """Tell whether a rule needs nothing but two models and a number of curvature an entry."""
+    needs = rule.needs
+    by_entry = not needs.curvatures or "diagonal" in needs.curvatures
+    return by_entry and needs.evidence <= GIVEN and not needs.hook and not needs.analysis_only
 
 
 def measure(rule: MergeRule, shapes: Params) -> tuple[float, float, float]:

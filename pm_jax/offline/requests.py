@@ -135,6 +135,11 @@ def rules_by_settings(merge: Merge, inputs: Inputs) -> list[tuple[MergeRule, tup
                 f"rule={merge.rule}: needs {' and '.join(sorted(beyond))} from training, which "
                 "checkpoints do not hold; use experiments.train, or another rule"
             )
+        if rule.needs.curvatures and "diagonal" not in rule.needs.curvatures:
+            raise InvalidInput(
+                f"rule={merge.rule}: needs moments of the inputs of layers from training, which "
+                "files of models and fishers do not have; use experiments.train, or another rule"
+            )
         if rule.needs.evidence & OF_FISHERS and not merge.fishers:
             raise InvalidInput(
                 f"rule={merge.rule}: needs curvature; give fishers, a file for each model"

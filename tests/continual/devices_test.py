@@ -28,6 +28,7 @@ STEP = {"optimizer": "sgd", "learning_rate": 2.0**20}
 KINDS = {
     "mlp": dataclasses.replace(SMALL, **STEP),
     "vit": dataclasses.replace(VIT, **STEP, augmentation="crop_flip"),
+    "moments": dataclasses.replace(SMALL, **STEP, rule="regmean"),
 }
 
 
@@ -65,7 +66,10 @@ on_one_device = functools.cache(lambda kind: one_of_each(KINDS[kind]))
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "mesh"),
-    [slow("mlp", "two"), slow("mlp", "eight"), ("mlp", "divided"), slow("vit", "divided")],
+    [
+        *(slow("mlp", "two"), slow("mlp", "eight"), ("mlp", "divided")),
+        *(slow("vit", "divided"), slow("moments", "divided")),
+    ],
 )
 def test_gradients_curvature_and_scores_are_those_of_one_device(kind, mesh):
     wanted, found = on_one_device(kind), one_of_each(on(KINDS[kind], mesh))
