@@ -92,12 +92,14 @@ def test_rules_have_settings_of_their_own_and_all_is_each_once():
 
 def test_a_list_of_curvatures_is_a_run_of_each_for_the_rules_that_take_one(capsys, learners):
     own = "perturb_and_merge+curvature=low_rank"
-    named = f"--rules=sequential,perturb_and_merge+per=block,fisher_averaging,{own}"
+    # regmean takes one kind, which it has in any case.
+    named = f"--rules=sequential,regmean,perturb_and_merge+per=block,fisher_averaging,{own}"
     call("compare", "--dry_run", named, "--curvature=identity,fisher_empirical", *TINY)
     lines = capsys.readouterr().out.splitlines()
     assert "curvature=identity" in lines
-    *_, first, blocks, empirical_blocks, fisher, empirical_fisher, alone = lines
+    *_, first, moments, blocks, empirical_blocks, fisher, empirical_fisher, alone = lines
     assert first == "sequential: perturbation=none, rule=sequential"
+    assert moments == "regmean: perturbation=none, rule=regmean"
     assert blocks == "perturb_and_merge+per=block+curvature=identity: rule_settings=per=block"
     assert empirical_blocks.endswith("rule_settings=per=block, curvature=fisher_empirical")
     assert fisher.startswith("fisher_averaging+curvature=identity: perturbation=none, rule=fish")
