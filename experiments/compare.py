@@ -99,7 +99,10 @@ def main(argv: Sequence[str]) -> None:
 def _what_is_described(config: Config) -> Config:
     """Return the settings of training, with those of merging that a model may not go with."""
     return dataclasses.replace(
-        config.without_merging(), classifier=config.classifier, model_state=config.model_state
+        config.without_merging(),
+        classifiers=config.classifiers,
+        drift_correction=config.drift_correction,
+        model_state=config.model_state,
     )
 
 

@@ -31,25 +31,29 @@ SEQUENTIAL_ON_DEFAULT_STREAM: dict[str, Any] = {"learning_rate": 3e-4, "epochs":
 SEQUENTIAL_DEPENDS_ON = {
     *names_of("stream", "model", "training", identity=True),
     *("devices", "fsdp"),  # The choice was made on one device, and more of them round sums apart.
-    "classifier",  # It is no matter of merging alone, but says what predicts.
+    *(
+        "classifiers",
+        "drift_correction",
+    ),  # It is no matter of merging alone, but says what predicts.
 } - SEQUENTIAL_ON_DEFAULT_STREAM.keys()
 """Settings that must have their defaults for this choice to hold."""
 
 
 class _TupleParser(flags.ArgumentParser):
-    """Comma-separated numbers; floats may be given as fractions."""
+    """Comma-separated numbers or names; floats may be given as fractions."""
 
     def __init__(self, number: type):
         super().__init__()
         self._number = number
-        self.syntactic_help = "numbers separated by commas"
+        self.syntactic_help = f"{'names' if number is str else 'numbers'} separated by commas"
 
     def parse(self, argument: Any) -> tuple:
         if isinstance(argument, tuple):
             return argument
         try:
             parts = [part for part in argument.split(",") if part]
-            return tuple((int if self._number is int else number)(part) for part in parts)
+            read = number if self._number is float else self._number
+            return tuple(read(part) for part in parts)
         except ValueError:
             kind = "whole numbers" if self._number is int else "numbers or fractions"
             raise ValueError(f"must be {kind} separated by commas") from None
@@ -61,7 +65,7 @@ class _TupleSerializer(flags.ArgumentSerializer):
 
 
 def define_tuple(name: str, default: tuple, description: str, number: type | None = None) -> None:
-    """Define a flag of comma-separated numbers, of the type given or that of the default's."""
+    """Define a flag of numbers or names with commas, of the type given or the default's."""
     parser = _TupleParser(number or type(default[0]))
     flags.DEFINE(parser, name, default, description, serializer=_TupleSerializer())
 
@@ -194,6 +198,12 @@ def define_export_flags() -> None:
         "A folder to write the merged model's displacement from the pre-trained weights to, as a "
         "LoRA adapter for PEFT. Needs adapter=lora and pretrained.",
     )
+    flags.DEFINE_string(
+        "classifier_in_export",
+        None,
+        "One of --classifiers, linear in the features, whose kernel and bias exports have; by "
+        "default the first.",
+    )
     flags.DEFINE_boolean("overwrite", False, "Let exports replace what is there.")
 
 
@@ -202,7 +212,7 @@ def export_from_flags() -> Destinations:
     values = flags.FLAGS
     paths = (values.export, values.export_adapter)
     model, adapter = (Path(path) if path else None for path in paths)
-    return Destinations(model, adapter, values.overwrite)
+    return Destinations(model, adapter, values.overwrite, values.classifier_in_export or None)
 
 
 def _is_default_stream(config: Config) -> bool:

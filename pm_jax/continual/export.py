@@ -26,6 +26,8 @@ class Destinations:
     # Folder of the LoRA adapter; `None` not to write it.
     adapter: Path | None = None
     overwrite: bool = False
+    # One of the run's classifiers, whose kernel and bias the files get; `None` for the first.
+    classifier: str | None = None
 
 
 def check(
@@ -35,9 +37,11 @@ def check(
 
     Raises:
         InvalidInput: a path that exists, has the wrong ending or lies nowhere; several seeds; a
-            model without a public layout; an adapter of a run that trains no adapter.
+            model without a public layout; an adapter of a run that trains no adapter; a classifier
+            that the run does not have, or that is not linear in the features.
     """
     model, adapter = destinations.model, destinations.adapter
+    _check_classifier(destinations, config)
     for flag, path in (("export", model), ("export_adapter", adapter)):
         if path is None:
             continue
@@ -58,6 +62,28 @@ def check(
         )
     if model and model.exists() and config.pretrained and model.samefile(config.pretrained):
         raise InvalidInput(f"export={model}: is what the run starts from; choose another name")
+
+
+def _check_classifier(destinations: Destinations, config: Config) -> None:
+    """Check that the classifier of an export can be the head of a model; raises `InvalidInput`."""
+    label, by_label = destinations.classifier, {x.label: x for x in config.chosen_classifiers}
+    names = ",".join(by_label)
+    path = destinations.model or destinations.adapter
+    if label and not path:
+        raise InvalidInput(f"classifier_in_export={label}: goes with export or export_adapter")
+    if label and label not in by_label:
+        raise InvalidInput(
+            f"classifier_in_export={label}: must be one of the run's classifiers={names}"
+        )
+    chosen = by_label[label or config.classifiers[0]]
+    if path and not chosen.classifier.linear:
+        linear = [each.label for each in by_label.values() if each.classifier.linear]
+        remedy = f"use {' or '.join(linear)}" if linear else "run it with one that is"
+        given = "" if label else f"the first of classifiers={names}, "
+        raise InvalidInput(
+            f"classifier_in_export={chosen.label}: {given}is not linear in the features, as the "
+            f"head of the exported model is; {remedy}"
+        )
 
 
 def _check_path(flag: str, path: Path, *, is_file: bool, overwrite: bool) -> None:
@@ -103,10 +129,12 @@ def write(destinations: Destinations, config: Config, seed: int, workdir: Path) 
     learner = Learner(config, seed, workdir / f"seed_{seed}", RunOptions(quiet=True))
     # A learner begins with theta_0; `finished_params` then restores the end of the run.
     start = learner.params
-    merged, layout = learner.finished_params(), layout_for(config)
+    classifier = destinations.classifier or config.classifiers[0]
+    merged, layout = learner.finished_params(classifier), layout_for(config)
     overwrite = destinations.overwrite
     if path := destinations.model:
-        tensors, metadata = pretrained.export_params(merged, layout), _metadata(learner, layout)
+        tensors = pretrained.export_params(merged, layout)
+        metadata = {**_metadata(learner, layout), "classifier": classifier}
         with _covering(workdir, path):
             pretrained.write_tensors(tensors, path, metadata=metadata, overwrite=overwrite)
     if path := destinations.adapter:

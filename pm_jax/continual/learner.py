@@ -136,8 +136,18 @@ class Learner:
 
     @property
     def params(self) -> Params:
-        """Parameters used for prediction after the latest merge, as a full parameter tree."""
-        return self.merging.params_for_prediction(self.state)
+        """Parameters of the merged model with the first classifier, as a full parameter tree.
+
+        Raises:
+            InvalidInput: that classifier is not linear in the model's features.
+        """
+        return self._params_with(self.config.classifiers[0])
+
+    def _params_with(self, classifier: str) -> Params:
+        # Before the first merge there are no statistics to make a classifier of.
+        if not self._records.merged:
+            return self.state.params
+        return self.merging.params_for_prediction(self.state, classifier)
 
     @property
     def model_state(self) -> PyTree:
@@ -171,11 +181,12 @@ class Learner:
         if points or self.config.plane_points:
             landscape.write(directory / landscape.FILE, points, self._records.arrays)
 
-    def finished_params(self) -> Params:
-        """Read the merged model of a finished run from its last checkpoint.
+    def finished_params(self, classifier: str | None = None) -> Params:
+        """Read the merged model of a finished run, with a classifier, from its last checkpoint.
 
         Raises:
-            InvalidInput: there is no checkpoint of the end, or it is damaged.
+            InvalidInput: there is no checkpoint of the end, or it is damaged; a classifier that is
+                not linear in the model's features.
         """
         if self.directory is None:
             raise InvalidInput("workdir=: a run without one keeps no checkpoint")
@@ -186,7 +197,7 @@ class Learner:
                     "results.json away to have it run again"
                 )
             self.restore(checkpoints, self.total_steps)
-        return self.params
+        return self._params_with(classifier or self.config.classifiers[0])
 
     def _run(self, checkpoints: Checkpoints | None) -> dict[str, Any]:
         self._reset()
@@ -261,16 +272,26 @@ class Learner:
 
     def _tell(self, task: int, end: int, alpha: float, means: np.ndarray, log: RunLog) -> None:
         """Log the accuracies on the tasks seen, [classifiers, splits], and say those shown."""
-        names, split = [self.config.classifier], self.config.evaluate_on
+        names, split = self.config.classifiers, self.config.evaluate_on
         shown = means[:, SPLITS.index(split)]
         every = {
             f"{split}_accuracy_{name}": float(value)
             for name, row in zip(names, means, strict=True)
             for split, value in zip(SPLITS, row, strict=True)
         }
+        fits = dict(zip(names, self.merging.fitted(self.state).figures, strict=True))
+        every |= {
+            f"{name}_{figure}": float(value)
+            for name, figures in fits.items()
+            for figure, value in figures.items()
+        }
         log.write(
             "evaluate", step=end, task=task + 1, accuracy=float(shown[0]), split=split, **every
         )
+        for each in self.config.chosen_classifiers:
+            figures = {name: float(value) for name, value in fits[each.label].items()}
+            for remark in each.classifier.remarks(figures):
+                log.tell(f"task {task + 1}: {each.label}: {remark}")
         texts = [
             f"{name if len(names) > 1 else ''} {100 * value:.1f} %".strip()
             for name, value in zip(names, shown, strict=True)
@@ -375,6 +396,9 @@ class Learner:
                     self.directory, task, *paths, trained, pretrained, model_state
                 )
         self.state, figures = self.merging.merge(task, self.state, finished, loss, self._records)
+        if self.state.statistics is not None:
+            what = "features of the merged model"
+            check_state(self.state.statistics, task, what, self.config, self.directory)
         check_state(self.state, task, "merge", self.config, self.directory)
         return figures
 
@@ -385,11 +409,16 @@ class Learner:
         task's own, and by task: [classifiers, 2, 2, T].
         """
         seen, scores = self.stream.class_masks[:count].any(axis=0), self.programs.training.scores
-        given = self.params, seen, number(count), self.state.model_state
+        predictors: tuple[Any, ...] = (None,) * len(self.config.classifiers)
+        if self._records.merged:
+            with self._records.timed("classifier"):
+                predictors = self.merging.fitted(self.state).predictors
+        given = self.state.params, seen, number(count), self.state.model_state, predictors
         with self._records.timed("evaluate"):
             results = [scores(data, *given) for data in self.splits.values()]
             # Waits for the device, so that the time is the evaluation's.
-            accuracies = np.stack([np.stack([r.accuracy, r.task_aware]) for r in results])[None]
+            by_split = [np.stack([r.accuracy, r.task_aware], axis=1) for r in results]
+        accuracies = np.stack(by_split, axis=1)
         accuracies[..., count:] = np.nan
         return accuracies
 

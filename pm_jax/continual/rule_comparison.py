@@ -58,6 +58,11 @@ def configurations(
                 f"rules={label}: evaluate_on={config.evaluate_on} is for the whole table, which "
                 f"shows {base.evaluate_on} data; both are measured: give it as evaluate_on"
             )
+        if config.classifiers != base.classifiers:
+            raise InvalidInput(
+                f"rules={label}: classifiers are for the whole table, with a column each after one "
+                f"training; give them as classifiers={','.join(config.classifiers)}"
+            )
         configs[label] = config
     return configs
 
@@ -171,7 +176,7 @@ def table_of(
     """Return the rows of a comparison, and whether adapting pays, where that can be said."""
     first = next(iter(configs.values()))
     needs = {label: config.merge_rule.needs for label, config in configs.items()}
-    split, classifiers = first.evaluate_on, (first.classifier,)
+    split, classifiers = first.evaluate_on, first.classifiers
     bounds = [label for label, one in needs.items() if one.analysis_only]
     frozen = [label for label, config in configs.items() if config.rule == "frozen"]
     adapted = [

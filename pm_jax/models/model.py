@@ -7,7 +7,7 @@ the models of this package are linen modules and take the same way.
 A `Model` may have two more methods, which callers look for by name:
 
     features(params, state, inputs) -> [N, D]
-        the inputs of the classifier, for `--classifier=discriminant`;
+        the inputs of the classifier, for `--classifiers=discriminant` and its like;
     batch_statistics(params, state, inputs, key) -> state
         the state in which running averages are those of this one batch, for
         `--model_state=measured`.

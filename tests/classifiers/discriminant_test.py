@@ -90,13 +90,13 @@ def test_equal_features_leave_only_the_shares():
 def test_run_predicts_with_the_classes_of_all_tasks_and_trains_as_before():
     plain = Learner(BY_CLASS, seed=0, options=QUIET)
     learner = Learner(
-        dataclasses.replace(BY_CLASS, classifier="discriminant"), seed=0, options=QUIET
+        dataclasses.replace(BY_CLASS, classifiers=("discriminant",)), seed=0, options=QUIET
     )
     wanted, found = plain.run(), learner.run()
     np.testing.assert_equal(found["merges"], wanted["merges"])
     assert found["final_average_accuracy"] != wanted["final_average_accuracy"]
     stream, model = learner.stream, BY_CLASS.network(10)
-    statistics, merged = learner.state.statistics, learner.state.params
+    statistics, merged = learner.state.statistics["class_statistics"], learner.state.params
     rows = np.concatenate(stream.train.rows())
     assert statistics.counts.tolist() == np.bincount(stream.labels[rows], minlength=10).tolist()
     rows = stream.train.rows()[-1]
@@ -115,5 +115,5 @@ def test_run_predicts_with_the_classes_of_all_tasks_and_trains_as_before():
 
 
 def test_one_classifier_for_all_tasks_is_refused():
-    with pytest.raises(InvalidInput, match="^classifier=discriminant: .* use trained$"):
-        Config(classifier="discriminant")
+    with pytest.raises(InvalidInput, match="^classifiers=discriminant: .* use trained$"):
+        Config(classifiers=("discriminant",))

@@ -195,7 +195,7 @@ def test_padding_of_a_batch_does_not_reach_the_statistics():
         {"rule": "averaging", "perturbation": "none"},
         {"model_state": "merged", "perturbation": "antithetic"},
         {"model_state": "measured", "landscape_points": 3, "plane_points": 2, "trust": "shrink"},
-        {"scenario": "class_incremental", "classifier": "discriminant"},
+        {"scenario": "class_incremental", "classifiers": ("discriminant",)},
         {"curvature": "exact_current", "accumulation_steps": 2},
         {"curvature": "kronecker"},
         {"rule": "trm", "perturbation": "none"},

@@ -27,7 +27,7 @@ from tests.small_runs import (
 
 FROZEN = dataclasses.replace(BY_CLASS, rule="frozen", perturbation="none", epochs=3)
 FIRST_SESSION = dataclasses.replace(FROZEN, rule="first_session")
-DISCRIMINANT = dataclasses.replace(FROZEN, classifier="discriminant")
+DISCRIMINANT = dataclasses.replace(FROZEN, classifiers=("discriminant",))
 BY_DOMAIN = dataclasses.replace(SMALL, rule="frozen", perturbation="none")
 
 
@@ -160,7 +160,7 @@ def test_a_pretrained_model_moves_in_the_first_session_only(rule, moving, tmp_pa
     moved = not leaves_equal(trees.select(models[0], body), trees.select(start, body))
     assert moved == bool(moving)
     assert leaves_equal(trees.select(models[2], body), trees.select(models[0], body))
-    without = describe(dataclasses.replace(config, classifier="discriminant"))
+    without = describe(dataclasses.replace(config, classifiers=("discriminant",)))
     assert "training in a later task: 0 (adapters 128)" in without
 
 
@@ -239,7 +239,7 @@ class Normalised(nn.Module):
 @pytest.mark.parametrize("classifier", ["trained", "discriminant"])
 def test_the_state_of_a_model_stays_with_its_parameters(classifier):
     config = dataclasses.replace(
-        FROZEN, classifier=classifier, hidden_sizes=Config.hidden_sizes, epochs=9
+        FROZEN, classifiers=(classifier,), hidden_sizes=Config.hidden_sizes, epochs=9
     )
     learner = Learner(config, 0, options=QUIET, model=Normalised())
     states, merge_task = [], learner.merge_task

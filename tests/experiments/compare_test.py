@@ -169,7 +169,7 @@ def test_a_comparison_that_is_not_finished_keeps_what_rules_share(tmp_path, monk
 
 @pytest.mark.slow
 def test_a_sentence_says_whether_adapting_pays(tmp_path, capsys):
-    arguments = [f"--workdir={tmp_path}", *BY_CLASS, "--classifier=discriminant"]
+    arguments = [f"--workdir={tmp_path}", *BY_CLASS, "--classifiers=discriminant"]
     call("compare", *arguments, "--rules=averaging")
     assert "adapting pays is not known: compare frozen with a rule" in capsys.readouterr().out
     call("compare", *arguments, "--rules=frozen,first_session,averaging,joint,sequential")

@@ -1,11 +1,14 @@
 """Accuracy and loss of a model on the tasks of a stream, per example and in one compiled call."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import optax
 
+from pm_jax.classifiers import Predictor
+from pm_jax.continual.merging.statistics import features_of
 from pm_jax.continual.placement.data import DeviceData, Order
 from pm_jax.continual.placement.data_pass import DataPass
 from pm_jax.continual.placement.devices import Devices
@@ -26,9 +29,10 @@ class Scores(NamedTuple):
     """Scores of a model on the tasks of a stream; every field is float32 [T].
 
     Attributes:
-        accuracy: over all classes seen.
-        task_aware: over the task's own classes.
-        loss: mean cross-entropy over the task's own classes, without perturbation.
+        accuracy: over all classes seen; [K, T] where K predictors are given.
+        task_aware: over the task's own classes; likewise.
+        loss: mean cross-entropy over the task's own classes, without perturbation, of the model's
+            own columns.
     """
 
     accuracy: Array
@@ -61,16 +65,22 @@ class ScoresGiven(NamedTuple):
     Attributes:
         seen_mask: the classes that the first accuracy is over, bool [C].
         tasks: number of tasks; those behind them have 0.
+        predictors: K classifiers of the model's features, where `None` stands for the model's own
+            columns, which alone are scored without any.
     """
 
     params: Params
     seen_mask: Array
     tasks: Array
     model_state: PyTree = None
+    predictors: tuple[Predictor | None, ...] | None = None
 
 
 class ScoresPass(ModelPass):
-    """Scores of a model on the first tasks: `scores(data, *ScoresGiven)`."""
+    """Scores of a model on the first tasks: `scores(data, *ScoresGiven)`.
+
+    The features of a batch are computed once, whatever number of predictors reads them.
+    """
 
     def begin(self, data: DeviceData, given: tuple) -> tuple[PyTree, Order]:
         """Begin with zero counts, and the examples of all tasks, one task after the other."""
@@ -83,12 +93,13 @@ class ScoresPass(ModelPass):
         places = jnp.argsort(~real, stable=True)
         order = Order.of(data.positions.ravel()[places], jnp.sum(real))
         # The number of batches so far tells the places, and so the tasks, of a batch's examples.
-        number, correct = jnp.zeros((), jnp.int32), jnp.zeros((2, tasks), jnp.int32)
+        several = len(ScoresGiven(*given).predictors or (None,))
+        number, correct = jnp.zeros((), jnp.int32), jnp.zeros((several, 2, tasks), jnp.int32)
         return (number, owners[places], correct, jnp.zeros(tasks)), order
 
     def update(self, carry: PyTree, batch: Batch, data: DeviceData, given: tuple) -> PyTree:
         """Add the hits and losses of a batch to those of its examples' tasks."""
-        params, seen_mask, _, model_state = ScoresGiven(*given)
+        params, seen_mask, _, model_state, predictors = ScoresGiven(*given)
         number, owners, correct, losses = carry
         places = number * self.batches.size + jnp.arange(self.batches.size)
         task = owners[jnp.minimum(places, owners.shape[0] - 1)]
@@ -96,9 +107,19 @@ class ScoresPass(ModelPass):
         every_class = jnp.ones_like(seen_mask)
         logits = logits_of(self._model, params, batch.inputs, every_class, model_state=model_state)
         task_mask = data.class_masks[task]
+        every = [logits]
+        if predictors is not None:
+            # XLA finds the passes of the features and of the logits alike, and makes one.
+            features = functools.cache(
+                lambda: features_of(self._model, params, batch.inputs, model_state)
+            )
+            every = [logits if x is None else x(features()) for x in predictors]
         hits = [
-            real & (jnp.argmax(jnp.where(mask, logits, -jnp.inf), axis=-1) == batch.labels)
-            for mask in (seen_mask[None, :], task_mask)
+            [
+                real & (jnp.argmax(jnp.where(mask, one, -jnp.inf), axis=-1) == batch.labels)
+                for mask in (seen_mask[None, :], task_mask)
+            ]
+            for one in every
         ]
         values = optax.softmax_cross_entropy_with_integer_labels(
             jnp.where(task_mask, logits / self._temperature, MASKED_LOGIT), batch.labels
@@ -107,16 +128,17 @@ class ScoresPass(ModelPass):
         return (
             number + 1,
             owners,
-            correct.at[:, task].add(jnp.stack(hits).astype(jnp.int32)),
+            correct.at[..., task].add(jnp.asarray(hits).astype(jnp.int32)),
             losses.at[task].add(jnp.where(real, values, 0.0)),
         )
 
     def finish(self, carry: PyTree, data: DeviceData, given: tuple) -> Scores:
         """Return means over the examples of each task."""
-        del given
         *_, correct, losses = carry
-        accuracy, task_aware = correct / data.sizes[None, :]
-        return Scores(accuracy, task_aware, losses / data.sizes)
+        shares = correct / data.sizes[None, None, :]
+        if ScoresGiven(*given).predictors is None:
+            shares = shares[0]
+        return Scores(shares[..., 0, :], shares[..., 1, :], losses / data.sizes)
 
 
 class MeanLossPass(ModelPass):

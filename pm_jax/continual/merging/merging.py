@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pm_jax import classifiers, task_vectors, trees
-from pm_jax.classifiers import ClassStatistics
+from pm_jax import task_vectors, trees
+from pm_jax.classifiers import Linear
 from pm_jax.continual.merging import landscape, model_state, trust
+from pm_jax.continual.merging.classifying import Fitted, with_head
 from pm_jax.continual.merging.programs import Programs, initial_rule_state
 from pm_jax.continual.merging.records import Records
 from pm_jax.continual.placement.compiled import number
@@ -18,10 +19,7 @@ from pm_jax.continual.settings.config import Config
 from pm_jax.data.stream import TaskStream
 from pm_jax.lora import Adapters
 from pm_jax.rules import Evidence, MergeInfo, objectives
-from pm_jax.types import Array, Key, Params, PyTree
-
-_DISCRIMINANT = classifiers.discriminant()
-_STATISTICS = classifiers.CLASS_STATISTICS
+from pm_jax.types import Array, InvalidInput, Key, Params, PyTree
 
 
 class RunState(NamedTuple):
@@ -31,7 +29,8 @@ class RunState(NamedTuple):
         params: the merged model, full parameter tree.
         start: leaves of the model that the next task starts from, where that is another one.
         rule: the rule's state.
-        statistics: class statistics of the features of all classes seen, or `None`.
+        statistics: of the merged model's features of all classes seen, by name, for classifiers
+            that are made from them; `None` where there are none.
         task_vector: leaves of the last task's vector, where planes are looked at.
         model_state: the merged model's state, such as batch statistics.
         start_state: that of the model that the next task starts from, where that is another one.
@@ -40,7 +39,7 @@ class RunState(NamedTuple):
     params: Params
     start: dict[str, Array]
     rule: PyTree
-    statistics: ClassStatistics | None
+    statistics: dict[str, PyTree] | None
     task_vector: dict[str, Array]
     model_state: PyTree = {}
     start_state: PyTree = {}
@@ -90,15 +89,13 @@ class Merging:
         self._config, self._key, self._stream = config, key, stream
         self._devices = devices_of(config)
         self.programs, self._train, self._validation = programs, train, validation
-        self._classifier = programs.training.model.classifier
+        self._fitted: tuple[Any, Fitted] | None = None
 
     def initial_state(self, params: Params, of_model: PyTree) -> RunState:
         """Make the state before the first task, at the model that the run starts from."""
         merging = trees.select(params, self.programs.merging)
-        statistics = None
-        if self._config.classifier == "discriminant":
-            width, classes = trees.leaves_by_path(params)[f"{self._classifier}/kernel"].shape
-            statistics = self._devices.place(_STATISTICS.init(classes, width, self._key))
+        classifying = self.programs.classifying
+        statistics = classifying.init(self._key) if classifying else None
         apart = self.rule.needs.next_task_from != "merged"
         return RunState(
             params,
@@ -110,15 +107,32 @@ class Merging:
             of_model if apart else {},
         )
 
-    def params_for_prediction(self, state: RunState) -> Params:
-        """Return the merged model, with the classifier that the settings ask for."""
-        # Before the first task there are no statistics to make a classifier of.
-        if state.statistics is None or not state.statistics.counts.any():
+    def fitted(self, state: RunState) -> Fitted:
+        """Make the classifiers after a merge, once for each state."""
+        chosen, classifying = self._config.chosen_classifiers, self.programs.classifying
+        if classifying is None or state.statistics is None:
+            return Fitted((None,) * len(chosen), ({},) * len(chosen))
+        if self._fitted is None or self._fitted[0] is not state.statistics:
+            found = classifying.fit(state.statistics, state.params, self._key)
+            self._fitted = state.statistics, jax.block_until_ready(found)
+        return self._fitted[1]
+
+    def params_for_prediction(self, state: RunState, label: str) -> Params:
+        """Return the merged model with one of the run's classifiers for its own.
+
+        Raises:
+            InvalidInput: it is not linear in the features, or the model has no place for it.
+        """
+        (place,) = (n for n, x in enumerate(self._config.chosen_classifiers) if x.label == label)
+        predictor = self.fitted(state).predictors[place]
+        if predictor is None:
             return state.params
-        predictor: Any = _DISCRIMINANT.fit(state.statistics, None, None)
-        names = (f"{self._classifier}/{leaf}" for leaf in ("kernel", "bias"))
-        classifier = dict(zip(names, predictor, strict=True))
-        return trees.replace(state.params, self._devices.place(classifier))
+        if not isinstance(predictor, Linear):
+            raise InvalidInput(
+                f"classifiers={label}: is not linear in the features, as the model's own is; only "
+                "another can take its place"
+            )
+        return with_head(self.programs.training.model, state.params, predictor)
 
     def blank_adapters(self, params: Params) -> Adapters:
         """Make adapters of the run's shapes whose products are 0; none without LoRA."""
@@ -157,7 +171,7 @@ class Merging:
 
         The rule's state is donated. Times and figures enter the records.
         """
-        onset = self._onset_gradient_norm(task, finished)
+        onset, before = self._onset_gradient_norm(task, finished), (state.params, state.model_state)
         is_origin = task == 0 and self._config.from_scratch
         task_vector = self._task_vector(finished) if state.task_vector else {}
         if is_origin:
@@ -192,11 +206,9 @@ class Merging:
         if task and self._config.plane_points:
             with records.timed("landscape"):
                 self._look_across(task, finished, merged, state, records)
-        if (statistics := state.statistics) is not None:
-            with records.timed("classifier"):
-                add = self.programs.statistics
-                statistics = add(self._train, statistics, merged, number(task), of_model)
-                jax.block_until_ready(statistics)
+        with records.timed("classifier"):
+            statistics, drifted = self._observed(task, state.statistics, before, (merged, of_model))
+        figures |= drifted
         start, start_state = state.start, state.start_state
         # A rule that starts every task from theta_0 has to follow when theta_0 becomes theta_1*.
         if self.rule.needs.next_task_from == "trained" or (start and is_origin):
@@ -204,6 +216,33 @@ class Merging:
             start_state = finished.model_state
         state = RunState(merged, start, rule_state, statistics, task_vector, of_model, start_state)
         return state, records.add_merge(task, info, **figures)
+
+    def _observed(
+        self,
+        task: int,
+        statistics: dict[str, PyTree] | None,
+        before: tuple[Params, PyTree],
+        merged: tuple[Params, PyTree],
+    ) -> tuple[dict[str, PyTree] | None, dict[str, float]]:
+        """Add a task to the statistics, which are donated; returns also figures of the drift.
+
+        `before` is the model that the statistics are of, and `merged` the one that they will be of.
+        """
+        classifying = self.programs.classifying
+        if classifying is None or statistics is None:
+            return None, {}
+        observed = classifying.observe(
+            self._train,
+            self._key,
+            merged[0],
+            number(task),
+            merged[1],
+            before if classifying.follows_drift else None,
+        )
+        statistics, figures = classifying.joined(statistics, observed)
+        # Before the first task there are no classes whose features could have drifted.
+        drifted = {name: float(x) if task else float("nan") for name, x in figures.items()}
+        return jax.block_until_ready(statistics), drifted
 
     def _initial_rule_state(self, theta_0: Params) -> PyTree:
         """Make the rule's state before any merge."""
@@ -323,5 +362,7 @@ class Merging:
     def _scores(self, params: Params, of_model: PyTree, seen: int) -> np.ndarray:
         """Measure a model's `landscape.SCORES` on the tasks seen, [3, seen]."""
         classes = self._stream.class_masks[:seen].any(axis=0)
-        given = (params, classes, number(seen), of_model)
-        return np.stack(self.programs.training.scores(self._validation, *given))[:, :seen]
+        # The trained columns belong to the point, as no other classifier does.
+        given = (params, classes, number(seen), of_model, (None,))
+        found = self.programs.training.scores(self._validation, *given)
+        return np.stack([found.accuracy[0], found.task_aware[0], found.loss])[:, :seen]

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import jax
 
 from pm_jax import rules, task_vectors, trees
+from pm_jax.continual.merging.classifying import Classifying
 from pm_jax.continual.merging.evaluation import MeanLossPass, ScoresPass
 from pm_jax.continual.merging.evidence import EvidencePass, Given
 from pm_jax.continual.merging.model_state import BatchStatisticsPass
 from pm_jax.continual.merging.objective import Objectives
-from pm_jax.continual.merging.statistics import StatisticsPass
 from pm_jax.continual.placement.compiled import compiled
 from pm_jax.continual.placement.data import StreamData, resident_bytes
 from pm_jax.continual.placement.devices import devices_of
@@ -142,6 +142,7 @@ class Programs:
         merging: paths of the leaves that merge.
         adapted: paths of the leaves that have adapters, from the second task on at the latest.
         objective: makes the loss of a task on some of its examples, see `Objectives.of_task`.
+        classifying: functions of the classifiers that are made from features, or `None`.
     """
 
     def __init__(self, config: Config, shape: StreamShape, model: Model):
@@ -172,7 +173,10 @@ class Programs:
         )
         form = (shape.input_shape, shape.largest_task, shape.input_dtype)
         self.objective = Objectives(config, model, *form).of_task
-        self.statistics = StatisticsPass(config, model)
+        self.classifying = None
+        if any(each.classifier.statistics for each in config.chosen_classifiers):
+            params, state = jax.eval_shape(self.training.init_with_state, jax.random.key(0))
+            self.classifying = Classifying(config, model, params, state, blank)
         if config.model_state == "measured" and self.training.traits.has_state:
             own_model.check_measurable(model, name, self.training.init_with_state, blank)
         self.batch_statistics = BatchStatisticsPass(config, model)

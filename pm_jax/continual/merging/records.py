@@ -10,6 +10,7 @@ import numpy as np
 
 from pm_jax import metrics
 from pm_jax.continual.merging import landscape
+from pm_jax.continual.merging.classifying import DRIFT_FIGURES
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.settings.settings import SPLITS
 from pm_jax.rules import MergeInfo
@@ -36,12 +37,13 @@ class Records:
 
     def __init__(self, tasks: int, config: Config, with_onset: bool):
         landscape_points, plane_points = config.landscape_points, config.plane_points
-        self._classifiers, self._evaluate_on = (config.classifier,), config.evaluate_on
+        self._classifiers, self._evaluate_on = config.classifiers, config.evaluate_on
         self._fields = (
             *MERGE_FIELDS,
             *config.merge_rule.needs.figures,
             *(("onset_gradient_norm",) if with_onset else ()),
             *(landscape.FIGURES if landscape_points else ()),
+            *(DRIFT_FIGURES if any(each.moves for each in config.chosen_classifiers) else ()),
         )
         # By classifier, by split, over all classes seen and over the task's own: see `Learner`.
         measured = (len(self._classifiers), len(SPLITS), 2)
@@ -58,6 +60,11 @@ class Records:
             grid = (tasks, plane_points, plane_points, len(landscape.SCORES), tasks)
             self.arrays["plane"] = np.full(grid, np.nan, np.float32)
             self.arrays["plane_merged"] = np.full((tasks, 3), np.nan, np.float32)
+
+    @property
+    def merged(self) -> bool:
+        """True once a task was merged."""
+        return bool(np.isfinite(self.arrays["merges"]).any())
 
     def restore(self, arrays: dict[str, Any]) -> None:
         """Replace all records by those of a checkpoint."""

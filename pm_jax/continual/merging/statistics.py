@@ -1,28 +1,52 @@
-"""Class statistics of a task's features, for the classifiers made from them."""
+"""Statistics that a task's features leave behind, for classifiers that are made from them."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
+
 from pm_jax import losses
-from pm_jax.classifiers import CLASS_STATISTICS, ClassStatistics
+from pm_jax.classifiers import Statistics, drift
 from pm_jax.continual.placement.data import DeviceData, Order
 from pm_jax.continual.placement.data_pass import DataPass
 from pm_jax.continual.placement.devices import devices_of
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.training.image_transforms import evaluation_transform
 from pm_jax.continual.training.logits import normalized
+from pm_jax.continual.training.purpose_keys import CLASSIFIERS, purpose_key
 from pm_jax.integrations.wrap import as_model
-from pm_jax.types import Array, Batch, Params, PyTree
+from pm_jax.types import Array, Batch, Key, Params, PyTree
 
 BATCH_SIZE = 256
 
 
 class Given(NamedTuple):
-    """The arguments of `StatisticsPass`, beside the data."""
+    """The arguments of `StatisticsPass`, beside the data.
 
-    statistics: ClassStatistics
+    Attributes:
+        key: of the run, so that what is drawn is the same for all tasks.
+        params: the merged model.
+        before: parameters and state of the model that earlier statistics are of; `None` where
+            the drift of the features does not matter.
+    """
+
+    key: Key
     params: Params
     task: Array
     model_state: PyTree = None
+    before: tuple[Params, PyTree] | None = None
+
+
+class TaskStatistics(NamedTuple):
+    """What the features of one task leave behind.
+
+    Attributes:
+        classes: the state of each kind of statistics, by name.
+        drift: moments of the features before and after the merge, or `None`.
+    """
+
+    classes: dict[str, PyTree]
+    drift: drift.DriftStatistics | None
 
 
 def features_of(model: Any, params: Params, inputs: Array, model_state: PyTree = None) -> Array:
@@ -32,23 +56,51 @@ def features_of(model: Any, params: Params, inputs: Array, model_state: PyTree =
 
 
 class StatisticsPass(DataPass):
-    """Adds a task's training examples to statistics: `add(data, *Given)`."""
+    """Observes the features of a task's training examples: `observe(data, *Given)`.
 
-    def __init__(self, config: Config, model: Any):
+    However many classifiers there are, features are computed once, and once more where their drift
+    is observed too.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: Any,
+        statistics: Sequence[Statistics],
+        num_classes: int,
+        width: int,
+    ):
         super().__init__(devices_of(config), BATCH_SIZE, evaluation_transform(config))
-        self._model = model
+        self._model, self._statistics = model, tuple(statistics)
+        self._size = num_classes, width
 
-    def begin(self, data: DeviceData, given: tuple) -> tuple[ClassStatistics, Order]:
-        """Begin with the statistics so far, and the examples of the task."""
-        statistics, _, task, _ = Given(*given)
-        return statistics, data.order(task)
+    def begin(self, data: DeviceData, given: tuple) -> tuple[TaskStatistics, Order]:
+        """Begin with no examples, and those of the task in stored order."""
+        arguments = Given(*given)
+        return self.blank(arguments.key, arguments.before is not None), data.order(arguments.task)
+
+    def blank(self, key: Key, with_drift: bool) -> TaskStatistics:
+        """Make the statistics of no examples."""
+        key = purpose_key(key, CLASSIFIERS)
+        classes = {each.name: each.init(*self._size, key) for each in self._statistics}
+        # A weakly typed array would make another program of the first task's.
+        classes = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), classes)
+        return TaskStatistics(classes, drift.init(self._size[1]) if with_drift else None)
 
     def update(
-        self, statistics: ClassStatistics, batch: Batch, data: DeviceData, given: tuple
-    ) -> ClassStatistics:
-        """Add the features of a batch."""
+        self, carry: TaskStatistics, batch: Batch, data: DeviceData, given: tuple
+    ) -> TaskStatistics:
+        """Observe the features of a batch."""
         del data
-        _, params, _, model_state = Given(*given)
-        features = features_of(self._model, params, batch.inputs, model_state)
+        _, params, _, model_state, before = Given(*given)
         weights = losses.weights_of(batch)
-        return CLASS_STATISTICS.observe(statistics, features, batch.labels, weights)
+        after = features_of(self._model, params, batch.inputs, model_state)
+        classes = {
+            each.name: each.observe(carry.classes[each.name], after, batch.labels, weights)
+            for each in self._statistics
+        }
+        moments = carry.drift
+        if before is not None and moments is not None:
+            earlier = features_of(self._model, before[0], batch.inputs, before[1])
+            moments = drift.observe(moments, earlier, after, weights)
+        return TaskStatistics(classes, moments)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pm_jax import rules
+from pm_jax.continual.settings.chosen_classifiers import chosen
 from pm_jax.continual.settings.factories import is_reference
 from pm_jax.continual.settings.settings import LIMITS, Settings, names_of
 from pm_jax.data import sources
@@ -39,7 +40,9 @@ def check(settings: Settings) -> None:
     parts = (_limits, _ranges, _stream, _model, _perturbation)
     for name, holds, remedy in itertools.chain.from_iterable(part(settings) for part in parts):
         if not holds:
-            raise InvalidInput(f"{name}={getattr(settings, name)}: {remedy}")
+            value = getattr(settings, name)
+            shown = ",".join(value) if name == "classifiers" else value
+            raise InvalidInput(f"{name}={shown}: {remedy}")
 
 
 def _check_value(field: dataclasses.Field, value: Any) -> None:
@@ -93,8 +96,15 @@ def _stream(s: Settings) -> Iterator[Condition]:
     remedy = "is for streams that bring new classes; use scenario=class_incremental, or 0"
     yield "class_subset", not s.class_subset or by_class, remedy
     yield "class_subset", s.class_subset != 1, "must be 0, or at least 2"
+    made = chosen(s.classifiers, s.drift_correction)
     remedy = f"the classes of a {s.scenario} stream have one classifier; use trained"
-    yield "classifier", s.classifier == "trained" or by_class, remedy
+    yield "classifiers", by_class or s.classifiers == ("trained",), remedy
+    remedy = (
+        f"none of classifiers={','.join(s.classifiers)} has statistics that could be moved; use "
+        "none, or discriminant"
+    )
+    corrects = s.drift_correction == "none" or any(each.moves for each in made)
+    yield "drift_correction", corrects, remedy
     # Digits and archives are arrays already, so their images have one size.
     several_sizes = s.dataset != "digits" and not s.dataset.endswith(".npz")
     remedy = f"dataset={s.dataset} has images of one size; use 0"

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from pm_jax import models, perturbation, rules
 from pm_jax.continual.settings import conditions, factories
+from pm_jax.continual.settings.chosen_classifiers import ChosenClassifier, chosen
 from pm_jax.continual.settings.settings import PUBLIC_SIZES, Settings, names_of
 from pm_jax.curvature.dense_layers import kernel_paths
 from pm_jax.curvature.diagonal import DiagonalQuadratic
@@ -131,6 +132,11 @@ class Config(Settings):
         longer = task == 0 and self.from_scratch and self.first_task_epochs
         return self.epoch_repeats * (self.first_task_epochs if longer else self.epochs)
 
+    @property
+    def chosen_classifiers(self) -> tuple[ChosenClassifier, ...]:
+        """Classifiers that are evaluated, in the order of the settings."""
+        return chosen(self.classifiers, self.drift_correction)
+
     def moves(self, task: int) -> bool:
         """Return whether a task, which counts from 0, can move what merges."""
         first_tasks = self.merge_rule.needs.moving_tasks
@@ -140,8 +146,13 @@ class Config(Settings):
 
     def trains(self, task: int) -> bool:
         """Return whether anything trains in a task: what merges, or columns that predict."""
-        has_columns = self.scenario == "class_incremental" and self.classifier == "trained"
+        has_columns = self.scenario == "class_incremental" and self.needs_columns
         return self.moves(task) or has_columns
+
+    @property
+    def needs_columns(self) -> bool:
+        """True if a classifier reads the columns that tasks have trained."""
+        return any(each.classifier.needs_columns for each in self.chosen_classifiers)
 
     def task_stream(self, seed: int) -> stream.TaskStream:
         """Load the tasks, split by a seed; raises `InvalidInput` where they cannot be formed."""
@@ -177,12 +188,19 @@ class Config(Settings):
         return self._with_classes(tasks)
 
     def _with_classes(self, tasks: stream.TaskStream) -> stream.TaskStream:
-        """Return a stream whose tasks have two classes at least."""
-        if tasks.class_masks.sum(axis=1).min() < 2:
-            raise InvalidInput(
-                f"num_tasks={self.num_tasks}: leaves a task with one class, whose loss over "
-                "its own classes is constant; use fewer tasks"
-            )
+        """Return a stream whose tasks have two classes at least, where they train.
+
+        Raises:
+            InvalidInput: a task that trains has one class.
+        """
+        for task, classes in enumerate(tasks.class_masks.sum(axis=1)):
+            if classes < 2 and self.trains(task):
+                raise InvalidInput(
+                    f"num_tasks={self.num_tasks}: leaves a task with one class, whose loss over "
+                    "its own classes is constant; use fewer tasks, or train nothing in it: "
+                    "rule=frozen, or first_session with base_classes, and classifiers that need "
+                    "no trained columns, as discriminant"
+                )
         return tasks
 
     def _images(self) -> stream.LabelledArrays:

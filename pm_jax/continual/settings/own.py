@@ -28,10 +28,11 @@ def model_of(config: Config, num_classes: int, given: Any = None) -> Model:
     else:
         # Not kept: a subclass of Config may make a network by other means than its settings.
         model = as_model(config.network(num_classes))
-    if config.classifier == "discriminant" and not hasattr(model, "features"):
-        raise InvalidInput(
-            "classifier=discriminant: the model has no function features; use trained"
-        )
+    for each in config.chosen_classifiers:
+        if each.classifier.statistics and not hasattr(model, "features"):
+            raise InvalidInput(
+                f"classifiers={each.label}: the model has no function features; use trained"
+            )
     return model
 
 

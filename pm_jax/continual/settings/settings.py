@@ -6,7 +6,8 @@ import operator
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
-from pm_jax import rules
+from pm_jax import classifiers, rules
+from pm_jax.continual.settings.chosen_classifiers import CORRECTIONS
 from pm_jax.data import augmentation, stream
 
 PUBLIC_SIZES = {
@@ -363,13 +364,24 @@ class Settings:
     onset_gradients: bool = _merging(
         False, "Log the norm of the loss gradient at the onset of each task, as trm always does."
     )
-    classifier: str = _merging(
-        "trained",
-        "Class-incremental: what predicts. trained: the columns that tasks have trained, side by "
-        "side. discriminant: one made after each merge, in closed form, from the means of all "
-        "classes seen and their common covariance, which are kept of the merged model's features; "
-        "training goes on with the trained columns.",
-        ("trained", "discriminant"),
+    # Part of a run's identity: its checkpoints hold their statistics, its results their figures.
+    classifiers: tuple[str, ...] = _merging(
+        ("trained",),
+        f"Class-incremental: what predicts, one or more of {', '.join(classifiers.REGISTRY)}, all "
+        "evaluated after one training; the first is shown where there is room for one. trained: "
+        "the columns that tasks have trained, side by side. The others are made after each merge "
+        "from statistics of the merged model's features that are kept of all classes seen; "
+        "training goes on with the trained columns. One may have settings, with colons between "
+        "them, as ridge:features=5000.",
+        later=True,
+    )
+    drift_correction: str = _merging(
+        "none",
+        "Whether the class statistics of earlier tasks follow the features as merges move them: "
+        "affine moves them by a map that is fitted at each merge to the task's features before and "
+        "after it. discriminant:drift_correction=affine corrects one of several classifiers.",
+        CORRECTIONS,
+        later=True,
     )
     trust: str = _merging(
         "off",
@@ -429,7 +441,7 @@ class Settings:
 def as_now(saved: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a config.json, which an earlier version may have written, as of now.
 
-    Settings that it did not have get their defaults.
+    Settings that it did not have get their defaults; there was one classifier then.
     """
     later = (field for field in dataclasses.fields(Settings) if field.metadata["later"])
     # JSON has lists for tuples.
@@ -437,7 +449,10 @@ def as_now(saved: dict[str, Any]) -> dict[str, Any]:
         field.name: list(field.default) if isinstance(field.default, tuple) else field.default
         for field in later
     }
-    return {**defaults, **saved}
+    settings = {**defaults, **saved}
+    if isinstance(classifier := settings.pop("classifier", None), str):
+        settings["classifiers"] = [classifier]
+    return settings
 
 
 def names_of(*stages: str, identity: bool = False) -> tuple[str, ...]:

@@ -28,14 +28,17 @@ def provenance(config: Config) -> dict[str, Any]:
 def configuration_hash(config: Config) -> str:
     """Hash the settings that decide what a run computes, to 64 hexadecimal digits.
 
-    Settings of earlier versions keep their hash: the split that is shown was among them, and a
-    later setting that has its default was not.
+    Settings of earlier versions keep their hash: the split that is shown and one classifier were
+    among them, and a later setting that has its default was not.
     """
-    settings = {"evaluate_on": "test"}
+    settings: dict[str, Any] = {"evaluate_on": "test", "classifier": "trained"}
     for field in dataclasses.fields(Config):
         value, about = getattr(config, field.name), field.metadata
         if about["identity"] and not (about["later"] and value == field.default):
             settings[field.name] = value
+    if len(config.classifiers) == 1:
+        settings.pop("classifiers", None)
+        settings["classifier"] = config.classifiers[0]
     # Sorted, so that the hash survives another order of the fields.
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 

@@ -7,7 +7,7 @@ from pm_jax.types import Key
 
 # The order is part of every saved run: another one would change all random numbers.
 INITIALIZE, ADAPTERS, SHUFFLE, STEP, CURVATURE, AUGMENT, MERGE, EXAMPLES, REFRESH = range(9)
-MODEL, STATISTICS = 9, 10
+MODEL, STATISTICS, CLASSIFIERS = 9, 10, 11
 
 
 def purpose_key(key: Key, purpose: int, *counters: ArrayLike) -> Key:
