@@ -9,6 +9,7 @@ from pm_jax import rules
 from pm_jax.curvature import DiagonalQuadratic
 from pm_jax.rules import Evidence
 from pm_jax.rules.tunable_magmax import assigned, quotas
+from pm_jax.types import InvalidInput
 
 
 def stream(rule, origin, trained_models, fishers=None):
@@ -248,7 +249,7 @@ def test_copies_of_one_task_are_one_task(name):
     ],
 )
 def test_a_setting_out_of_range_is_refused_with_its_range(name, settings, range_of_it):
-    with pytest.raises(rules.registry.InvalidInput, match=f"rule_settings=.*{range_of_it}.*takes"):
+    with pytest.raises(InvalidInput, match=f"rule_settings=.*{range_of_it}.*takes"):
         rules.make(name, settings, max_tasks=5)
 
 
