@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import re
 import shutil
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from pm_jax import rules
 from pm_jax.continual.report import adapting, comparison
 from pm_jax.continual.report.results import read_results, view
 from pm_jax.continual.run import check_matrices, check_runs, run_seeds
+from pm_jax.continual.settings.chosen_classifiers import CORRECTION
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.settings.run_options import RunOptions
 from pm_jax.continual.storage import manifest, reuse
@@ -27,12 +29,17 @@ from pm_jax.continual.training.divergence import TrainingDiverged
 from pm_jax.types import InvalidInput
 
 SHARED_FOLDER = "shared_training"
+OF_TABLE = ("classifiers", CORRECTION, "evaluate_on")
+"""Settings that are columns of the table, or choose what it shows, and make no row of their own."""
 
 
 def configurations(
     base: Config, labels: Sequence[str], curvatures: Sequence[str], parse: Callable[[str, str], Any]
 ) -> dict[str, Config]:
     """Make the settings of each rule that a comparison names, as `ties+keep=0.1+epochs=9`.
+
+    Classifiers change no training, so every rule has all that any of the labels names, and labels
+    that differ in nothing else are one rule.
 
     Raises:
         InvalidInput: a label with an unknown rule, or with settings that the rule cannot have.
@@ -43,6 +50,7 @@ def configurations(
     if len(curvatures) > 1:
         labels = [part for label in labels for part in _with_curvatures(label, curvatures)]
     configs: dict[str, Config] = {}
+    classifiers = dict.fromkeys(base.classifiers)
     for label in labels:
         name, *pairs = label.split("+")
         try:
@@ -58,13 +66,25 @@ def configurations(
                 f"rules={label}: evaluate_on={config.evaluate_on} is for the whole table, which "
                 f"shows {base.evaluate_on} data; both are measured: give it as evaluate_on"
             )
-        if config.classifiers != base.classifiers:
-            raise InvalidInput(
-                f"rules={label}: classifiers are for the whole table, with a column each after one "
-                f"training; give them as classifiers={','.join(config.classifiers)}"
-            )
-        configs[label] = config
-    return configs
+        classifiers |= dict.fromkeys(_columns(config, base))
+        row = "+".join([name, *(pair for pair in pairs if pair.partition("=")[0] not in OF_TABLE)])
+        configs.setdefault(row, config)
+    names, correction = tuple(classifiers), base.drift_correction
+    return {
+        row: dataclasses.replace(config, classifiers=names, drift_correction=correction)
+        for row, config in configs.items()
+    }
+
+
+def _columns(config: Config, base: Config) -> list[str]:
+    """Return the classifiers of a rule by names that mean the same with the settings of all."""
+    if config.drift_correction == base.drift_correction:
+        return list(config.classifiers)
+    own = f":{CORRECTION}={config.drift_correction}"
+    return [
+        each.label if CORRECTION in each.label or not each.movable else each.label + own
+        for each in config.chosen_classifiers
+    ]
 
 
 def _with_curvatures(label: str, curvatures: Sequence[str]) -> list[str]:
@@ -94,8 +114,9 @@ def _settings_of(
             rule_settings.append(pair)  # The rule says what is wrong with it.
             continue
         try:
-            # A comma would end the label, so the numbers of a tuple have colons between them.
-            settings[name] = parse(name, value.replace(":", ","))
+            # A comma would end the label, so the parts of a tuple have colons between them; those
+            # of a classifier's own settings stay: ridge:features=500:discriminant.
+            settings[name] = parse(name, re.sub(r":(?![^:=]*=)", ",", value))
         except ValueError as error:
             raise InvalidInput(f"{name}={value}: {error}") from None
     return {**settings, "rule_settings": ",".join(rule_settings)}
@@ -127,7 +148,12 @@ def run_rules(
         Interrupted: as `run_seeds`.
     """
     # The rules differ, so the comparison's directory belongs to the settings without one.
-    owner = dataclasses.replace(base, rule=Config.rule, rule_settings=Config.rule_settings)
+    owner = dataclasses.replace(
+        base,
+        rule=Config.rule,
+        rule_settings=Config.rule_settings,
+        classifiers=next(iter(configs.values())).classifiers,
+    )
     directories = {label: workdir / urllib.parse.quote(label, safe="+=:") for label in configs}
     check_claim(workdir, owner, COMPARISON_FILE)
     check_runs({directories[label]: configs[label] for label in configs}, seeds, options)

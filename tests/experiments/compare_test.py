@@ -1,6 +1,7 @@
 """`experiments.compare`, in-process."""
 
 import csv
+import importlib.util
 import json
 import re
 import sys
@@ -139,6 +140,59 @@ def test_a_comparison_of_other_settings_or_beside_something_else_is_refused(
 
 
 BY_CLASS = ["--scenario=class_incremental", "--num_tasks=2", *TINY[1:]]
+
+
+@pytest.mark.slow
+def test_classifiers_are_columns_of_one_training_and_both_splits_are_measured(
+    tmp_path, capsys, learners
+):
+    arguments = [f"--workdir={tmp_path}", *BY_CLASS]
+    arguments += ["--rules=sequential+classifiers=nearest_mean,sequential,averaging"]
+    call("compare", *arguments, "--classifiers=trained,discriminant")
+    assert [rule for rule, *_ in learners] == ["sequential", "averaging"]
+    names = ["trained", "discriminant", "nearest_mean"]
+    output = capsys.readouterr().out
+    heading = "final accuracy, test: trained  final, discriminant  final, nearest_mean"
+    assert heading in output and "on test data; AAA and what follows are with the" in output
+
+    def check(content, split):
+        assert (content["evaluate_on"], content["classifiers"]) == (split, names)
+        for record in content["rules"]:
+            run = json.loads((tmp_path / record["rule"] / "seed_0/results.json").read_text())
+            scores = {name: run["scores"][name][split] for name in names}
+            for name in names:
+                found = record["over_seeds"][f"final_average_accuracy_{name}"]
+                assert found == [scores[name]["final_average_accuracy"]]
+            for figure in ("final_average_accuracy", "forgetting"):
+                assert record["over_seeds"][figure] == [scores["trained"][figure]]
+
+    test_table = (tmp_path / "comparison.json").read_text()
+    check(json.loads(test_table), "test")
+    learners.clear()
+    call("compare", *arguments, "--classifiers=trained,discriminant", "--evaluate_on=validation")
+    assert learners == [] and (tmp_path / "comparison.json").read_text() == test_table
+    check(json.loads((tmp_path / "comparison_validation.json").read_text()), "validation")
+    assert "final accuracy, validation: trained" in capsys.readouterr().out
+    if importlib.util.find_spec("matplotlib"):
+        assert len(list(tmp_path.glob("*_validation.png"))) == 4
+    assert call("inspect", tmp_path) == 0
+
+
+def test_labels_that_differ_in_classifiers_only_are_one_rule_with_all_of_them():
+    flags.FLAGS.unparse_flags()
+    experiment_flags.parse(["compare", "--scenario=class_incremental"])
+    base = experiment_flags.config_from_flags()
+    ridge = "sequential+classifiers=ridge:features=50:discriminant:drift_correction=affine"
+    labels = [ridge, "ties+keep=0.1", "sequential+epochs=9+classifiers=nearest_mean", "sequential"]
+    labels += ["averaging+classifiers=discriminant:aligned+drift_correction=affine"]
+    found = configurations(base, labels, (), experiment_flags.parse_setting)
+    assert list(found) == ["sequential", "ties+keep=0.1", "sequential+epochs=9", "averaging"]
+    corrected = "discriminant:drift_correction=affine"
+    wanted = ("trained", "ridge:features=50", corrected, "nearest_mean")
+    wanted += ("aligned:drift_correction=affine",)
+    assert {config.classifiers for config in found.values()} == {wanted}
+    assert {config.drift_correction for config in found.values()} == {"none"}
+    assert [found[label].epochs for label in found] == [3, 3, 9, 3]
 
 
 def test_shared_training_is_deleted_when_all_rules_are_finished_or_kept(tmp_path, capsys, learners):

@@ -26,10 +26,15 @@ class ChosenClassifier(NamedTuple):
     correction: str
 
     @property
+    def movable(self) -> bool:
+        """True if its statistics can follow the drift of the features."""
+        statistics = self.classifier.statistics
+        return statistics is not None and statistics.moved is not None
+
+    @property
     def moves(self) -> bool:
         """True if its statistics follow the drift of the features."""
-        statistics = self.classifier.statistics
-        return self.correction != "none" and statistics is not None and bool(statistics.moved)
+        return self.movable and self.correction != "none"
 
     @property
     def state_name(self) -> str:
