@@ -42,7 +42,8 @@ def line_of(
     stream: str, rule: str, config: Config, run: Mapping[str, Any], *, results: str
 ) -> Line:
     """Return the line of a finished run, whose results lie under a name."""
-    drifts = [merge["drift"] for merge in run["merges"] if merge.get("drift") is not None]
+    sizes = [merge.get("drift_size") for merge in run["merges"]]
+    drifts = [size for size in sizes if size is not None]
     return {
         "stream": stream,
         "rule": rule,
@@ -58,7 +59,7 @@ def line_of(
         },
         "seconds": comparison.median_seconds([run]),
         "seconds_of_phases": run["seconds"],
-        # How far a merge moves the features of the task's own inputs, over their scatter.
+        # How far merges move the features of the task's own inputs, over their scatter.
         "drift": float(np.mean(drifts)) if drifts else None,
         "device": run["environment"]["device"],
         "commit": git_revision(),

@@ -209,6 +209,29 @@ def fit(state: DriftStatistics) -> tuple[FeatureMap, Figures]:
     return feature_map, Figures(jnp.where(helps, explained[best], 0.0), strength, explained[-1])
 
 
+def size(state: DriftStatistics) -> Array:
+    """Return how far the features drifted, over their scatter: `sum |d|^2 / sum |f_c|^2`.
+
+    It is 0 where nothing moved; near 1 the features of an example moved as far as those of another
+    example are away, and statistics of earlier features say little about the new ones.
+
+    Args:
+        state: the statistics of at least two examples.
+
+    Returns:
+        The ratio over all examples, float32 scalar; 0 where the features have no scatter.
+
+    Example:
+        >>> before = jnp.asarray([[0.0], [2.0]])
+        >>> float(size(observe(init(1), before, before + 3, jnp.ones(2))))
+        9.0
+    """
+    moments = _sum(state.fitting, state.held_out)
+    moved = moments.drift_square + moments.weight * jnp.sum(moments.drift**2)
+    scatter = jnp.trace(moments.features_features)
+    return jnp.where(scatter > 0, moved / jnp.where(scatter > 0, scatter, 1.0), 0.0)
+
+
 def _moments(features: Array, drift: Array, weights: Array) -> Moments:
     """Moments of N examples."""
     weight = weights.sum()

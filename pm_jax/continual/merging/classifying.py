@@ -17,7 +17,7 @@ from pm_jax.continual.training.purpose_keys import CLASSIFIERS, purpose_key
 from pm_jax.models.model import Model
 from pm_jax.types import Array, InvalidInput, Key, Params, PyTree, cause
 
-DRIFT_FIGURES = ("drift_explained", "drift_strength")
+DRIFT_FIGURES = ("drift_explained", "drift_strength", "drift_size")
 """Figures that a drift correction adds to those of its merge."""
 
 
@@ -74,7 +74,7 @@ class Classifying:
         feature_map = None
         if task.drift is not None:
             feature_map, found = drift.fit(task.drift)
-            values = (found.explained, found.strength)
+            values = (found.explained, found.strength, drift.size(task.drift))
             figures = dict(zip(DRIFT_FIGURES, values, strict=True))
 
         def of_kind(name: str, each: ChosenClassifier) -> PyTree:
