@@ -12,8 +12,11 @@ import numpy as np
 from pm_jax.classifiers.base import product
 from pm_jax.types import Array
 
-SIZE = 1024
+SIZE = 512
 """The largest block; a product of such blocks keeps all cores busy and fits their caches."""
+
+PANEL = 64
+"""Rows of a block that are factored one by one."""
 
 
 def layout(width: int) -> tuple[int, int]:
@@ -21,7 +24,7 @@ def layout(width: int) -> tuple[int, int]:
 
     Example:
         >>> layout(10_000)
-        (10, 1000)
+        (20, 500)
     """
     rows = -(-width // SIZE)
     return rows, -(-width // rows)
@@ -77,9 +80,11 @@ def add_diagonal(blocks: Array, value: Array) -> Array:
 def cholesky(blocks: Array) -> Array:
     """Blocks of the lower triangular L with `L L^T` the matrix; NaN where it is not positive.
 
+    The blocks on the diagonal are the inverses of those of L, which is what `solve` needs.
+
     Example:
-        >>> cholesky(jnp.asarray([[[4.0, 2.0], [2.0, 5.0]]])).tolist()
-        [[[2.0, 0.0], [1.0, 2.0]]]
+        >>> cholesky(jnp.asarray([[[4.0, 2.0], [2.0, 2.0]]])).tolist()
+        [[[0.5, 0.0], [-0.5, 1.0]]]
     """
     rows = rows_of(blocks)
 
@@ -87,14 +92,11 @@ def cholesky(blocks: Array) -> Array:
         return row * (row + 1) // 2 + column
 
     def eliminate(pivot: Array, blocks: Array) -> Array:
-        triangle = jax.lax.linalg.cholesky(blocks[at(pivot, pivot)], symmetrize_input=False)
-        blocks = blocks.at[at(pivot, pivot)].set(triangle)
+        inverse = _inverse_factor(blocks[at(pivot, pivot)])
+        blocks = blocks.at[at(pivot, pivot)].set(inverse)
 
         def divide(row: Array, blocks: Array) -> Array:
-            below = jax.lax.linalg.triangular_solve(
-                triangle, blocks[at(row, pivot)], lower=True, transpose_a=True
-            )
-            return blocks.at[at(row, pivot)].set(below)
+            return blocks.at[at(row, pivot)].set(product(blocks[at(row, pivot)], inverse.T))
 
         def subtract_row(row: Array, blocks: Array) -> Array:
             def subtract(column: Array, blocks: Array) -> Array:
@@ -109,12 +111,60 @@ def cholesky(blocks: Array) -> Array:
     return jax.lax.fori_loop(0, rows, eliminate, blocks)
 
 
+def _inverse_factor(matrix: Array) -> Array:
+    """The inverse of the lower triangular factor of one block [m, m], panel by panel.
+
+    LAPACK is not asked: its threads wait for each other by spinning, which takes up to a hundred
+    times as long on a machine with other work.
+    """
+    width = matrix.shape[0]
+    panels = -(-width // PANEL)
+    size = panels * PANEL
+    identity = jnp.eye(size)
+    # The identity pads it to whole panels.
+    matrix = identity.at[:width, :width].set(matrix)
+
+    def add_panel(panel: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        rest, factor, inverse = carry
+        first = panel * PANEL
+        corner = jax.lax.dynamic_slice(rest, (first, first), (PANEL, PANEL))
+        corner = _inverse_factor_by_rows(corner)
+        column = jax.lax.dynamic_slice(rest, (0, first), (size, PANEL))
+        column = jnp.where(jnp.arange(size)[:, None] < first, 0.0, product(column, corner.T))
+        # Rows that are not known yet are 0, so that the product leaves them out.
+        left = jax.lax.dynamic_slice(factor, (first, 0), (PANEL, size))
+        rows = jax.lax.dynamic_slice(identity, (first, 0), (PANEL, size))
+        rows = product(corner, rows - product(left, inverse))
+        return (
+            rest - product(column, column.T),
+            jax.lax.dynamic_update_slice(factor, column, (0, first)),
+            jax.lax.dynamic_update_slice(inverse, rows, (first, 0)),
+        )
+
+    nothing = jnp.zeros_like(matrix)
+    carry = matrix, nothing, nothing
+    return jax.lax.fori_loop(0, panels, add_panel, carry)[2][:width, :width]
+
+
+def _inverse_factor_by_rows(matrix: Array) -> Array:
+    """The inverse of the lower triangular factor of a small matrix, row by row."""
+    identity = jnp.eye(matrix.shape[0])
+
+    def add_row(row: Array, inverse: Array) -> Array:
+        left = product(inverse, matrix[row])
+        pivot = jnp.sqrt(matrix[row, row] - jnp.sum(left**2))
+        return inverse.at[row].set((identity[row] - product(left, inverse)) / pivot)
+
+    return jax.lax.fori_loop(0, matrix.shape[0], add_row, jnp.zeros_like(matrix))
+
+
 def solve(factor: Array, right: Array) -> Array:
-    """Solve `L L^T x = right`, of blocks L as `cholesky` makes them and right [width, C].
+    """Solve `L L^T x = right` for right [width, C], with L as `cholesky` returns it.
 
     Example:
-        >>> solve(jnp.asarray([[[2.0, 0.0], [1.0, 2.0]]]), jnp.asarray([[8.0], [8.0]])).tolist()
-        [[1.5], [1.0]]
+        >>> factor = cholesky(jnp.asarray([[[4.0, 2.0], [2.0, 2.0]]]))
+        >>> solve(factor, jnp.asarray([[8.0], [6.0]])).tolist()
+        [[1.0], [2.0]]
     """
     rows, size = rows_of(factor), factor.shape[1]
     width, classes = right.shape
@@ -128,8 +178,7 @@ def solve(factor: Array, right: Array) -> Array:
             return value - product(at(row, column), x[column])
 
         value = jax.lax.fori_loop(0, row, subtract, x[row])
-        value = jax.lax.linalg.triangular_solve(at(row, row), value, left_side=True, lower=True)
-        return x.at[row].set(value)
+        return x.at[row].set(product(at(row, row), value))
 
     def backward(number: Array, x: Array) -> Array:
         row = rows - 1 - number
@@ -138,10 +187,7 @@ def solve(factor: Array, right: Array) -> Array:
             return value - product(at(below, row).T, x[below])
 
         value = jax.lax.fori_loop(row + 1, rows, subtract, x[row])
-        value = jax.lax.linalg.triangular_solve(
-            at(row, row), value, left_side=True, lower=True, transpose_a=True
-        )
-        return x.at[row].set(value)
+        return x.at[row].set(product(at(row, row).T, value))
 
     x = jax.lax.fori_loop(0, rows, forward, right)
     return jax.lax.fori_loop(0, rows, backward, x).reshape(rows * size, classes)[:width]
