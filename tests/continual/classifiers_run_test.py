@@ -253,6 +253,8 @@ def test_classifiers_go_with_other_settings(change):
         devices = learner._devices
         for leaf in jax.tree.leaves(learner.state.statistics):
             assert leaf.sharding.is_equivalent_to(devices.sharding(leaf.shape), leaf.ndim)
+        run = learner.programs.classifying
+        assert run.joined._cache_size() == run.fit._cache_size() == 1
         alone = Learner(ALL, 0, options=QUIET).run()["scores"]
         for label in LABELS:
             one, other = (

@@ -1,13 +1,14 @@
 """The classifiers of a run beside its trained columns: their statistics, and how they are made."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pm_jax import trees
 from pm_jax.classifiers import Linear, Predictor, Statistics, drift
+from pm_jax.classifiers.base import Columns
 from pm_jax.continual.merging.statistics import StatisticsPass, TaskStatistics, features_of
 from pm_jax.continual.placement.compiled import compiled
 from pm_jax.continual.placement.devices import devices_of
@@ -70,6 +71,11 @@ class Classifying:
         self, earlier: dict[str, PyTree], task: TaskStatistics
     ) -> tuple[dict[str, PyTree], dict[str, Array]]:
         """Move the statistics of earlier tasks with the features, and add those of a task."""
+        return self.devices.by_each(self._joined, earlier, task)
+
+    def _joined(
+        self, earlier: dict[str, PyTree], task: TaskStatistics
+    ) -> tuple[dict[str, PyTree], dict[str, Array]]:
         figures: dict[str, Array] = {}
         feature_map = None
         if task.drift is not None:
@@ -89,8 +95,11 @@ class Classifying:
     @compiled()
     def fit(self, statistics: dict[str, PyTree], params: Params, key: Key) -> Fitted:
         """Make the classifiers from the statistics and the merged model's columns."""
-        predictors, figures = list[Predictor | None](), list[dict[str, Array]]()
         columns = _columns_of(params, self._model.classifier)
+        return self.devices.by_each(self._fit, statistics, columns, key)
+
+    def _fit(self, statistics: dict[str, PyTree], columns: Columns | None, key: Key) -> Fitted:
+        predictors, figures = list[Predictor | None](), list[dict[str, Array]]()
         for place, each in enumerate(self._chosen):
             classifier = each.classifier
             if classifier.statistics is None:
@@ -145,14 +154,14 @@ def _width_of_features(
     return found.shape[1]
 
 
-def _columns_of(params: Params, classifier: str) -> tuple[Any, Any] | None:
+def _columns_of(params: Params, classifier: str) -> Columns | None:
     """Return kernel and bias of a model's classifier; `None` where it is no plain dense layer."""
     leaves = trees.leaves_by_path(params)
     kernel, bias = (leaves.get(f"{classifier}/{leaf}") for leaf in ("kernel", "bias"))
     return None if kernel is None or bias is None else (kernel, bias)
 
 
-def _check_columns(label: str, columns: tuple[Any, Any] | None, width: int) -> None:
+def _check_columns(label: str, columns: Columns | None, width: int) -> None:
     if columns is None or columns[0].shape != (width, *columns[1].shape):
         raise InvalidInput(
             f"classifiers={label}: starts from the kernel [{width}, classes] and the bias of the "

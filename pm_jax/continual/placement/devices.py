@@ -167,6 +167,19 @@ class Devices:
         )
         return gather(array, rows)
 
+    def by_each(self, function: Callable[..., Tree], *arguments: Any) -> Tree:
+        """Have each device compute a function of whole arrays by itself, inside a compiled one.
+
+        Loops that XLA would divide exchange something in every step, for which a CPU's devices can
+        wait for ever where several such loops run at a time.
+        """
+        if self.count == 1:
+            return function(*arguments)
+        whole = jax.shard_map(
+            function, mesh=self.mesh, in_specs=P(), out_specs=P(), check_vma=False
+        )
+        return whole(*arguments)
+
     def spread(self, examples: Tree, axis: int = 0) -> Tree:
         """Divide examples along an axis, inside a compiled function."""
         if self.count == 1:
