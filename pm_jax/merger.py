@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pm_jax import task_vectors, trees
+from pm_jax import lapack, task_vectors, trees
 from pm_jax.curvature.measures import Measure, Measurement, in_groups, measure_all
 from pm_jax.curvature.measuring import check_parameters
 from pm_jax.curvature.static_leaves import Frame
@@ -135,7 +135,10 @@ class Merger:
             batch_size=batch_size, progress=progress, trained=trained,
         )  # fmt: skip
         models, frame = Frame.split((state.start, trained))
-        merged, rule, info = _update(self.rule, frame, models, state.rule, measuring(at=trained))
+        evidence = measuring(at=trained)
+        with lapack.one_thread():
+            update = _update(self.rule, frame, models, state.rule, evidence)
+            merged, rule, info = jax.block_until_ready(update)
         others = jax.tree.map(lambda x: x if trees.is_floating(x) else _copied(x), trained)
         params = trees.with_floating(others, merged)
         if self.rule.needs.absorb:

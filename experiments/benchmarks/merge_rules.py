@@ -1,21 +1,23 @@
 """Time and memory of one merge by every rule that looks at the models only, at ViT-B/16's size.
 
 python -m experiments.benchmarks.merge_rules
+python -m experiments.benchmarks.merge_rules --benchmark_rules=opcm,null_space+learned_rank=64
 
 Merging the third of three models of random numbers, by the compiled update of the rule, as in a
 run. Memory is what the compiled program needs beyond the two models, the evidence and the state
-that it is given, counted in models.
+that it is given, counted in models. Processor time is of all threads, and tells more than the wall
+time where other jobs run.
 """
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from pm_jax import rules
+from pm_jax import lapack, rules
 from pm_jax.continual import Config
 from pm_jax.continual.training.initial_model import parameter_shapes
 from pm_jax.curvature.diagonal import DiagonalQuadratic
@@ -23,7 +25,12 @@ from pm_jax.rules import Evidence, MergeRule
 from pm_jax.types import Params
 
 flags.DEFINE_string("benchmark_model", "vit_base_patch16", "Model whose parameters are merged.")
-flags.DEFINE_list("benchmark_rules", [], "Rules; all that need no more than models by default.")
+flags.DEFINE_list(
+    "benchmark_rules",
+    [],
+    "Rules, each with a setting after it as rule+name=value; all that need no more than models by "
+    "default.",
+)
 
 GIVEN = frozenset({"quadratic", "curvature_error", "key"})
 TASKS = 3
@@ -36,8 +43,17 @@ def without_training(rule: MergeRule) -> bool:
     return by_entry and needs.evidence <= GIVEN and not needs.hook and not needs.analysis_only
 
 
-def measure(rule: MergeRule, shapes: Params) -> tuple[float, float, float]:
-    """Measure the seconds of the last merge, and the bytes of its memory and of the state."""
+class Figures(NamedTuple):
+    """Figures of the last merge of a rule: seconds, and bytes."""
+
+    wall: float
+    processor: float
+    memory: float
+    state: float
+
+
+def measure(rule: MergeRule, shapes: Params) -> Figures:
+    """Measure the last of some merges."""
 
     def model(number: int, positive: bool = False) -> Params:
         leaves, structure = jax.tree.flatten(shapes)
@@ -61,7 +77,7 @@ def measure(rule: MergeRule, shapes: Params) -> tuple[float, float, float]:
 
     previous = model(0)
     state = rule.init(jax.tree.map(jnp.copy, previous))
-    seconds = nbytes = 0.0
+    wall = processor = nbytes = 0.0
     for task in range(TASKS):
         trained = model(task + 1)
         given = jax.block_until_ready(evidence(trained, task))
@@ -70,10 +86,12 @@ def measure(rule: MergeRule, shapes: Params) -> tuple[float, float, float]:
             sizes: Any = program.memory_analysis()
             nbytes = sizes.temp_size_in_bytes + sizes.output_size_in_bytes
             nbytes -= sizes.alias_size_in_bytes
-        clock = time.perf_counter()
-        state, previous, _ = jax.block_until_ready(merge(state, previous, trained, given))
-        seconds = time.perf_counter() - clock
-    return seconds, nbytes, float(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+        clock, computing = time.perf_counter(), time.process_time()
+        with lapack.one_thread():
+            state, previous, _ = jax.block_until_ready(merge(state, previous, trained, given))
+        wall, processor = time.perf_counter() - clock, time.process_time() - computing
+    of_state = float(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+    return Figures(wall, processor, nbytes, of_state)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -84,12 +102,20 @@ def main(argv: Sequence[str]) -> None:
     shapes = parameter_shapes(config, 100, (size, size, 3))
     whole = float(sum(4 * leaf.size for leaf in jax.tree.leaves(shapes)))
     print(f"{config.model}, {whole / 1e6:.0f} MB, on {jax.devices()[0].device_kind}")
-    print(f"{'rule':20}  {'seconds':>7}  {'memory, models':>14}  {'state, models':>13}")
-    for name in flags.FLAGS.benchmark_rules or rules.REGISTRY:
-        rule = rules.make(name, max_tasks=TASKS)
+    print(
+        f"{'rule':28}  {'seconds':>7}  {'processor':>9}  {'memory, models':>14}  "
+        f"{'state, models':>13}"
+    )
+    for label in flags.FLAGS.benchmark_rules or rules.REGISTRY:
+        name, _, settings = label.partition("+")
+        rule = rules.make(name, settings, max_tasks=TASKS)
         if without_training(rule):
-            seconds, memory, state = measure(rule, shapes)
-            print(f"{name:20}  {seconds:7.2f}  {memory / whole:14.2f}  {state / whole:13.2f}")
+            found = measure(rule, shapes)
+            print(
+                f"{label:28}  {found.wall:7.2f}  {found.processor:9.2f}  "
+                f"{found.memory / whole:14.2f}  {found.state / whole:13.2f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ flags.DEFINE_string("rule", "averaging", "Merge rule.")
 flags.DEFINE_string("rule_settings", "", "Settings of the rule.")
 
 WIDTH = 768
-SMALL = {"w": (100, 100)}
+SMALL = {"fc.weight": (100, 100)}
 
 
 def transformer(depth: int) -> dict[str, tuple[int, ...]]:
@@ -99,7 +99,11 @@ def main(argv: Sequence[str]) -> None:
         for count in counts:
             figures = measure(paths[: count + 1])
             seconds, computing, megabytes = np.subtract(figures, bases[count])
-            print(f"{count:2} models, peak above the baseline, MB {megabytes:7.1f}")
+            times = megabytes / (largest / 1e6)
+            print(
+                f"{count:2} models, peak above the baseline, MB {megabytes:7.1f} "
+                f"({times:.1f} of the largest tensor)"
+            )
             print(f"{count:2} models, baseline, MB                {bases[count][-1]:7.1f}")
             print(f"{count:2} models, s above the baseline        {seconds:7.1f}")
             print(f"{count:2} models, processor s above it        {computing:7.1f}")

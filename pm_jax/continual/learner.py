@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from pm_jax import trees
+from pm_jax import lapack, trees
 from pm_jax.continual.interruption import end_if
 from pm_jax.continual.merging import landscape, trust
 from pm_jax.continual.merging.merging import Merging, RunState, TrainedTask
@@ -168,12 +168,13 @@ class Learner:
             Interrupted: `options.stop` had a request to end; everything is saved.
             OSError: a checkpoint could not be written.
         """
-        if self.directory is None:
-            return self._run(None)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        folder = self.directory / "checkpoints"
-        with Checkpoints(folder, self.options.keep_checkpoints, asynchronous=True) as checkpoints:
-            return self._run(checkpoints)
+        with lapack.one_thread():
+            if self.directory is None:
+                return self._run(None)
+            self.directory.mkdir(parents=True, exist_ok=True)
+            folder, kept = self.directory / "checkpoints", self.options.keep_checkpoints
+            with Checkpoints(folder, kept, asynchronous=True) as checkpoints:
+                return self._run(checkpoints)
 
     def write_landscape(self, directory: Path) -> None:
         """Write the scores around the merges, if the settings ask for any."""

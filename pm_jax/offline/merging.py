@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pm_jax import files
+from pm_jax import files, lapack
 from pm_jax.curvature.diagonal import DiagonalQuadratic
 from pm_jax.offline.displacements import Displacement, as_displacements
 from pm_jax.offline.matrices import StoredMatrix, described, stored_matrices
@@ -42,9 +42,12 @@ def merge_files(merge: Merge) -> str:
     """
     check_output(merge.output, overwrite=merge.overwrite)
     # Beside the output: its disk has room for a model, the system's folder may have none.
-    with tempfile.TemporaryDirectory(
-        prefix=f"{merge.output.name}.", dir=merge.output.parent
-    ) as folder:
+    with (
+        tempfile.TemporaryDirectory(
+            prefix=f"{merge.output.name}.", dir=merge.output.parent
+        ) as folder,
+        lapack.one_thread(),
+    ):
         return _merge(merge, open_inputs(merge, Path(folder)), Path(folder))
 
 

@@ -66,7 +66,9 @@ def became(
     - With LoRA, A [in, rank] of `W + A B` is projected when it is drawn, and so are its gradients
       and updates: `x A B = 0` for every x in the memory, whatever B is.
     - The memory is of the merged model's inputs on `Evidence.objective`'s examples. The threshold
-      of task t, counted from 0, is `threshold + threshold_growth t`, at most 0.999.
+      of task t, counted from 0, is `threshold + threshold_growth t`, at most 0.999, and the memory
+      takes the fewest directions that reach it; the published code of gradient projection memory
+      leaves out the one that crosses it.
 
     A projector takes in^2 numbers a kernel: about twice a ViT-B's parameters if all of it trains.
 

@@ -19,7 +19,7 @@ def test_a_merge_needs_twice_the_model_beyond_what_it_is_given(name):
     side = int(ENTRIES**0.5)
     shape = (side, side) if rule.needs.parts else (ENTRIES,)
     shapes = {str(i): jax.ShapeDtypeStruct(shape, "float32") for i in range(LEAVES)}
-    _, memory, state = measure(rule, shapes)
+    found = measure(rule, shapes)
     model = LEAVES * 4 * ENTRIES
-    assert memory <= 2.4 * model  # CoFiMA's, for the working copy of a leaf and its mask
-    assert state <= 4.1 * model
+    assert found.memory <= 2.4 * model  # CoFiMA's, for the working copy of a leaf and its mask
+    assert found.state <= 4.1 * model

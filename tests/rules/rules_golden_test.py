@@ -69,6 +69,32 @@ def test_ties_elects_the_negative_sign_where_nothing_decides():
     assert moved(rules.ties(keep=1.0, scale=1.0), [1.0, -3.0], [-1.0, -3.0]) == [-1.0, -3.0]
 
 
+def test_a_residue_of_rounding_elects_a_sign_where_a_sum_would_cancel():
+    for task_vectors, elected in (([0.3, 0.6, -0.9], 0.45), ([0.25, 0.5, -0.75], -0.75)):
+        # From an origin of 0, as 1 + x would round x.
+        merged, _ = stream(rules.ties(keep=1.0, scale=1.0), np.zeros(1), task_vectors)
+        np.testing.assert_allclose(merged[-1], [elected], rtol=1e-6)
+
+
+@pytest.mark.parametrize("keep, size, kept", [(0.29, 100, 29), (0.299, 100, 29), (0.001, 100, 1)])
+def test_the_share_that_ties_keeps_is_rounded_down_but_for_errors_of_rounding(keep, size, kept):
+    vector = np.arange(1, size + 1)
+    (merged,), _ = stream(rules.ties(keep=keep, scale=1.0), np.zeros(size), [vector])
+    assert np.flatnonzero(merged).tolist() == list(range(size - kept, size))
+
+
+def test_dare_on_ties_may_leave_the_trimming_out():
+    vector = np.arange(1.0, 41.0)
+    rule = rules.dare(on="ties", drop=0.5, keep=1.0, scale=1.0)
+    (merged,), _ = stream(rule, np.zeros(40), [vector])
+    left = np.flatnonzero(merged)
+    # Of small entries as of large ones, each doubled.
+    assert 8 <= len(left) <= 32 and left.min() < 8
+    np.testing.assert_allclose(np.asarray(merged)[left], 2 * vector[left], rtol=1e-6)
+    (trimmed,), _ = stream(rules.dare(on="ties", drop=0.5), np.zeros(40), [vector])
+    assert np.count_nonzero(trimmed) == 8
+
+
 def test_ties_trims_by_model_or_by_tensor():
     origin, trained = {"a": np.zeros(2), "b": np.zeros(2)}, {"a": [4.0, 3.0], "b": [1.0, 2.0]}
 
