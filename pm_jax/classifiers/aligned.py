@@ -18,7 +18,7 @@ from pm_jax.losses import mask_logits
 from pm_jax.types import Array, InvalidInput, Key
 
 
-def aligned(*, steps: int = 300, batch_size: int = 256, rate: float = 0.01) -> Classifier:
+def aligned(*, steps: int = 300, batch_size: int = 256, rate: float = 0.03) -> Classifier:
     """Train the columns of all classes together on features drawn from the class Gaussians.
 
         x ~ N(m_c, S),   c uniform over the classes seen,   minimise -log softmax(x kernel + bias)_c

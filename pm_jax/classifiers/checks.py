@@ -65,8 +65,8 @@ def check_features(name: str, features: Array, width: int) -> None:
 def check_weights(weights: Array) -> None:
     """Check weights that are known."""
     known = values_of(weights)
-    if known is not None and not np.all(known >= 0):
-        raise InvalidInput("weights: must be at least 0, where 0 marks padding")
+    if known is not None and not np.all((known >= 0) & np.isfinite(known)):
+        raise InvalidInput("weights: must be at least 0 and finite, where 0 marks padding")
 
 
 def check_finite(name: str, array: Array) -> None:

@@ -144,16 +144,16 @@ def covariance(state: ClassStatistics) -> tuple[Array, Array]:
 
 
 def shrinkage(state: ClassStatistics, predictor: Any) -> dict[str, Array]:
-    """The share of shrinkage, as a figure: 1 where nothing of the covariance can be used."""
+    """The share of shrinkage, as a figure: 1 where only the mean variance is used."""
     del predictor
     return {"shrinkage": covariance(state)[1]}
 
 
 def remarks_on_shrinkage(figures: dict[str, Any]) -> tuple[str, ...]:
-    """Say that nothing of the covariance can be used, where that is so."""
+    """Say that only the mean variance is used, where that is so."""
     if not figures["shrinkage"] >= 1:
         return ()
     return (
-        "the examples say nothing of the covariance within classes (shrinkage 1): the classes are "
-        "compared by the distance to their means",
+        "the covariance within classes is shrunk to a multiple of the identity (shrinkage 1), as "
+        "for too few examples: classes are compared by the distance to their means",
     )

@@ -23,8 +23,8 @@ def discriminant() -> Classifier:
     are trained task by task never compare classes of different tasks; these do.
 
     Returns:
-        A `Classifier` whose predictor is `Linear`. Its figure `shrinkage` is 1 where the examples
-        say nothing about the covariance, of which a multiple of the identity is then left.
+        A `Classifier` whose predictor is `Linear`. Its figure `shrinkage` is 1 where only a
+        multiple of the identity is left of the covariance, as with too few examples.
 
     References:
         Hayes and Kanan, `Lifelong Machine Learning with Deep Streaming Linear Discriminant

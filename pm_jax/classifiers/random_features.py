@@ -74,7 +74,7 @@ def random_features(count: int) -> Statistics:
             Recent(
                 jnp.zeros((RECENT, width)),
                 jnp.zeros(RECENT, jnp.int32),
-                jnp.full(RECENT, -1.0),
+                jnp.full(RECENT, -1.0, jnp.float32),
                 jnp.zeros(()),
             ),
         )

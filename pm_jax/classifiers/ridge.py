@@ -35,12 +35,14 @@ class RandomFeatureRidge(NamedTuple):
         kernel: [M, C].
         bias: [C], 0, or -1e30 for classes without examples.
         strength: lambda of the regression, scalar.
+        growth: how many times the lambda that was chosen it is, 1 where that could be factored.
     """
 
     projection: Array
     kernel: Array
     bias: Array
     strength: Array
+    growth: Array
 
     def __call__(self, features: Array, /) -> Array:
         """Logits [N, C]."""
@@ -63,8 +65,8 @@ def ridge(*, features: int = 0, strength: float = 0.0) -> Classifier:
         strength: lambda; 0 for the grid.
 
     Returns:
-        A `Classifier` whose predictor is not linear in the features. Its figure is `strength`,
-        lambda as chosen.
+        A `Classifier` whose predictor is not linear in the features. Its figures are
+        `strength`, lambda, and `strength_growth`, how many times the one that was chosen it is.
 
     Raises:
         InvalidInput: a setting out of range.
@@ -93,14 +95,23 @@ def ridge(*, features: int = 0, strength: float = 0.0) -> Classifier:
         chosen = jnp.asarray(strength, jnp.float32) if strength else chosen_strength(state)
         kernel, used = _solve(state, chosen)
         bias = jnp.where(state.counts > 0, 0.0, MASKED_LOGIT)
-        return RandomFeatureRidge(state.projection, kernel, bias, used)
+        return RandomFeatureRidge(state.projection, kernel, bias, used, used / chosen)
 
-    return Classifier("ridge", random_features(count), fit, False, False, _figures)
+    return Classifier("ridge", random_features(count), fit, False, False, _figures, _remarks)
 
 
 def _figures(state: Any, predictor: RandomFeatureRidge) -> dict[str, Array]:
     del state
-    return {"strength": predictor.strength}
+    return {"strength": predictor.strength, "strength_growth": predictor.growth}
+
+
+def _remarks(figures: dict[str, Any]) -> tuple[str, ...]:
+    if not figures["strength_growth"] > 1:
+        return ()
+    return (
+        f"the strength of the ridge grew {figures['strength_growth']:.0f} times, to "
+        f"{figures['strength']:.3g}: float32 cannot factor the features' moments with less",
+    )
 
 
 def chosen_strength(state: RandomFeatureStatistics) -> Array:
