@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from pm_jax import classifiers
+from pm_jax import classifiers, lapack
 from pm_jax.classifiers import Classifier, Statistics, drift
 from pm_jax.types import Array
 
@@ -142,13 +142,15 @@ def main(argv: Sequence[str]) -> None:
     del argv
     options = flags.FLAGS
     if options.benchmark_only_ridge:
-        print_ridge()
+        with lapack.one_thread():  # as a run has
+            print_ridge()
         return
     print(
         f"{options.benchmark_examples} examples, {options.benchmark_width} features, "
         f"{options.benchmark_classes} classes, on {jax.devices()[0].device_kind}"
     )
-    print_all()
+    with lapack.one_thread():
+        print_all()
     print(f"\n{'':20}  {'observe, s':>10}  {'fit, s':>10}  {'peak, MB':>8}", flush=True)
     command = [sys.executable, "-m", "experiments.benchmarks.classifiers", *sys.argv[1:]]
     subprocess.run([*command, "--benchmark_only_ridge"], check=True)

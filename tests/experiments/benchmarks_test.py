@@ -15,7 +15,7 @@ import optax
 import pytest
 
 from experiments.benchmarks import accelerator, many_tasks, peer
-from pm_jax import lora, trees
+from pm_jax import classifiers, lora, trees
 from pm_jax.continual import Config
 from pm_jax.continual.training.logits import logits_of
 from tests.small_runs import forget_programs
@@ -103,6 +103,19 @@ def test_accelerator_runs_small(tmp_path):
         assert eager == "not measured: torch is not installed"
     phases = [value for name, value in rows.items() if name.startswith("  of it")]
     assert 0 < sum(phases) < rows["whole run, s"]
+
+
+@pytest.mark.slow
+def test_classifiers_are_measured_small():
+    sizes = {"width": 8, "examples": 300, "classes": 5, "random_features": 40}
+    flags = [f"--benchmark_{name}={value}" for name, value in sizes.items()]
+    command = [sys.executable, "-m", "experiments.benchmarks.classifiers", *flags]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 0, ended.stderr
+    lines = ended.stdout.splitlines()
+    named = {line.split()[0] for line in lines if line}
+    assert named >= {*classifiers.REGISTRY, "drift", "all", "ridge,"}
+    assert float(lines[-1].split()[-1]) > 50  # MB
 
 
 @pytest.mark.slow
