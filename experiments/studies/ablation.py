@@ -1,8 +1,9 @@
 """Every arm at its own best learning rate and epochs, chosen on validation data; then tested.
 
 One grid for all arms. An arm's setting is the one with the highest mean final average accuracy on
-the validation split over the grid's seeds; test data is read only after that, for that setting
-alone. Finished runs are kept: the same command goes on where it was interrupted.
+the validation split over the grid's seeds; test accuracies, which the same runs have measured, are
+looked at only after that, for that setting alone. Finished runs are kept: the same command goes on
+where it was interrupted.
 
 python -m experiments.studies.ablation --workdir=runs/digits_grid --grid_epochs=1,3,9
 python -m experiments.studies.ablation --workdir=runs/digits_grid_classes --grid_epochs=1,3,9 \
@@ -14,7 +15,6 @@ python -m experiments.studies.ablation --workdir=runs/digits_grid --grid_epochs=
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from absl import app, flags
 from experiments import flags as experiment_flags
 from pm_jax import rules
 from pm_jax.continual import Config, RunOptions
-from pm_jax.continual.report.results import table
+from pm_jax.continual.report.results import read_seeds, summarize, table, view
 from pm_jax.continual.run import run_seeds
 from pm_jax.types import InvalidInput
 
@@ -58,9 +58,13 @@ flags.DEFINE_list("arms", DEFAULT_ARMS, f"Arms to run, of {', '.join(ARMS)}; or 
 flags.DEFINE_string("workdir", "runs/ablation", "Where the runs go; finished ones are kept.")
 
 
-def alphas(directory: Path) -> str:
-    """Average the merge coefficients of the tasks over the seeds in a work directory."""
-    results = [json.loads(path.read_text()) for path in directory.glob("seed_*/results.json")]
+def results_of(directory: Path, seeds: Sequence[int], split: str) -> list[dict[str, Any]]:
+    """Read the results of some seeds of a work directory, with the figures of a split."""
+    return [view(found, split=split) for found in read_seeds(directory) if found["seed"] in seeds]
+
+
+def alphas(results: Sequence[dict[str, Any]]) -> str:
+    """Average the merge coefficients of the tasks over the seeds."""
     by_seed = [[merge["alpha"] for merge in result["merges"]] for result in results]
     return " ".join(f"{value:.2f}" for value in np.mean(np.asarray(by_seed, float), axis=0))
 
@@ -99,17 +103,21 @@ def _study(arms: dict[str, list[Config]], workdir: Path) -> None:
     validated, tested, coefficients = {}, {}, []
     for arm, grid in arms.items():
         folder = workdir / arm.replace(" ", "_")
-        summaries = {}
+        summaries, directories = {}, {}
         for cell in grid:
             rate, epochs = cell.learning_rate, cell.epochs
-            directory = folder / f"rate_{rate:g}_epochs_{epochs}"
-            summaries[cell] = run_seeds(cell, grid_seeds, directory, RunOptions(quiet=True))
+            directories[cell] = directory = folder / f"rate_{rate:g}_epochs_{epochs}"
+            run_seeds(cell, grid_seeds, directory, RunOptions(quiet=True))
+            summaries[cell] = summarize(results_of(directory, grid_seeds, "validation"))
             validated[f"{arm}, rate {rate:g}, {epochs} epochs"] = summaries[cell]
         best = max(summaries, key=lambda cell: summaries[cell]["final_average_accuracy"]["mean"])
+        # The seeds of the grid were measured on test data too; only now they are looked at.
         chosen = dataclasses.replace(best, evaluate_on="test")
+        run_seeds(chosen, values.seeds, directories[best], RunOptions(quiet=True))
+        results = results_of(directories[best], values.seeds, "test")
         label = f"{arm} (learning_rate={best.learning_rate:g}, epochs={best.epochs})"
-        tested[label] = run_seeds(chosen, values.seeds, folder / "test", RunOptions(quiet=True))
-        coefficients.append(f"{arm}: {alphas(folder / 'test')}")
+        tested[label] = summarize(results)
+        coefficients.append(f"{arm}: {alphas(results)}")
     print("Validation\n" + table(validated))
     print("\nTest, at each arm's best validation setting\n" + table(tested))
     print("\nMerge coefficients, task by task\n" + "\n".join(coefficients))

@@ -54,6 +54,7 @@ def main(argv: Sequence[str]) -> None:
         ]
         steps = base.task_stream(0).train.sizes.max() / base.batch_size
         rest = [rule for rule in values.rules if rule != REFERENCE]
+        print(f"Final accuracy on {base.evaluate_on} data, percent\n")
         print(f"| steps a task | rate | temperature | {REFERENCE} | {' | '.join(rest)} |")
         print("|---" * (4 + len(rest)) + "|", flush=True)
         for cell in cells:

@@ -287,7 +287,13 @@ class Learner:
             for figure, value in figures.items()
         }
         log.write(
-            "evaluate", step=end, task=task + 1, accuracy=float(shown[0]), split=split, **every
+            "evaluate",
+            step=end,
+            task=task + 1,
+            accuracy=float(shown[0]),
+            split=split,
+            classifier=names[0],
+            **every,
         )
         for each in self.config.chosen_classifiers:
             figures = {name: float(value) for name, value in fits[each.label].items()}

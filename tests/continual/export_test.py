@@ -118,6 +118,30 @@ def test_the_adapter_of_a_run_adds_up_to_its_merged_model(finished):
         np.testing.assert_allclose(product, step, atol=1e-6)  # rounding of the weights
 
 
+def test_another_classifier_of_the_run_is_the_head_where_it_is_asked_for(finished, tmp_path):
+    typed = [*arguments(finished)[1:], "--classifiers=trained,ridge:features=20,discriminant"]
+    heads = {}
+    for name in ("trained", "discriminant"):
+        path = tmp_path / f"{name}.safetensors"
+        call("train", f"--workdir={tmp_path / 'run'}", *typed, f"--export={path}",
+             f"--classifier_in_export={name}")  # fmt: skip
+        heads[name] = pretrained.read_tensors(path)
+        with safetensors.safe_open(path, "numpy") as file:
+            assert file.metadata()["classifier"] == name
+    before = pretrained.read_tensors(finished / "run" / "merged.safetensors")
+    assert leaves_equal(heads["trained"], before)
+    own = {name for name in before if not np.array_equal(before[name], heads["discriminant"][name])}
+    assert own == {"classifier.weight", "classifier.bias"}
+    empty = jax.tree.map(jnp.zeros_like, merged_params(finished))
+    params = pretrained.load_params(heads["discriminant"], empty, head=True)
+    stream = config_of(finished).task_stream(0)
+    content = results(tmp_path / "run")["scores"]["discriminant"]["test"]["accuracy_matrix"][-1]
+    for rows, wanted in zip(stream.test.rows(), content, strict=True):
+        logits = VIT.apply({"params": params}, stream.inputs[rows] / 127.5 - 1.0)
+        right = np.mean(np.argmax(logits, axis=1) == stream.labels[rows])
+        np.testing.assert_allclose(right, wanted, atol=1.01 / len(rows))
+
+
 def test_a_finished_run_exports_without_training(finished, tmp_path, monkeypatch, capsys):
     def no_training(self):
         raise AssertionError("trains")
@@ -160,7 +184,7 @@ def test_a_displacement_without_low_rank_is_refused_and_the_model_written(
     monkeypatch.setattr(
         Learner,
         "finished_params",
-        lambda self: trees.replace(restored(self), {"blocks_0/attn/key/kernel": noise}),
+        lambda self, _: trees.replace(restored(self), {"blocks_0/attn/key/kernel": noise}),
     )
     exports = [f"--export={tmp_path / 'm.safetensors'}", f"--export_adapter={tmp_path / 'adapter'}"]
     line = refused(capsys, "train", *arguments(finished), *exports)

@@ -241,6 +241,21 @@ def test_a_run_that_knows_nothing_of_its_merges_still_has_a_report(plain):
     assert "None: nothing about the merges is conspicuous." in page.text
 
 
+def test_several_classifiers_have_a_row_each_on_both_splits(plain):
+    path = plain / "seed_3/results.json"
+    content = json.loads(path.read_text())
+    part = content["scores"]["trained"]
+    other = {split: {**part[split], "final_average_accuracy": 0.125} for split in part}
+    edited(path, scores={"trained": part, "ridge": other}, classifiers=["trained", "ridge"])
+    page = Page(report.write_report(plain, "validation"))
+    value = f"{100 * part['validation']['final_average_accuracy']:.1f}"
+    assert page.row("percent, validation split, trained")[1:] == ["perturb_and_merge"]
+    assert page.row("final average accuracy, over")[1:] == [value]
+    rows = [page.row(f"{name}, {split}")[:2] for name in ("trained", "ridge") for split in part]
+    assert rows[1] == ["trained, validation", value] and rows[2] == ["ridge, test", "12.5"]
+    assert "validation split, trained" in page.text
+
+
 def test_names_are_escaped(plain):
     edited(plain / "config.json", dataset="/data/<b>&.npz", rule='"<i>')
     page = Page(report.write_report(plain))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pm_jax import files
-from pm_jax.continual.report.results import Shown, problem_of, table
+from pm_jax.continual.report.results import Shown, classifiers_of, problem_of, table
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.settings.settings import as_now
 from pm_jax.continual.storage import manifest
@@ -211,7 +211,9 @@ def _progress(seed: Path, about: Mapping[str, Any], damaged: Collection[Path]) -
     results = _content(seed / RESULTS_FILE, damaged)
     shown = "accuracy cannot be read"
     if not problem_of(results) and (accuracy := results["final_average_accuracy"]) is not None:
-        shown = f"{Shown.of(results).split} accuracy {100 * accuracy:.1f}"
+        what, several = Shown.of(results), len(classifiers_of(results)) > 1
+        of = f" ({what.classifier})" if several else ""
+        shown = f"{what.split} accuracy{of} {100 * accuracy:.1f}"
     return f"finished, {total} steps; final {shown}; {checkpoints}"
 
 

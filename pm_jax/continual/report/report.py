@@ -277,8 +277,9 @@ def _landscape(run: FinishedRun) -> list[Captioned] | None:
             arrays = {n: a.astype(np.float64, casting="same_kind") for n, a in file.items()}
         if not np.isfinite(arrays["loss" if "loss" in arrays else "plane_loss"][1:]).any():
             return []
-        along = _along(first, arrays) if "alphas" in arrays else []
-        return [*along, *(_plane(first, arrays) if "plane_loss" in arrays else [])]
+        columns = "" if run.classifiers == ["trained"] else " of the trained columns"
+        along = _along(first, arrays, columns) if "alphas" in arrays else []
+        return [*along, *(_plane(first, arrays, columns) if "plane_loss" in arrays else [])]
     except DAMAGE:
         raise InvalidInput(
             f"workdir={run.directory}: {path.parent.name}/{path.name} is damaged; move it away for "
@@ -286,7 +287,9 @@ def _landscape(run: FinishedRun) -> list[Captioned] | None:
         ) from None
 
 
-def _along(first: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> list[Captioned]:
+def _along(
+    first: Mapping[str, Any], arrays: Mapping[str, np.ndarray], columns: str
+) -> list[Captioned]:
     captioned = []
     for name, unit, best in (("loss", 1, "oracle_alpha"), ("accuracy", 100, "most_accurate_alpha")):
         figure = figures.landscape(
@@ -296,21 +299,24 @@ def _along(first: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> list[C
             *(of_merges([first], key)[0] for key in ("alpha", best)),
         )
         caption = (
-            f"Mean validation {name}{', in percent,' if unit > 1 else ''} between the model that a "
-            f"task started from (0) and the one that it trained (1), seed {first['seed']}."
+            f"Mean validation {name}{columns}{', in percent,' if unit > 1 else ''} between the "
+            "model that a task started from (0) and the one that it trained (1), seed "
+            f"{first['seed']}."
         )
         captioned.append(_captioned(figure, f"{name.capitalize()} along the merges", caption))
     return captioned
 
 
-def _plane(first: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> list[Captioned]:
+def _plane(
+    first: Mapping[str, Any], arrays: Mapping[str, np.ndarray], columns: str
+) -> list[Captioned]:
     *place, outside = arrays["plane_merged"][-1]
     figure = figures.plane(
         arrays["plane_along"], arrays["plane_across"], arrays["plane_loss"][-1], place
     )
     caption = (
-        "Validation loss around the last merge, in the plane of the last two task vectors, seed "
-        f"{first['seed']}."
+        f"Validation loss{columns} around the last merge, in the plane of the last two task "
+        f"vectors, seed {first['seed']}."
     )
     # Below one percent the merged model lies in the plane for the eye.
     if outside > 0.01:

@@ -96,9 +96,11 @@ def _stream(s: Settings) -> Iterator[Condition]:
     remedy = "is for streams that bring new classes; use scenario=class_incremental, or 0"
     yield "class_subset", not s.class_subset or by_class, remedy
     yield "class_subset", s.class_subset != 1, "must be 0, or at least 2"
-    made = chosen(s.classifiers, s.drift_correction)
+    # Settings read from JSON have lists for tuples.
+    labels = tuple(s.classifiers)
+    made = chosen(labels, s.drift_correction)
     remedy = f"the classes of a {s.scenario} stream have one classifier; use trained"
-    yield "classifiers", by_class or s.classifiers == ("trained",), remedy
+    yield "classifiers", by_class or labels == ("trained",), remedy
     remedy = (
         f"none of classifiers={','.join(s.classifiers)} has statistics that could be moved; use "
         "none, or discriminant"

@@ -135,7 +135,7 @@ class Config(Settings):
     @property
     def chosen_classifiers(self) -> tuple[ChosenClassifier, ...]:
         """Classifiers that are evaluated, in the order of the settings."""
-        return chosen(self.classifiers, self.drift_correction)
+        return chosen(tuple(self.classifiers), self.drift_correction)
 
     def moves(self, task: int) -> bool:
         """Return whether a task, which counts from 0, can move what merges."""

@@ -21,6 +21,7 @@ COLUMNS = (
     "alpha",
     "accuracy",
     "split",
+    "classifier",
     "images_per_second",
 )
 
