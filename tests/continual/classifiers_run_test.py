@@ -167,6 +167,19 @@ def test_drift_is_a_figure_of_every_merge_but_the_first(watched):
 
 
 @pytest.mark.slow
+def test_statistics_are_of_all_tasks_and_the_examples_kept_of_the_last_one(watched):
+    stream, state = watched.learner.stream, watched.learner.state.statistics
+    rows = np.concatenate(stream.train.rows())
+    counts = np.bincount(stream.labels[rows], minlength=10)
+    for statistics in state.values():
+        np.testing.assert_array_equal(statistics.counts, counts)
+    recent = state["random_features_40"].recent
+    assert recent.observed == stream.train.sizes[-1]
+    kept = np.asarray(recent.labels)[np.asarray(recent.priorities) >= 0]
+    assert set(kept.tolist()) == set(np.flatnonzero(stream.class_masks[-1]))
+
+
+@pytest.mark.slow
 def test_every_function_of_the_classifiers_compiles_once(watched):
     assert watched.compiled == [1] * 5
 
