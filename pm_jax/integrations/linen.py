@@ -65,7 +65,19 @@ class LinenModel:
 
     def features(self, params: Params, state: PyTree, inputs: Array) -> Array:
         """Return the inputs [N, D] of the classifier, which must be a Dense layer."""
-        return dense_layers.inputs_of(lambda: self.apply(params, state, inputs), self.classifier)
+        return self.logits_and_features(params, state, inputs)[1]
+
+    def logits_and_features(
+        self, params: Params, state: PyTree, inputs: Array
+    ) -> tuple[Array, Array]:
+        """Return the logits [N, C] and the features of one pass."""
+        logits: list[Array] = []
+
+        def run() -> None:
+            logits.append(self.apply(params, state, inputs)[0])
+
+        features = dense_layers.inputs_of(run, self.classifier)
+        return logits[0], features
 
     def batch_statistics(self, params: Params, state: PyTree, inputs: Array, key: Key) -> PyTree:
         """Return the state with the statistics of one batch in the place of running averages.

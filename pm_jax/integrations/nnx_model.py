@@ -54,6 +54,12 @@ class NNXModel:
 
     def features(self, params: Params, state: PyTree, inputs: Array) -> Array:
         """Return the inputs [N, D] of the classifier's module."""
+        return self.logits_and_features(params, state, inputs)[1]
+
+    def logits_and_features(
+        self, params: Params, state: PyTree, inputs: Array
+    ) -> tuple[Array, Array]:
+        """Return the logits [N, C] and the features of one pass."""
         seen: list[Array] = []
         module = self._module(params, state, None, False)
         *parents, name = self.classifier.split("/")
@@ -61,8 +67,8 @@ class NNXModel:
         for parent in parents:
             owner = owner[int(parent)] if parent.isdecimal() else getattr(owner, parent)
         setattr(owner, name, _Tap(getattr(owner, name), seen.append))
-        module(inputs, **self._flags(module, False))
-        return seen[0].astype(jnp.float32)
+        logits = module(inputs, **self._flags(module, False))
+        return logits, seen[0].astype(jnp.float32)
 
     def batch_statistics(self, params: Params, state: PyTree, inputs: Array, key: Key) -> PyTree:
         """Return the state in which running averages are the statistics of one batch."""

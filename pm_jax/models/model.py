@@ -4,10 +4,12 @@ Everything in `pm_jax.continual` sees a model through the Protocol `Model`. A li
 one by `pm_jax.integrations.linen.model`, an nnx module by `pm_jax.integrations.nnx_model.model`;
 the models of this package are linen modules and take the same way.
 
-A `Model` may have two more methods, which callers look for by name:
+A `Model` may have more methods, which callers look for by name:
 
     features(params, state, inputs) -> [N, D]
         the inputs of the classifier, for `--classifiers=discriminant` and its like;
+    logits_and_features(params, state, inputs) -> ([N, C], [N, D])
+        both in one pass, which saves the other where several classifiers are evaluated;
     batch_statistics(params, state, inputs, key) -> state
         the state in which running averages are those of this one batch, for
         `--model_state=measured`.

@@ -212,9 +212,10 @@ def test_a_killed_run_ends_with_the_bits_of_one_that_ran_through(tmp_path, monke
 
 
 @pytest.mark.slow
-def test_five_classifiers_cost_about_one_pass_of_the_model():
+@pytest.mark.parametrize("resized", [{}, {"image_size": 16}])
+def test_five_classifiers_cost_about_one_pass_of_the_model(resized):
     """The floating-point operations of the compiled scores: features are not computed again."""
-    config = dataclasses.replace(VIT, width=64, depth=2)
+    config = dataclasses.replace(VIT, width=64, depth=2, **resized)
     model = as_model(config.network(10))
     params, state = model.init(jax.random.key(0), jnp.ones((1, 8, 8, 1)))
     learner = Learner(dataclasses.replace(config, adapter="full"), 0, options=QUIET)

@@ -1,6 +1,5 @@
 """Accuracy and loss of a model on the tasks of a stream, per example and in one compiled call."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,11 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from pm_jax.classifiers import Predictor
-from pm_jax.continual.merging.statistics import features_of
 from pm_jax.continual.placement.data import DeviceData, Order
 from pm_jax.continual.placement.data_pass import DataPass
 from pm_jax.continual.placement.devices import Devices
-from pm_jax.continual.training.logits import logits_of
+from pm_jax.continual.training.logits import logits_and_features_of, logits_of
 from pm_jax.losses import MASKED_LOGIT, weights_of
 from pm_jax.types import Array, Batch, Params, PyTree
 
@@ -105,15 +103,14 @@ class ScoresPass(ModelPass):
         task = owners[jnp.minimum(places, owners.shape[0] - 1)]
         real = weights_of(batch) > 0
         every_class = jnp.ones_like(seen_mask)
-        logits = logits_of(self._model, params, batch.inputs, every_class, model_state=model_state)
+        arguments = self._model, params, batch.inputs, every_class
+        features: Any = None
+        if any(predictor is not None for predictor in predictors or ()):
+            logits, features = logits_and_features_of(*arguments, model_state)
+        else:
+            logits = logits_of(*arguments, model_state=model_state)
+        every = [logits if x is None else x(features) for x in predictors or (None,)]
         task_mask = data.class_masks[task]
-        every = [logits]
-        if predictors is not None:
-            # XLA finds the passes of the features and of the logits alike, and makes one.
-            features = functools.cache(
-                lambda: features_of(self._model, params, batch.inputs, model_state)
-            )
-            every = [logits if x is None else x(features()) for x in predictors]
         hits = [
             [
                 real & (jnp.argmax(jnp.where(mask, one, -jnp.inf), axis=-1) == batch.labels)

@@ -34,6 +34,19 @@ def logits_of(
     return _as_seen(logits, class_mask, temperature)
 
 
+def logits_and_features_of(
+    model: Any, params: Params, inputs: Array, class_mask: Array, model_state: PyTree = None
+) -> tuple[Array, Array]:
+    """Return logits as `logits_of` does, and the inputs [N, D] of the model's classifier."""
+    model = as_model(model)
+    if hasattr(model, "logits_and_features"):
+        # One pass for certain: XLA does not always see that two passes are alike.
+        logits, features = model.logits_and_features(params, model_state, normalized(inputs))
+        return _as_seen(logits, class_mask, 1.0), features
+    logits = logits_of(model, params, inputs, class_mask, model_state=model_state)
+    return logits, model.features(params, model_state, normalized(inputs))
+
+
 def training_logits_of(
     model: Any,
     params: Params,
