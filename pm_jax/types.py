@@ -25,6 +25,12 @@ class InvalidInput(ValueError):
         super().__init__(" ".join(line.strip() for line in message.splitlines()))
 
 
+def require(name: str, value: float | str, holds: bool, wanted: str) -> None:
+    """Raise InvalidInput where a setting's value does not hold, and say what would be right."""
+    if not holds:
+        raise InvalidInput(f"{name}={value}: must be {wanted}")
+
+
 def cause(error: Exception) -> str:
     """Type and message of a library's error, cut to a phrase for the line of an `InvalidInput`."""
     # Messages of file readers may have many lines and quote the file.

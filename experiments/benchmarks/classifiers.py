@@ -97,7 +97,7 @@ def print_all() -> None:
         classifier = classifiers.make(name)
         statistics, state, passed = classifier.statistics, None, 0.0
         if statistics:
-            # Those that share statistics observe once; each row has what it would take alone.
+            # A row has the seconds of the classifier alone; the sum counts shared statistics once.
             passed, state = observe_task(statistics, features, labels)
             together += 0.0 if statistics.name in states else passed
             states[statistics.name] = state

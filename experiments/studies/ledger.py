@@ -9,18 +9,13 @@ from typing import Any
 import numpy as np
 
 from pm_jax import files
-from pm_jax.continual.report import comparison
+from pm_jax.continual.report import comparison, tables
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.storage.provenance import configuration_hash, git_revision
 from pm_jax.types import InvalidInput
 
 Line = dict[str, Any]
-FIGURES = (
-    "final_average_accuracy",
-    "average_incremental_accuracy",
-    "forgetting",
-    "learning_accuracy",
-)
+FIGURES = tuple(comparison.FIGURES)
 NUMBER = (int, float, type(None))
 FORM = {
     "stream": str,
@@ -151,7 +146,7 @@ def table(lines: Sequence[Line], stream: str, split: str = "test") -> str:
         return max(_mean(rows[rule][1], name, split) for name in names)
 
     heads = [f"rule ({stream}, {split})", "rate", *names, "learning, s", "drift", "seeds"]
-    cells = [heads, ["---"] * len(heads)]
+    cells = [heads]
     for rule in sorted(rows, key=best, reverse=True):
         rate, of_rule = rows[rule]
         drifts = [line["drift"] for line in of_rule if line["drift"] is not None]
@@ -165,7 +160,7 @@ def table(lines: Sequence[Line], stream: str, split: str = "test") -> str:
                 ",".join(str(seed) for seed in sorted(line["seed"] for line in of_rule)),
             ]
         )
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+    return tables.as_markdown(cells)
 
 
 def rule_of_thumb(lines: Sequence[Line], split: str = "test") -> str:
@@ -175,7 +170,7 @@ def rule_of_thumb(lines: Sequence[Line], split: str = "test") -> str:
     classifier over it; the drift is that of the features in sequential training.
     """
     heads = ["stream", f"frozen ({split})", "drift when trained", "best", "gain"]
-    cells = [heads, ["---"] * len(heads)]
+    cells = [heads]
     for stream, of_stream in _grouped(lines, "stream").items():
         by_rule = {
             rule: [x for x in of_rule if x["learning_rate"] == chosen_rate(of_rule, rule)]
@@ -191,7 +186,7 @@ def rule_of_thumb(lines: Sequence[Line], split: str = "test") -> str:
         drift = f"{np.mean(drifts):.2f}" if drifts else "-"
         row = [stream, f"{100 * frozen:.1f}", drift, f"{rule}, {classifier}"]
         cells.append([*row, f"{100 * (accuracy - frozen):+.1f}"])
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+    return tables.as_markdown(cells)
 
 
 def _best_classifier(lines: Sequence[Line], split: str) -> tuple[float, str]:
@@ -218,5 +213,5 @@ def _mean(lines: Sequence[Line], classifier: str, split: str) -> float:
 def _percent(values: Sequence[float]) -> str:
     if not values:
         return "-"
-    spread = f" +- {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{100 * np.mean(values):.1f}{spread}"
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return tables.percent(float(np.mean(values)), spread)

@@ -1,4 +1,4 @@
-"""Which rule and which classifier for which stream: a grid that goes on where it was stopped.
+"""Run a grid of rules and classifiers on a stream; the same command goes on where it was stopped.
 
 Every cell is one training, evaluated with all of --classifiers on test and on validation data, and
 one line of the ledger. In this order: every rule at --learning_rate for the first of --grid_seeds

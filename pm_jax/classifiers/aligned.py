@@ -6,7 +6,6 @@ import optax
 
 from pm_jax.classifiers import checks
 from pm_jax.classifiers.base import Classifier, Columns, Linear, product
-from pm_jax.classifiers.checks import require
 from pm_jax.classifiers.class_statistics import (
     CLASS_STATISTICS,
     ClassStatistics,
@@ -15,7 +14,7 @@ from pm_jax.classifiers.class_statistics import (
     shrinkage,
 )
 from pm_jax.losses import mask_logits
-from pm_jax.types import Array, InvalidInput, Key
+from pm_jax.types import Array, InvalidInput, Key, require
 
 
 def aligned(*, steps: int = 300, batch_size: int = 256, rate: float = 0.03) -> Classifier:

@@ -35,7 +35,7 @@ def examples(
     weights = weights.astype(jnp.float32)
     check_weights(weights)
     counted = weights > 0
-    # What padding holds may be no class and no number, which a product with 0 would keep.
+    # Padding may hold NaN, which a product with the weight 0 would keep, or no class at all.
     kept = jnp.where(counted[:, None], features.astype(jnp.float32), 0.0)
     labels = jnp.where(counted, labels, 0)
     check_finite("features", kept)
@@ -95,12 +95,6 @@ def columns_of(columns: Columns | None, classifier: str) -> Columns:
             f"columns: have shapes {kernel.shape} and {bias.shape}; must be [D, C] and [C]"
         )
     return kernel, bias
-
-
-def require(name: str, value: float | str, holds: bool, wanted: str) -> None:
-    """Raise InvalidInput where a setting's value does not hold, and say what would be right."""
-    if not holds:
-        raise InvalidInput(f"{name}={value}: must be {wanted}")
 
 
 def values_of(array: Any) -> np.ndarray | None:

@@ -127,7 +127,7 @@ def observe(state: DriftStatistics, before: Array, after: Array, weights: Array)
     weights = weights.astype(jnp.float32)
     checks.check_weights(weights)
     counted = weights > 0
-    # What padding holds may be no number, which a product with 0 would keep.
+    # Padding may hold NaN, which a product with the weight 0 would keep.
     features = jnp.where(counted[:, None], before.astype(jnp.float32), 0.0)
     drift = jnp.where(counted[:, None], after.astype(jnp.float32), 0.0) - features
     checks.check_finite("before", features)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pm_jax.classifiers import block_matrices, checks
+from pm_jax.classifiers import checks
 from pm_jax.classifiers.base import Statistics, product
 from pm_jax.types import Array, InvalidInput, Key
 
@@ -34,7 +34,7 @@ class RandomFeatureStatistics(NamedTuple):
 
     Attributes:
         projection: W, [D, M].
-        gram: sum of `h^T h`, [M, M] in the blocks of `block_matrices`.
+        gram: sum of `h^T h`, [M, M].
         sums: sum of `h^T onehot`, [M, C].
         counts: examples of each class, [C].
         recent: examples of the newest statistics that were added.
@@ -68,7 +68,7 @@ def random_features(count: int) -> Statistics:
             )
         return RandomFeatureStatistics(
             jax.random.normal(key, (width, count)),
-            block_matrices.zeros(count),
+            jnp.zeros((count, count)),
             jnp.zeros((count, num_classes)),
             jnp.zeros(num_classes),
             Recent(
@@ -96,7 +96,7 @@ def _observe(
     member = jax.nn.one_hot(labels, classes) * weights[:, None]
     return RandomFeatureStatistics(
         state.projection,
-        block_matrices.add_gram(state.gram, expanded, weights),
+        state.gram + product((expanded * weights[:, None]).T, expanded),
         state.sums + product(expanded.T, member),
         state.counts + member.sum(axis=0),
         _keep(state.recent, features, labels, weights > 0),

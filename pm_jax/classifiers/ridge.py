@@ -5,17 +5,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.linalg import cho_factor, cho_solve
 
-from pm_jax.classifiers import block_matrices
 from pm_jax.classifiers.base import Classifier, Columns, product
-from pm_jax.classifiers.checks import require
 from pm_jax.classifiers.random_features import (
     RandomFeatureStatistics,
     expand,
     random_features,
 )
 from pm_jax.losses import MASKED_LOGIT
-from pm_jax.types import Array, Key
+from pm_jax.types import Array, Key, require
 
 STRENGTHS = tuple(10.0 ** (0.5 * power) for power in range(-6, 7))
 """The grid of lambda, in units of the mean `|h|^2` of an example: .001 to 1000."""
@@ -93,7 +92,7 @@ def ridge(*, features: int = 0, strength: float = 0.0) -> Classifier:
     ) -> RandomFeatureRidge:
         del columns, key
         chosen = jnp.asarray(strength, jnp.float32) if strength else chosen_strength(state)
-        kernel, used = _solve(state, chosen)
+        kernel, used = _regression(state, chosen)
         bias = jnp.where(state.counts > 0, 0.0, MASKED_LOGIT)
         return RandomFeatureRidge(state.projection, kernel, bias, used, used / chosen)
 
@@ -128,17 +127,14 @@ def chosen_strength(state: RandomFeatureStatistics) -> Array:
     places = np.arange(recent.labels.shape[0])
     last = places % EVERY == EVERY - 1
     held_out, fitted = places[last], places[~last]
-    count = expanded.shape[1]
-    kernel = block_matrices.zeros(len(fitted))
-    kernel = block_matrices.add_gram(kernel, expanded[fitted].T, jnp.ones(count))
+    kernel = product(expanded[fitted], expanded[fitted].T)
     across = product(expanded[held_out], expanded[fitted].T)
     scale = jnp.sum(expanded**2) / jnp.maximum(present.sum(), 1.0)
     strengths = jnp.asarray(STRENGTHS) * jnp.where(scale > 0, scale, 1.0)
 
     def error(strength: Array) -> Array:
         # A factorization for each: one eigendecomposition for all takes several times as long.
-        factor = block_matrices.cholesky(block_matrices.add_diagonal(kernel, strength))
-        dual = block_matrices.solve(factor, targets[fitted])
+        dual = _solved(kernel, strength, targets[fitted])
         wrong = jnp.sum((product(across, dual) - targets[held_out]) ** 2)
         # Not a number where float32 cannot factor the matrix.
         return jnp.where(jnp.isfinite(wrong), wrong, jnp.inf)
@@ -149,7 +145,14 @@ def chosen_strength(state: RandomFeatureStatistics) -> Array:
     return strengths[jnp.where(some, jnp.argmin(errors), len(STRENGTHS) // 2)]
 
 
-def _solve(state: RandomFeatureStatistics, strength: Array) -> tuple[Array, Array]:
+def _solved(matrix: Array, strength: Array, right: Array) -> Array:
+    """`(matrix + strength I)^-1 right`, not finite where float32 cannot factor the matrix."""
+    diagonal = jnp.arange(matrix.shape[0])
+    factor = cho_factor(matrix.at[diagonal, diagonal].add(strength), lower=True)
+    return cho_solve(factor, right)
+
+
+def _regression(state: RandomFeatureStatistics, strength: Array) -> tuple[Array, Array]:
     """Kernel [M, C] of a strength, or of the next tenfold one that float32 can factor; and it."""
 
     def unsolved(carry: tuple[Array, Array, Array]) -> Array:
@@ -159,8 +162,7 @@ def _solve(state: RandomFeatureStatistics, strength: Array) -> tuple[Array, Arra
     def attempt(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         tries = carry[0]
         used = strength * 10.0**tries
-        factor = block_matrices.cholesky(block_matrices.add_diagonal(state.gram, used))
-        return tries + 1, block_matrices.solve(factor, state.sums), used
+        return tries + 1, _solved(state.gram, used, state.sums), used
 
     # The first attempt is one of the loop's, so that the program has its code once.
     start = (jnp.zeros(()), jnp.full_like(state.sums, jnp.nan), strength)

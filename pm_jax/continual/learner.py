@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from pm_jax import lapack, trees
+from pm_jax.continual import evaluation_lines
 from pm_jax.continual.interruption import end_if
 from pm_jax.continual.merging import landscape, trust
 from pm_jax.continual.merging.merging import Merging, RunState, TrainedTask
@@ -16,7 +17,7 @@ from pm_jax.continual.merging.programs import Programs, StreamShape, programs_of
 from pm_jax.continual.merging.records import Records
 from pm_jax.continual.placement import processes
 from pm_jax.continual.placement.compiled import number
-from pm_jax.continual.placement.data import StreamData, of_splits, place_stream
+from pm_jax.continual.placement.data import of_splits, place_stream
 from pm_jax.continual.placement.devices import devices_of
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.settings.own import model_of, stream_of
@@ -128,11 +129,6 @@ class Learner:
             self._devices.place(params), self._devices.place(model_state)
         )
         self._records = Records(self.stream.num_tasks, self.config, self.merging.wants_onset)
-
-    @property
-    def held_out_data(self) -> StreamData:
-        """The examples of the split that is shown."""
-        return self.splits[self.config.evaluate_on]
 
     @property
     def params(self) -> Params:
@@ -264,49 +260,13 @@ class Learner:
         if task and self.config.trust != "off":
             for warning in trust.of_merge(figures):
                 log.tell(f"task {task + 1}: {warning}")
-        self._tell(task, end, figures["alpha"], means, log)
+        fits, tasks = self.merging.fitted(self.state).figures, len(self.steps.epochs)
+        evaluation_lines.write(log, self.config, end, task, tasks, figures["alpha"], means, fits)
         # Logged before it is saved: a run that goes on from a checkpoint has all lines up to it.
         if checkpoints:
             checkpoints.save(end, self._saved(None))
         if end < self.total_steps:
             end_if(self._stop.received(), end, self.total_steps)
-
-    def _tell(self, task: int, end: int, alpha: float, means: np.ndarray, log: RunLog) -> None:
-        """Log the accuracies on the tasks seen, [classifiers, splits], and say those shown."""
-        names, split = self.config.classifiers, self.config.evaluate_on
-        shown = means[:, SPLITS.index(split)]
-        every = {
-            f"{split}_accuracy_{name}": float(value)
-            for name, row in zip(names, means, strict=True)
-            for split, value in zip(SPLITS, row, strict=True)
-        }
-        fits = dict(zip(names, self.merging.fitted(self.state).figures, strict=True))
-        every |= {
-            f"{name}_{figure}": float(value)
-            for name, figures in fits.items()
-            for figure, value in figures.items()
-        }
-        log.write(
-            "evaluate",
-            step=end,
-            task=task + 1,
-            accuracy=float(shown[0]),
-            split=split,
-            classifier=names[0],
-            **every,
-        )
-        for each in self.config.chosen_classifiers:
-            figures = {name: float(value) for name, value in fits[each.label].items()}
-            for remark in each.classifier.remarks(figures):
-                log.tell(f"task {task + 1}: {each.label}: {remark}")
-        texts = [
-            f"{name if len(names) > 1 else ''} {100 * value:.1f} %".strip()
-            for name, value in zip(names, shown, strict=True)
-        ]
-        log.tell(
-            f"task {task + 1} of {len(self.steps.epochs)}: alpha {alpha:.3f}, {split} accuracy on "
-            f"the tasks seen {', '.join(texts)}"
-        )
 
     def _not_to_train(self, task: int, start: Params, log: RunLog) -> TrainedTask | None:
         """Return a task that needs no training of its own; `None` for one that does."""

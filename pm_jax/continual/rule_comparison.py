@@ -94,7 +94,7 @@ def _with_curvatures(label: str, curvatures: Sequence[str]) -> list[str]:
         return [label]
     needs = rules.make(name).needs
     # A rule that takes one kind only has it in any case.
-    takes = "quadratic" in needs.evidence and needs.curvatures != ("input_moment",)
+    takes = "quadratic" in needs.evidence and len(needs.curvatures) != 1
     if not takes or any(pair.startswith("curvature=") for pair in pairs):
         return [label]
     return [f"{label}+curvature={curvature}" for curvature in curvatures]
@@ -188,7 +188,7 @@ def run_rules(
 def forget_shared_training(workdir: Path) -> None:
     """Delete the training that rules had in common, which no result depends on."""
     shared, leaving = workdir / SHARED_FOLDER, workdir / f"{SHARED_FOLDER}.deleted"
-    # What a killed process has left of an earlier deletion.
+    # A process that was killed may have left half of an earlier deletion.
     shutil.rmtree(leaving, ignore_errors=True)
     if shared.exists():
         # Renamed first: a process that is killed meanwhile leaves no half of it to be used again.

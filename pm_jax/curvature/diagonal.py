@@ -12,7 +12,14 @@ import jax.numpy as jnp
 
 from pm_jax import losses, trees
 from pm_jax.curvature.dense_layers import layer_of
-from pm_jax.curvature.measures import Given, Measure, Measurement, MeasureState, remembered
+from pm_jax.curvature.measures import (
+    Given,
+    Measure,
+    Measurement,
+    MeasureState,
+    add_by_chunks,
+    remembered,
+)
 from pm_jax.curvature.quadratics import Curvature, Quadratic
 from pm_jax.curvature.squared_gradients import (
     Passes,
@@ -311,16 +318,7 @@ def diagonal_measure(
         return state._replace(total=trees.zeros_like(state.params))
 
     def update(state: MeasureState, batch: Batch) -> MeasureState:
-        # Chunks are padded, and padding must not move the indices of the next batch's examples.
-        position = state.position + state.stride * batch.labels.shape[0]
-        chunks = losses.in_batches(batch, min(chunk_size, batch.labels.shape[0]))
-        # Only the sums are carried: leaves of the parameters may be no arrays.
-        moving, _ = jax.lax.scan(
-            lambda moving, chunk: (add_chunk(state._replace(**moving), chunk).moving(), None),
-            state.moving(),
-            chunks,
-        )
-        return state._replace(**{**moving, "position": position})
+        return add_by_chunks(add_chunk, chunk_size, state, batch)
 
     def finalize(state: MeasureState) -> Measurement:
         return state.measurement(DiagonalQuadratic.at(state.params, state.average(state.total)))

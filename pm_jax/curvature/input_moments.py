@@ -28,7 +28,14 @@ import jax.numpy as jnp
 from pm_jax import losses, trees
 from pm_jax.curvature.kernel_inputs import kernel_inputs
 from pm_jax.curvature.kernels import Axes, axes_of
-from pm_jax.curvature.measures import Given, Measure, Measurement, MeasureState, remembered
+from pm_jax.curvature.measures import (
+    Given,
+    Measure,
+    Measurement,
+    MeasureState,
+    add_by_chunks,
+    remembered,
+)
 from pm_jax.curvature.quadratics import Curvature, Quadratic
 from pm_jax.types import Array, Batch, InvalidInput, LogitsFn, Params, PyTree
 
@@ -245,15 +252,7 @@ def input_moment(
         return state._replace(total=zero.curvature.moments)
 
     def update(state: MeasureState, batch: Batch) -> MeasureState:
-        # Chunks are padded, and padding must not move the indices of the next batch's examples.
-        position = state.position + state.stride * batch.labels.shape[0]
-        chunks = losses.in_batches(batch, min(chunk_size, batch.labels.shape[0]))
-        moving, _ = jax.lax.scan(
-            lambda moving, chunk: (add_chunk(state._replace(**moving), chunk).moving(), None),
-            state.moving(),
-            chunks,
-        )
-        return state._replace(**{**moving, "position": position})
+        return add_by_chunks(add_chunk, chunk_size, state, batch)
 
     def finalize(state: MeasureState) -> Measurement:
         moments = state.average(state.total)

@@ -193,6 +193,25 @@ def remembered(factory: Callable[Arguments, Measure]) -> Callable[Arguments, Mea
     return make
 
 
+def add_by_chunks(
+    add_chunk: Callable[[MeasureState, Batch], MeasureState],
+    chunk_size: int,
+    state: MeasureState,
+    batch: Batch,
+) -> MeasureState:
+    """Add a batch to a measurement, at most `chunk_size` examples in memory at a time."""
+    # Chunks are padded, and padding must not move the indices of the next batch's examples.
+    position = state.position + state.stride * batch.labels.shape[0]
+    chunks = losses.in_batches(batch, min(chunk_size, batch.labels.shape[0]))
+    # Only the sums are carried: leaves of the parameters may be no arrays.
+    moving, _ = jax.lax.scan(
+        lambda moving, chunk: (add_chunk(state._replace(**moving), chunk).moving(), None),
+        state.moving(),
+        chunks,
+    )
+    return state._replace(**{**moving, "position": position})
+
+
 SUMS = ("total", "examples", "mean", "squares")
 """Fields of `MeasureState` that add up over the examples."""
 

@@ -14,9 +14,9 @@ from pm_jax.curvature.quadratics import Curvature, Quadratic
 from pm_jax.lora import Adapter
 from pm_jax.rules import gradient_projection
 from pm_jax.rules.base import Evidence, MergeRule, Moving, Requirements, TrainingHook
-from pm_jax.rules.building import info_of, quadratic_of, require
+from pm_jax.rules.building import info_of, quadratic_of
 from pm_jax.rules.checked import merge_rule
-from pm_jax.types import Array, InvalidInput, Params
+from pm_jax.types import Array, InvalidInput, Params, require
 
 LARGEST_THRESHOLD = 0.999
 """Beyond this share of the energy the memory would fill with rounding errors."""

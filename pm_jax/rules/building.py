@@ -13,7 +13,7 @@ from pm_jax.curvature.measures import Measurement
 from pm_jax.curvature.quadratics import Curvature, Quadratic
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Requirements
 from pm_jax.rules.checked import merge_rule
-from pm_jax.types import Array, InvalidInput, Key, Params, PyTree
+from pm_jax.types import Array, InvalidInput, Key, Params, PyTree, require
 
 MEASURES = {
     "Diagonal": "fisher_empirical or fisher_exact",
@@ -176,12 +176,6 @@ def info_of(coefficient: MergeCoefficient, curvature: Array | float) -> MergeInf
         denominator=coefficient.denominator,
         predicted_loss_change=predicted_loss_change(coefficient.alpha, curvature),
     )
-
-
-def require(name: str, value: float | str, holds: bool, wanted: str) -> None:
-    """Raise InvalidInput where a setting's value does not hold, and say what the rule wants."""
-    if not holds:
-        raise InvalidInput(f"{name}={value}: must be {wanted}")
 
 
 def check_starts(next_task_from: str) -> None:

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from pm_jax import trees
 from pm_jax.curvature.diagonal import DiagonalQuadratic
 from pm_jax.rules.base import Evidence, MergeRule, Requirements
-from pm_jax.rules.building import diagonal_of, require, with_fallback
+from pm_jax.rules.building import diagonal_of, with_fallback
 from pm_jax.rules.checked import merge_rule
-from pm_jax.types import Array, Params, PyTree
+from pm_jax.types import Array, Params, PyTree, require
 
 
 class CofimaState(NamedTuple):

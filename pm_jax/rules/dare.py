@@ -7,12 +7,12 @@ import jax.numpy as jnp
 
 from pm_jax import trees
 from pm_jax.rules.base import Evidence, MergeRule
-from pm_jax.rules.building import key_of, require
+from pm_jax.rules.building import key_of
 from pm_jax.rules.checked import merge_rule
 from pm_jax.rules.simple import averaging
 from pm_jax.rules.task_arithmetic import task_arithmetic
 from pm_jax.rules.ties import ties
-from pm_jax.types import Array, InvalidInput, Params
+from pm_jax.types import Array, InvalidInput, Params, require
 
 MERGED_BY: dict[str, Callable[..., MergeRule]] = {
     "averaging": averaging,

@@ -9,10 +9,10 @@ from pm_jax import losses, task_vectors, trees
 from pm_jax.coefficients import merge_coefficient_of
 from pm_jax.curvature.exact import ExactQuadratic
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Requirements
-from pm_jax.rules.building import info_of, origin_of, require, stacked_zeros
+from pm_jax.rules.building import info_of, origin_of, stacked_zeros
 from pm_jax.rules.checked import merge_rule
 from pm_jax.rules.objectives import map_tasks
-from pm_jax.types import Array, InvalidInput, Params
+from pm_jax.types import Array, InvalidInput, Params, require
 
 
 class ExactCurvatureState(NamedTuple):

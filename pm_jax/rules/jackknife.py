@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from pm_jax.coefficients import jackknife_error
 from pm_jax.curvature.measures import Measurement
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule
-from pm_jax.rules.building import require
 from pm_jax.rules.checked import check_rule, merge_rule
-from pm_jax.types import Array, InvalidInput, Params
+from pm_jax.types import Array, InvalidInput, Params, require
 
 
 class JackknifeState(NamedTuple):

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from pm_jax.rules.base import MergeRule
-from pm_jax.rules.building import merge_running_task_vector, require
+from pm_jax.rules.building import merge_running_task_vector
+from pm_jax.types import require
 
 
 def magmax(*, scale: float = 0.5) -> MergeRule:

@@ -9,11 +9,11 @@ import optax
 from pm_jax import task_vectors, trees
 from pm_jax.curvature.kernels import Axes
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Parts, Requirements
-from pm_jax.rules.building import check_starts, key_of, origin_of, require
+from pm_jax.rules.building import check_starts, key_of, origin_of
 from pm_jax.rules.checked import merge_rule
 from pm_jax.rules.matrices import as_matrices, kept_share, matrices, product, singular
 from pm_jax.rules.simple import frozen
-from pm_jax.types import Array, InvalidInput, Key, Params
+from pm_jax.types import Array, InvalidInput, Key, Params, require
 
 TASK_RANK = 8
 """Leading input directions of a task vector that the learned part tries to keep."""

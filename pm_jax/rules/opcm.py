@@ -8,11 +8,11 @@ import jax.numpy as jnp
 
 from pm_jax import task_vectors, trees
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Parts, Requirements
-from pm_jax.rules.building import check_starts, origin_of, require
+from pm_jax.rules.building import check_starts, origin_of
 from pm_jax.rules.checked import merge_rule
 from pm_jax.rules.matrices import as_matrices, kept_share, matrices, product, singular
 from pm_jax.rules.task_arithmetic import task_arithmetic
-from pm_jax.types import Array, Params, PyTree
+from pm_jax.types import Array, Params, PyTree, require
 
 
 class OpcmState(NamedTuple):

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 
 from pm_jax import losses, trees
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Requirements
-from pm_jax.rules.building import TaskCount, require
+from pm_jax.rules.building import TaskCount
 from pm_jax.rules.checked import merge_rule
 from pm_jax.rules.objectives import Objective, map_tasks, stacked_weights, weighted_mean
-from pm_jax.types import Array, InvalidInput, Params
+from pm_jax.types import Array, InvalidInput, Params, require
 
 CRITERIA = ("loss", "accuracy")
 

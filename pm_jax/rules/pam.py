@@ -10,9 +10,8 @@ import jax.numpy as jnp
 from pm_jax import lora, task_vectors, trees
 from pm_jax.lora import Adapter, Adapters
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Moving, Requirements, TrainingHook
-from pm_jax.rules.building import require
 from pm_jax.rules.checked import merge_rule
-from pm_jax.types import Array, Key, Params
+from pm_jax.types import Array, Key, Params, require
 
 
 class PamState(NamedTuple):

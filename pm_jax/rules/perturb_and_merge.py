@@ -13,10 +13,10 @@ from pm_jax.curvature.diagonal import DiagonalQuadratic
 from pm_jax.curvature.exact import AlongDirection
 from pm_jax.curvature.quadratics import Quadratic, SumQuadratic
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Requirements
-from pm_jax.rules.building import quadratic_of, require
+from pm_jax.rules.building import quadratic_of
 from pm_jax.rules.checked import merge_rule
 from pm_jax.rules.jackknife import jackknifed
-from pm_jax.types import Array, InvalidInput, Params
+from pm_jax.types import Array, InvalidInput, Params, require
 
 
 class PerturbAndMergeState(NamedTuple):

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 
 from pm_jax import trees
 from pm_jax.rules.base import MergeRule
-from pm_jax.rules.building import merge_running_task_vector, require
+from pm_jax.rules.building import merge_running_task_vector
+from pm_jax.types import require
 
 
 def random_mix(*, scale: float = 1.0) -> MergeRule:

@@ -9,9 +9,9 @@ from pm_jax import trees
 from pm_jax.curvature.input_moments import InputMoment, InputMomentQuadratic
 from pm_jax.curvature.quadratics import Quadratic
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Requirements
-from pm_jax.rules.building import quadratic_of, require
+from pm_jax.rules.building import quadratic_of
 from pm_jax.rules.checked import merge_rule
-from pm_jax.types import Array, Params
+from pm_jax.types import Array, Params, require
 
 
 class RegmeanState(NamedTuple):

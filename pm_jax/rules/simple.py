@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 
 from pm_jax.rules.base import MergeRule
-from pm_jax.rules.building import merge_by_count, require
-from pm_jax.types import Array
+from pm_jax.rules.building import merge_by_count
+from pm_jax.types import Array, require
 
 
 def sequential() -> MergeRule:

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 from pm_jax import task_vectors
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Requirements
-from pm_jax.rules.building import origin_of, require
+from pm_jax.rules.building import origin_of
 from pm_jax.rules.checked import merge_rule
 from pm_jax.rules.selection import kth_largest
-from pm_jax.types import Params, PyTree
+from pm_jax.types import Params, PyTree, require
 
 
 class TiesState(NamedTuple):

@@ -15,10 +15,10 @@ import optax
 from pm_jax import task_vectors, trees
 from pm_jax.rules import subspaces
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Requirements
-from pm_jax.rules.building import origin_of, require
+from pm_jax.rules.building import origin_of
 from pm_jax.rules.checked import merge_rule
 from pm_jax.rules.objectives import Objective, weighted_mean
-from pm_jax.types import Array, InvalidInput, Params, PyTree
+from pm_jax.types import Array, InvalidInput, Params, PyTree, require
 
 LOSSES = ("alignment", "consistency", "responsiveness", "gradient_norm")
 FIGURES = (

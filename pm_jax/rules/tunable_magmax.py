@@ -10,10 +10,10 @@ import numpy as np
 
 from pm_jax import task_vectors, trees
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Requirements
-from pm_jax.rules.building import key_of, origin_of, require, stacked_zeros
+from pm_jax.rules.building import key_of, origin_of, stacked_zeros
 from pm_jax.rules.checked import merge_rule
 from pm_jax.rules.selection import random_members
-from pm_jax.types import Array, Key, Params, PyTree
+from pm_jax.types import Array, Key, Params, PyTree, require
 
 
 class TunableMagmaxState(NamedTuple):

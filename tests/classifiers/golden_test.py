@@ -8,7 +8,6 @@ from sklearn.linear_model import Ridge
 from sklearn.neighbors import NearestCentroid
 
 from pm_jax import classifiers
-from pm_jax.classifiers import block_matrices
 from pm_jax.classifiers.random_features import RECENT, Recent, _keep
 from pm_jax.classifiers.ridge import STRENGTHS, chosen_strength
 
@@ -111,27 +110,6 @@ def test_ridge_grows_stronger_where_float32_cannot_factor():
     strength = classifier.figures(None, predictor)["strength"]
     assert strength == predictor.strength
     assert "grew" in classifier.remarks(classifier.figures(None, predictor))[0]
-
-
-def test_block_matrices_are_those_of_dense_ones(monkeypatch):
-    monkeypatch.setattr(block_matrices, "SIZE", 90)  # more than a panel, less than the matrix
-    generator = np.random.default_rng(0)
-    features = generator.normal(size=(300, 200)).astype(np.float32)
-    right = generator.normal(size=(200, 3)).astype(np.float32)
-    weights = generator.uniform(size=300).astype(np.float32)
-    blocks = block_matrices.zeros(200)
-    assert blocks.shape == (6, 67, 67)
-    blocks = block_matrices.add_gram(blocks, jnp.asarray(features), jnp.asarray(weights))
-    blocks = block_matrices.add_diagonal(blocks, jnp.asarray(5.0))
-    dense = features.T.astype(np.float64) @ (weights[:, None] * features) + 5 * np.eye(200)
-    np.testing.assert_allclose(blocks[3], np.pad(dense[134:, :67], ((0, 1), (0, 0))), atol=1e-3)
-    found = block_matrices.solve(block_matrices.cholesky(blocks), jnp.asarray(right))
-    np.testing.assert_allclose(found, np.linalg.solve(dense, right), rtol=1e-4, atol=1e-6)
-
-
-def test_a_matrix_that_is_not_positive_is_not_factored():
-    blocks = -block_matrices.add_diagonal(block_matrices.zeros(3), jnp.asarray(1.0))
-    assert np.isnan(block_matrices.cholesky(blocks)).any()
 
 
 def test_aligned_columns_become_those_of_the_discriminant():

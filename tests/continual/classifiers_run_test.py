@@ -224,7 +224,7 @@ def test_five_classifiers_cost_about_one_pass_of_the_model(resized):
 
     def operations(*predictors):
         given = (params, np.ones(10, bool), np.asarray(2, np.int32), state, predictors)
-        compiled = scores.resident.lower(learner.held_out_data, given).compile()
+        compiled = scores.resident.lower(learner.splits["test"], given).compile()
         return compiled.cost_analysis()["flops"]
 
     one = operations(None)

@@ -51,7 +51,7 @@ def one_of_each(config):
     gradients = jax.tree.map(lambda before, after: after - before, trainable, trained)
     evidence = run.evidence(data, key, other, learner.params, task)
     seen = learner.stream.class_masks.any(axis=0)
-    scores = run.training.scores(learner.held_out_data, other, seen, np.asarray(2, np.int32))
+    scores = run.training.scores(learner.splits["test"], other, seen, np.asarray(2, np.int32))
     count = config.devices
     kernels = [leaf for leaf in jax.tree.leaves(other) if leaf.ndim == 2]
     assert all(len(leaf.sharding.device_set) == count for leaf in jax.tree.leaves(trained))

@@ -156,7 +156,7 @@ def test_scores_do_not_depend_on_the_batch_size_and_count_every_example():
 
     def scores(size):
         found = ScoresPass(model, size, temperature=2.0)(
-            learner.held_out_data, learner.params, seen, 2
+            learner.splits["test"], learner.params, seen, 2
         )
         return np.stack([found.accuracy, found.task_aware]), np.asarray(found.loss)
 

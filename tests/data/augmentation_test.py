@@ -310,7 +310,7 @@ def test_training_sees_augmented_and_evaluation_central_images():
     guess = logits_of(model, learner.params, test_view, mask).argmax(axis=1)
     right = np.mean(np.asarray(guess) == stream.labels[held_out])
     seen = np.ones(10, bool)
-    found = run.training.scores(learner.held_out_data, learner.params, seen, stream.num_tasks)
+    found = run.training.scores(learner.splits["test"], learner.params, seen, stream.num_tasks)
     np.testing.assert_allclose(found.task_aware[1], right, rtol=1e-6)
     # One step on the whole task: its loss is that of the images augmented with the step's key.
     state = run.training.first.begin(learner.key, learner.params, task)

@@ -49,7 +49,7 @@ class Classifying:
         self.devices, self._model = devices_of(config), model
         self._chosen = config.chosen_classifiers
         made = [each for each in self._chosen if each.classifier.statistics]
-        # Those that share statistics have one state, for each way of following the drift.
+        # Classifiers with the same statistics share one state, if both follow the drift or neither.
         self._kinds = {each.state_name: each for each in made}
         width = _width_of_features(made[0].label, model, params, state, blank)
         num_classes = jax.eval_shape(model.apply, params, state, blank)[0].shape[-1]

@@ -123,7 +123,7 @@ class Records:
             for name in ("regret_loss", "regret_accuracy")
         }
         return {
-            # Those that are shown, and behind them those of every classifier on every split.
+            # The table shows the first classifier on one split; `scores` has all of them.
             **scores[self._classifiers[0]][self._evaluate_on],
             **regrets,
             "evaluate_on": self._evaluate_on,

@@ -38,7 +38,7 @@ class Given(NamedTuple):
 
 
 class TaskStatistics(NamedTuple):
-    """What the features of one task leave behind.
+    """Statistics of the features of one task.
 
     Attributes:
         classes: the state of each kind of statistics, by name.

@@ -16,6 +16,14 @@ def as_text(cells: Cells) -> str:
     return tabulate(cells, tablefmt="plain", disable_numparse=True)
 
 
+def as_markdown(cells: Cells) -> str:
+    """Write a table in Markdown."""
+    from tabulate import tabulate
+
+    heading, *rows = cells
+    return tabulate(rows, heading, "github", disable_numparse=True)
+
+
 def as_latex(cells: Cells) -> str:
     """Write a table as a LaTeX `tabular`, which needs no package."""
     from tabulate import tabulate
