@@ -122,7 +122,7 @@ def test_classifiers_are_measured_small():
 def test_nothing_but_records_grows_with_the_tasks(tmp_path):
     forget_programs()
     gc.collect()  # what other tests have left on the device
-    config = Config(num_tasks=8, epochs=1, first_task_epochs=1, hidden_sizes=(128,), batch_size=128)
+    config = Config(num_tasks=8, epochs=1, first_task_epochs=1, hidden_sizes=(512,), batch_size=128)
     rows = many_tasks.measured(config, tmp_path)
     assert len(rows) == 8 and rows[0]["compilations"] > 5
     assert sum(row["compilations"] for row in rows[2:]) == 0
