@@ -24,8 +24,8 @@ class Block(nn.Module):
     def __call__(self, x):
         """Tokens [N, T, D] after attention and a multilayer perceptron."""
         x += nn.MultiHeadDotProductAttention(num_heads=4, name="attention")(nn.LayerNorm()(x))
-        y = nn.gelu(nn.Dense(128)(nn.LayerNorm()(x)))
-        return x + nn.Dense(64)(y)
+        y = nn.gelu(nn.Dense(96)(nn.LayerNorm()(x)))
+        return x + nn.Dense(48)(y)
 
 
 class ViT(nn.Module):
@@ -34,11 +34,10 @@ class ViT(nn.Module):
     @nn.compact
     def __call__(self, images):
         """Logits of uint8 images."""
-        x = nn.Conv(64, (2, 2), (2, 2), name="embedding")(images / 255.0)
-        x = x.reshape(len(x), -1, 64)
+        x = nn.Conv(48, (2, 2), (2, 2), name="embedding")(images / 255.0)
+        x = x.reshape(len(x), -1, 48)
         x += self.param("positions", nn.initializers.normal(0.02), x.shape[1:])
-        for _ in range(2):
-            x = Block()(x)
+        x = Block(name="block")(x)
         return nn.Dense(10, name="head")(nn.LayerNorm()(x).mean(axis=1))
 
 

@@ -17,18 +17,15 @@ from pm_jax.integrations import linen
 
 
 class Block(nn.Module):
-    """Two convolutions beside a shortcut."""
+    """A convolution beside a shortcut."""
 
     width: int
 
     @nn.compact
     def __call__(self, x, train):
         """Images [N, H, W, width]."""
-        y = x
-        for _ in range(2):
-            y = nn.Conv(self.width, (3, 3), use_bias=False)(nn.relu(y))
-            y = nn.BatchNorm(use_running_average=not train, momentum=0.9)(y)
-        return x + y
+        y = nn.Conv(self.width, (3, 3), use_bias=False)(nn.relu(x))
+        return x + nn.BatchNorm(use_running_average=not train, momentum=0.9)(y)
 
 
 class ResNet(nn.Module):
