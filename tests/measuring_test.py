@@ -301,7 +301,7 @@ def linen(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["nested", *map(slow, ("flat", "frozen", "remat", "with others"))])
+@pytest.mark.parametrize("kind", ["frozen", "remat", "with others"])
 def test_kronecker_and_dense_layers_take_any_tree_by_path(kind):
     params, logits_fn = linen(kind)
     flat, of_flat = linen("flat")

@@ -1,4 +1,4 @@
-"""A residual network with batch norm as one's own model, by the binary, killed and resumed."""
+"""A network with batch norm and dropout as one's own model, by the binary, killed and resumed."""
 
 import json
 import os
@@ -14,17 +14,28 @@ from pm_jax.weights.pretrained import read_tensors
 from tests.small_runs import comparable
 
 ROOT = pathlib.Path(__file__).parents[2]
-CIFAR = ROOT.parent / "shared/data/tfds/cifar100"
 SHORT = (
-    "--model=tests.own_models:resnet", "--model_settings=widths=4:,dropout=0.1", "--epochs=1",
+    "--model=tests.own_models:convolution", "--model_settings=dropout=0.1", "--epochs=3",
     "--first_task_epochs=2", "--num_tasks=2", "--checkpoint_every=4", "--baseline=", "--noreport",
     "--keep_task_models",
 )  # fmt: skip
 DIGITS = ("--rotation_step=60", "--train_per_class=20")
-SUBSET = (
-    "--dataset=cifar100", f"--data_dir={CIFAR.parent}", "--scenario=class_incremental",
-    "--train_per_class=3", "--test_per_class=1", "--curvature_examples=32",
-)  # fmt: skip
+BY_CLASS = ("--scenario=class_incremental", "--batch_size=16", "--curvature_examples=32")
+
+
+def colours(path):
+    """Images of ten colours, a class each, in an archive."""
+    rng = np.random.default_rng(0)
+    shades = rng.integers(200, size=(10, 1, 1, 1, 3))
+
+    def images(count):
+        noise = rng.integers(56, size=(10, count, 8, 8, 3))
+        return {"x": (shades + noise).astype(np.uint8).reshape(-1, 8, 8, 3),
+                "y": np.repeat(np.arange(10), count)}  # fmt: skip
+
+    parts = {"train": images(20), "test": images(2)}
+    np.savez(path, **{f"{k}_{name}": v for name, part in parts.items() for k, v in part.items()})
+    return path
 
 
 def started(workdir, arguments):
@@ -44,20 +55,11 @@ def finished(workdir, arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        DIGITS,
-        pytest.param(
-            SUBSET,
-            marks=pytest.mark.skipif(
-                not CIFAR.exists(), reason="needs CIFAR-100 in ../shared/data/tfds"
-            ),
-        ),
-    ],
-    ids=["digits", "cifar100"],
-)
-def test_a_residual_network_is_killed_and_goes_on_to_the_same_bits(arguments, tmp_path):
+@pytest.mark.parametrize("tasks", ["domains", "classes"])
+def test_a_network_with_state_is_killed_and_goes_on_to_the_same_bits(tasks, tmp_path):
+    arguments = DIGITS
+    if tasks == "classes":
+        arguments = (f"--dataset={colours(tmp_path / 'colours.npz')}", *BY_CLASS)
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     wanted, _ = finished(straight, [*SHORT, *arguments])
     process = started(killed, [*SHORT, *arguments])
