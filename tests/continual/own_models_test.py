@@ -192,7 +192,7 @@ def test_padding_of_a_batch_does_not_reach_the_statistics():
 @pytest.mark.parametrize(
     "change",
     [
-        {"rule": "averaging", "perturbation": "none", "resident_mb": 0.1},
+        {"rule": "averaging", "perturbation": "none"},
         {
             "model_state": "merged",
             "perturbation": "antithetic",
@@ -206,6 +206,7 @@ def test_padding_of_a_batch_does_not_reach_the_statistics():
         {"rule": "became", "perturbation": "none"},
         {"rule": "joint", "perturbation": "none"},
         {"adapter": "lora", "lora_pattern": "Conv_0/kernel", "lora_rank": 2},
+        {"resident_mb": 0.1},
     ],
 )
 def test_other_settings_run_with_a_model_that_has_state(change):
