@@ -66,7 +66,7 @@ class _TupleSerializer(flags.ArgumentSerializer):
 
 def define_tuple(name: str, default: tuple, description: str, number: type | None = None) -> None:
     """Define a flag of numbers or names with commas, of the type given or the default's."""
-    parser = _TupleParser(number or type(default[0]))
+    parser = _TupleParser(number or (type(default[0]) if default else str))
     flags.DEFINE(parser, name, default, description, serializer=_TupleSerializer())
 
 

@@ -373,3 +373,10 @@ def test_settings_of_an_earlier_version_have_one_classifier():
     assert configuration_hash(one).startswith("a585815d831b")
     both = dataclasses.replace(base, classifiers=("trained", "discriminant"))
     assert len({configuration_hash(each) for each in (base, one, both)}) == 3
+
+
+def test_new_classes_are_predicted_with_the_recommended_classifier_unless_one_is_named():
+    recommended = ("discriminant:drift_correction=affine",)
+    assert Config(scenario="class_incremental").classifiers == recommended
+    assert Config(scenario="class_incremental", classifiers=("trained",)).classifiers == ("trained",)
+    assert Config().classifiers == ("trained",)

@@ -180,7 +180,7 @@ def test_classifiers_are_columns_of_one_training_and_both_splits_are_measured(
 
 def test_labels_that_differ_in_classifiers_only_are_one_rule_with_all_of_them():
     flags.FLAGS.unparse_flags()
-    experiment_flags.parse(["compare", "--scenario=class_incremental"])
+    experiment_flags.parse(["compare", "--scenario=class_incremental", "--classifiers=trained"])
     base = experiment_flags.config_from_flags()
     ridge = "sequential+classifiers=ridge:features=50:discriminant:drift_correction=affine"
     labels = [ridge, "ties+keep=0.1", "sequential+epochs=9+classifiers=nearest_mean", "sequential"]

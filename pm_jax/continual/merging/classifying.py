@@ -149,7 +149,7 @@ def _width_of_features(
     if len(found.shape) != 2 or not jnp.issubdtype(found.dtype, jnp.floating):
         raise InvalidInput(
             f"classifiers={label}: the model's features are {found.dtype} {list(found.shape)}; "
-            "floating-point [N, D] is needed, the inputs of its classifier"
+            "floating-point [N, D] is needed, the inputs of its classifier; use trained"
         )
     return found.shape[1]
 

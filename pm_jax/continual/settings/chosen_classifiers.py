@@ -10,6 +10,8 @@ from pm_jax.types import InvalidInput
 CORRECTIONS = ("none", "affine")
 """Whether the statistics of earlier classes follow the features as they drift."""
 CORRECTION = "drift_correction"
+RECOMMENDED = f"discriminant:{CORRECTION}=affine"
+"""The classifier of class-incremental runs that name none: experiments/README.md has why."""
 
 
 class ChosenClassifier(NamedTuple):

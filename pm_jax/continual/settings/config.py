@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from pm_jax import models, perturbation, rules
 from pm_jax.continual.settings import conditions, factories
-from pm_jax.continual.settings.chosen_classifiers import ChosenClassifier, chosen
+from pm_jax.continual.settings.chosen_classifiers import RECOMMENDED, ChosenClassifier, chosen
 from pm_jax.continual.settings.settings import PUBLIC_SIZES, Settings, names_of
 from pm_jax.curvature.dense_layers import kernel_paths
 from pm_jax.curvature.diagonal import DiagonalQuadratic
@@ -36,6 +36,11 @@ class Config(Settings):
     """
 
     def __post_init__(self):
+        if not self.classifiers:
+            # The name of what predicts is in every table and file, so it is filled in at once.
+            by_class = self.scenario == "class_incremental"
+            found = RECOMMENDED if by_class else "trained"
+            object.__setattr__(self, "classifiers", (found,))
         conditions.check(self)
         try:
             # Building the law checks its numbers.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
 from pm_jax import classifiers, rules
-from pm_jax.continual.settings.chosen_classifiers import CORRECTIONS
+from pm_jax.continual.settings.chosen_classifiers import CORRECTIONS, RECOMMENDED
 from pm_jax.data import augmentation, stream
 
 PUBLIC_SIZES = {
@@ -366,9 +366,10 @@ class Settings:
     )
     # Part of a run's identity: its checkpoints hold their statistics, its results their figures.
     classifiers: tuple[str, ...] = _merging(
-        ("trained",),
+        (),
         f"Class-incremental: what predicts, one or more of {', '.join(classifiers.REGISTRY)}, all "
-        "evaluated after one training; the first is shown where there is room for one. trained: "
+        "evaluated after one training; the first is shown where there is room for one; empty for "
+        f"{RECOMMENDED}. trained: "
         "the columns that tasks have trained, side by side. The others are made after each merge "
         "from statistics of the merged model's features that are kept of all classes seen; "
         "training goes on with the trained columns. One may have settings, with colons between "
@@ -445,10 +446,7 @@ def as_now(saved: dict[str, Any]) -> dict[str, Any]:
     """
     later = (field for field in dataclasses.fields(Settings) if field.metadata["later"])
     # JSON has lists for tuples.
-    defaults = {
-        field.name: list(field.default) if isinstance(field.default, tuple) else field.default
-        for field in later
-    }
+    defaults = {field.name: field.default for field in later} | {"classifiers": ["trained"]}
     settings = {**defaults, **saved}
     if isinstance(classifier := settings.pop("classifier", None), str):
         settings["classifiers"] = [classifier]
