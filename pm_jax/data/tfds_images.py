@@ -1,6 +1,7 @@
 """Image classification data sets of tensorflow-datasets."""
 
 import contextlib
+import functools
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -162,10 +163,16 @@ def _positions(name: str, builder: Any, part: _Part) -> np.ndarray | None:
 
 def _labels(name: str, builder: Any, part: _Part) -> tuple[np.ndarray, np.ndarray]:
     """Read the labels of a split's side alone, with their places, so that no image is decoded."""
-    examples = prepared.examples(builder, part.split, ("label",))
-    labels = np.fromiter((example["label"] for example in examples), np.int64)
+    labels = _labels_of_split(builder, part.split)
     positions = _divided(name, labels)[part.side] if part.side else np.arange(len(labels))
     return positions, labels[positions]
+
+
+# A subset of the classes asks for the labels of a split up to three times.
+@functools.lru_cache(maxsize=4)
+def _labels_of_split(builder: Any, split: str) -> np.ndarray:
+    examples = prepared.examples(builder, split, ("label",))
+    return np.fromiter((example["label"] for example in examples), np.int64)
 
 
 def _divided(name: str, labels: np.ndarray) -> dict[str, np.ndarray]:

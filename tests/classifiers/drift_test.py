@@ -127,6 +127,7 @@ def test_drift_that_no_map_explains_is_left_alone():
     assert np.isinf(figures.strength)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(1, 99), (33, 34, 33), (7, 3, 90)])
 def test_batches_and_padding_change_nothing(sizes):
     before = features(100)

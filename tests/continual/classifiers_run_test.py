@@ -378,5 +378,5 @@ def test_settings_of_an_earlier_version_have_one_classifier():
 def test_new_classes_are_predicted_with_the_recommended_classifier_unless_one_is_named():
     recommended = ("discriminant:drift_correction=affine",)
     assert Config(scenario="class_incremental").classifiers == recommended
-    assert Config(scenario="class_incremental", classifiers=("trained",)).classifiers == ("trained",)
-    assert Config().classifiers == ("trained",)
+    named = Config(scenario="class_incremental", classifiers=("trained",))
+    assert named.classifiers == Config().classifiers == ("trained",)

@@ -46,6 +46,7 @@ def test_a_model_of_ones_own_has_the_numbers_of_the_same_built_in_one():
         assert learner.model_state == {}
 
 
+@pytest.mark.slow
 def test_two_models_in_one_process_give_their_own_numbers():
     small, large, again = (
         Learner(TWO, 0, options=QUIET, model=own_models.Plain(10, width)) for width in (2, 16, 2)

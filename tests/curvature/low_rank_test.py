@@ -37,6 +37,7 @@ def test_enough_directions_give_the_whole_matrix(float64):
     np.testing.assert_allclose(dense(found.quadratic), wanted, atol=1e-4 * abs(wanted).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [1, 4])
 def test_it_is_exact_along_the_task_vector_whatever_the_rank(float64, rank):
     found, params, direction, batch = measured(rank)

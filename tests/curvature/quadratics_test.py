@@ -120,6 +120,7 @@ def test_weights_of_zero_leave_examples_out():
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("matrix", ["gauss_newton", "hessian"])
 def test_exact_curvatures_of_one_model_add_up_to_one_that_keeps_both_tasks(matrix):
     model = oracles.network if matrix == "gauss_newton" else oracles.losses

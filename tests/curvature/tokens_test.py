@@ -122,6 +122,7 @@ def test_curvature_along_a_direction_is_that_of_the_sum_over_tokens(name, paddin
     assert float(found.examples) == len(values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", [slow(False), True])
 @pytest.mark.parametrize("dense_layers", [slow(()), ("hidden", "head")])
 @pytest.mark.parametrize("name", ["fisher_empirical", "fisher_exact"])

@@ -57,6 +57,7 @@ def test_a_flip_is_the_image_or_its_mirror():
     assert (same ^ mirrored).all() and same.any() and mirrored.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(24, 24), (7, 9)], ids=["enlarged", "reduced"])
 def test_crops_are_pillows_resized_boxes(shape):
     images, key = random_images(40, 17, 23), jax.random.key(1)
@@ -87,6 +88,7 @@ def test_a_crop_of_the_whole_image_is_the_resized_image():
     assert np.array_equal(found, augmentation.central_view(images, (12, 12), 1.0))
 
 
+@pytest.mark.slow
 def test_boxes_follow_the_law_over_a_grid_of_draws():
     grid = (np.arange(16) + 0.5) / 16
     draws = np.stack(np.meshgrid(grid, grid, [0.5], [0.5], indexing="ij"), axis=-1)
@@ -106,6 +108,7 @@ def test_boxes_follow_the_law_over_a_grid_of_draws():
     assert set(counts) == {60} and (boxes[:, 2:] == 4).all()
 
 
+@pytest.mark.slow
 def test_the_first_attempt_that_fits_is_taken_and_else_the_largest_allowed_box():
     whole, half = [0.99, 0.0, 0.0, 0.0], [0.2, 0.5, 0.5, 0.0]
     draws = jnp.asarray([[whole, half, [0.1, 0.5, 0.0, 0.0]], [whole] * 3])
@@ -119,6 +122,7 @@ def test_the_first_attempt_that_fits_is_taken_and_else_the_largest_allowed_box()
     assert augmentation.crop_boxes(full, 100, 10, (1.0, 1.0)).tolist() == [[43, 0, 13, 10]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(20, 20), (20, 31), (90, 60)])
 def test_the_central_view_is_pillows_resize_and_central_crop(size):
     images = random_images(3, *size)

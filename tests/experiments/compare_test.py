@@ -195,6 +195,7 @@ def test_labels_that_differ_in_classifiers_only_are_one_rule_with_all_of_them():
     assert [found[label].epochs for label in found] == [3, 3, 9, 3]
 
 
+@pytest.mark.slow
 def test_shared_training_is_deleted_when_all_rules_are_finished_or_kept(tmp_path, capsys, learners):
     shared = tmp_path / "shared_training"
     kept = [f"--workdir={tmp_path}", "--rules=sequential,magmax", *TINY, "--keep_shared_training"]

@@ -68,6 +68,7 @@ def named(workdir):
     return [re.match(r"damaged: (.+?) (is|has) ", line)[1] for line in lines]
 
 
+@pytest.mark.slow
 def test_what_is_whole_is_said_to_be_and_every_file_is_covered(workdir, capsys):
     found = inspection.inspect(workdir)
     assert found.damaged == [] and found.unlisted == []

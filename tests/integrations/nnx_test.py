@@ -186,6 +186,7 @@ def in_tree_mode(loss):
     return step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", [in_graph_mode, in_tree_mode])
 @pytest.mark.parametrize("law", ["symmetric", pytest.param("antithetic", marks=pytest.mark.slow)])
 def test_under_jit_keys_and_statistics_move_and_parameters_stay(style, law):

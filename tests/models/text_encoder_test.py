@@ -42,6 +42,7 @@ def test_word_order_matters():
     assert float(jnp.abs(one - other).max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_what_is_exported_is_recognised_and_read_back_bit_for_bit():
     params = random_params()
     tensors = pretrained.export_params(params, "bert")

@@ -184,6 +184,7 @@ def stacked(tree):
     return jax.tree.map(lambda x: x[None], tree)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", [0.5, 0.0])
 @pytest.mark.parametrize("kind", ["diagonal", "kronecker", "low_rank", slow("input_moment")])
 def test_every_kind_of_memory_follows_the_formula_with_dense_matrices(float64, kind, decay):

@@ -285,6 +285,7 @@ def test_the_axes_of_matrices_are_told_by_the_biases_beside_them():
     assert matrices(alone, input_axes=1) == {"key/kernel": Axes(0, 1)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [rules.opcm, lambda: rules.null_space(rank=2)])
 def test_kernels_of_more_axes_merge_as_their_matrices(make):
     rng = np.random.default_rng(3)

@@ -118,6 +118,7 @@ def test_the_losses_before_and_after_are_those_of_numpy_and_the_objective_falls(
     assert info.figures["subspace_rank"] == 3.0  # a parabola's two directions and the history
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per", ["model", "tensor"])
 def test_the_end_is_a_minimum_in_the_subspace(per):
     """Long searches end where no direction of the subspace leads further down.
