@@ -19,7 +19,7 @@ SMALL = Config(
     num_tasks=3, epochs=1, first_task_epochs=2, hidden_sizes=(16,), batch_size=64,
     learning_rate=3e-3,
 )  # fmt: skip
-BY_CLASS = dataclasses.replace(SMALL, scenario="class_incremental")
+BY_CLASS = dataclasses.replace(SMALL, scenario="class_incremental", classifiers=("trained",))
 VIT = dataclasses.replace(
     BY_CLASS, model="vit", patch_size=4, width=16, depth=1, num_heads=2, adapter="lora",
     lora_rank=2, weight_decay=0.1, num_tasks=2,

@@ -215,7 +215,7 @@ def _in_loop(
     equation: Any, given: Mapping[int, View], here: Place, others: dict[str, str]
 ) -> dict[int, View]:
     """The kernels that the body of a scan sees, by its arguments."""
-    constants, carried = equation.params["num_consts"], equation.params["num_carry"]
+    constants, carried = _loop_sizes(equation)
     within = {}
     for side, view in given.items():
         if side < constants:
@@ -225,6 +225,16 @@ def _in_loop(
         else:
             within[side] = View(view.path, view.axes[1:], (*view.loops, here))
     return within
+
+
+def _loop_sizes(equation: Any) -> tuple[int, int]:
+    """Count the constants and the carried values, which come first among a scan's arguments."""
+    params = equation.params
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    # From jax 0.11 on the arguments are in three groups.
+    constants, carried, _ = params["ft_in"].unpack()
+    return len(list(constants)), len(list(carried))
 
 
 def _inner(equation: Any) -> tuple[Any, Sequence[Any]]:
@@ -270,7 +280,7 @@ def _run_loop(
 ) -> tuple[list[Any], dict[Place, Array]]:
     """The results of a scan and the rows of its body, which leave it as further results."""
     params, (inner, consts) = equation.params, _inner(equation)
-    constants, carried = params["num_consts"], params["num_carry"]
+    constants, carried = _loop_sizes(equation)
     fixed, start = operands[:constants], operands[constants : constants + carried]
 
     def body(carry: list[Any], slices: list[Any]) -> tuple[list[Any], Any]:

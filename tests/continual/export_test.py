@@ -25,6 +25,7 @@ DIGITS = [
     *("--rule=averaging", "--scenario=class_incremental", "--num_tasks=2", "--epochs=1"),
     *("--model=vit", "--patch_size=4", "--width=16", "--depth=1", "--num_heads=2"),
     *("--adapter=lora", "--lora_rank=2", "--train_per_class=40", "--learning_rate=0.03"),
+    "--classifiers=trained",
 ]
 VIT = models.VisionTransformer(10, 4, None, 16, 1, 2)
 

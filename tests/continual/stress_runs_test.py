@@ -41,6 +41,7 @@ def config(place):
         plain = Config(
             dataset=str(place), scenario="class_incremental", class_order="given", num_tasks=2,
             epochs=2, first_task_epochs=2, hidden_sizes=(8,), batch_size=8,
+            classifiers=("trained",),
         )  # fmt: skip
         return dataclasses.replace(plain, **changes)
 
@@ -212,7 +213,8 @@ def test_a_rate_that_overflows_in_bfloat16_ends_with_code_1_and_what_was_saved_l
     own = [f"--{name}={getattr(settings, name)}" for name in
            ("dataset", "scenario", "class_order", "num_tasks", "epochs", "first_task_epochs",
             "batch_size", "compute_dtype", "optimizer", "learning_rate")]  # fmt: skip
-    arguments = [*own, "--hidden_sizes=8", f"--workdir={tmp_path}", "--baseline="]
+    own += ["--hidden_sizes=8", "--classifiers=trained"]
+    arguments = [*own, f"--workdir={tmp_path}", "--baseline="]
     lines = [
         refused(capsys, "train", *arguments, "--checkpoint_every=1", code=1)
         for _ in range(2)  # the rerun goes on, and fails at the same step

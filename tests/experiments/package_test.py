@@ -121,6 +121,7 @@ def test_the_study_of_rules_and_classifiers_stops_in_time_and_goes_on(tmp_path):
         *(sys.executable, "-m", "experiments.studies.rules_and_classifiers"),
         *(f"--workdir={tmp_path}", "--rules=frozen,sequential,averaging", "--seeds=0,1"),
         *("--learning_rates=0.001", "--leading=1", "--scenario=class_incremental"),
+        "--classifiers=trained",
         *("--num_tasks=2", "--epochs=1", "--first_task_epochs=1", "--hidden_sizes=4"),
     ]
 

@@ -132,6 +132,7 @@ def test_timm_and_peft_load_a_merged_vit_tiny(tmp_path):
     np.savez(tmp_path / "mine.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
     call("train", f"--workdir={tmp_path / 'run'}", f"--dataset={tmp_path / 'mine.npz'}",
         "--scenario=class_incremental", "--num_tasks=2", "--epochs=2", "--model=vit_tiny_patch16",
+        "--classifiers=trained",
         f"--pretrained={VIT_TINY}", "--adapter=lora", "--learning_rate=0.01", "--rule=averaging",
         f"--export={tmp_path / 'merged.safetensors'}", f"--export_adapter={tmp_path / 'adapter'}",
     )  # fmt: skip
