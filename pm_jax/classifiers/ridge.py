@@ -148,7 +148,8 @@ def chosen_strength(state: RandomFeatureStatistics) -> Array:
 def _solved(matrix: Array, strength: Array, right: Array) -> Array:
     """`(matrix + strength I)^-1 right`, not finite where float32 cannot factor the matrix."""
     diagonal = jnp.arange(matrix.shape[0])
-    factor = cho_factor(matrix.at[diagonal, diagonal].add(strength), lower=True)
+    # LAPACK reads columns: the transpose of a symmetric matrix saves a copy of it.
+    factor = cho_factor(matrix.T.at[diagonal, diagonal].add(strength), lower=True)
     return cho_solve(factor, right)
 
 

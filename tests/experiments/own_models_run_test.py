@@ -1,7 +1,6 @@
 """A network with batch norm and dropout as one's own model, by the binary, killed and resumed."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -40,10 +39,7 @@ def colours(path):
 
 def started(workdir, arguments):
     command = [sys.executable, "-m", "experiments.train", f"--workdir={workdir}", *arguments]
-    # As a user's run: unoptimised programs train convolutions several times as slowly.
-    unoptimised = ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS")
-    environment = {name: x for name, x in os.environ.items() if name not in unoptimised}
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
 def finished(workdir, arguments):
