@@ -226,7 +226,7 @@ def parse(
 ) -> list[str]:
     """Parse for `app.run`: read presets, and end with one line and code 2 on a mistake."""
     try:
-        arguments = _with_preset(argv)
+        arguments = _with_preset(argv, values)
     except InvalidInput as error:
         fail(str(error), values)
     try:
@@ -270,14 +270,21 @@ def _quieten_orbax() -> None:
     sys.unraisablehook = without_closed_loops
 
 
-def _with_preset(argv: Sequence[str]) -> list[str]:
-    """Put the flagfile of `--preset=NAME` before all other flags, so that they override it."""
+def _with_preset(argv: Sequence[str], values: flags.FlagValues) -> list[str]:
+    """Put the flags of `--preset=NAME` before all other flags, so that they override it."""
     result = [argv[0]]
     for name in _given(argv, "preset"):
         presets = sorted(path.stem for path in PRESETS.glob("*.flags"))
         if name not in presets:
             raise InvalidInput(f"--preset={name}: must be one of {', '.join(presets)}")
-        result.append(f"--flagfile={PRESETS / f'{name}.flags'}")
+        lines = (PRESETS / f"{name}.flags").read_text().splitlines()
+        preset = [line for line in lines if line.startswith("--")]
+        # Only experiments.train runs a baseline beside the rule; other binaries choose their rows.
+        left_out = [x for x in preset if x.startswith("--baseline") and "baseline" not in values]
+        if left_out:
+            names = ", ".join(left_out)
+            print(f"--preset={name}: without {names}, for experiments.train only", file=sys.stderr)
+        result.extend(line for line in preset if line not in left_out)
     return [*result, *argv[1:]]
 
 

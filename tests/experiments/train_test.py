@@ -203,6 +203,20 @@ def test_flags_override_a_preset_wherever_they_stand(preset, capsys, spelling):
     assert "\nepochs=2\n" in text and "rule=averaging" in text
 
 
+def test_a_binary_without_baselines_leaves_those_of_a_preset_out_and_says_so(preset, capsys):
+    path = experiment_flags.PRESETS / "mine.flags"
+    path.write_text(f"{path.read_text()}--baseline_epochs=3\n")
+    values = flags.FlagValues()
+    for name in ("preset", "epochs", "rule", "verbosity"):
+        flags.DEFINE_string(name, None, "As experiments.compare has them.", flag_values=values)
+    experiment_flags.parse(["compare", "--preset=mine"], values)
+    assert values["epochs"].value == "2"
+    told = "--preset=mine: without --baseline_epochs=3, for experiments.train only\n"
+    assert capsys.readouterr().err == told
+    call("train", "--dry_run", "--preset=mine")
+    assert not capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_damaged_checkpoint_ends_with_a_warning(tmp_path, capsys):
     whole = [f"--workdir={tmp_path / 'b'}", "--rule=averaging", *TINY]
