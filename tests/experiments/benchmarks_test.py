@@ -4,9 +4,11 @@ import dataclasses
 import gc
 import importlib.util
 import json
+import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.benchmarks import accelerator, many_tasks, peer
+from experiments.benchmarks import accelerator, accelerator_parts, kernels, many_tasks, peer
 from pm_jax import classifiers, lora, trees
 from pm_jax.continual import Config
 from pm_jax.continual.training.logits import logits_of
@@ -40,7 +42,7 @@ def product_flops(jaxpr):
 
 
 def test_flops_of_a_step_are_those_of_its_program():
-    config = dataclasses.replace(accelerator.TINY.config, depth=3, lora_rank=5)
+    config = dataclasses.replace(accelerator_parts.TINY.config, depth=3, lora_rank=5)
     model = config.network(10)
     images = jax.ShapeDtypeStruct((2, 24, 24, 3), jnp.uint8)
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 24, 24, 3)))["params"]
@@ -56,21 +58,89 @@ def test_flops_of_a_step_are_those_of_its_program():
         return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.zeros(2, int)).sum()
 
     program = jax.make_jaxpr(jax.value_and_grad(loss))((adapters, head), params, images)
-    assert product_flops(program.jaxpr) == 2 * accelerator.step_flops(config, 24)
+    assert product_flops(program.jaxpr) == 2 * accelerator_parts.step_flops(config, 24)
 
 
-def test_what_does_not_fit_the_budget_is_skipped_and_a_failure_costs_its_rows_only(capsys):
-    table = accelerator.Table(100.0)
-    table.stage(["too long"], 1000, lambda: pytest.fail("was run"))
-    table.stage(["a", "b"], 0, lambda: [1 / 0])
-    table.stage(["ours / peer"], 0, lambda: [2.5])
-    assert table.rows == {
-        "too long": "skipped: out of time",
-        "a": "failed: ZeroDivisionError: division by zero",
-        "b": "failed: ZeroDivisionError: division by zero",
-        "ours / peer": 2.5,
-    }
-    assert capsys.readouterr().out.splitlines()[-1].endswith("2.500  (goal 2)")
+def test_rows_that_fail_cost_no_others_and_parts_that_do_not_fit_are_skipped(capsys, monkeypatch):
+    monkeypatch.setitem(accelerator_parts.SIZES, "broken", None)
+    rows = dict(accelerator_parts.run("broken"))
+    assert rows.pop("peak device memory, GB, whole run").startswith("not measured: ")
+    assert list(rows) == ["whole run, s", *(name for name in rows if name.startswith("  of it"))]
+    assert {value[:23] for value in rows.values()} == {"failed: AttributeError:"}
+    found = accelerator.measure(["step", "run"], "tiny", 0, "").rows
+    skipped = dict.fromkeys(("part step, s", "part run, s"), "skipped: out of time")
+    assert found == {"device": "cpu", "jax": jax.__version__} | skipped
+    table = accelerator.Table()
+    table.add("ours / peer", 2.5)
+    table.add("merge, ms", float("nan"))
+    assert table.rows == {"ours / peer": 2.5, "merge, ms": "not measured"}
+    assert capsys.readouterr().out.splitlines()[-2].endswith("2.500  (goal 1.6)")
+
+
+def _one_row_and_then(what):
+    yield "first", 1.0
+    os._exit(3) if what == "death" else time.sleep(1000)
+
+
+@pytest.mark.slow
+def test_a_part_that_hangs_or_dies_costs_its_own_rows_only():
+    rows = [*accelerator.measured_apart(_one_row_and_then, ("death",), 60)]
+    assert rows == [("first", 1.0), ("  _one_row_and_then", "failed: its process has ended")]
+    # By now the server of processes has started, so that the first row comes soon.
+    rows = [*accelerator.measured_apart(_one_row_and_then, ("sleep",), 6)]
+    assert rows == [("first", 1.0), ("  _one_row_and_then", "given up after 6 s")]
+
+
+def trace(*planes):
+    """A profiler's trace: planes of lines of events, each with a name and milliseconds."""
+    number, text = 0, ""
+    for plane, lines in planes:
+        events, names = "", ""
+        for line, kernels_of_line in lines.items():
+            events += f'lines {{ name: "{line}" '
+            for name, milliseconds in kernels_of_line:
+                number += 1
+                duration = round(milliseconds * 1e9)
+                events += f"events {{ metadata_id: {number} duration_ps: {duration} }} "
+                names += (
+                    f'event_metadata {{ key: {number} value {{ id: {number} name: "{name}" }} }}'
+                )
+            events += "} "
+        text += f'planes {{ name: "{plane}" {events} {names} }}\n'
+    data = jax.profiler.ProfileData
+    return data.from_serialized_xspace(data.text_proto_to_serialized_xspace(text))
+
+
+def test_kernels_of_a_trace_are_those_of_its_streams_by_name_without_numbers():
+    profile = trace(
+        ("/host:CPU", {"Stream": [("launch", 50.0)]}),
+        (
+            "/device:GPU:0",
+            {
+                "Stream #13(Compute)": [("loop_add_fusion_3", 1.0), ("gemm_64x4", 6.0)],
+                "Stream #14(Compute)": [("loop_add_fusion.12", 2.0), ("loop_add_fusion", 1.0)],
+                "XLA Modules": [("jit_train", 10.0)],
+            },
+        ),
+    )
+    found = kernels.kernels_of(profile)
+    assert found == [("gemm_64x4", 1, 6.0, 60.0), ("loop_add_fusion", 3, 4.0, 40.0)]
+    assert kernels.as_text(found).splitlines() == [
+        "milliseconds  share, %  calls  kernel",
+        "       6.000      60.0      1  gemm_64x4",
+        "       4.000      40.0      3  loop_add_fusion",
+    ]
+
+
+def test_kernels_are_measured_on_this_machine(tmp_path):
+    product = jax.jit(lambda x: jnp.sin(x @ x))
+    x = jnp.ones((500, 500))
+    product(x)
+    milliseconds = kernels.write(lambda: product(x), tmp_path / "kernels.txt")
+    rows = [line.split() for line in (tmp_path / "kernels.txt").read_text().splitlines()[1:]]
+    assert 0 < milliseconds and sum(float(row[1]) for row in rows) == pytest.approx(100, abs=1)
+    assert sum(float(row[0]) for row in rows) == pytest.approx(milliseconds, abs=0.01)
+    assert any("dot" in row[-1] or "fusion" in row[-1] for row in rows)
 
 
 def test_a_peer_that_hangs_costs_its_time_limit_only(monkeypatch, tmp_path):
@@ -78,17 +148,17 @@ def test_a_peer_that_hangs_costs_its_time_limit_only(monkeypatch, tmp_path):
     hangs.write_text("#!/bin/sh\nexec sleep 1000\n")
     hangs.chmod(0o700)
     monkeypatch.setattr(peer, "missing_package", lambda: "")
-    monkeypatch.setattr(accelerator.sys, "executable", str(hangs))
-    found = accelerator.peer_rate(accelerator.TINY, 0.0, compiled=True)
+    monkeypatch.setattr(accelerator_parts.sys, "executable", str(hangs))
+    found = accelerator_parts.peer_rate(accelerator_parts.TINY, 0.0, compiled=True)
     assert found == "not measured: no result after 1 s"
 
 
 @pytest.mark.slow
 def test_accelerator_runs_small(tmp_path):
-    path = tmp_path / "table.json"
+    path, profile = tmp_path / "table.json", tmp_path / "kernels.txt"
     command = [
         *(sys.executable, "-m", "experiments.benchmarks.accelerator", "--tiny"),
-        *("--budget_minutes=60", f"--json={path}"),
+        *("--budget_minutes=60", f"--json={path}", f"--profile={profile}"),
     ]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert ended.returncode == 0, ended.stderr
@@ -96,13 +166,18 @@ def test_accelerator_runs_small(tmp_path):
     assert [line.split("  ")[0] for line in ended.stdout.splitlines() if line[0] != " "] == [
         name for name in rows if name[0] != " "
     ]
+    assert {f"part {name}, s" for name in accelerator.LIMITS} < rows.keys()
+    assert {*accelerator.GOALS, "kernels of an epoch, ms"} < rows.keys()
     reasons = {name: value for name, value in rows.items() if isinstance(value, str)}
-    assert not [value for value in reasons.values() if value.startswith(("failed", "skipped"))]
+    bad = ("failed", "skipped", "given up")
+    assert not [value for value in reasons.values() if value.startswith(bad)]
     if not importlib.util.find_spec("torch"):
         eager = reasons["transformers + peft, images/s"]
         assert eager == "not measured: torch is not installed"
-    phases = [value for name, value in rows.items() if name.startswith("  of it")]
+    names = ("training", "curvature", "merging", "evaluation")
+    phases = [rows[f"  of it {name}, s"] for name in names]
     assert 0 < sum(phases) < rows["whole run, s"]
+    assert len(profile.read_text().splitlines()) > 2
 
 
 @pytest.mark.slow
