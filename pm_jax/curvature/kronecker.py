@@ -270,7 +270,7 @@ def factors(
     """
     weights = losses.weights_of(batch)
     names = {path: layer_of(path) for path in params}
-    taps = tapped(outputs_fn, params, batch, set(names.values()))
+    taps = tapped(outputs_fn, params, batch, tuple(dict.fromkeys(names.values())))
 
     for path, name in names.items():
         if taps.contractions[name].axes is None:

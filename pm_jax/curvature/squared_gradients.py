@@ -266,7 +266,8 @@ def by_layers(
     Raises:
         InvalidInput: a path that is no kernel or bias of such a layer that is called exactly once.
     """
-    layers = {dense_layers.layer_of(path) for path in params}
+    # In order: the order of a set is another one in every process, and so would the program be.
+    layers = tuple(dict.fromkeys(map(dense_layers.layer_of, params)))
     taps = tapped(outputs_fn, params, batch, layers)
     weights = losses.weights_of(batch)
 
