@@ -1,24 +1,41 @@
 """Handwritten digits from scikit-learn: 1,797 real 8x8 images that need no download."""
 
+import gzip
+import importlib.util
+from pathlib import Path
+
 import numpy as np
 
 from pm_jax.data.stream import LabelledArrays
 
-TEST_FRACTION = 0.25
+ORDER = Path(__file__).with_name("digits_order.npy")
+"""Rows of scikit-learn's file, those for training before those for testing."""
+TEST_EXAMPLES = 450
+"""A quarter of every class, as scikit-learn's `train_test_split` draws it with random_state=0."""
 
 
 def load_digits() -> LabelledArrays:
     """Load the UCI digits, uint8 [N, 8, 8, 1], a fixed quarter of every class for testing."""
-    from sklearn import datasets, model_selection
+    table = _table()[np.load(ORDER)]
+    # scikit-learn's grey levels reach from 0 to 16.
+    images = np.round(table[:, :-1].reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
+    labels, stop = table[:, -1].astype(int), -TEST_EXAMPLES
+    return LabelledArrays(images[:stop], labels[:stop], images[stop:], labels[stop:], "digits")
+
+
+def _table() -> np.ndarray:
+    """Read the digits in scikit-learn's order, [N, 65]: 64 grey levels and the class."""
+    package = importlib.util.find_spec("sklearn")
+    assert package and package.origin
+    file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    if file.exists():
+        # Importing scikit-learn would take longer than all else before the first step.
+        with gzip.open(file) as text:
+            return np.loadtxt(text, delimiter=",")
+    from sklearn import datasets
 
     bunch = datasets.load_digits()
-    # scikit-learn's grey levels reach from 0 to 16.
-    images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
-    train, test = model_selection.train_test_split(
-        np.arange(len(images)), test_size=TEST_FRACTION, random_state=0, stratify=bunch.target
-    )
-    labels = bunch.target
-    return LabelledArrays(images[train], labels[train], images[test], labels[test], "digits")
+    return np.column_stack([bunch.data, bunch.target])
 
 
 def rotated(arrays: LabelledArrays, degrees: float) -> LabelledArrays:

@@ -3,12 +3,12 @@
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
 from pm_jax.data import stored_images
-from pm_jax.data.digits import load_digits
+from pm_jax.data.digits import load_digits, rotated
 from pm_jax.data.stream import LabelledArrays, first_classes, first_of_each_class
 from pm_jax.data.tfds_images import DOMAINS, load_images
 from pm_jax.types import InvalidInput, cause
@@ -71,6 +71,19 @@ def load_domains(
     names = [f"{dataset}/{domain}" for domain in domains[:num_domains]]
     loaded = load_images(names, data_dir, **options)
     return tuple(_as_rgb(arrays) if rgb else arrays for arrays in loaded)
+
+
+@functools.lru_cache(maxsize=1)
+def load_rotated(
+    dataset: str, angles: tuple[float, ...], data_dir: str = "", **options: Any
+) -> tuple[LabelledArrays, ...]:
+    """Load a data set once for each angle, and turn it by that.
+
+    Raises:
+        InvalidInput: as `load`.
+    """
+    arrays = load(dataset, data_dir, **options)
+    return tuple(rotated(arrays, angle) for angle in angles)
 
 
 def keep_classes(arrays: LabelledArrays, count: int) -> LabelledArrays:

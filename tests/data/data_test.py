@@ -1,3 +1,6 @@
+import importlib.machinery
+import importlib.util
+
 import numpy as np
 import pytest
 
@@ -82,10 +85,23 @@ def test_digits_are_the_real_ones_split_once_for_all():
     digits = data.load_digits()
     assert digits.train_inputs.dtype == np.uint8 and digits.train_inputs.max() == 255
     assert len(digits.train_labels) + len(digits.test_labels) == 1797
-    from sklearn.datasets import load_digits
+    from sklearn import datasets, model_selection
 
-    total = np.round(load_digits().images * (255 / 16)).sum()
-    assert digits.train_inputs.sum() + digits.test_inputs.sum() == total
+    bunch = datasets.load_digits()
+    images = np.round(bunch.images * (255 / 16))[..., None]
+    split = model_selection.train_test_split(
+        images, bunch.target, test_size=0.25, random_state=0, stratify=bunch.target
+    )
+    found = (digits.train_inputs, digits.test_inputs, digits.train_labels, digits.test_labels)
+    assert all(np.array_equal(*pair) for pair in zip(found, split, strict=True))
+
+
+def test_digits_are_found_where_scikit_learn_has_its_file_elsewhere(monkeypatch, tmp_path):
+    digits = data.load_digits()
+    spec = importlib.machinery.ModuleSpec("sklearn", None, origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    for a, b in zip(digits[:4], data.load_digits()[:4], strict=True):
+        assert np.array_equal(a, b) and a.dtype == b.dtype
 
 
 def test_rotation_turns_counter_clockwise_and_by_zero_changes_nothing():

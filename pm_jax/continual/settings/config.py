@@ -18,7 +18,7 @@ from pm_jax.curvature.input_moments import InputMomentQuadratic
 from pm_jax.curvature.kronecker import KroneckerQuadratic
 from pm_jax.curvature.low_rank import LowRankQuadratic
 from pm_jax.curvature.quadratics import Quadratic
-from pm_jax.data import digits, own, sources, stream, texts
+from pm_jax.data import own, sources, stream, texts
 from pm_jax.perturbation import Perturbation
 from pm_jax.rules import MergeRule
 from pm_jax.types import InvalidInput, Params
@@ -214,9 +214,8 @@ class Config(Settings):
     def _domains(self) -> Sequence[stream.LabelledArrays]:
         if self.dataset != "digits":
             return sources.load_domains(self.dataset, self.num_tasks, **self._reading())
-        arrays = self._images()
-        angles = [self.rotation_step * task for task in range(self.num_tasks)]
-        return [digits.rotated(arrays, angle) for angle in angles]
+        angles = tuple(self.rotation_step * task for task in range(self.num_tasks))
+        return sources.load_rotated(self.dataset, angles, **self._reading())
 
     def _reading(self) -> dict[str, Any]:
         names = (
