@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from absl import flags, logging
 
+from experiments import compiled_programs
 from pm_jax import rules
 from pm_jax.continual import Config, RunOptions, TrainingDiverged
 from pm_jax.continual.export import Destinations
@@ -127,6 +128,7 @@ def define_run_flags() -> None:
     flags.DEFINE_boolean(
         "dry_run", False, "Print the resolved settings and parameter counts; stop."
     )
+    compiled_programs.define_flag()
 
 
 def options_from_flags(**more: Any) -> RunOptions:
@@ -247,6 +249,8 @@ def parse(
         # XLA reads this when JAX first looks for devices, which nothing has done yet.
         given_flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{given_flags} --xla_gpu_deterministic_ops=true".lstrip()
+    if "compilation_cache" in values:
+        compiled_programs.keep_in(values["compilation_cache"].value)
     if len(rest) > 1 + positional:
         fail(f"{rest[1 + positional]!r}: not a flag; settings are given as --name=value", values)
     if "preset" in values and values["preset"].present and not _given(argv, "preset"):
@@ -348,8 +352,9 @@ def _of_the_machine(error: Exception, values: flags.FlagValues) -> str | None:
         remedy = "leave it more memory"
         if "batch_size" in values:
             remedy = (
-                f"set resident_mb, which is {values.resident_mb}, or take a smaller model or "
-                f"batch_size than {values.batch_size} in another work directory"
+                f"set resident_mb, which is {values.resident_mb}, or, in another work directory, "
+                f"take a smaller model or batch_size than {values.batch_size}, with more "
+                f"accumulation_steps than {values.accumulation_steps}"
             )
         return f"out of memory ({cause(error)}); {remedy}{again}"
     return None

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
+from experiments import compiled_programs
 from experiments import flags as experiment_flags
 from pm_jax import rules
 from pm_jax.continual import Config, RunOptions
@@ -48,6 +49,7 @@ ARMS |= {
 }
 
 experiment_flags.define_config_flags()
+compiled_programs.define_flag()
 experiment_flags.define_tuple("seeds", (0, 1, 2), "One run per seed.")
 experiment_flags.define_tuple("grid_seeds", (), "Seeds of the grid; empty for all.", int)
 experiment_flags.define_tuple("learning_rates", (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), "Of the grid.")

@@ -15,6 +15,7 @@ from typing import Any
 
 from absl import app, flags
 
+from experiments import compiled_programs
 from experiments import flags as experiment_flags
 from pm_jax.continual import RunOptions
 from pm_jax.continual.run import run_seeds
@@ -29,6 +30,7 @@ RULES: dict[str, dict[str, Any]] = {
 }
 
 experiment_flags.define_config_flags()
+compiled_programs.define_flag()
 experiment_flags.define_tuple("seeds", (0,), "One run per seed.")
 experiment_flags.define_tuple("map_epochs", (2, 8), "Epochs a task, of the map.")
 experiment_flags.define_tuple("learning_rates", (3e-4, 1e-3, 3e-3), "Of the map.")

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from absl import app, flags
 
+from experiments import compiled_programs
 from experiments import flags as experiment_flags
 from experiments.studies import ledger
 from pm_jax.continual import Config, RunOptions
@@ -34,6 +35,7 @@ RULES = [
 ]
 
 experiment_flags.define_config_flags()
+compiled_programs.define_flag()
 experiment_flags.define_tuple("seeds", (0,), "Seeds of the tables.")
 experiment_flags.define_tuple("grid_seeds", (0,), "Seeds that rates are chosen with.")
 experiment_flags.define_tuple(
