@@ -33,6 +33,7 @@ from pm_jax.continual.rule_comparison import (
     write_tables,
 )
 from pm_jax.continual.run import describe
+from pm_jax.continual.storage.progress import waiting
 from pm_jax.types import InvalidInput
 
 experiment_flags.define_config_flags()
@@ -69,8 +70,9 @@ def main(argv: Sequence[str]) -> None:
         stop = StopRequests()
         options = experiment_flags.options_from_flags(stop=stop)
         # For its errors; once for all that train alike.
-        for config in dict.fromkeys(map(_what_is_described, configs.values())):
-            describe(config, values.seeds[0])
+        with waiting("reading data, compiling"):
+            for config in dict.fromkeys(map(_what_is_described, configs.values())):
+                describe(config, values.seeds[0])
         if values.dry_run:
             print(describe(base, values.seeds[0]))
             for label, config in configs.items():

@@ -16,6 +16,7 @@ from pm_jax.continual.placement.processes import is_first
 from pm_jax.continual.report.report import write_report
 from pm_jax.continual.report.results import table
 from pm_jax.continual.run import describe, run_with_baseline
+from pm_jax.continual.storage.progress import waiting
 from pm_jax.types import InvalidInput
 
 experiment_flags.define_config_flags()
@@ -45,7 +46,8 @@ def main(argv: Sequence[str]) -> None:
         workdir = Path(values.workdir) if values.workdir else None
         destinations = experiment_flags.export_from_flags()
         export.check(destinations, config, values.seeds, workdir)
-        description = describe(config, values.seeds[0])
+        with waiting("reading data, compiling"):
+            description = describe(config, values.seeds[0])
         if values.dry_run:
             print(description)
             return
@@ -56,16 +58,18 @@ def main(argv: Sequence[str]) -> None:
         if not is_first():
             return
         if values.report:
-            _write_report(workdir, config.evaluate_on)
+            with waiting("writing the report"):
+                line = _write_report(workdir, config.evaluate_on)
+            print(f"report: {line}")
         print(table(summaries))
         export.write(destinations, config, values.seeds[0], workdir)
 
 
-def _write_report(workdir: Path, split: str) -> None:
+def _write_report(workdir: Path, split: str) -> str:
     try:
-        print("report:", write_report(workdir, split))
+        return str(write_report(workdir, split))
     except ImportError:
-        print("report: skipped, matplotlib is not installed; pip install 'pm_jax[plots]'")
+        return "skipped, matplotlib is not installed; pip install 'pm_jax[plots]'"
 
 
 if __name__ == "__main__":

@@ -219,6 +219,7 @@ class Learner:
             if step:
                 log.tell(f"going on from step {step} of {self.total_steps}")
             elif self._by_domain:
+                log.show(1, len(self.steps.epochs), "evaluate")
                 # Forward transfer compares with the accuracies before the first task.
                 self._records.arrays["initial_scores"] = self.accuracy(self.stream.num_tasks)
             for task in range(self.steps.task_at(step), len(self.steps.epochs)):
@@ -240,6 +241,7 @@ class Learner:
         log: RunLog,
     ) -> None:
         """Learn one task from a step on: its training, merge, evaluation and checkpoint."""
+        self._records.on_phase = functools.partial(log.show, task + 1, len(self.steps.epochs))
         start = trees.replace(self.state.params, self.state.start)
         finished = self._not_to_train(task, start, log) if training_state is None else None
         if finished is None:
@@ -318,6 +320,7 @@ class Learner:
     ) -> TrainedTask:
         """Train a task from a step of the run on, saving and obeying requests to end on the way."""
         begin, every = self.steps.bounds[task], self.options.checkpoint_every
+        self._records.on_phase("train")
         state = state or self._trainer.begin(task, start, self.state.rule, self._start_state)
         for piece in self._trainer.pieces(task, step - begin, start, self.state.rule, state):
             state = piece.state
@@ -331,6 +334,7 @@ class Learner:
                 seconds=seconds,
                 images_per_second=round(piece.examples / seconds, 1) if seconds else float("nan"),
             )
+            self._records.on_phase("train")
             if piece.step == self.steps.of_task(task):
                 # The task is saved after its merge.
                 break

@@ -22,6 +22,7 @@ from pm_jax.continual.settings.own import model_of
 from pm_jax.continual.settings.run_options import RunOptions
 from pm_jax.continual.storage import manifest, reuse
 from pm_jax.continual.storage.logs import check_tensorboard
+from pm_jax.continual.storage.progress import waiting
 from pm_jax.continual.storage.provenance import environment, provenance
 from pm_jax.continual.storage.workdir import (
     RESULTS_FILE,
@@ -71,7 +72,9 @@ def run_seeds(
                 continue
             # Before the learner is made: loading data and models is part of the time.
             clock = time.perf_counter()
-            _run_seed(Learner(config, seed, directory, options), directory, clock)
+            with waiting(f"{config.rule}, seed {seed}: reading data, compiling", options.quiet):
+                learner = Learner(config, seed, directory, options)
+            _run_seed(learner, directory, clock)
         processes.wait_for_all("finished")
         summary = summarize_seeds(workdir, config.evaluate_on)
         with manifest.covering(workdir, SUMMARY_FILE):

@@ -251,7 +251,10 @@ def test_a_terminal_shows_a_progress_bar(tmp_path):
         while chunk := _read_until_closed(ours):
             shown += chunk
     assert process.returncode == 0
+    assert shown.startswith(b"starting ...")
+    phases = [b"reading data", b"compiling, training", b" training", b"merging", b"evaluating"]
     assert b"%|" in shown and b"images/s" in shown and b"task 2 of 2" in shown
+    assert [phase for phase in phases if phase not in shown] == []
 
 
 def _read_until_closed(descriptor):

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -33,10 +33,12 @@ class Records:
 
     Attributes:
         arrays: all records, for checkpoints; NaN until they are measured.
+        on_phase: is called with the name of a phase whose time is taken, when it begins.
     """
 
     def __init__(self, tasks: int, config: Config, with_onset: bool):
         landscape_points, plane_points = config.landscape_points, config.plane_points
+        self.on_phase: Callable[[str], None] = lambda phase: None
         self._classifiers, self._evaluate_on = config.classifiers, config.evaluate_on
         self._fields = (
             *MERGE_FIELDS,
@@ -79,6 +81,7 @@ class Records:
     @contextlib.contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Add the seconds that a block takes to one of `PHASES`."""
+        self.on_phase(phase)
         clock = time.perf_counter()
         yield
         self.add_time(phase, seconds_since(clock))

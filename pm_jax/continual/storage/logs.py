@@ -9,6 +9,7 @@ from typing import IO, Any
 
 from pm_jax import files
 from pm_jax.continual.storage import manifest
+from pm_jax.continual.storage.progress import keep_drawing
 from pm_jax.types import InvalidInput
 
 JSONL_FILE, CSV_FILE, EVENT_FILES = "metrics.jsonl", "metrics.csv", "events.out.tfevents.*"
@@ -24,6 +25,16 @@ COLUMNS = (
     "classifier",
     "images_per_second",
 )
+
+PHASES = {
+    "train": "training",
+    "curvature": "measuring curvature",
+    "merge": "merging",
+    "classifier": "fitting classifiers",
+    "evaluate": "evaluating",
+    "landscape": "looking around the merge",
+}
+"""Words for the phases of a task, as `records.PHASES` has them."""
 
 
 class RunLog:
@@ -52,6 +63,8 @@ class RunLog:
             unit="step",
             disable=quiet or not sys.stderr.isatty(),
         )
+        self._stop_drawing = keep_drawing(self._bar)
+        self._shown: set[tuple[str, bool]] = set()
         self._step = resume_step
         if directory:
             entries = manifest.read_or_empty(directory).within(JSONL_FILE)
@@ -79,6 +92,14 @@ class RunLog:
                 if isinstance(value, float):
                     self._events.add_scalar(f"{event}/{name}", value, step)
 
+    def show(self, task: int, tasks: int, phase: str) -> None:
+        """Show at a terminal what is going on in a task, which is counted from 1."""
+        # What runs for the first time is compiled, and in the second task some of it is different.
+        kind = phase, task == 1
+        first = "" if kind in self._shown else "compiling, "
+        self._shown.add(kind)
+        self._bar.set_description(f"{self._label}, task {task} of {tasks}: {first}{PHASES[phase]}")
+
     def lines(self, event: str, task: int) -> list[dict[str, Any]]:
         """Return the lines written so far about an event of a task, which is counted from 1."""
         return lines_about(self._directory / JSONL_FILE, event, task) if self._directory else []
@@ -91,6 +112,7 @@ class RunLog:
 
     def close(self) -> None:
         """Close files and bar, and list the files in the manifest."""
+        self._stop_drawing()
         self._bar.close()
         if self._directory:
             self._jsonl.close()
