@@ -386,8 +386,8 @@ class Learner:
                 predictors = self.merging.fitted(self.state).predictors
         given = self.state.params, seen, number(count), self.state.model_state, predictors
         with self._records.timed("evaluate"):
-            results = [scores(data, *given) for data in self.splits.values()]
             # Waits for the device, so that the time is the evaluation's.
+            results = [self._devices.whole(scores(data, *given)) for data in self.splits.values()]
             by_split = [np.stack([r.accuracy, r.task_aware], axis=1) for r in results]
         accuracies = np.stack(by_split, axis=1)
         accuracies[..., count:] = np.nan

@@ -41,14 +41,14 @@ def test_the_first_examples_of_each_class_are_kept(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the shared CIFAR-100")
-def test_cifar100_is_read_whole_without_tensorflow():
-    found = sources.load("cifar100", str(SHARED))
-    assert found.train_inputs.shape == (50_000, 32, 32, 3) and found.train_inputs.dtype == np.uint8
-    assert np.bincount(found.train_labels).tolist() == [500] * 100
-    assert np.bincount(found.test_labels).tolist() == [100] * 100
-    # The mean of CIFAR-100's training images, as commonly used to normalise them.
+def test_cifar100_is_read_without_tensorflow():
+    found = sources.load("cifar100", str(SHARED), train_per_class=100, test_per_class=20)
+    assert found.train_inputs.shape == (10_000, 32, 32, 3) and found.train_inputs.dtype == np.uint8
+    assert np.bincount(found.train_labels).tolist() == [100] * 100
+    assert np.bincount(found.test_labels).tolist() == [20] * 100
+    # The mean of all training images, as commonly used to normalise them; this is a fifth of them.
     means = found.train_inputs.mean(axis=(0, 1, 2)) / 255
-    np.testing.assert_allclose(means, [0.5071, 0.4866, 0.4409], atol=1e-3)
+    np.testing.assert_allclose(means, [0.5071, 0.4866, 0.4409], atol=5e-3)
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the shared data sets")

@@ -364,5 +364,5 @@ class Merging:
         classes = self._stream.class_masks[:seen].any(axis=0)
         # The trained columns belong to the point, as no other classifier does.
         given = (params, classes, number(seen), of_model, (None,))
-        found = self.programs.training.scores(self._validation, *given)
+        found = self._devices.whole(self.programs.training.scores(self._validation, *given))
         return np.stack([found.accuracy[0], found.task_aware[0], found.loss])[:, :seen]
