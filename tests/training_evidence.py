@@ -17,7 +17,7 @@ def linear_logits(leaves, inputs):
     """Of a model with a scale [8], a kernel [8, 16] and a bias [16], whatever holds them."""
     by_name = {path.split("/")[-1]: leaf for path, leaf in trees.leaves_by_path(leaves).items()}
     scaled = inputs * by_name["scale" if "scale" in by_name else "0"].astype(jnp.float32)[None]
-    product = jnp.matmul(scaled, by_name["kernel"].astype(jnp.float32), precision="highest")
+    product = jnp.matmul(scaled, by_name["kernel"].astype(jnp.float32))
     return product + by_name["bias"].astype(jnp.float32)[None]
 
 

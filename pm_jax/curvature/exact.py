@@ -21,6 +21,7 @@ from pm_jax import losses, trees
 from pm_jax.curvature import products, squared_gradients
 from pm_jax.curvature.measures import Given, Measure, MeasureState, remembered
 from pm_jax.curvature.quadratics import Curvature, Quadratic
+from pm_jax.precision import in_full_precision
 from pm_jax.types import Array, Batch, LogitsFn, LossesFn, Params, PyTree
 
 
@@ -144,6 +145,7 @@ class Exact(Curvature):
     def _static(self) -> tuple[Any, ...]:
         return self.model, self.matrix, self.batch_size
 
+    @in_full_precision
     def _sum_of_means(self, of_batch: Callable[[Any, Params, Batch], PyTree]) -> PyTree:
         """`sum_points factor sum_batches of_batch(model, center, batch) / sum of the weights`."""
 

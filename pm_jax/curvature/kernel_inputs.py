@@ -19,6 +19,7 @@ from jax import lax
 from pm_jax import trees
 from pm_jax.curvature.kernels import Axes
 from pm_jax.curvature.linear_uses import LinearUse, Place, is_literal, results_of, value_of
+from pm_jax.precision import in_full_precision
 from pm_jax.types import Array, InvalidInput, Params, PyTree
 
 CALLS = ("jit", "pjit", "checkpoint", "remat2", "closed_call", "custom_jvp_call", "custom_vjp_call")
@@ -99,6 +100,7 @@ Known = dict[Place, tuple[Use, Axes]]
 """Uses of kernels, with the division of the kernel's axes."""
 
 
+@in_full_precision
 def kernel_inputs(
     function: Callable[[Params, PyTree], Any],
     params: Params,

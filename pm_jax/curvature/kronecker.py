@@ -33,6 +33,7 @@ from pm_jax.curvature.measures import Given, Measure, Measurement, MeasureState,
 from pm_jax.curvature.quadratics import Curvature, Quadratic
 from pm_jax.curvature.squared_gradients import OutputsFn, PassesFn
 from pm_jax.curvature.taps import tapped
+from pm_jax.precision import in_full_precision
 from pm_jax.types import Array, Batch, InvalidInput, Key, LogitsFn, Params, PyTree
 
 POWER_STEPS = 50
@@ -105,6 +106,7 @@ class Kronecker(Curvature):
         inputs, diagonal = jax.tree.map(lambda x: factor * x, (self.inputs, self.diagonal))
         return Kronecker(inputs, self.outputs, diagonal, self.tasks)
 
+    @in_full_precision
     def trace(self) -> Array:
         """Trace of H, scalar; that of a Kronecker product is the product of its factors' traces."""
         traces = jax.tree.map(lambda x: jnp.trace(x, axis1=1, axis2=2), (self.inputs, self.outputs))
@@ -173,6 +175,7 @@ def _between(inputs: Array, kernel: Array, outputs: Array) -> Array:
     return product.reshape(kernel.shape)
 
 
+@in_full_precision
 def _nearest(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:
     """The Kronecker product nearest to the sum of two, for positive semi-definite factors.
 
@@ -183,10 +186,10 @@ def _nearest(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[A
     left, right = (jnp.stack(pair) for pair in zip(first, second, strict=True))
 
     def gram(sides: Array) -> Array:
-        return jnp.einsum("iab,jab->ij", sides, sides, precision="highest")
+        return jnp.einsum("iab,jab->ij", sides, sides)
 
     # The left singular vector is sum_i c_i A_i where c is the first eigenvector of this.
-    square = jnp.matmul(gram(right), gram(left), precision="highest")
+    square = gram(right) @ gram(left)
     # Divisions by the largest entry keep float32 in range; tiny leaves factors that are all 0 at 0.
     square /= jnp.maximum(jnp.max(square), jnp.finfo(square.dtype).tiny)
     # A power iteration, since not all devices have eigenvectors of matrices that are not symmetric.
@@ -197,7 +200,7 @@ def _nearest(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[A
         weights /= jnp.maximum(jnp.max(weights), jnp.finfo(square.dtype).tiny)
     inputs = jnp.tensordot(weights, left, 1)
     # The best right side for this left side: the projection of the sum onto it.
-    overlaps = jnp.einsum("ab,iab->i", inputs, left, precision="highest")
+    overlaps = jnp.einsum("ab,iab->i", inputs, left)
     norm = jnp.sum(inputs**2)
     outputs = jnp.tensordot(overlaps / jnp.where(norm > 0, norm, 1), right, 1)
     return inputs, outputs
@@ -243,6 +246,7 @@ class Factors(NamedTuple):
         return cls(inputs, outputs)
 
 
+@in_full_precision
 def factors(
     outputs_fn: OutputsFn,
     passes_fn: PassesFn,

@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from pm_jax import losses, trees
+from pm_jax.precision import in_full_precision
 from pm_jax.types import Array, Batch, LogitsFn, LossesFn, LossFn, Params, PyTree
 
 
+@in_full_precision
 def directional_derivative(
     fn: Callable[[Params], Array], params: Params, direction: PyTree
 ) -> tuple[Array, Array]:
@@ -27,6 +29,7 @@ def directional_derivative(
     return jax.jvp(lambda p: fn(trees.with_floating(params, p)), (moving,), (tangent,))
 
 
+@in_full_precision
 def hessian_vector_product(
     loss_fn: LossFn, params: Params, direction: PyTree, batch: Batch
 ) -> PyTree:
@@ -43,6 +46,7 @@ def hessian_vector_product(
     return directional_derivative(jax.grad(loss), trees.floating(params), direction)[1]
 
 
+@in_full_precision
 def hessian_along(losses_fn: LossesFn, params: Params, direction: PyTree, batch: Batch) -> Array:
     """`d^T H_n d` of N examples, float32 [N]; their mean is that of the mean loss, of either sign.
 
@@ -60,6 +64,7 @@ def hessian_along(losses_fn: LossesFn, params: Params, direction: PyTree, batch:
     return directional_derivative(slopes, params, direction)[1]
 
 
+@in_full_precision
 def gauss_newton_along(
     logits_fn: LogitsFn, params: Params, direction: PyTree, batch: Batch
 ) -> Array:
@@ -86,6 +91,7 @@ def gauss_newton_along(
     return jnp.sum(losses.token_weights(batch) * values, axis=1)
 
 
+@in_full_precision
 def gauss_newton_times(
     logits_fn: LogitsFn, params: Params, directions: PyTree, batch: Batch
 ) -> PyTree:

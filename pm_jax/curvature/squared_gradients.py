@@ -25,6 +25,7 @@ from pm_jax import losses, trees
 from pm_jax.curvature import dense_layers
 from pm_jax.curvature.linear_uses import Traced
 from pm_jax.curvature.taps import tapped
+from pm_jax.precision import in_full_precision
 from pm_jax.types import Array, Batch, InvalidInput, Key, Params, PyTree
 
 
@@ -116,6 +117,7 @@ def _passes_of_tokens(probabilities: Array) -> Passes:
     return Passes(cotangents.reshape(-1, *probabilities.shape), weights.reshape(-1, examples))
 
 
+@in_full_precision
 def by_vmap(
     outputs_fn: OutputsFn,
     passes_fn: PassesFn,
@@ -167,6 +169,7 @@ def _summed(squares: PyTree, weights: Array, direction: PyTree | None) -> Square
     return SquaredGradients(total, functools.reduce(jnp.add, jax.tree.leaves(along)))
 
 
+@in_full_precision
 def by_program(
     outputs_fn: OutputsFn,
     passes_fn: PassesFn,
@@ -250,6 +253,7 @@ def _squares_of_example(
     return squares, {number: rows[number][0] ** 2 for number, use in uses.items() if use.rows == 1}
 
 
+@in_full_precision
 def by_layers(
     outputs_fn: OutputsFn,
     passes_fn: PassesFn,

@@ -12,6 +12,7 @@ from pm_jax.curvature.dense_layers import kernel_paths
 from pm_jax.curvature.diagonal import DiagonalQuadratic
 from pm_jax.curvature.quadratics import Curvature, Quadratic
 from pm_jax.lora import Adapter
+from pm_jax.precision import in_full_precision
 from pm_jax.rules import gradient_projection
 from pm_jax.rules.base import Evidence, MergeRule, Moving, Requirements, TrainingHook
 from pm_jax.rules.building import info_of, quadratic_of
@@ -126,6 +127,7 @@ def became(
         merged = trees.lerp(projected_model, trained, coefficient.alpha)
         return merged, state._replace(tasks=tasks), info
 
+    @in_full_precision
     def absorb(state: BecameState, evidence: Evidence) -> BecameState:
         quadratic = quadratic_of(evidence, type(state.precision))
         moments = evidence.input_moments

@@ -17,6 +17,7 @@ from pm_jax import trees
 from pm_jax.curvature.diagonal import Diagonal
 from pm_jax.curvature.measures import Measurement
 from pm_jax.curvature.quadratics import Quadratic
+from pm_jax.precision import in_full_precision
 from pm_jax.rules.base import Comparison, Evidence, MergeInfo, MergeRule, Requirements
 from pm_jax.rules.objectives import Objective
 from pm_jax.types import Array, InvalidInput, Params, PyTree
@@ -46,7 +47,8 @@ def merge_rule(
     """A rule from two functions that know nothing but floating-point leaves.
 
     They are called after checks of the arguments, with `None` in place of all other leaves in the
-    models and in the evidence; the merged model has those leaves of the trained one.
+    models and in the evidence; the merged model has those leaves of the trained one. Their matrix
+    products have full precision.
 
     Args:
         init: `init(params, **given) -> state`.
@@ -66,11 +68,13 @@ def merge_rule(
         (0.5, 2, 1.0)
     """
 
+    @in_full_precision
     @functools.wraps(init)
     def checked_init(params: Params, *args: Any, **given: Any) -> Any:
         _check_model("params", params)
         return init(trees.floating(params), *args, **given)
 
+    @in_full_precision
     @functools.wraps(update)
     def checked_update(
         state: Any, *, previous: Params, trained: Params, evidence: Evidence | None = None

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from pm_jax import losses
 from pm_jax.curvature import dense_layers
+from pm_jax.precision import in_full_precision
 from pm_jax.rules.objectives import Objective
 from pm_jax.types import Array, Params
 
@@ -47,6 +48,7 @@ def grown(projector: Array, moments: Array, threshold: Array | float) -> Array:
     return projector + jnp.matmul(added, added.T, precision="highest")
 
 
+@in_full_precision
 def input_moments(objective: Objective, leaves: Params, paths: Collection[str]) -> dict[str, Array]:
     """Second moments [in, in] of the inputs of linen Dense layers, by the path of their kernel.
 

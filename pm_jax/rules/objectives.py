@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from pm_jax import losses, trees
+from pm_jax.precision import in_full_precision
 from pm_jax.types import Array, Batch, Params
 
 
@@ -63,6 +64,7 @@ class Objective(NamedTuple):
         total = jnp.tensordot(weights, values, 1, precision="highest")
         return total / jnp.maximum(jnp.sum(weights), 1.0)
 
+    @in_full_precision
     def gradient_norm(self, leaves: Params) -> Array:
         """Norm of the gradient of a batch's loss by the leaves, its mean over the batches."""
 

@@ -14,6 +14,7 @@ from pm_jax.continual.training.logits import normalized
 from pm_jax.continual.training.purpose_keys import STATISTICS, purpose_key
 from pm_jax.integrations.linen import running_mean
 from pm_jax.losses import weights_of
+from pm_jax.precision import in_full_precision
 from pm_jax.types import Array, Batch, PyTree
 
 
@@ -35,6 +36,7 @@ class BatchStatisticsPass(DataPass):
         zero = jnp.zeros((), jnp.float32)
         return (model_state, zero, zero), order.padded_with_examples(self.batches.size)
 
+    @in_full_precision
     def update(self, carry: PyTree, batch: Batch, data: DeviceData, given: tuple) -> PyTree:
         """Move the mean towards the statistics of a batch."""
         del data

@@ -15,6 +15,7 @@ from pm_jax.continual.training.image_transforms import evaluation_transform
 from pm_jax.continual.training.logits import normalized
 from pm_jax.continual.training.purpose_keys import CLASSIFIERS, purpose_key
 from pm_jax.integrations.wrap import as_model
+from pm_jax.precision import in_full_precision
 from pm_jax.types import Array, Batch, Key, Params, PyTree
 
 BATCH_SIZE = 256
@@ -87,6 +88,7 @@ class StatisticsPass(DataPass):
         classes = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), classes)
         return TaskStatistics(classes, drift.init(self._size[1]) if with_drift else None)
 
+    @in_full_precision
     def update(
         self, carry: TaskStatistics, batch: Batch, data: DeviceData, given: tuple
     ) -> TaskStatistics:

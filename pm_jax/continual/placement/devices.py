@@ -34,9 +34,11 @@ class Devices:
 
     # Its axes are `data`, along which parameters are copied, and `fsdp`, which divides them.
     mesh: Mesh
+    # Of matrix products in compiled functions that do not name one.
+    precision: str = "default"
 
     @classmethod
-    def of(cls, count: int = 1, parts: int = 1) -> "Devices":
+    def of(cls, count: int = 1, parts: int = 1, precision: str = "default") -> "Devices":
         """Make a mesh of the first `count` devices (0: all), of which `parts` hold one copy.
 
         Raises:
@@ -55,7 +57,9 @@ class Devices:
         if number % parts:
             raise InvalidInput(f"fsdp={parts}: must divide the {number} devices")
         shape, automatic = (number // parts, parts), (jax.sharding.AxisType.Auto,) * 2
-        return cls(jax.make_mesh(shape, EXAMPLES, axis_types=automatic, devices=present[:number]))
+        chosen = present[:number]
+        mesh = jax.make_mesh(shape, EXAMPLES, axis_types=automatic, devices=chosen)
+        return cls(mesh, precision)
 
     @classmethod
     def like(cls, array: Array) -> "Devices":
@@ -196,14 +200,13 @@ class Devices:
         )
 
     def jit(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        """Compile a function whose results lie where `sharding` says."""
-        if self.count == 1:
-            return jax.jit(function, **options)
+        """Compile a function, in `precision`, whose results lie where `sharding` says."""
 
         # A run's state then always lies in the same way, so that nothing is compiled twice.
         @functools.wraps(function)
         def kept(*arguments: Any, **named: Any) -> Any:
-            return self.keep(function(*arguments, **named))
+            with jax.default_matmul_precision(self.precision):
+                return self.keep(function(*arguments, **named))
 
         return jax.jit(kept, **options)
 
@@ -215,7 +218,7 @@ def devices_of(config: Config) -> Devices:
     Raises:
         InvalidInput: there are no such devices, or they do not divide `batch_size`.
     """
-    devices = Devices.of(config.devices, config.fsdp)
+    devices = Devices.of(config.devices, config.fsdp, config.matmul_precision)
     if config.batch_size % devices.count:
         raise InvalidInput(
             f"batch_size={config.batch_size}: must be a multiple of the {devices.count} devices "

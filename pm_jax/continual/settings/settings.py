@@ -221,6 +221,15 @@ class Settings:
         "Steps whose gradients make one update, in less memory what batch_size times as large "
         "does; an epoch's last update may be of fewer.",
     )
+    # Curvature, merges and statistics do not follow it: they always have full float32.
+    matmul_precision: str = _training(
+        "default",
+        "Precision of float32 matrix products in training and evaluation, a name of JAX's "
+        "default_matmul_precision: default is the platform's, TF32 on NVIDIA GPUs; highest is full "
+        "float32, which curvature, merges, class statistics and exports have in any case.",
+        ("default", "high", "highest"),
+        later=True,
+    )
     optimizer: str = _training("adamw", "Optimiser, from optax; restarts at each task.", OPTIMIZERS)
     learning_rate: PositiveReal = _training(3e-3, "Peak learning rate.")
     head_learning_rate: NonNegativeReal = _training(
