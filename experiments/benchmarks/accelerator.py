@@ -7,7 +7,8 @@ python -m experiments.benchmarks.accelerator --parts=fisher,compiled_peer
 Random uint8 images and random weights; needs jax, flax, optax, orbax and absl, and for the peer's
 rows torch, transformers and peft. Every part runs in a process of its own, is given up after its
 seconds, and prints its rows as they are measured; the two calls of some parts take 5 minutes each
-at most. `--tiny` runs everything on any machine; its figures mean nothing.
+at most. Nothing compiled is kept, unless JAX_COMPILATION_CACHE_DIR is set. `--tiny` runs everything
+on any machine; its figures mean nothing.
 """
 
 import math

@@ -1,6 +1,9 @@
 """The ledger of a study: a line of JSON for each run, and the tables that are made of the lines."""
 
 import collections
+import dataclasses
+import functools
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +27,7 @@ FORM = {
     "seed": int,
     "configuration": str,
     "scores": {str: {split: dict.fromkeys(FIGURES, NUMBER) for split in ("test", "validation")}},
-    "seconds": (int, float),
+    "seconds": NUMBER,
     "drift": NUMBER,
     "device": str,
 }
@@ -39,12 +42,14 @@ def line_of(
     """Return the line of a finished run, whose results lie under a name."""
     sizes = [merge.get("drift_size") for merge in run["merges"]]
     drifts = [size for size in sizes if size is not None]
+    environment = run["environment"]
     return {
         "stream": stream,
         "rule": rule,
         "learning_rate": config.learning_rate,
         "seed": run["seed"],
-        "configuration": configuration_hash(config)[:12],
+        "configuration": identity(config),
+        "settings": changed_settings(config),
         "scores": {
             name: {
                 split: {figure: scores[figure] for figure in FIGURES}
@@ -52,18 +57,62 @@ def line_of(
             }
             for name, by_split in run["scores"].items()
         },
+        "accuracy_matrices": {
+            name: {split: _rounded(scores["accuracy_matrix"]) for split, scores in by_split.items()}
+            for name, by_split in run["scores"].items()
+        },
         "seconds": comparison.median_seconds([run]),
         "seconds_of_phases": run["seconds"],
         # How far merges move the features of the task's own inputs, over their scatter.
         "drift": float(np.mean(drifts)) if drifts else None,
-        "device": run["environment"]["device"],
+        "device": environment["device"],
+        "versions": {"python": environment["python"], **environment["packages"]},
         "commit": git_revision(),
         "results": results,
     }
 
 
+def _rounded(matrix: Sequence[Sequence[float | None]]) -> list[list[float | None]]:
+    rows = np.round(np.asarray(matrix, np.float64), 6).tolist()
+    return files.without_nan(rows)  # Tasks that are still to come have no accuracy.
+
+
+def identity(config: Config) -> str:
+    """Hash the settings to twelve digits; files count by their contents, wherever they lie."""
+    return configuration_hash(_by_contents(config))[:12]
+
+
+def changed_settings(config: Config) -> dict[str, Any]:
+    """Return the settings that decide the numbers and are not the default ones."""
+    settings = _by_contents(config)
+    return {
+        field.name: value
+        for field in dataclasses.fields(Config)
+        if field.metadata["identity"] and (value := getattr(settings, field.name)) != field.default
+    }
+
+
+def _by_contents(config: Config) -> Config:
+    paths = {name: Path(getattr(config, name)) for name in ("dataset", "pretrained", "tokenizer")}
+    # The ending stays, as it says what a file is.
+    names: dict[str, Any] = {
+        name: _fingerprint(path) + path.suffix
+        for name, path in paths.items()
+        if path.suffix and path.is_file()
+    }
+    return dataclasses.replace(config, **names)
+
+
+@functools.cache  # Every cell has the same files.
+def _fingerprint(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
 def read(path: Path) -> list[Line]:
     """Read the lines of a ledger; none where there is no file yet.
+
+    A last line that was cut short is moved to a file beside the ledger, and a printed line says so.
 
     Raises:
         InvalidInput: a line is damaged.
@@ -71,10 +120,16 @@ def read(path: Path) -> list[Line]:
     lines: list[Line] = []
     if not path.exists():
         return lines
-    for number, text in enumerate(path.read_bytes().splitlines(), start=1):
+    content = path.read_bytes()
+    texts = content.splitlines()
+    for number, text in enumerate(texts, start=1):
         try:
             lines.append(files.parse_json(text, FORM))
         except ValueError:
+            # Anything else without a line's end is no ledger, and stays as it is.
+            if number == len(texts) and text[:2] == b'{"' and not content.endswith(b"\n"):
+                _set_aside(path, number, content[: -len(text)], text)
+                break
             raise InvalidInput(
                 f"ledger={path}: line {number} is damaged; take it out to have its run entered "
                 "again"
@@ -82,9 +137,20 @@ def read(path: Path) -> list[Line]:
     return lines
 
 
+def _set_aside(path: Path, number: int, whole: bytes, cut: bytes) -> None:
+    aside = path.with_name(f"{path.name}.cut")
+    with aside.open("ab") as file:
+        file.write(cut + b"\n")
+    with files.replacing(path) as temporary:
+        temporary.write_bytes(whole)
+    print(f"{path}: line {number} was cut short and is now in {aside}; its run is entered again")
+
+
 def append(path: Path, line: Line) -> None:
     """Add a line to a ledger, which then is whole or as it was."""
     before = path.read_text() if path.exists() else ""
+    if before and not before.endswith("\n"):
+        before += "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(path, f"{before}{json.dumps(line, sort_keys=True)}\n")
 
@@ -98,7 +164,8 @@ def find(lines: Iterable[Line], stream: str, rule: str, config: Config, seed: in
     for line in lines:
         named = (line["stream"], line["rule"], line["learning_rate"], line["seed"])
         if named == (stream, rule, config.learning_rate, seed):
-            if line["configuration"] != configuration_hash(config)[:12]:
+            # Lines of earlier versions name files by their paths.
+            if line["configuration"] not in (identity(config), configuration_hash(config)[:12]):
                 raise InvalidInput(
                     f"stream={stream}: the ledger has {rule} with seed {seed} and other settings; "
                     "give these another name of the stream, or another ledger"
@@ -134,6 +201,7 @@ def table(lines: Sequence[Line], stream: str, split: str = "test") -> str:
     """Lay out a stream's rules in Markdown, a column of final accuracy for each classifier.
 
     Every rule is at its rate of the best validation accuracy; percent, mean +- standard deviation.
+    Notes of lines follow.
     """
     of_stream = [line for line in lines if line["stream"] == stream]
     names = list(dict.fromkeys(name for line in of_stream for name in line["scores"]))
@@ -145,22 +213,28 @@ def table(lines: Sequence[Line], stream: str, split: str = "test") -> str:
     def best(rule: str) -> float:
         return max(_mean(rows[rule][1], name, split) for name in names)
 
-    heads = [f"rule ({stream}, {split})", "rate", *names, "learning, s", "drift", "seeds"]
-    cells = [heads]
+    heads = [f"rule ({stream}, {split})", "rate", *names, "learning, s", "drift"]
+    cells = [[*heads, "n (seeds)", "device"]]
     for rule in sorted(rows, key=best, reverse=True):
         rate, of_rule = rows[rule]
-        drifts = [line["drift"] for line in of_rule if line["drift"] is not None]
+        drifts, seconds = (
+            [line[name] for line in of_rule if line[name] is not None]
+            for name in ("drift", "seconds")
+        )
+        seeds = ",".join(str(seed) for seed in sorted(line["seed"] for line in of_rule))
         cells.append(
             [
                 rule,
                 f"{rate:g}",
                 *(_percent(_values(of_rule, name, split)) for name in names),
-                f"{np.median([line['seconds'] for line in of_rule]):.0f}",
+                f"{np.median(seconds):.0f}" if seconds else "-",
                 f"{np.mean(drifts):.2f}" if drifts else "-",
-                ",".join(str(seed) for seed in sorted(line["seed"] for line in of_rule)),
+                f"{len(of_rule)} ({seeds})",
+                " and ".join(sorted({line["device"] for line in of_rule})),
             ]
         )
-    return tables.as_markdown(cells)
+    notes = dict.fromkeys(line["note"] for line in of_stream if line.get("note"))
+    return "\n\n".join([tables.as_markdown(cells), *notes])
 
 
 def rule_of_thumb(lines: Sequence[Line], split: str = "test") -> str:
@@ -202,8 +276,9 @@ def _grouped(lines: Iterable[Line], field: str) -> dict[Any, list[Line]]:
 
 
 def _values(lines: Sequence[Line], classifier: str, split: str) -> list[float]:
-    found = [line["scores"].get(classifier, {}).get(split) for line in lines]
-    return [scores["final_average_accuracy"] for scores in found if scores]
+    found = [line["scores"].get(classifier, {}).get(split) or {} for line in lines]
+    accuracies = [scores.get("final_average_accuracy") for scores in found]
+    return [accuracy for accuracy in accuracies if accuracy is not None]
 
 
 def _mean(lines: Sequence[Line], classifier: str, split: str) -> float:

@@ -66,13 +66,23 @@ def test_the_table_has_a_column_a_classifier_and_each_rule_at_its_rate():
         line("merging", 0.1, 0, trained=10, ridge=20),
         line("merging", stream="other", trained=99),
     ]
+    lines[2]["device"] = "H100"
     assert rows_of(ledger.table(lines, "cars")) == [
-        ["rule (cars, test)", "rate", "trained", "ridge", "learning, s", "drift", "seeds"],
-        ["merging", "0.001", "35.0 +- 7.1", "52.0 +- 2.8", "12", "0.60", "0,1"],
-        ["frozen", "0.001", "20.0", "40.0", "1", "0.00", "0"],
-    ]
+        [*("rule (cars, test)", "rate", "trained", "ridge", "learning, s", "drift"),
+         *("n (seeds)", "device")],
+        ["merging", "0.001", "35.0 +- 7.1", "52.0 +- 2.8", "12", "0.60", "2 (0,1)", "H100 and cpu"],
+        ["frozen", "0.001", "20.0", "40.0", "1", "0.00", "1 (0)", "cpu"],
+    ]  # fmt: skip
     of_validation = rows_of(ledger.table(lines, "cars", "validation"))
     assert of_validation[1][:4] == ["merging", "0.001", "25.0 +- 7.1", "42.0 +- 2.8"]
+
+
+def test_lines_that_are_entered_by_hand_have_what_is_known_and_a_note_below_the_table():
+    mine = line("merging", trained=30, seconds=None) | {"note": "Measured once."}
+    mine["scores"]["trained"]["validation"] = dict.fromkeys(ledger.FIGURES)
+    table, note = ledger.table([mine], "cars").split("\n\n")
+    assert rows_of(table)[1] == ["merging", "0.001", "30.0", "-", "-", "1 (0)", "cpu"]
+    assert note == "Measured once."
 
 
 def test_the_rule_of_thumb_sets_the_frozen_model_and_the_drift_beside_the_gain():
@@ -103,3 +113,51 @@ def test_lines_are_kept_and_found_again_and_other_settings_are_refused(tmp_path)
     path.write_text(path.read_text() + json.dumps({"stream": "cars"}) + "\n")
     with pytest.raises(InvalidInput, match="ledger.jsonl: line 3 is damaged; take it out"):
         ledger.read(path)
+
+
+def test_a_last_line_that_is_cut_short_is_set_aside_and_its_run_is_entered_again(tmp_path, capsys):
+    path = tmp_path / "ledger.jsonl"
+    whole, cut = line("a", trained=50), line("b", trained=60)
+    for each in (whole, cut):
+        ledger.append(path, each)
+    path.write_bytes(path.read_bytes()[:-40])
+    tail = path.read_text().splitlines()[1]
+    assert ledger.read(path) == [whole]
+    aside = tmp_path / "ledger.jsonl.cut"
+    said = f"{path}: line 2 was cut short and is now in {aside}; its run is entered again\n"
+    assert capsys.readouterr().out == said and aside.read_text() == tail + "\n"
+    ledger.append(path, cut)
+    assert ledger.read(path) == [whole, cut] and not capsys.readouterr().out
+    # Without the last line's end alone nothing is lost.
+    path.write_text(path.read_text()[:-1])
+    assert ledger.read(path) == [whole, cut]
+    ledger.append(path, line("c", trained=70))
+    assert [each["rule"] for each in ledger.read(path)] == ["a", "b", "c"]
+
+
+def test_a_cut_line_elsewhere_and_a_file_that_is_no_ledger_stay_as_they_are(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    for content in ('{"rule": "a\n{}\n', "my notes"):
+        path.write_text(content)
+        with pytest.raises(InvalidInput, match="ledger.jsonl: line 1 is damaged"):
+            ledger.read(path)
+        assert path.read_text() == content and list(tmp_path.iterdir()) == [path]
+
+
+def test_files_count_by_their_contents_wherever_they_lie(tmp_path):
+    def identity(name, content):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+        config = Config(dataset="cifar100", scenario="class_incremental", model="vit",
+                        patch_size=4, pretrained=str(path))  # fmt: skip
+        assert ledger.changed_settings(config)["pretrained"].endswith(path.suffix)
+        assert str(tmp_path) not in json.dumps(ledger.changed_settings(config))
+        return ledger.identity(config)
+
+    first = identity("a/model.safetensors", b"1")
+    assert first == identity("b/weights.safetensors", b"1")
+    assert first != identity("c/model.safetensors", b"2")
+    # Lines of earlier versions have the hash with paths.
+    config = Config(learning_rate=0.1)
+    assert ledger.identity(config) == configuration_hash(config)[:12]
