@@ -6,6 +6,7 @@ many devices that together hold one copy. XLA moves data between devices by itse
 are those of one device up to the order of sums.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -205,7 +206,9 @@ class Devices:
         # A run's state then always lies in the same way, so that nothing is compiled twice.
         @functools.wraps(function)
         def kept(*arguments: Any, **named: Any) -> Any:
-            with jax.default_matmul_precision(self.precision):
+            # Without a choice, that of JAX's own setting holds.
+            chosen = None if self.precision == "default" else self.precision
+            with jax.default_matmul_precision(chosen) if chosen else contextlib.nullcontext():
                 return self.keep(function(*arguments, **named))
 
         return jax.jit(kept, **options)
