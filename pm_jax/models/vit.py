@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pm_jax.types import Array
+from pm_jax.types import Array, InvalidInput
 
 
 def attend(query: Array, key: Array, value: Array, mask: Array | None = None) -> Array:
@@ -27,6 +27,22 @@ def gelu(x: Array) -> Array:
     # jax.nn.gelu uses erfc, which is slower on a CPU and keeps more in memory.
     wide = x.astype(jnp.float32)
     return (0.5 * wide * (1.0 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
+
+
+def patches(images: Array, side: int) -> Array:
+    """Cut images [N, H, W, channels] into squares [N, patches, side, side, channels], row by row.
+
+    Raises:
+        InvalidInput: the side does not divide the image.
+    """
+    count, height, width, channels = images.shape
+    if height % side or width % side:
+        raise InvalidInput(
+            f"patch_size={side}: must divide the image of {height} x {width} pixels; resize it, or "
+            "choose another size"
+        )
+    cut = images.reshape(count, height // side, side, width // side, side, channels)
+    return jnp.swapaxes(cut, 2, 3).reshape(count, -1, side, side, channels)
 
 
 class Attention(nn.Module):
@@ -132,11 +148,10 @@ class VisionTransformer(nn.Module):
         if self.image_size and images.shape[1:3] != (self.image_size, self.image_size):
             shape = (images.shape[0], self.image_size, self.image_size, images.shape[-1])
             images = jax.image.resize(images, shape, "bicubic")
-        patch = (self.patch_size, self.patch_size)
-        x = nn.Conv(
-            self.width, patch, strides=patch, padding="VALID", dtype=self.dtype, name="patch_embed"
-        )(images)
-        x = x.reshape(x.shape[0], -1, self.width)
+        # A convolution whose windows do not overlap, as a product: GPUs run that faster.
+        x = nn.DenseGeneral(self.width, axis=(-3, -2, -1), dtype=self.dtype, name="patch_embed")(
+            patches(images, self.patch_size)
+        )
         class_token = self.param("cls_token", nn.initializers.zeros, (1, 1, self.width))
         start = jnp.broadcast_to(class_token.astype(x.dtype), (x.shape[0], 1, self.width))
         x = jnp.concatenate([start, x], axis=1)

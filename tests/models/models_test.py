@@ -1,10 +1,16 @@
+import functools
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.special import erf
 
-from pm_jax import losses, models, trees
+from pm_jax import lora, losses, models, trees
+from pm_jax.curvature.input_moments import input_moment
+from pm_jax.curvature.measures import measure_all
+from pm_jax.types import InvalidInput
 
 
 def numpy_vit(params, images, num_heads):
@@ -91,3 +97,60 @@ def test_a_masked_class_is_never_chosen_and_gets_no_gradient():
     gradient = jax.grad(loss)(logits[0], batch)
     assert float(gradient[1]) == 0.0 and bool(jnp.isfinite(gradient).all())
     np.testing.assert_allclose(gradient[2], 1 / (1 + np.exp(-1.0)), rtol=1e-6)
+
+
+def embedded_patches():
+    """A small ViT with images and parameters, and the convolution that embeds patches alike."""
+    model = models.VisionTransformer(3, 4, width=8, depth=1, num_heads=2)
+    images = jax.random.normal(jax.random.key(1), (2, 8, 12, 3))
+    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
+    return model, images, params, nn.Conv(8, (4, 4), strides=(4, 4), padding="VALID")
+
+
+def test_patches_are_embedded_like_by_a_convolution_with_the_same_initial_parameters():
+    model, images, params, convolution = embedded_patches()
+    apply = functools.partial(model.apply, capture_intermediates=True)
+    (got,) = jax.jit(apply)({"params": params}, images)[1]["intermediates"]["patch_embed"][
+        "__call__"
+    ]
+    wanted = convolution.apply({"params": params["patch_embed"]}, images)
+    np.testing.assert_allclose(got, wanted.reshape(2, 6, 8), rtol=1e-5, atol=1e-6)
+
+    class Named(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            # Linen draws parameters by the name of the layer.
+            return convolution.clone(name="patch_embed", parent=self)(x)
+
+    initial = Named().init(jax.random.key(0), images)["params"]["patch_embed"]
+    assert all(jnp.array_equal(initial[name], params["patch_embed"][name]) for name in initial)
+
+
+def test_an_adapter_of_the_patch_embedding_is_a_change_of_its_kernel():
+    model, images, params, _ = embedded_patches()
+    adapters = lora.init(jax.random.key(2), params, "patch_embed/kernel", 2)
+    assert adapters["patch_embed/kernel"].a.shape == (4, 4, 3, 2)
+    adapters = jax.tree.map(lambda x: x + 0.1, adapters)
+    apply = jax.jit(lambda params, images: model.apply({"params": params}, images))
+    wanted = apply(lora.fold(params, adapters), images)
+    with lora.branch(adapters):
+        got = jax.jit(lambda images: model.apply({"params": params}, images))(images)
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_input_moments_of_the_patch_embedding_are_those_of_its_patches():
+    model, images, params, _ = embedded_patches()
+    measure = input_moment(lambda p, x: model.apply({"params": p}, x), ("patch_embed/kernel",))
+    examples = images, jnp.zeros(2, int)
+    found = jax.jit(functools.partial(measure_all, measure))(params, examples).quadratic.curvature
+    cut = np.asarray(images, np.float64).reshape(2, 2, 4, 3, 4, 3).transpose(0, 1, 3, 2, 4, 5)
+    rows = cut.reshape(12, 48)
+    wanted = rows.T @ rows / 2
+    got = found.moments["patch_embed/kernel"]
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_patches_must_divide_the_image():
+    model, images, _, _ = embedded_patches()
+    with pytest.raises(InvalidInput, match=r"patch_size=4: must divide the image of 8 x 11 pixels"):
+        model.init(jax.random.key(0), images[:, :, :11])
