@@ -26,6 +26,10 @@ WITH_KERNEL = (*DENSE, nn.Conv)
 """All layers of linen that pm_jax knows to be linear in their kernel."""
 
 
+PADDING = "pm_jax:padding"
+"""Name in a traced program of an array that a model has padded with tokens that do not count."""
+
+
 class LayerCall(NamedTuple):
     """One application of a layer while a model runs.
 
@@ -219,6 +223,7 @@ class TracedCall(NamedTuple):
         output: shape and type of its output.
         kernel_shape: shape of its kernel.
         once: whether the call runs exactly once when the model does, on all examples together.
+        padded: whether the model pads its tokens.
     """
 
     linear_map: Contraction | Convolution | None
@@ -226,6 +231,7 @@ class TracedCall(NamedTuple):
     output: jax.ShapeDtypeStruct
     kernel_shape: Shape
     once: bool
+    padded: bool = False
 
 
 def traced_calls(
@@ -258,12 +264,31 @@ def traced_calls(
         name: [
             call._replace(
                 # Another shape has an axis of `vmap`, over which the layer runs many times.
-                once=times.get(f"pm_jax:{number}:{name}") == [(call.output.shape, False)]
+                once=times.get(f"pm_jax:{number}:{name}") == [(call.output.shape, False)],
+                padded=PADDING in times,
             )
             for number, call in enumerate(of_layer)
         ]
         for name, of_layer in calls.items()
     }
+
+
+def refuse_padding(argument: str, padded: bool) -> None:
+    """Refuse to count the rows of layers' inputs in a model that pads its tokens.
+
+    Raises:
+        InvalidInput: it does; the message names the argument.
+    """
+    if padded:
+        raise InvalidInput(
+            f"{argument}: of a model that pads its tokens, whose rows would count as inputs of "
+            "layers; make the model with pad_tokens=1 for this measure"
+        )
+
+
+def has_padding(jaxpr: Any) -> bool:
+    """Tell whether an open program pads tokens and says so by `PADDING`."""
+    return any(name == PADDING for name, _, _ in _markers(jaxpr))
 
 
 def _markers(jaxpr: Any, looped: bool = False) -> Iterator[tuple[str, Shape, bool]]:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pm_jax import trees
+from pm_jax.curvature.dense_layers import has_padding, refuse_padding
 from pm_jax.curvature.kernels import Axes
 from pm_jax.curvature.linear_uses import LinearUse, Place, is_literal, results_of, value_of
 from pm_jax.precision import in_full_precision
@@ -120,7 +121,8 @@ def kernel_inputs(
         does not read.
 
     Raises:
-        InvalidInput: the model reads a kernel in another way than by such products.
+        InvalidInput: the model reads a kernel in another way than by such products, or pads its
+            tokens.
 
     Example:
         >>> from pm_jax.curvature.kernels import Axes
@@ -133,6 +135,7 @@ def kernel_inputs(
     one = jax.tree.map(lambda leaf: leaf[:1], inputs)
     # A new function, because jax remembers the traces of one that it has seen.
     program = jax.make_jaxpr(lambda params, inputs: function(params, inputs))(params, one)
+    refuse_padding(f"kernels={','.join(kernels)}", has_padding(program.jaxpr))
     paths = list(trees.leaves_by_path(params))
     views = {
         var: View(path, tuple(range(len(var.aval.shape))))

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 from pm_jax import losses, trees
 from pm_jax.curvature import diagonal, products, squared_gradients
-from pm_jax.curvature.dense_layers import layer_of
+from pm_jax.curvature.dense_layers import layer_of, refuse_padding
 from pm_jax.curvature.kernels import axes_of
 from pm_jax.curvature.measures import Given, Measure, Measurement, MeasureState, remembered
 from pm_jax.curvature.quadratics import Curvature, Quadratic
@@ -259,7 +259,8 @@ def factors(
     Kernels of `DenseGeneral` and `Einsum` layers, [*inputs, *outputs], count as matrices.
 
     Raises:
-        InvalidInput: a path that is no kernel of such a layer that is called exactly once.
+        InvalidInput: a path that is no kernel of such a layer that is called exactly once, or a
+            model that pads its tokens.
 
     Example:
         >>> import flax.linen as nn
@@ -275,7 +276,7 @@ def factors(
     weights = losses.weights_of(batch)
     names = {path: layer_of(path) for path in params}
     taps = tapped(outputs_fn, params, batch, tuple(dict.fromkeys(names.values())))
-
+    refuse_padding(f"kernels={','.join(names)}", taps.padded)
     for path, name in names.items():
         if taps.contractions[name].axes is None:
             raise InvalidInput(

@@ -31,12 +31,14 @@ class Tapped(NamedTuple):
         pull_back: from cotangents of the model's outputs to `{layer: gradients of the layer's
             outputs [N, tokens, out]}`.
         contractions: `{layer: what it does with its kernel}`.
+        padded: whether the model pads its tokens, whose gradients are 0.
     """
 
     outputs: Array
     inputs: dict[str, Array]
     pull_back: Callable[[Array], dict[str, Array]]
     contractions: dict[str, Contraction]
+    padded: bool = False
 
 
 def tapped(
@@ -107,7 +109,8 @@ def tapped(
         name: rows(name, x, contractions[name].inputs, contractions[name].summed)
         for name, (_, x) in passed.items()
     }
-    return Tapped(outputs, inputs, gradients, contractions)
+    padded = any(call.padded for of_layer in calls.values() for call in of_layer)
+    return Tapped(outputs, inputs, gradients, contractions, padded)
 
 
 def _contraction(name: str, calls: list[TracedCall]) -> Contraction:

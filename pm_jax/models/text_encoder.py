@@ -3,7 +3,8 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from pm_jax.models.vit import Block
+from pm_jax.models.attention import chosen
+from pm_jax.models.vit import Block, layer_norm
 from pm_jax.types import Array
 
 
@@ -21,6 +22,10 @@ class TextEncoder(nn.Module):
         padding_id: token id of padding, which is neither attended to nor pooled.
         layer_norm_epsilon: number added to the variance in all norms.
         dtype: type of computation; parameters are float32.
+        attention: implementation of attention, see `pm_jax.models.attention`. cuDNN's has no
+            forward-mode derivatives.
+        remat: whether the backward pass computes the blocks again, which keeps only their inputs in
+            memory and takes a third longer.
 
     References:
         Devlin et al., `BERT <https://arxiv.org/abs/1810.04805>`_, 2019
@@ -43,6 +48,8 @@ class TextEncoder(nn.Module):
     padding_id: int = 0
     layer_norm_epsilon: float = 1e-12
     dtype: jnp.dtype | None = None
+    attention: str = "own"
+    remat: bool = False
 
     @nn.compact
     def __call__(self, ids: Array) -> Array:
@@ -54,12 +61,16 @@ class TextEncoder(nn.Module):
         kinds = nn.Embed(2, self.width, dtype=self.dtype, name="type_embed")
         x = words + places(jnp.arange(ids.shape[1]))[None] + kinds(jnp.zeros_like(ids))
         epsilon, hidden = self.layer_norm_epsilon, int(self.width * self.mlp_ratio)
-        x = nn.LayerNorm(epsilon=epsilon, dtype=self.dtype, name="embed_norm")(x)
+        x = layer_norm(epsilon, self.dtype, "embed_norm")(x)
+        implementation = chosen(self.attention, self.dtype, self.width // self.num_heads)
+        # ViT and BERT share the block; they differ in where its norms stand.
+        block = nn.remat(Block) if self.remat else Block
         for layer in range(self.depth):
-            name = f"blocks_{layer}"
-            # ViT and BERT share the block; they differ in where its norms stand.
-            block = Block(self.num_heads, hidden, epsilon, self.dtype, post_norm=True, name=name)
-            x = block(x, mask)
+            x = block(
+                *(self.num_heads, hidden, epsilon, self.dtype, implementation),
+                post_norm=True,
+                name=f"blocks_{layer}",
+            )(x, mask)
         # Padding does not count; a text of nothing else has the mean 0, not 0 / 0.
         real = mask[:, :, None].astype(x.dtype)
         pooled = jnp.sum(x * real, axis=1) / jnp.maximum(jnp.sum(real, axis=1), 1)

@@ -5,28 +5,34 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from pm_jax.curvature.dense_layers import PADDING
+from pm_jax.models.attention import attend, chosen
 from pm_jax.types import Array, InvalidInput
-
-
-def attend(query: Array, key: Array, value: Array, mask: Array | None = None) -> Array:
-    """Mix values [N, S, heads, H] by scaled dot-product attention, its softmax in float32."""
-    # jax.nn.dot_product_attention gives the same, and takes a third longer on a CPU.
-    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
-    logits = jnp.matmul(query, jnp.swapaxes(key, 2, 3), preferred_element_type=jnp.float32)
-    logits = logits / math.sqrt(query.shape[-1])
-    if mask is not None:
-        # Finite, so that a row of nothing but padding gives numbers and not NaN.
-        logits = jnp.where(mask, logits, -1e30)
-    weights = jax.nn.softmax(logits).astype(value.dtype)
-    return jnp.swapaxes(weights @ value, 1, 2)
 
 
 def gelu(x: Array) -> Array:
     """Apply the exact GELU, computed in float32 through erf."""
+    # The backward pass computes it again from x: to keep float32 would triple what is kept of x.
+    return jax.checkpoint(_gelu)(x) if is_half(x.dtype) else _gelu(x)
+
+
+def _gelu(x: Array) -> Array:
     # jax.nn.gelu uses erfc, which is slower on a CPU and keeps more in memory.
     wide = x.astype(jnp.float32)
     return (0.5 * wide * (1.0 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
+
+
+def layer_norm(epsilon: float, dtype: jnp.dtype | None, name: str) -> nn.Module:
+    """Make a layer norm, computed in float32, that keeps no float32 for the backward pass."""
+    kind = nn.remat(nn.LayerNorm) if is_half(dtype) else nn.LayerNorm
+    return kind(epsilon=epsilon, dtype=dtype, name=name)
+
+
+def is_half(dtype: jnp.dtype | None) -> bool:
+    """Tell whether a type is narrower than float32, which `None` stands for."""
+    return dtype is not None and jnp.dtype(dtype).itemsize < 4
 
 
 def patches(images: Array, side: int) -> Array:
@@ -50,18 +56,18 @@ class Attention(nn.Module):
 
     num_heads: int
     dtype: jnp.dtype | None = None
+    implementation: str = "own"
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        """Map [N, T, D] to [N, T, D], attending to tokens where `mask`, bool [N, T], is true."""
+    def __call__(self, x: Array, real: Array | None = None) -> Array:
+        """Map [N, T, D] to [N, T, D], attending to the `real` tokens, see `attend`."""
         width = x.shape[-1]
         heads = (*x.shape[:-1], self.num_heads, width // self.num_heads)
         query, key, value = (
             nn.Dense(width, dtype=self.dtype, name=name)(x).reshape(heads)
             for name in ("query", "key", "value")
         )
-        seen = None if mask is None else mask[:, None, None, :]
-        mixed = attend(query, key, value, seen)
+        mixed = attend(query, key, value, real, self.implementation)
         return nn.Dense(width, dtype=self.dtype, name="proj")(mixed.reshape(x.shape))
 
 
@@ -85,23 +91,23 @@ class Block(nn.Module):
     mlp_size: int
     layer_norm_epsilon: float
     dtype: jnp.dtype | None = None
+    attention: str = "own"
     # Norms after the residual sums, as in BERT, instead of before the layers.
     post_norm: bool = False
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array | None = None) -> Array:
-        """Map [N, T, D] to [N, T, D], attending to the tokens where `mask` is true."""
+    def __call__(self, x: Array, real: Array | None = None) -> Array:
+        """Map [N, T, D] to [N, T, D], attending to the `real` tokens, see `attend`."""
 
         def norm(name: str, inputs: Array) -> Array:
-            epsilon = self.layer_norm_epsilon
-            return nn.LayerNorm(epsilon=epsilon, dtype=self.dtype, name=name)(inputs)
+            return layer_norm(self.layer_norm_epsilon, self.dtype, name)(inputs)
 
-        attention = Attention(self.num_heads, self.dtype, name="attn")
+        attention = Attention(self.num_heads, self.dtype, self.attention, name="attn")
         mlp = MlpBlock(self.mlp_size, self.dtype, name="mlp")
         if self.post_norm:
-            x = norm("norm1", x + attention(x, mask))
+            x = norm("norm1", x + attention(x, real))
             return norm("norm2", x + mlp(x))
-        x = x + attention(norm("norm1", x), mask)
+        x = x + attention(norm("norm1", x), real)
         return x + mlp(norm("norm2", x))
 
 
@@ -119,6 +125,14 @@ class VisionTransformer(nn.Module):
         mlp_ratio: hidden width of the MLPs over D.
         layer_norm_epsilon: 1e-6 for timm's and AugReg's weights, 1e-12 for transformers'.
         dtype: type of computation; parameters are float32.
+        attention: implementation of attention, see `pm_jax.models.attention`. cuDNN's has no
+            forward-mode derivatives.
+        pad_tokens: multiple that the number of tokens is padded to; 0 for none but with cuDNN's
+            attention, which needs an even number and gets a multiple of 8. Outputs and gradients
+            do not depend on it. The inputs of layers have rows of padding, so that measures which
+            count rows, as `input_moment`, refuse it.
+        remat: whether the backward pass computes the blocks again, which keeps only their inputs in
+            memory and takes a third longer.
 
     References:
         Dosovitskiy et al., `An Image is Worth 16x16 Words
@@ -141,6 +155,9 @@ class VisionTransformer(nn.Module):
     mlp_ratio: float = 4.0
     layer_norm_epsilon: float = 1e-6
     dtype: jnp.dtype | None = None
+    attention: str = "own"
+    pad_tokens: int = 0
+    remat: bool = False
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
@@ -157,8 +174,24 @@ class VisionTransformer(nn.Module):
         x = jnp.concatenate([start, x], axis=1)
         positions = self.param("pos_embed", nn.initializers.normal(0.02), (1, *x.shape[1:]))
         x = x + positions.astype(x.dtype)
+        implementation = chosen(self.attention, self.dtype, self.width // self.num_heads)
+        x, real = self._padded(x, implementation)
+        block = nn.remat(Block) if self.remat else Block
+        hidden, epsilon = int(self.width * self.mlp_ratio), self.layer_norm_epsilon
         for layer in range(self.depth):
-            hidden, epsilon = int(self.width * self.mlp_ratio), self.layer_norm_epsilon
-            x = Block(self.num_heads, hidden, epsilon, self.dtype, name=f"blocks_{layer}")(x)
-        x = nn.LayerNorm(epsilon=self.layer_norm_epsilon, dtype=self.dtype, name="norm")(x)
-        return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x[:, 0])
+            name = f"blocks_{layer}"
+            x = block(self.num_heads, hidden, epsilon, self.dtype, implementation, name=name)(
+                x, real
+            )
+        x = layer_norm(epsilon, self.dtype, "norm")(x[:, 0])
+        return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
+
+    def _padded(self, x: Array, implementation: str) -> tuple[Array, Array | None]:
+        """Pad tokens [N, T, D]; the numbers of real ones, [N], are `None` where all are."""
+        count, tokens, _ = x.shape
+        extra = -tokens % (self.pad_tokens or (8 if implementation == "cudnn" else 1))
+        if not extra:
+            return x, None
+        # The name tells those who look for it in the traced program that there is padding.
+        x = checkpoint_name(jnp.pad(x, ((0, 0), (0, extra), (0, 0))), PADDING)
+        return x, jnp.full(count, tokens, jnp.int32)

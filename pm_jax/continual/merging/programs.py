@@ -23,6 +23,7 @@ from pm_jax.continual.training.initial_model import (
     init_fn,
     is_built_in,
     partitions,
+    plain,
 )
 from pm_jax.continual.training.logits import Evaluating
 from pm_jax.continual.training.partition import Partition, Trainable, trained_params
@@ -168,11 +169,19 @@ class Programs:
             own_model.check_input_moments(model, name, setting, leaves, self.adapted, example)
         if "input_moments" in self._rule.needs.evidence and not is_built_in(model):
             own_model.check_inputs_of_layers(model, name, config.rule, leaves, self.adapted, blank)
+        # Of the measures, those of squared gradients alone take a model as it trains.
+        squares = config.curvature in ("fisher_exact", "fisher_empirical", "gauss_newton_diag")
         self.evidence_pass = EvidencePass(
-            config, model, self._rule, leaves, shape.largest_task, called_once, shape.task_classes
+            config,
+            model if squares else plain(model),
+            self._rule,
+            leaves,
+            shape.largest_task,
+            called_once,
+            shape.task_classes,
         )
         form = (shape.input_shape, shape.largest_task, shape.input_dtype)
-        self.objective = Objectives(config, model, *form).of_task
+        self.objective = Objectives(config, plain(model), *form).of_task
         self.classifying = None
         if any(each.classifier.statistics for each in config.chosen_classifiers):
             params, state = jax.eval_shape(self.training.init_with_state, jax.random.key(0))

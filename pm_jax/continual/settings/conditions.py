@@ -127,6 +127,9 @@ def _model(s: Settings) -> Iterator[Condition]:
         return
     remedy = "is for a transformer; name its architecture with model"
     yield "pretrained", not s.pretrained or s.model != "mlp", remedy
+    for name in ("attention", "remat"):
+        remedy = f"has no effect on model=mlp; use {getattr(Settings, name)}"
+        yield name, getattr(s, name) == getattr(Settings, name) or s.model != "mlp", remedy
     if s.reads_text:
         remedy = f"reads texts and dataset={s.dataset} has images; choose a dataset of texts"
         yield "model", s.dataset not in ("digits", *sources.DOMAINS), remedy

@@ -109,23 +109,19 @@ class Config(Settings):
             return models.MLP(num_classes, self.hidden_sizes, dtype)
         sizes = PUBLIC_SIZES.get(self.model, (self.width, self.depth, self.num_heads))
         # BERT was trained with 1e-12, the public weights of timm and AugReg with 1e-6.
-        epsilon = self.layer_norm_epsilon or (1e-12 if self.reads_text else 1e-6)
+        options: dict[str, Any] = {
+            "layer_norm_epsilon": self.layer_norm_epsilon or (1e-12 if self.reads_text else 1e-6),
+            "dtype": dtype,
+            "attention": self.attention,
+            "remat": self.remat == "blocks",
+        }
         if self.reads_text:
             positions = conditions.TEXT_POSITIONS
-            return models.TextEncoder(
-                num_classes,
-                self.vocabulary,
-                positions,
-                *sizes,
-                layer_norm_epsilon=epsilon,
-                dtype=dtype,
-            )
+            return models.TextEncoder(num_classes, self.vocabulary, positions, *sizes, **options)
         # The names of the public sizes say 16.
         patch = 16 if self.model in PUBLIC_SIZES else self.patch_size
         side = self.image_size or None
-        return models.VisionTransformer(
-            num_classes, patch, side, *sizes, layer_norm_epsilon=epsilon, dtype=dtype
-        )
+        return models.VisionTransformer(num_classes, patch, side, *sizes, **options)
 
     @property
     def kernel_pattern(self) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, NamedTuple
 from pm_jax import classifiers, rules
 from pm_jax.continual.settings.chosen_classifiers import CORRECTIONS, RECOMMENDED
 from pm_jax.data import augmentation, stream
+from pm_jax.models.attention import IMPLEMENTATIONS
 
 PUBLIC_SIZES = {
     "vit_tiny_patch16": (192, 12, 3),
@@ -179,6 +180,23 @@ class Settings:
         "float32",
         "Type of the models' computation; parameters, adapters, curvature and merges are float32.",
         ("float32", "bfloat16"),
+    )
+    # Both change numbers by rounding only, so a run may go on with another choice.
+    attention: str = _model(
+        "auto",
+        "vit, text_encoder: implementation of attention. auto: cudnn on NVIDIA GPUs in bfloat16, "
+        "own on a CPU, xla elsewhere.",
+        IMPLEMENTATIONS,
+        identity=False,
+        later=True,
+    )
+    remat: str = _model(
+        "none",
+        "vit, text_encoder: what the backward pass computes again instead of keeping it. blocks "
+        "keeps little more than the blocks' inputs in memory and takes a third longer.",
+        ("none", "blocks"),
+        identity=False,
+        later=True,
     )
     # 0 means "that of the public weights", which differs between the two encoders.
     layer_norm_epsilon: NonNegativeReal = _model(

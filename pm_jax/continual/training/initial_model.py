@@ -1,6 +1,8 @@
 """The model before the first task: its parameters, and which of them train."""
 
+import dataclasses
 from collections.abc import Callable
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from pm_jax.continual.training.partition import Partition, partition
 from pm_jax.continual.training.purpose_keys import INITIALIZE, purpose_key
 from pm_jax.integrations.linen import LinenModel
 from pm_jax.integrations.wrap import as_model
+from pm_jax.models import attention
 from pm_jax.models.model import Model, classifier_pattern
 from pm_jax.types import Array, InvalidInput, Key, Params, PyTree
 from pm_jax.weights import pretrained
@@ -62,10 +65,17 @@ def kernel_pattern(config: Config, params: Params, model: Model | None) -> str:
     )
 
 
-def is_built_in(model: Model) -> bool:
+def is_built_in(model: Model) -> TypeGuard[LinenModel]:
     """Tell whether a model is one of `pm_jax.models`."""
     kinds = (models.MLP, models.TextEncoder, models.VisionTransformer)
     return isinstance(model, LinenModel) and isinstance(model.module, kinds)
+
+
+def plain(model: Model) -> Model:
+    """Return a model of the same numbers for what looks at its layers or differentiates forward."""
+    if not is_built_in(model) or isinstance(model.module, models.MLP):
+        return model
+    return dataclasses.replace(model, module=attention.plain(model.module))
 
 
 def parameter_shapes(

@@ -1,0 +1,28 @@
+"""Runs whose blocks are computed twice have the numbers of those whose blocks are not."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from pm_jax.continual import Learner
+from tests.small_runs import QUIET, VIT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rule": "perturb_and_merge", "curvature": "fisher_exact"},
+        # This rule reads the inputs of layers, which cannot leave a block that is computed twice.
+        {"rule": "null_space"},
+    ],
+)
+def test_blocks_that_are_computed_twice_give_the_same_run(options):
+    def matrix(remat):
+        config = dataclasses.replace(VIT, remat=remat, **options)
+        return Learner(config, 0, options=QUIET).run()["accuracy_matrix"]
+
+    once, twice = (np.asarray(matrix(remat), float) for remat in ("none", "blocks"))
+    # An example on the border between two classes may change sides.
+    np.testing.assert_allclose(twice, once, atol=0.005)
