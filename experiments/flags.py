@@ -350,11 +350,14 @@ def _of_the_machine(error: Exception, values: flags.FlagValues) -> str | None:
         return f"{where}: cannot be written or read ({reason}); {remedy}{again}"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         remedy = "leave it more memory"
-        if "batch_size" in values:
+        if "resident_mb" in values:
+            # Models of one's own and the mlp have no such blocks.
+            has_blocks = values.model != "mlp" and ":" not in values.model
+            blocks = "remat=blocks or " if has_blocks and values.remat == "none" else ""
             remedy = (
-                f"set resident_mb, which is {values.resident_mb}, or, in another work directory, "
-                f"take a smaller model or batch_size than {values.batch_size}, with more "
-                f"accumulation_steps than {values.accumulation_steps}"
+                f"set {blocks}resident_mb, which is {values.resident_mb}, or, in another work "
+                f"directory, take a smaller model or batch_size than {values.batch_size}, with "
+                f"more accumulation_steps than {values.accumulation_steps}"
             )
         return f"out of memory ({cause(error)}); {remedy}{again}"
     return None

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import termios
 
+import jax
 import pytest
 from absl import flags
 
@@ -262,6 +263,20 @@ def _read_until_closed(descriptor):
         return os.read(descriptor, 4096)
     except OSError:  # Linux's word for a terminal that nobody holds any more
         return b""
+
+
+@pytest.mark.parametrize(
+    "model,named", [("vit", True), ("mlp", False), ("tests.own_models:resnet", False)]
+)
+def test_too_little_memory_names_checkpointing_for_models_that_have_it(model, named, capsys):
+    flags.FLAGS.unparse_flags()
+    experiment_flags.parse(["train", f"--model={model}", "--batch_size=6"])
+    with pytest.raises(SystemExit) as ended, experiment_flags.exits():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 4000 bytes.")
+    line = capsys.readouterr().err
+    assert ended.value.code == 1 and line.count("\n") == 1
+    assert ("set remat=blocks or resident_mb" in line) == named
+    assert "batch_size than 6, with more accumulation_steps than 1" in line
 
 
 @pytest.mark.slow
