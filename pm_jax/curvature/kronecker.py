@@ -288,17 +288,17 @@ def factors(
         values = values.astype(jnp.float32)
         return jnp.einsum("n,nti,ntj->ij", weights, values, values, precision="highest")
 
-    inputs = {}
+    inputs, passed = {}, taps.pull_back(jnp.zeros_like(taps.outputs))
     for path, name in names.items():
-        x = taps.inputs[name]
+        x, _ = passed[name]
         shares = _token_shares(batch, x.shape[1])
         # A mean over tokens on this side and a sum on the other: the expanding convention.
         inputs[path] = moments(weights, jnp.sqrt(shares)[..., None] * x)
 
     def add_pass(total, one):
-        gradients = taps.pull_back(one.cotangents)
+        passed = taps.pull_back(one.cotangents)
         return {
-            path: total[path] + moments(one.weights * weights, gradients[name])
+            path: total[path] + moments(one.weights * weights, passed[name][1])
             for path, name in names.items()
         }, None
 

@@ -276,14 +276,14 @@ def by_layers(
     weights = losses.weights_of(batch)
 
     def add_pass(carry, one):
-        gradients = taps.pull_back(one.cotangents)
+        passed = taps.pull_back(one.cotangents)
         total, along = carry
         for path in params:
             name, _, kind = path.rpartition("/")
-            contraction = taps.contractions[name]
+            contraction, (inputs, gradients) = taps.contractions[name], passed[name]
             added, values = _dense_squares(
-                taps.inputs[name] if kind == "kernel" else None,
-                gradients[name],
+                inputs if kind == "kernel" else None,
+                gradients,
                 one.weights * weights,
                 None if direction is None else contraction.as_matrix(direction[path], kind),
             )
@@ -310,9 +310,13 @@ def _dense_squares(inputs, gradients, weights, direction):
     if inputs is None:
         axes, squares = "no", [jnp.sum(g, axis=1) ** 2]
     elif g.shape[1] > 1:
-        # The square of a sum over tokens t is no product of squares: gradients are formed.
-        x = inputs.astype(jnp.float32)
-        axes, squares = "nio", [jnp.einsum("nti,nto->nio", x, g, precision="highest") ** 2]
+        # The square of a sum over tokens t is no product of squares: gradients are formed. Factors
+        # in bfloat16 stay, as their products are exact in float32 and fast on accelerators.
+        x, g = (v if v.dtype.itemsize < 4 else v.astype(jnp.float32) for v in (inputs, gradients))
+        of_example = jnp.einsum(
+            "nti,nto->nio", x, g, precision="highest", preferred_element_type=jnp.float32
+        )
+        axes, squares = "nio", [of_example**2]
     else:
         x = inputs.astype(jnp.float32).reshape(examples, -1)
         axes, squares = "ni,no", [x**2, g[:, 0] ** 2]

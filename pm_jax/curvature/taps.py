@@ -27,16 +27,14 @@ class Tapped(NamedTuple):
 
     Attributes:
         outputs: of the model, [N, ...].
-        inputs: `{layer: its inputs [N, tokens, in]}`.
-        pull_back: from cotangents of the model's outputs to `{layer: gradients of the layer's
-            outputs [N, tokens, out]}`.
+        pull_back: from cotangents of the model's outputs to `{layer: (its inputs [N, tokens, in],
+            which are the same for all cotangents, and gradients of its outputs [N, tokens, out])}`.
         contractions: `{layer: what it does with its kernel}`.
         padded: whether the model pads its tokens, whose gradients are 0.
     """
 
     outputs: Array
-    inputs: dict[str, Array]
-    pull_back: Callable[[Array], dict[str, Array]]
+    pull_back: Callable[[Array], dict[str, tuple[Array, Array]]]
     contractions: dict[str, Contraction]
     padded: bool = False
 
@@ -96,21 +94,18 @@ def tapped(
         examples = moved.shape[0]
         return moved.reshape(examples, -1, math.prod(width))
 
-    def gradients(cotangents: Array) -> dict[str, Array]:
+    def of_layers(cotangents: Array) -> dict[str, tuple[Array, Array]]:
         (slots,) = pull_back(cotangents)
         return {
-            name: rows(name, gradient, contractions[name].outputs, contractions[name].produced)
-            for name, (gradient, _) in slots.items()
+            name: (
+                rows(name, x, contractions[name].inputs, contractions[name].summed),
+                rows(name, gradient, contractions[name].outputs, contractions[name].produced),
+            )
+            for name, (gradient, x) in slots.items()
         }
 
-    # The inputs are the same for all cotangents.
-    (passed,) = pull_back(jnp.zeros_like(outputs))
-    inputs = {
-        name: rows(name, x, contractions[name].inputs, contractions[name].summed)
-        for name, (_, x) in passed.items()
-    }
     padded = any(call.padded for of_layer in calls.values() for call in of_layer)
-    return Tapped(outputs, inputs, gradients, contractions, padded)
+    return Tapped(outputs, of_layers, contractions, padded)
 
 
 def _contraction(name: str, calls: list[TracedCall]) -> Contraction:

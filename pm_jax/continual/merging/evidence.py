@@ -66,7 +66,10 @@ class EvidencePass(DataPass):
         task_classes: int | None = None,
     ):
         devices = devices_of(config)
-        chunk = curvature.chunk_for_memory(leaves, _memory_bytes(config)) * devices.count
+        layers = set(map(layer_of, leaves))
+        self._dense_layers = tuple(layer for layer in dense_layers if layer in layers)
+        by_layers = layers <= set(dense_layers)
+        chunk = _examples_at_once(config, leaves, by_layers, devices.count) * devices.count
         if config.kept_curvature == "input_moment" and config.curvature != "exact_current":
             chunk = FORWARD_CHUNK * devices.count  # no gradient of an example is formed
         # Each group of examples is measured by itself, and each device has as many of a group.
@@ -74,8 +77,6 @@ class EvidencePass(DataPass):
         chunk = -(-min(chunk, largest_task) // step) * step
         super().__init__(devices, chunk, evaluation_transform(config))
         self._config, self._model, self._groups = config, model, rule.needs.example_groups
-        layers = set(map(layer_of, leaves))
-        self._dense_layers = tuple(layer for layer in dense_layers if layer in layers)
         self._merging = tuple(leaves)
         self._task_classes = task_classes
 
@@ -191,6 +192,18 @@ def _select_columns(logits: Array, mask: Array, most: int | None) -> Array:
     # Tasks differ in their number of classes; the shape must not.
     (columns,) = jnp.nonzero(mask, size=most, fill_value=mask.shape[0])
     return jnp.take(logits, columns, axis=1, fill_value=losses.MASKED_LOGIT)
+
+
+def _examples_at_once(config: Config, leaves: Params, by_layers: bool, devices: int) -> int:
+    """Return the number of examples that a device measures at a time."""
+    memory = _memory_bytes(config)
+    examples = curvature.chunk_for_memory(leaves, memory)
+    if not by_layers or jax.default_backend() == "cpu":
+        return examples
+    # Gradients of examples are formed for one leaf after another, and accelerators are slow on few
+    # examples; there is room for a training step's activations.
+    of_leaf = min(curvature.chunk_for_memory(leaf, memory) for leaf in leaves.values())
+    return max(examples, min(of_leaf, config.batch_size // devices))
 
 
 def _memory_bytes(config: Config) -> float:

@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
 from pm_jax import rules, task_vectors, trees
 from pm_jax.continual.merging.classifying import Classifying
-from pm_jax.continual.merging.evaluation import MeanLossPass, ScoresPass
+from pm_jax.continual.merging.evaluation import MeanLossPass, ScoresPass, scores_batch
 from pm_jax.continual.merging.evidence import EvidencePass, Given
 from pm_jax.continual.merging.model_state import BatchStatisticsPass
 from pm_jax.continual.merging.objective import Objectives
@@ -116,10 +116,9 @@ class TrainingPrograms:
             unperturbed, Evaluating(model), Partition((), (), later.head), shape.largest_task
         )
         transform, temperature = evaluation_transform(config), config.temperature
-        self.scores, self.mean_loss = (
-            kind(self.model, temperature=temperature, transform=transform, devices=self.devices)
-            for kind in (ScoresPass, MeanLossPass)
-        )
+        options: Any = {"temperature": temperature, "transform": transform, "devices": self.devices}
+        self.scores = ScoresPass(self.model, scores_batch(config.batch_size), **options)
+        self.mean_loss = MeanLossPass(self.model, **options)
 
     @compiled()
     def init_with_state(self, key: Key) -> tuple[Params, PyTree]:

@@ -347,7 +347,7 @@ def _can_tap(
         taps = tapped(
             lambda params, batch: model.apply(params, state, batch.inputs)[0], params, batch, layers
         )
-        return taps.inputs, taps.pull_back(jnp.ones_like(taps.outputs))
+        return taps.pull_back(jnp.ones_like(taps.outputs))
 
     try:
         jax.eval_shape(trial, params, state)
