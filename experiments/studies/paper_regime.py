@@ -107,7 +107,8 @@ def main(argv: Sequence[str]) -> None:
     del argv
     values = flags.FLAGS
     with experiment_flags.exits():
-        workdir = Path(values.workdir)
+        # Each stream has its own runs and its own images.
+        workdir = Path(values.workdir, values.stream or values.preset or "")
         path = Path(values.ledger or (workdir / RESULTS.name if values.tiny else RESULTS))
         if values.tables:
             return study.print_ledger(path)
@@ -119,7 +120,8 @@ def main(argv: Sequence[str]) -> None:
         if values.packed:
             instead |= unpacked(Path(values.packed), workdir)
         base = experiment_flags.config_from_flags(**instead)
-        regime = study.Study(base, (*FIRST, BOUND, *OTHERS), RATES, path)
+        rules = (*FIRST, BOUND, *OTHERS)
+        regime = study.Study(base, rules, RATES, workdir=workdir, path=path)
         chosen = list(cells(regime, tiny=values.tiny))
         for cell in chosen:
             regime.find(cell)  # for its errors

@@ -64,13 +64,14 @@ def main(argv: Sequence[str]) -> None:
     del argv
     values = flags.FLAGS
     with experiment_flags.exits():
-        path = Path(values.ledger or Path(values.workdir) / "ledger.jsonl")
+        workdir = Path(values.workdir)
+        path = Path(values.ledger or workdir / "ledger.jsonl")
         if values.tables:
             return study.print_ledger(path)
         base = experiment_flags.config_from_flags()
         experiment_flags.check_seeds("seeds", values.seeds)
         experiment_flags.check_seeds("grid_seeds", values.grid_seeds)
-        grid = Grid(base, values.rules, values.learning_rates, path)
+        grid = Grid(base, values.rules, values.learning_rates, workdir=workdir, path=path)
         for cell in grid.cells():
             grid.find(cell)  # for its errors
         grid.run_missing(grid.cells())

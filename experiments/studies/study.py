@@ -50,9 +50,17 @@ class Study:
         InvalidInput: a rule or a rate is none, or the ledger is damaged.
     """
 
-    def __init__(self, base: Config, rules: Sequence[str], rates: Iterable[float], path: Path):
+    def __init__(
+        self,
+        base: Config,
+        rules: Sequence[str],
+        rates: Iterable[float],
+        *,
+        workdir: Path,
+        path: Path,
+    ):
         values = flags.FLAGS
-        self.base, self.path, self.workdir = base, path, Path(values.workdir)
+        self.base, self.workdir, self.path = base, workdir, path
         self.stream = values.stream or values.preset or base.dataset
         self.lines = ledger.read(path)
         # All are made, and so checked, before any runs.
