@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from pm_jax.continual import Learner
+from pm_jax.continual.merging.programs import Programs, StreamShape
+from pm_jax.integrations.wrap import as_model
 from tests.small_runs import QUIET, VIT
 
 
@@ -26,3 +28,20 @@ def test_blocks_that_are_computed_twice_give_the_same_run(options):
     once, twice = (np.asarray(matrix(remat), float) for remat in ("none", "blocks"))
     # An example on the border between two classes may change sides.
     np.testing.assert_allclose(twice, once, atol=0.005)
+
+
+@pytest.mark.parametrize(
+    ("options", "plain"),
+    [
+        ({"curvature": "fisher_exact"}, False),
+        ({"curvature": "kronecker"}, True),
+        ({"curvature": "exact_current"}, True),
+        # This rule takes second moments of inputs whatever curvature is named.
+        ({"rule": "regmean"}, True),
+    ],
+)
+def test_measures_that_look_into_layers_get_the_plain_model(options, plain):
+    config = dataclasses.replace(VIT, remat="blocks", **options)
+    programs = Programs(config, StreamShape(10, (8, 8, 1), 64, 5), as_model(config.network(10)))
+    assert programs.training.model.module.remat
+    assert programs.evidence_pass._model.module.remat is not plain

@@ -168,11 +168,12 @@ class Programs:
             own_model.check_input_moments(model, name, setting, leaves, self.adapted, example)
         if "input_moments" in self._rule.needs.evidence and not is_built_in(model):
             own_model.check_inputs_of_layers(model, name, config.rule, leaves, self.adapted, blank)
-        # Of the measures, those of squared gradients alone take a model as it trains.
-        squares = config.curvature in ("fisher_exact", "fisher_empirical", "gauss_newton_diag")
+        # Padding and cuDNN's attention suit measures by backward passes alone.
+        backward = ("fisher_exact", "fisher_empirical", "gauss_newton_diag")
+        fits = config.kept_curvature in backward and config.curvature != "exact_current"
         self.evidence_pass = EvidencePass(
             config,
-            model if squares else plain(model),
+            model if fits else plain(model),
             self._rule,
             leaves,
             shape.largest_task,
