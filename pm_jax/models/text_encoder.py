@@ -22,8 +22,8 @@ class TextEncoder(nn.Module):
         padding_id: token id of padding, which is neither attended to nor pooled.
         layer_norm_epsilon: number added to the variance in all norms.
         dtype: type of computation; parameters are float32.
-        attention: implementation of attention, see `pm_jax.models.attention`. cuDNN's has no
-            forward-mode derivatives.
+        attention: implementation of attention, see `pm_jax.models.attention`. cuDNN's has neither
+            forward-mode derivatives nor, in all versions of JAX, those of `jax.vmap`.
         remat: whether the backward pass computes the blocks again, which keeps only their inputs in
             memory and takes a third longer.
 

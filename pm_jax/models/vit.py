@@ -125,8 +125,8 @@ class VisionTransformer(nn.Module):
         mlp_ratio: hidden width of the MLPs over D.
         layer_norm_epsilon: 1e-6 for timm's and AugReg's weights, 1e-12 for transformers'.
         dtype: type of computation; parameters are float32.
-        attention: implementation of attention, see `pm_jax.models.attention`. cuDNN's has no
-            forward-mode derivatives.
+        attention: implementation of attention, see `pm_jax.models.attention`. cuDNN's has neither
+            forward-mode derivatives nor, in all versions of JAX, those of `jax.vmap`.
         pad_tokens: multiple that the number of tokens is padded to; 0 for none but with cuDNN's
             attention, which needs an even number and gets a multiple of 8. Outputs and gradients
             do not depend on it. The inputs of layers have rows of padding, so that measures which

@@ -34,13 +34,15 @@ def test_blocks_that_are_computed_twice_give_the_same_run(options):
     ("options", "plain"),
     [
         ({"curvature": "fisher_exact"}, False),
+        # Leaves beside those of dense layers have gradients example by example.
+        ({"curvature": "fisher_exact", "adapter": "full"}, True),
         ({"curvature": "kronecker"}, True),
         ({"curvature": "exact_current"}, True),
         # This rule takes second moments of inputs whatever curvature is named.
         ({"rule": "regmean"}, True),
     ],
 )
-def test_measures_that_look_into_layers_get_the_plain_model(options, plain):
+def test_measures_by_more_than_backward_passes_of_batches_get_the_plain_model(options, plain):
     config = dataclasses.replace(VIT, remat="blocks", **options)
     programs = Programs(config, StreamShape(10, (8, 8, 1), 64, 5), as_model(config.network(10)))
     assert programs.training.model.module.remat

@@ -254,6 +254,23 @@ def test_cudnn_gets_padded_tokens_once_and_nothing_is_transposed(cudnn):
     assert (plain.attention, plain.pad_tokens) == ("xla", 1)
 
 
+def test_the_fisher_of_dense_kernels_takes_cudnn_with_padded_tokens(cudnn):
+    network = model(dtype=jnp.dtype(jnp.bfloat16))
+    params = jax.eval_shape(network.init, jax.random.key(0), IMAGES)["params"]
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), params)
+    layers = [path.removesuffix("/kernel") for path in KERNELS]
+
+    def logits_fn(some, images):
+        logits = network.apply({"params": trees.replace(params, some)}, images)
+        return logits.astype(jnp.float32)
+
+    measure = curvature.fisher_exact(logits_fn, dense_layers=layers)
+    update = functools.partial(measure_all, measure)
+    program = jax.make_jaxpr(update)(trees.select(params, KERNELS), (IMAGES, LABELS))
+    names = [name for name, _ in counted(program.jaxpr)]
+    assert any("attention_bwd" in name for name in names)
+
+
 @pytest.mark.parametrize("tokens", [6, 7])
 def test_cudnn_gets_an_even_number_of_tokens_with_any_mask(cudnn, tokens):
     x = jnp.ones((2, tokens, 3, 8), jnp.bfloat16)

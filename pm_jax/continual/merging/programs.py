@@ -168,12 +168,12 @@ class Programs:
             own_model.check_input_moments(model, name, setting, leaves, self.adapted, example)
         if "input_moments" in self._rule.needs.evidence and not is_built_in(model):
             own_model.check_inputs_of_layers(model, name, config.rule, leaves, self.adapted, blank)
-        # Padding and cuDNN's attention suit measures by backward passes alone.
-        backward = ("fisher_exact", "fisher_empirical", "gauss_newton_diag")
-        fits = config.kept_curvature in backward and config.curvature != "exact_current"
+        measured = (
+            model if self._differentiates_batches(config, leaves, called_once) else plain(model)
+        )
         self.evidence_pass = EvidencePass(
             config,
-            model if fits else plain(model),
+            measured,
             self._rule,
             leaves,
             shape.largest_task,
@@ -192,6 +192,20 @@ class Programs:
         self.snapshots = Snapshots(
             self._rule.needs.snapshots, self.merging, resident_bytes(config), self.devices
         )
+
+    def _differentiates_batches(
+        self, config: Config, leaves: Params, called_once: tuple[str, ...]
+    ) -> bool:
+        """Tell whether curvature takes nothing but backward passes of whole batches.
+
+        Otherwise it looks at the inputs of layers, differentiates forward, or takes examples one by
+        one, which padded tokens and cuDNN's attention do not suit.
+        """
+        backward = ("fisher_exact", "fisher_empirical", "gauss_newton_diag")
+        by_layers = {layer_of(path) for path in leaves} <= {*called_once}
+        one_group = not self._rule.needs.example_groups
+        is_backward = config.kept_curvature in backward and config.curvature != "exact_current"
+        return is_backward and by_layers and one_group
 
     def evidence(
         self,
