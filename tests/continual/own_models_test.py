@@ -240,6 +240,7 @@ def test_a_killed_run_ends_with_the_bits_of_one_that_ran_through(
     assert jax.tree.leaves(again.model_state)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_model_is_refused_by_its_leaf(tmp_path):
     Learner(TWO, 0, tmp_path, QUIET, model=own_models.Plain(10, 16)).run()
     message = (

@@ -66,6 +66,7 @@ def test_tasks_that_cannot_move_train_the_columns_of_their_classes_alone(tmp_pat
     assert {line["task"] for line in lines_of(tmp_path)} == {1, 2, 3}
 
 
+@pytest.mark.slow
 def test_columns_train_as_a_linear_model_of_the_features_does():
     """The same steps by hand: logistic regression on features that stay, under Adam."""
     import optax

@@ -73,6 +73,7 @@ def task(seed):
     return found.quadratic, dense(found.quadratic), oracles.flat(params)
 
 
+@pytest.mark.slow
 def test_a_sum_that_has_room_is_that_of_the_tasks(float64):
     tasks = [task(seed) for seed in range(3)]
     origin, direction, _ = oracles.problem(1, 9, np.float64)

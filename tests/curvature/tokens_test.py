@@ -166,6 +166,7 @@ def test_low_rank_and_exact_quadratics_are_the_whole_matrix():
     close(hessian.curvature_along(direction), d @ dense(True)[2].mean(axis=0) @ d)
 
 
+@pytest.mark.slow
 def test_kronecker_factors_are_moments_of_the_tokens_that_are_no_padding():
     params, _, batch = problem(True)
     found = measures.measure_all(MEASURES["kronecker"](), params, batch, 4).quadratic.curvature

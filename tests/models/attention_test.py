@@ -131,6 +131,7 @@ def gradients(**options):
     return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, adapters)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

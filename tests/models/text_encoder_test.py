@@ -52,6 +52,7 @@ def test_what_is_exported_is_recognised_and_read_back_bit_for_bit():
         assert jnp.array_equal(loaded[path], leaf), path
 
 
+@pytest.mark.slow
 def test_weights_of_a_vit_do_not_fit_a_text_encoder():
     model = models.VisionTransformer(5, 4, None, WIDTH, DEPTH, HEADS)
     vit = model.init(jax.random.key(0), jnp.ones((1, 8, 8, 3)))["params"]
