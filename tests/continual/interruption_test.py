@@ -21,16 +21,14 @@ from tests.small_runs import (
     comparable,
     forget_programs,
     leaves_equal,
-    slow,
     with_functions,
 )
 
 AUGMENTED = dataclasses.replace(SMALL, accumulation_steps=3, augmentation="crop_flip")
 
 
-@pytest.mark.parametrize(
-    "config", [SMALL, slow(VIT), slow(AUGMENTED)], ids=["full", "lora", "augmented"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [SMALL, VIT, AUGMENTED], ids=["full", "lora", "augmented"])
 def test_a_run_killed_within_and_between_tasks_ends_with_the_same_numbers(
     config, tmp_path, monkeypatch
 ):

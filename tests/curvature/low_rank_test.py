@@ -94,6 +94,7 @@ def test_a_sum_that_has_room_is_that_of_the_tasks(float64):
     np.testing.assert_allclose(half.curvature_along(direction), d @ both @ d / 2, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_sum_without_room_keeps_the_leading_part_and_the_slope_at_its_center(float64):
     tasks = [task(seed) for seed in range(2)]
     origin, direction, _ = oracles.problem(1, 9, np.float64)

@@ -15,7 +15,7 @@ from pm_jax.offline import merging, tensor_files
 from tests import small_runs
 from tests.binaries import call, refused
 from tests.offline.merge_test import in_memory, merged, written
-from tests.small_runs import QUIET
+from tests.small_runs import QUIET, slow
 
 FLAX = {
     "fc1/kernel": (6, 9),
@@ -57,7 +57,7 @@ def as_torch(content):
 
 
 @pytest.mark.parametrize("name, settings", BOTH)
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.float32, slow(np.float64)])
 def test_files_of_flax_merge_as_in_memory(name, settings, dtype, tmp_path, capsys):
     base, *models = (model(seed, dtype) for seed in range(4))
     chosen = [f"--rule={name}", f"--rule_settings={settings}"]

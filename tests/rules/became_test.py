@@ -207,6 +207,7 @@ def test_every_kind_of_memory_follows_the_formula_with_dense_matrices(float64, k
     assert alpha < 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["kronecker", "low_rank"])
 def test_the_second_coefficient_is_that_of_perturb_and_merge_for_correlated_curvature(
     float64, kind
