@@ -16,6 +16,10 @@ if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
     if importlib.metadata.version("jaxlib").startswith("0.10."):  # the last to know this flag
         os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
+# Of the tests' own products too: on GPUs for their accuracy, and everywhere because JAX compiles
+# twice what is called under two precisions.
+os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+
 import jax  # noqa: E402  reads the environment
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -33,6 +33,13 @@ PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_gen
 FULL = jax.lax.Precision.HIGHEST
 
 
+@pytest.fixture(autouse=True)
+def users_precision():
+    """Trace as at a user's: other tests ask for full precision throughout."""
+    with jax.default_matmul_precision(None):
+        yield
+
+
 def rounded(function, *args, **kwargs):
     """Equations of a traced function that multiply float32 numbers in less than full precision."""
     return list(_rounded(jax.make_jaxpr(function)(*args, **kwargs).jaxpr))

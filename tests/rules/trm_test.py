@@ -244,9 +244,8 @@ def collected(config, monkeypatch, directory=None, options=QUIET):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [CONFIG, dataclasses.replace(VIT, rule="trm")],
-                         ids=["full", "lora"])  # fmt: skip
-def test_trajectory_and_onset_are_those_of_the_training(config, monkeypatch):
+def test_trajectory_and_onset_are_those_of_the_training(monkeypatch):
+    config = dataclasses.replace(VIT, rule="trm")
     learner, results, given = collected(config, monkeypatch)
     merging = learner.programs.merging
     previous, trained, evidence = given[1]
