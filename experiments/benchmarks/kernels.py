@@ -23,7 +23,7 @@ class Kernel(NamedTuple):
     name: str
     calls: int
     milliseconds: float
-    # Of the time of all kernels, in percent.
+    # The part of all kernels' time that it takes, in percent.
     share: float
 
 

@@ -1,4 +1,4 @@
-"""What studies have in common: cells, each run once, and a ledger with a line of each."""
+"""A study of one stream runs each of its cells once and enters a line of it in a ledger."""
 
 import dataclasses
 import time

@@ -35,7 +35,7 @@ class Devices:
 
     # Its axes are `data`, along which parameters are copied, and `fsdp`, which divides them.
     mesh: Mesh
-    # Of matrix products in compiled functions that do not name one.
+    # Compiled functions multiply matrices in this precision, where they name no other.
     precision: str = "default"
 
     @classmethod

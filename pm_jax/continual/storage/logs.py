@@ -94,7 +94,7 @@ class RunLog:
 
     def show(self, task: int, tasks: int, phase: str) -> None:
         """Show at a terminal what is going on in a task, which is counted from 1."""
-        # What runs for the first time is compiled, and in the second task some of it is different.
+        # JAX compiles a phase when it first runs, and some programs of later tasks are others.
         kind = phase, task == 1
         first = "" if kind in self._shown else "compiling, "
         self._shown.add(kind)
