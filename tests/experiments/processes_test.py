@@ -1,4 +1,4 @@
-"""A run in two processes of this machine, one of which is killed, against a run in one."""
+"""A run in two processes of this machine, ended and killed on its way, against a run in one."""
 
 import dataclasses
 import json
@@ -34,8 +34,7 @@ def started(workdir):
         server.bind(("localhost", 0))
         port = server.getsockname()[1]
     command = [sys.executable, "-m", "experiments.train", f"--workdir={workdir}", *FLAGS]
-    # As a user's: this process may have eight devices and less of optimisation.
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1"}
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
     own = [f"--coordinator_address=localhost:{port}", "--process_count=2"]
     return [
         subprocess.Popen(
@@ -46,11 +45,24 @@ def started(workdir):
     ]  # fmt: skip
 
 
-def test_two_processes_train_as_one_does_and_outlive_a_killed_one(tmp_path):
+def lines_until(process, words):
+    """Read what a process says up to a line with these words."""
+    assert any(words in line for line in iter(process.stderr.readline, ""))
+
+
+def test_two_processes_train_as_one_does_and_outlive_a_signal_and_a_killed_one(tmp_path):
+    """A request to end is one for all processes, as a killed one is the end of all."""
     workdir = tmp_path / "run"
+    both = started(workdir)
+    lines_until(both[0], "task 1 of 2")
+    both[1].send_signal(signal.SIGTERM)
+    told = [process.communicate(timeout=60)[1].splitlines()[-1] for process in both]
+    assert [process.returncode for process in both] == [143, 143]
+    assert told[0] == told[1] and told[0].startswith("error: ended by SIGTERM at step ")
+
     first, second = started(workdir)
-    lines = iter(first.stderr.readline, "")
-    assert any("task 2 of 2" in line for line in lines)
+    lines_until(first, "going on from step")
+    lines_until(first, "task 2 of 2")
     second.kill()  # who watches over the second one, which ends with it
     *_, last = first.communicate(timeout=60)[1].splitlines()
     second.communicate()
@@ -81,13 +93,3 @@ def test_two_processes_train_as_one_does_and_outlive_a_killed_one(tmp_path):
     shapes = {path: np.shape(leaf) for path, leaf in kept.items()}
     assert shapes["hidden_0/kernel"] == (64, 16)  # put together from both
     assert not inspection.inspect(workdir).damaged
-
-
-def test_a_request_to_end_is_one_for_all_processes(tmp_path):
-    both = started(tmp_path / "run")
-    lines = iter(both[0].stderr.readline, "")
-    assert any("task 1 of 2" in line for line in lines)
-    both[1].send_signal(signal.SIGTERM)
-    told = [process.communicate(timeout=60)[1].splitlines()[-1] for process in both]
-    assert [process.returncode for process in both] == [143, 143]
-    assert told[0] == told[1] and told[0].startswith("error: ended by SIGTERM at step ")
