@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from experiments.benchmarks import peer
+from tests.one_process import outputs
 
 ROOT = pathlib.Path(__file__).parents[2]
 HEAVY = ("tensorflow", "tensorflow_datasets", "orbax", "matplotlib", "sklearn", "absl.flags")
@@ -33,65 +34,58 @@ def test_import_alone_loads_nothing_heavy():
         assert name not in loaded
 
 
+BENCHMARKS = {
+    "training_step": (
+        ["--repeats=1", "--depth=1", "--image_size=32", "--vit_examples=32"],
+        "Fisher / two plain epochs",
+    ),
+    "main_job": (
+        ["--repeats=1", "--train_flags=--num_tasks=1,--epochs=1,--hidden_sizes=4"],
+        "peak resident MB",
+    ),
+    "merge_rules": (["--benchmark_model=vit_tiny_patch16", "--benchmark_rules=magmax"], "magmax"),
+    "curvature_ladder": (
+        [
+            *("--model=vit", "--depth=1", "--image_size=32", "--vit_examples=4"),
+            *("--repeats=1", "--curvature_rank=2", "--kind=low_rank"),
+        ],
+        "low_rank",
+    ),
+    "interruptions": (
+        [
+            *("--rounds=1", "--kills=1", "--seed=2"),
+            "--train_flags=--num_tasks=2,--epochs=1,--hidden_sizes=4,--checkpoint_every=20,"
+            "--noreport,--baseline=",
+        ],
+        "1 of 1 equal",
+    ),
+    "checkpoint_saves": (
+        ["--hidden_sizes=8", "--batch_size=4", "--steps=2", "--repeats=1"],
+        "2 steps, asynchronous / no checkpoint",
+    ),
+    "many_tasks": (
+        ["--num_tasks=6", "--hidden_sizes=4", "--run_rules=magmax"],
+        "compilations after task 3: 0",
+    ),
+    "offline_merging": (["--depth=1", "--models=1"], "peak above the baseline"),
+    "finish_task": (
+        ["--model=cnn", "--examples=4", "--batch_size=2", "--repeats=1"],
+        "compilations after the first task: 0",
+    ),
+}
+"""Arguments that make a benchmark short, and a part of what it prints."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "module,arguments,expected",
-    [
-        (
-            "training_step",
-            ["--repeats=1", "--depth=1", "--image_size=32", "--vit_examples=32"],
-            "Fisher / two plain epochs",
-        ),
-        (
-            "main_job",
-            ["--repeats=1", "--train_flags=--num_tasks=1,--epochs=1,--hidden_sizes=4"],
-            "peak resident MB",
-        ),
-        (
-            "merge_rules",
-            ["--benchmark_model=vit_tiny_patch16", "--benchmark_rules=magmax"],
-            "magmax",
-        ),
-        (
-            "curvature_ladder",
-            [
-                *("--model=vit", "--depth=1", "--image_size=32", "--vit_examples=4"),
-                *("--repeats=1", "--curvature_rank=2", "--kind=low_rank"),
-            ],
-            "low_rank",
-        ),
-        (
-            "interruptions",
-            [
-                *("--rounds=1", "--kills=1", "--seed=2"),
-                "--train_flags=--num_tasks=2,--epochs=1,--hidden_sizes=4,--checkpoint_every=20,"
-                "--noreport,--baseline=",
-            ],
-            "1 of 1 equal",
-        ),
-        (
-            "checkpoint_saves",
-            ["--hidden_sizes=8", "--batch_size=4", "--steps=2", "--repeats=1"],
-            "2 steps, asynchronous / no checkpoint",
-        ),
-        (
-            "many_tasks",
-            ["--num_tasks=6", "--hidden_sizes=4", "--run_rules=magmax"],
-            "compilations after task 3: 0",
-        ),
-        ("offline_merging", ["--depth=1", "--models=1"], "peak above the baseline"),
-        (
-            "finish_task",
-            ["--model=cnn", "--examples=4", "--batch_size=2", "--repeats=1"],
-            "compilations after the first task: 0",
-        ),
-    ],
-)
-def test_benchmarks_run_small(module, arguments, expected):
-    command = [sys.executable, "-m", f"experiments.benchmarks.{module}", *arguments]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert ended.returncode == 0, ended.stderr
-    assert expected in ended.stdout
+def test_benchmarks_run_small():
+    commands = [
+        [f"experiments.benchmarks.{module}", *arguments]
+        for module, (arguments, _) in BENCHMARKS.items()
+    ]
+    for (module, (_, expected)), printed in zip(
+        BENCHMARKS.items(), outputs(*commands), strict=True
+    ):
+        assert expected in printed, (module, printed)
 
 
 @pytest.mark.skipif(not peer.missing_package(), reason="the peer is installed")
