@@ -94,19 +94,25 @@ def straight_and_killed(config, directory, monkeypatch, every, dies):
     options = RunOptions(checkpoint_every=every, quiet=True)
     straight = Learner(config, 0, directory / "straight", options)
     wanted = straight.run()
+    return straight, wanted, *killed_and_gone_on(config, directory, monkeypatch, every, dies)
+
+
+def killed_and_gone_on(config, directory, monkeypatch, every, dies):
+    """The learner that went on where another was killed as `straight_and_killed` says."""
+    options = RunOptions(checkpoint_every=every, quiet=True)
+    first, again = (Learner(config, 0, directory / "killed", options) for _ in range(2))
     saves, killed = learner_module.Checkpoints.save, []
 
     def dying_save(self, step, tree):
         saves(self, step, tree)
-        if dies(straight, step, tree) and not killed:
+        if dies(first, step, tree) and not killed:
             killed.append(step)
             raise Killed
 
     monkeypatch.setattr(learner_module.Checkpoints, "save", dying_save)
     with pytest.raises(Killed):
-        Learner(config, 0, directory / "killed", options).run()
-    again = Learner(config, 0, directory / "killed", options)
-    return straight, wanted, again, again.run()
+        first.run()
+    return again, again.run()
 
 
 def leaves_equal(left, right):

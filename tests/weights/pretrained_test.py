@@ -1,3 +1,4 @@
+import functools
 import pathlib
 import re
 
@@ -25,12 +26,17 @@ def vit(epsilon=1e-6):
     )
 
 
+@functools.cache
+def initial_params(size):
+    init = jax.jit(vit().init)
+    return jax.tree.map(np.asarray, init(jax.random.key(0), jnp.ones((1, size, size, 3)))["params"])
+
+
 def random_params(seed=0, size=SIZE):
     """Nothing at its initial zero or one, so that every tensor counts."""
-    params = vit().init(jax.random.key(0), jnp.ones((1, size, size, 3)))["params"]
     rng = np.random.default_rng(seed)
     return jax.tree.map(
-        lambda x: x + jnp.asarray(0.1 * rng.normal(size=x.shape), jnp.float32), params
+        lambda x: jnp.asarray(x + 0.1 * rng.normal(size=x.shape), jnp.float32), initial_params(size)
     )
 
 
@@ -244,7 +250,8 @@ def test_real_weights_see_real_images():
             break
     model = models.VisionTransformer(1, 16, 96, 192, 12, 3)
     pixels = np.stack(images) / 127.5 - 1.0
-    start = model.init(jax.random.key(0), pixels[:1])["params"]
+    shapes = jax.eval_shape(model.init, jax.random.key(0), pixels[:1])["params"]
+    start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
     params = pretrained.load_params(pretrained.read_tensors(VIT_TINY), start)
 
     @jax.jit
