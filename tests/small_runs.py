@@ -100,7 +100,7 @@ def straight_and_killed(config, directory, monkeypatch, every, dies):
 def killed_and_gone_on(config, directory, monkeypatch, every, dies):
     """The learner that went on where another was killed as `straight_and_killed` says."""
     options = RunOptions(checkpoint_every=every, quiet=True)
-    first, again = (Learner(config, 0, directory / "killed", options) for _ in range(2))
+    first = Learner(config, 0, directory / "killed", options)
     saves, killed = learner_module.Checkpoints.save, []
 
     def dying_save(self, step, tree):
@@ -112,6 +112,7 @@ def killed_and_gone_on(config, directory, monkeypatch, every, dies):
     monkeypatch.setattr(learner_module.Checkpoints, "save", dying_save)
     with pytest.raises(Killed):
         first.run()
+    again = Learner(config, 0, directory / "killed", options)
     return again, again.run()
 
 

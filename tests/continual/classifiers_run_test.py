@@ -15,6 +15,7 @@ from pm_jax.continual import Config, Learner, RunOptions, TrainingDiverged
 from pm_jax.continual.merging.classifying import with_head
 from pm_jax.continual.merging.evaluation import ScoresPass
 from pm_jax.continual.merging.statistics import features_of
+from pm_jax.continual.placement.data import place_stream
 from pm_jax.continual.report.results import table
 from pm_jax.continual.run import run_seeds
 from pm_jax.continual.settings.chosen_classifiers import chosen
@@ -215,16 +216,16 @@ def test_a_killed_run_ends_with_the_bits_of_one_that_ran_through(tmp_path, monke
 @pytest.mark.parametrize("resized", [{}, {"image_size": 16}])
 def test_five_classifiers_cost_about_one_pass_of_the_model(resized):
     """The floating-point operations of the compiled scores: features are not computed again."""
-    config = dataclasses.replace(VIT, width=64, depth=2, **resized)
-    model = as_model(config.network(10))
-    params, state = model.init(jax.random.key(0), jnp.ones((1, 8, 8, 1)))
-    learner = Learner(dataclasses.replace(config, adapter="full"), 0, options=QUIET)
+    config = dataclasses.replace(VIT, width=64, **resized)
+    model, stream = as_model(config.network(10)), config.task_stream(0)
+    params, state = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 8, 8, 1)))
+    examples = place_stream(config, stream, stream.test)
     linear = classifiers.Linear(jnp.zeros((64, 10)), jnp.zeros(10))
     scores = ScoresPass(model)
 
     def operations(*predictors):
         given = (params, np.ones(10, bool), np.asarray(2, np.int32), state, predictors)
-        compiled = scores.resident.lower(learner.splits["test"], given).compile()
+        compiled = scores.resident.lower(examples, given).compile()
         return compiled.cost_analysis()["flops"]
 
     one = operations(None)
