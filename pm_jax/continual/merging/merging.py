@@ -10,7 +10,7 @@ from pm_jax import task_vectors, trees
 from pm_jax.classifiers import Linear
 from pm_jax.continual.merging import landscape, model_state, trust
 from pm_jax.continual.merging.classifying import Fitted, with_head
-from pm_jax.continual.merging.programs import Programs, initial_rule_state
+from pm_jax.continual.merging.programs import Programs
 from pm_jax.continual.merging.records import Records
 from pm_jax.continual.placement.compiled import number
 from pm_jax.continual.placement.data import StreamData
@@ -249,8 +249,7 @@ class Merging:
         leaves = trees.select(theta_0, self.programs.merging)
         takes = "adapters" in self.rule.needs.evidence
         given = {"adapters": self.blank_adapters(theta_0)} if takes else {}
-        # Copies: merging donates the state, and the model must survive.
-        state = initial_rule_state(self.rule, jax.tree.map(jnp.copy, leaves), **given)
+        state = self.programs.initial_rule_state(leaves, given)
         place = self._devices.whole if self.rule.needs.keeps_tasks else self._devices.place
         return place(state)
 

@@ -5,6 +5,7 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from pm_jax import rules, task_vectors, trees
 from pm_jax.continual.merging.classifying import Classifying
@@ -75,6 +76,7 @@ class TrainingPrograms:
         partition: leaves that train and merge, from the second task on at the latest.
         later: trains all tasks but the first; the same object as `first` if the same leaves train.
         columns: trains the classifier's columns alone, in tasks that move nothing that merges.
+        shapes: those of the parameters and of the model's state.
         traits: what the model has beside its parameters.
 
     Raises:
@@ -91,7 +93,7 @@ class TrainingPrograms:
             name = own_model.name_of(model, config.model)
             blank = blank_example(config, shape.input_shape, shape.input_dtype)
             self.traits = own_model.checked(model, name, self._init, blank, shape.num_classes)
-        params, state = jax.eval_shape(self._init, jax.random.key(0))
+        params, state = self.shapes = jax.eval_shape(self._init, jax.random.key(0))
         first, later = partitions(config, params, model, blank)
         self.partition = later
         if later.adapted and blank is not None:
@@ -120,7 +122,7 @@ class TrainingPrograms:
         self.scores = ScoresPass(self.model, scores_batch(config.batch_size), **options)
         self.mean_loss = MeanLossPass(self.model, **options)
 
-    @compiled()
+    @compiled(once=True)
     def init_with_state(self, key: Key) -> tuple[Params, PyTree]:
         """Initialise the parameters and the model's state."""
         return self._init(key)
@@ -153,8 +155,8 @@ class Programs:
         )
         partition = self.training.partition
         self.merging, self.adapted = partition.merging, partition.adapted
-        shapes = jax.eval_shape(self.training.init, jax.random.key(0))
-        leaves = trees.select(shapes, self.merging)
+        params, state = self.training.shapes
+        leaves = trees.select(params, self.merging)
         blank = blank_example(config, shape.input_shape, shape.input_dtype)
         called_once = dense_layers_of(model, blank)
         name = own_model.name_of(model, config.model)
@@ -184,10 +186,9 @@ class Programs:
         self.objective = Objectives(config, plain(model), *form).of_task
         self.classifying = None
         if any(each.classifier.statistics for each in config.chosen_classifiers):
-            params, state = jax.eval_shape(self.training.init_with_state, jax.random.key(0))
             self.classifying = Classifying(config, model, params, state, blank)
         if config.model_state == "measured" and self.training.traits.has_state:
-            own_model.check_measurable(model, name, self.training.init_with_state, blank)
+            own_model.check_measurable(model, name, params, state, blank)
         self.batch_statistics = BatchStatisticsPass(config, model)
         self.snapshots = Snapshots(
             self._rule.needs.snapshots, self.merging, resident_bytes(config), self.devices
@@ -224,6 +225,12 @@ class Programs:
                 data, Given(key, trained, previous, task, model_state)
             )
         return evidence._replace(key=purpose_key(key, MERGE, task) if "key" in needs else None)
+
+    @compiled(once=True)
+    def initial_rule_state(self, leaves: Params, given: dict[str, PyTree]) -> PyTree:
+        """Make the rule's state before any merge, from copies of the leaves that merge."""
+        # Merging donates the state, and the model must survive.
+        return initial_rule_state(self._rule, jax.tree.map(jnp.copy, leaves), **given)
 
     @functools.cached_property
     def merge(self) -> jax.stages.Wrapped:

@@ -200,8 +200,15 @@ class Devices:
             lambda x: jax.lax.with_sharding_constraint(x, self.sharding(np.shape(x))), tree
         )
 
-    def jit(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        """Compile a function, in `precision`, whose results lie where `sharding` says."""
+    def jit(
+        self, function: Callable[..., Any], *, once: bool = False, **options: Any
+    ) -> Callable[..., Any]:
+        """Compile a function, in `precision`, whose results lie where `sharding` says.
+
+        One that runs `once` is compiled in less than half of the time on a CPU, and is slower.
+        """
+        if once and self.mesh.devices.flat[0].platform == "cpu":
+            options["compiler_options"] = {"xla_backend_optimization_level": 1}
 
         # A run's state then always lies in the same way, so that nothing is compiled twice.
         @functools.wraps(function)

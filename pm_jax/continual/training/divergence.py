@@ -1,12 +1,15 @@
 """A run whose numbers are no longer finite ends with one line that says where and what to do."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pm_jax import trees
+from pm_jax.continual.placement import processes
 from pm_jax.continual.settings.config import Config
 from pm_jax.types import Array, PyTree
 
@@ -49,9 +52,16 @@ def check_state(
         raise _diverged(f"task {task + 1}, {when}: {path} is not finite", config, directory)
 
 
+def _are_finite(leaves: list[Array]) -> Sequence[Any]:
+    if jax.default_backend() == "cpu" and not processes.several():
+        # NumPy reads them where they lie, and has nothing to compile.
+        return [np.isfinite(leaf).all() for leaf in leaves]
+    return _finite_on_device(leaves)
+
+
 # Compiled, so that one small array comes to the host instead of every leaf.
 @jax.jit
-def _are_finite(leaves: list[Array]) -> Array:
+def _finite_on_device(leaves: list[Array]) -> Array:
     return jnp.asarray([jnp.isfinite(leaf).all() for leaf in leaves])
 
 

@@ -94,16 +94,13 @@ def checked(
     return Traits(bool(jax.tree.leaves(state)), _reads_key(apply, key, params, state))
 
 
-def check_measurable(
-    model: Model, name: str, init: Callable[[Key], tuple[Params, PyTree]], blank: Array
-) -> None:
-    """Check that the running averages of a model can be measured anew.
+def check_measurable(model: Model, name: str, params: Params, state: PyTree, blank: Array) -> None:
+    """Check that the running averages of a model, given in shapes, can be measured anew.
 
     Raises:
         InvalidInput: they cannot; the message names the setting that asks for it.
     """
     key, inputs = jax.random.key(0), jnp.broadcast_to(blank, (2, *blank.shape[1:]))
-    params, state = jax.eval_shape(init, key)
     moving = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
     if not moving:
         return
