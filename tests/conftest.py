@@ -26,7 +26,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_legacy_prng_key", "error")
 jax.config.update("jax_num_cpu_devices", 8)
 
-MAPPINGS = 20_000
+MAPPINGS = 30_000
 """Linux gives a process 65,530 mappings of memory by default, and a compiled program takes several:
 a worker that kept the programs of a thousand tests would crash while it compiles the next one."""
 

@@ -32,9 +32,9 @@ from tests.small_runs import (
     VIT,
     comparable,
     forget_programs,
+    killed_and_gone_on,
     leaves_equal,
     slow,
-    straight_and_killed,
 )
 
 MOVED = "discriminant:drift_correction=affine"
@@ -199,12 +199,15 @@ def test_the_setting_corrects_all_but_those_that_say_otherwise(watched):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("inside", [True, False])
-def test_a_killed_run_ends_with_the_bits_of_one_that_ran_through(tmp_path, monkeypatch, inside):
+def test_a_killed_run_ends_with_the_bits_of_one_that_ran_through(
+    watched, tmp_path, monkeypatch, inside
+):
     def dies(learner, step, tree):
         return ("trainable" in tree) == inside and step >= learner.steps.bounds[1]
 
-    straight, wanted, again, found = straight_and_killed(ALL, tmp_path, monkeypatch, 3, dies)
-    assert comparable(found) == comparable(wanted)
+    straight = watched.learner
+    again, found = killed_and_gone_on(ALL, tmp_path, monkeypatch, 3, dies)
+    assert comparable(found) == comparable(watched.results)
     assert leaves_equal(again.state.statistics, straight.state.statistics)
     names = {"class_statistics", "class_statistics_moved", "random_features_40"}
     assert set(again.state.statistics) == names
@@ -266,7 +269,7 @@ def test_one_class_a_task_is_learned_where_no_columns_train(rule):
         {"resident_mb": 0.025},
     ],
 )
-def test_classifiers_go_with_other_settings(change):
+def test_classifiers_go_with_other_settings(watched, change):
     config = dataclasses.replace(ALL, **change)
     learner, merged = watch(config)
     results = learner.run()
@@ -280,10 +283,10 @@ def test_classifiers_go_with_other_settings(change):
             assert leaf.sharding.is_equivalent_to(devices.sharding(leaf.shape), leaf.ndim)
         run = learner.programs.classifying
         assert run.joined._cache_size() == run.fit._cache_size() == 1
-        alone = Learner(ALL, 0, options=QUIET).run()["scores"]
         for label in LABELS:
             one, other = (
-                s[label]["test"]["accuracy_matrix"][-1] for s in (alone, results["scores"])
+                run["scores"][label]["test"]["accuracy_matrix"][-1]
+                for run in (watched.results, results)
             )
             np.testing.assert_allclose(one, other, atol=0.03)
     if change.get("rule") == "magmax":

@@ -33,7 +33,9 @@ def test_a_run_killed_within_and_between_tasks_ends_with_the_same_numbers(
     config, tmp_path, monkeypatch
 ):
     forget_programs()
-    straight = Learner(config, 0, tmp_path / "straight", RunOptions(checkpoint_every=7, quiet=True))
+    straight = Learner(
+        config, 0, tmp_path / "straight", RunOptions(checkpoint_every=11, quiet=True)
+    )
     wanted = straight.run()
     assert straight.programs.training.later.train._cache_size() == 1
     saves = learner_module.Checkpoints.save
@@ -48,7 +50,7 @@ def test_a_run_killed_within_and_between_tasks_ends_with_the_same_numbers(
     monkeypatch.setattr(learner_module.Checkpoints, "save", dying_save)
     for _ in range(200):
         learner = Learner(
-            config, 0, tmp_path / "killed", RunOptions(checkpoint_every=7, quiet=True)
+            config, 0, tmp_path / "killed", RunOptions(checkpoint_every=11, quiet=True)
         )
         try:
             results = learner.run()

@@ -57,7 +57,7 @@ def numpy_vit(params, images, num_heads):
 def test_vit_agrees_with_the_same_network_in_numpy():
     model = models.VisionTransformer(5, patch_size=2, width=12, depth=2, num_heads=3)
     images = jax.random.normal(jax.random.key(1), (4, 6, 8, 3))
-    params = model.init(jax.random.key(0), images)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
     rng = np.random.default_rng(0)  # nothing at its initial zero or one
     params = jax.tree.map(
         lambda x: x + jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype), params
@@ -73,7 +73,7 @@ def test_vit_agrees_with_the_same_network_in_numpy():
 )
 def test_an_examples_logits_do_not_depend_on_the_batch(model):
     images = jax.random.normal(jax.random.key(1), (6, 4, 4, 1))
-    params = model.init(jax.random.key(0), images)
+    params = jax.jit(model.init)(jax.random.key(0), images)
     whole = model.apply(params, images)
     parts = jnp.concatenate([model.apply(params, images[n : n + 1]) for n in range(6)])
     assert whole.shape == (6, 3)
@@ -82,7 +82,7 @@ def test_an_examples_logits_do_not_depend_on_the_batch(model):
 
 def test_names_of_the_vit():
     model = models.VisionTransformer(3, 2, width=8, depth=1, num_heads=2)
-    params = model.init(jax.random.key(0), jnp.ones((1, 4, 4, 1)))["params"]
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 4, 4, 1)))["params"]
     names = set(trees.leaves_by_path(params))
     assert {"cls_token", "pos_embed", "patch_embed/kernel", "norm/scale", "head/bias"} <= names
     assert {"blocks_0/attn/key/kernel", "blocks_0/mlp/fc1/kernel"} <= names
@@ -122,7 +122,7 @@ def test_patches_are_embedded_like_by_a_convolution_with_the_same_initial_parame
             # Linen draws parameters by the name of the layer.
             return convolution.clone(name="patch_embed", parent=self)(x)
 
-    initial = Named().init(jax.random.key(0), images)["params"]["patch_embed"]
+    initial = jax.jit(Named().init)(jax.random.key(0), images)["params"]["patch_embed"]
     assert all(jnp.array_equal(initial[name], params["patch_embed"][name]) for name in initial)
 
 
