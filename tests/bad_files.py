@@ -4,6 +4,8 @@
 given and returns the path.
 """
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -233,6 +235,122 @@ def empty_safetensors(folder):
 
 def folder_named_safetensors(folder):
     return folder_named(folder, "folder.safetensors")
+
+
+def weights_in_a_folder(folder, config=None):
+    path = folder / "a model"
+    path.mkdir()
+    weights(path, "model.safetensors")
+    if config:
+        (path / "config.json").write_text(config)
+    return path
+
+
+def weights_of_4_heads(folder):
+    return weights_in_a_folder(folder, '{"model_type": "vit", "num_attention_heads": 4}')
+
+
+def weights_of_another_epsilon(folder):
+    config = '{"model_type": "vit", "layer_norm_eps": 1e-12, "hidden_act": "gelu"}'
+    return weights_in_a_folder(folder, config)
+
+
+def weights_of_another_activation(folder):
+    return weights_in_a_folder(folder, '{"model_type": "vit", "hidden_act": "quick_gelu"}')
+
+
+def weights_whose_config_says_swin(folder):
+    return weights_in_a_folder(folder, '{"model_type": "swin"}')
+
+
+def weights_whose_config_says_timms_small_model(folder):
+    return weights_in_a_folder(folder, '{"architecture": "vit_small_patch4_64"}')
+
+
+def weights_with_a_config_cut_short(folder):
+    return weights_in_a_folder(folder, '{"model_type"')
+
+
+def weights_in_shards(folder, *, second="model-2-of-2.safetensors", twice=(), moved=""):
+    """A model of two files with their index, in which `moved` is said to be in the first."""
+    path = weights_in_a_folder(folder)
+    whole = pretrained.read_tensors(path)
+    (path / "model.safetensors").unlink()
+    names = sorted(whole)
+    place = {name: f"model-{1 + (n > 9)}-of-2.safetensors" for n, name in enumerate(names)}
+    for number in (1, 2):
+        file = f"model-{number}-of-2.safetensors"
+        shard = {name: x for name, x in whole.items() if place[name] == file or name in twice}
+        pretrained.write_tensors(shard, path / file)
+    place |= {moved: "model-1-of-2.safetensors"} if moved else {}
+    index = {name: second if file == "model-2-of-2.safetensors" else file
+             for name, file in place.items()}  # fmt: skip
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return path
+
+
+def shards_of_which_one_is_missing(folder):
+    return weights_in_shards(folder, second="model-3-of-3.safetensors")
+
+
+def shards_that_share_a_tensor(folder):
+    return weights_in_shards(folder, twice=("cls_token",))
+
+
+def shards_in_other_places_than_their_index_says(folder):
+    return weights_in_shards(folder, moved="pos_embed")
+
+
+def shards_with_one_cut_short(folder):
+    path = weights_in_shards(folder)
+    file = path / "model-2-of-2.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    return path
+
+
+def weights_of_pytorch(folder):
+    path = folder / "of pytorch"
+    path.mkdir()
+    (path / "pytorch_model.bin").write_bytes(b"")
+    (path / "config.json").write_text("{}")
+    return path
+
+
+def weights_and(folder, **more):
+    path = weights(folder)
+    tensors = {name: np.full(shape, 0.1, np.float32) for name, shape in more.items()}
+    pretrained.write_tensors(pretrained.read_tensors(path) | tensors, path, overwrite=True)
+    return path
+
+
+def weights_of_roberta(folder):
+    return weights_and(folder, **{"roberta.embeddings.LayerNorm.weight": (16,)})
+
+
+def weights_of_a_distilled_deit(folder):
+    return weights_and(folder, dist_token=(1, 1, 16))
+
+
+def weights_with_swiglu(folder):
+    return weights_and(folder, **{"blocks.0.mlp.w12.weight": (64, 16)})
+
+
+def weights_of_timms_dinov3(folder):
+    return weights_and(folder, storage_tokens=(1, 4, 16))
+
+
+def weights_with_4_registers_and_layer_scale(folder):
+    scales = {f"blocks.0.ls{number}.gamma": (16,) for number in (1, 2)}
+    return weights_and(folder, reg_token=(1, 4, 16), **scales)
+
+
+def weights_without_a_class_token(folder):
+    return weights(folder, cls_token=lambda _: None)
+
+
+def weights_of_one_tensor_by_two_names(folder):
+    registers = {"reg_token": (1, 1, 16), "register_tokens": (1, 1, 16)}
+    return weights_and(folder, **registers)
 
 
 def pickled_weights(folder):

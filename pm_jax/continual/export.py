@@ -15,6 +15,9 @@ from pm_jax.continual.storage import manifest
 from pm_jax.continual.storage.provenance import environment
 from pm_jax.types import InvalidInput
 from pm_jax.weights import peft_adapter, pretrained
+from pm_jax.weights.checkpoint_files import find
+from pm_jax.weights.layouts import OURS
+from pm_jax.weights.public_names import Form, known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +57,19 @@ def check(
         # The run makes its work directory, so that one may still be absent.
         if path.parent.is_dir() or path.parent.absolute() != (workdir and workdir.absolute()):
             files.check_folder(flag, path)
-        layout_for(config)
+        form = form_for(config)
+        if path is adapter and form.layout in ("dinov2", "dinov3"):
+            raise InvalidInput(
+                f"export_adapter={adapter}: is not written under transformers' names of DINO; use "
+                "export, or start from timm's weights"
+            )
     if adapter and (config.adapter != "lora" or config.from_scratch):
         raise InvalidInput(
             f"export_adapter={adapter}: needs adapter=lora and pretrained; export writes the whole "
             "model"
         )
-    if model and model.exists() and config.pretrained and model.samefile(config.pretrained):
+    start = find("pretrained", config.pretrained).tensors if config.pretrained else ()
+    if model and model.exists() and any(model.samefile(path) for path in start):
         raise InvalidInput(f"export={model}: is what the run starts from; choose another name")
 
 
@@ -99,21 +108,30 @@ def _check_path(flag: str, path: Path, *, is_file: bool, overwrite: bool) -> Non
             raise InvalidInput(f"{flag}={path}: exists; choose another name or set overwrite")
 
 
-def layout_for(config: Config) -> str:
-    """Return the layout, a key of `LAYOUTS`, in which the weights of a run are exported.
+def form_for(config: Config) -> Form:
+    """Return the layout and names in which the weights of a run are exported.
+
+    They are those of the weights that it started from, so that both load in the same model.
 
     Raises:
         InvalidInput: there is none for the model.
     """
-    if config.pretrained:
-        layout = pretrained.layout_of(pretrained.read_tensors(config.pretrained))
-        # AugReg's layout is for .npz only, and timm's is for the same models.
-        return "timm" if layout == "augreg" else layout
     network = None if is_reference(config.model) else config.network(num_classes=1)
+    if config.pretrained:
+        form = known(pretrained.read_tensors(config.pretrained)).form
+        # AugReg's layout is for .npz only, and ours for Orbax.
+        if form.layout not in ("augreg", OURS):
+            return form
     if isinstance(network, models.VisionTransformer):
-        return "timm"
+        rotary = network.positions == "rotary"
+        if rotary and network.pooling == "mean_norm":
+            raise InvalidInput(
+                "pooling=mean_norm: has no public layout with positions=rotary to be exported in; "
+                "use mean or class_token"
+            )
+        return Form("dinov3" if rotary else "timm")
     if isinstance(network, models.TextEncoder):
-        return "bert"
+        return Form("bert")
     raise InvalidInput(f"model={config.model}: has no public layout to be exported in; use a ViT")
 
 
@@ -130,10 +148,11 @@ def write(destinations: Destinations, config: Config, seed: int, workdir: Path) 
     # A learner begins with theta_0; `finished_params` then restores the end of the run.
     start = learner.params
     classifier = destinations.classifier or config.classifiers[0]
-    merged, layout = learner.finished_params(classifier), layout_for(config)
+    merged, form = learner.finished_params(classifier), form_for(config)
+    layout = form.layout
     overwrite = destinations.overwrite
     if path := destinations.model:
-        tensors = pretrained.export_params(merged, layout)
+        tensors = pretrained.export_params(merged, form)
         metadata = {**_metadata(learner, layout), "classifier": classifier}
         with _covering(workdir, path):
             pretrained.write_tensors(tensors, path, metadata=metadata, overwrite=overwrite)

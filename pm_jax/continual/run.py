@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from pm_jax import lora, trees
+from pm_jax import files, lora, trees
 from pm_jax.continual.learner import Learner
 from pm_jax.continual.merging import landscape
 from pm_jax.continual.merging.programs import StreamShape, initial_rule_state, programs_of
@@ -41,6 +41,7 @@ from pm_jax.continual.training.initial_model import (
     partitions,
 )
 from pm_jax.continual.training.partition import Partition
+from pm_jax.weights import pretrained
 
 FINISHED_FILES = (RESULTS_FILE, landscape.FILE)
 
@@ -168,6 +169,18 @@ def run_with_baseline(
         label: run_seeds(settings, seeds, directory, options)
         for label, (directory, settings) in runs.items()
     }
+
+
+def remarks(config: Config) -> list[str]:
+    """Say in lines what a run does not use of the weights that it starts from.
+
+    Raises:
+        InvalidInput: weights that cannot be read, or that no model is for.
+    """
+    if config.from_scratch:
+        return []
+    names = pretrained.left_out(pretrained.read_tensors(config.pretrained))
+    return [f"pretrained={config.pretrained}: left out {files.listed(names)}"] if names else []
 
 
 def describe(config: Config, seed: int = 0) -> str:

@@ -1,4 +1,7 @@
-"""Names of our parameters in public checkpoints: a list of `Entry` for each layout."""
+"""Names of our parameters in public checkpoints: a list of `Entry` for each layout.
+
+A list also has the leaves that only some models have: registers, layer scales, the norm of a mean.
+"""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -12,7 +15,8 @@ class Entry(NamedTuple):
     # Name of their tensor, "blocks.0.attn.qkv.weight".
     name: str
     # Difference between the arrays: "same"; "dense" and "conv", whose output axis comes first in
-    # PyTorch; "heads_in", "heads_out" and "heads_bias", with an axis of heads in `.npz`.
+    # PyTorch; "heads_in", "heads_out" and "heads_bias", with an axis of heads in `.npz`;
+    # "class_half", a dense kernel that reads the mean of the patches too, after the class token.
     kind: str = "same"
     # (i, n) if our leaf is the i-th of n equal parts along their first axis.
     part: tuple[int, int] | None = None
@@ -47,10 +51,12 @@ def _blocks(depth: int, prefix: str, attention: str, norms: tuple[str, str]) -> 
 def _timm(depth: int) -> list[Entry]:
     entries = [
         Entry("cls_token", "cls_token"),
+        Entry("reg_token", "reg_token"),
         Entry("pos_embed", "pos_embed"),
         Entry("patch_embed/kernel", "patch_embed.proj.weight", "conv"),
         Entry("patch_embed/bias", "patch_embed.proj.bias"),
         *_norm("norm", "norm"),
+        *_norm("fc_norm", "fc_norm"),
         *_linear("head", "head"),
     ]
     for layer in range(depth):
@@ -63,6 +69,9 @@ def _timm(depth: int) -> list[Entry]:
             entries += _linear(f"{ours}/mlp/{name}", f"{theirs}.mlp.{name}")
         for name in ("norm1", "norm2"):
             entries += _norm(f"{ours}/{name}", f"{theirs}.{name}")
+        entries += [
+            Entry(f"{ours}/{name}/gamma", f"{theirs}.{name}.gamma") for name in ("ls1", "ls2")
+        ]
     return entries
 
 
@@ -78,6 +87,56 @@ def _transformers(depth: int) -> list[Entry]:
     ]
     norms = ("layernorm_before", "layernorm_after")
     return entries + _blocks(depth, "vit.encoder.layer", "attention.attention", norms)
+
+
+def _dinov2(depth: int) -> list[Entry]:
+    entries = [
+        Entry("cls_token", "embeddings.cls_token"),
+        Entry("reg_token", "embeddings.register_tokens"),
+        Entry("pos_embed", "embeddings.position_embeddings"),
+        Entry("patch_embed/kernel", "embeddings.patch_embeddings.projection.weight", "conv"),
+        Entry("patch_embed/bias", "embeddings.patch_embeddings.projection.bias"),
+        *_norm("norm", "layernorm"),
+        Entry("head/kernel", "classifier.weight", "class_half"),
+        Entry("head/bias", "classifier.bias"),
+    ]
+    for layer in range(depth):
+        ours, theirs = f"blocks_{layer}", f"encoder.layer.{layer}"
+        for name in ("query", "key", "value"):
+            entries += _linear(f"{ours}/attn/{name}", f"{theirs}.attention.attention.{name}")
+        entries += _linear(f"{ours}/attn/proj", f"{theirs}.attention.output.dense")
+        for name in ("fc1", "fc2"):
+            entries += _linear(f"{ours}/mlp/{name}", f"{theirs}.mlp.{name}")
+        for number in (1, 2):
+            entries += _norm(f"{ours}/norm{number}", f"{theirs}.norm{number}")
+            entries.append(
+                Entry(f"{ours}/ls{number}/gamma", f"{theirs}.layer_scale{number}.lambda1")
+            )
+    return entries
+
+
+def _dinov3(depth: int) -> list[Entry]:
+    entries = [
+        Entry("cls_token", "embeddings.cls_token"),
+        Entry("reg_token", "embeddings.register_tokens"),
+        Entry("patch_embed/kernel", "embeddings.patch_embeddings.weight", "conv"),
+        Entry("patch_embed/bias", "embeddings.patch_embeddings.bias"),
+        *_norm("norm", "norm"),
+        *_linear("head", "classifier"),
+    ]
+    layers = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "proj": "o_proj"}
+    for layer in range(depth):
+        ours, theirs = f"blocks_{layer}", f"layer.{layer}"
+        for name, other in layers.items():
+            entries += _linear(f"{ours}/attn/{name}", f"{theirs}.attention.{other}")
+        for name, other in (("fc1", "up_proj"), ("fc2", "down_proj")):
+            entries += _linear(f"{ours}/mlp/{name}", f"{theirs}.mlp.{other}")
+        for number in (1, 2):
+            entries += _norm(f"{ours}/norm{number}", f"{theirs}.norm{number}")
+            entries.append(
+                Entry(f"{ours}/ls{number}/gamma", f"{theirs}.layer_scale{number}.lambda1")
+            )
+    return entries
 
 
 def _augreg(depth: int) -> list[Entry]:
@@ -124,8 +183,26 @@ def _bert(depth: int) -> list[Entry]:
     return entries + _blocks(depth, "encoder.layer", "attention.self", norms)
 
 
-LAYOUTS = {"timm": _timm, "transformers": _transformers, "augreg": _augreg, "bert": _bert}
+LAYOUTS = {
+    "timm": _timm,
+    "transformers": _transformers,
+    "dinov2": _dinov2,
+    "dinov3": _dinov3,
+    "augreg": _augreg,
+    "bert": _bert,
+}
 """Names of the layouts, and their entries for a number of blocks."""
+
+OURS = "flax"
+"""The layout of trees that Orbax saved from models of this package: the paths are the names."""
+
+
+def entries_of(layout: str, paths: Iterable[str]) -> list[Entry]:
+    """List the entries of a layout, or of `OURS`, for a model with leaves of these paths."""
+    paths = tuple(paths)
+    if layout == OURS:
+        return [Entry(path, path) for path in paths]
+    return LAYOUTS[layout](depth_of(paths))
 
 
 def depth_of(paths: Iterable[str]) -> int:

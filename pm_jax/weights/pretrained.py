@@ -1,12 +1,14 @@
 """Reading public checkpoints into our models, and writing models under the same names.
 
-A ViT has three layouts: timm's and transformers' safetensors, and the `.npz` of AugReg and the
-original ViT. A text encoder has that of BERT in transformers. The tables of names are in `layouts`,
-and serve both directions.
+A ViT has the layouts of timm, of ViT and DINOv2 in transformers, and of the `.npz` of AugReg and
+the original ViT; a text encoder has that of BERT in transformers. The tables of names are in
+`layouts`, and serve both directions; `public_names` knows what else files call the same tensors.
 """
 
+import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -15,55 +17,74 @@ import numpy as np
 
 from pm_jax import files, trees
 from pm_jax.types import InvalidInput, Params, cause
-from pm_jax.weights.layouts import LAYOUTS, Entry, depth_of
+from pm_jax.weights import checkpoint_files
+from pm_jax.weights.layouts import LAYOUTS, Entry, depth_of, entries_of
+from pm_jax.weights.public_names import Form, Tensors, known
 
-Tensors = dict[str, np.ndarray]
-
-_SIGNATURES = {
-    "timm": "blocks.0.attn.qkv.weight",
-    "transformers": "vit.encoder.layer.0.layernorm_before.weight",
-    "augreg": "Transformer/encoder_norm/scale",
-    "bert": "encoder.layer.0.attention.self.query.weight",
+_OPTIONS = {
+    "reg_token": "registers={registers}",
+    "blocks_0/ls1/gamma": "layer_scale=1e-5",
+    "fc_norm/scale": "pooling=mean_norm",
+    "cls_token": "pooling=class_token",
+    "pos_embed": "positions=learned",
 }
-_UNUSED = ("embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias")
-"""Tensors of BERT that are not used with mean pooling, and may be there."""
+"""Settings by which a ViT gets leaves that it lacks."""
 
 
 def read_tensors(path: str | os.PathLike) -> Tensors:
-    """Read all tensors of a `.safetensors` or `.npz` file; nothing is unpickled.
+    """Read all tensors of a checkpoint; nothing is unpickled.
+
+    Args:
+        path: a `.safetensors` or `.npz` file, a folder of transformers with one file or shards, or
+            a folder of Orbax, of which `folder@step` names a step.
 
     Raises:
-        InvalidInput: the file is missing, damaged, or of another kind.
+        InvalidInput: there is no checkpoint, or it is damaged or of another kind.
     """
-    path = Path(path)
-    if path.suffix not in (".safetensors", ".npz"):
-        raise InvalidInput(f"pretrained={path}: must end in .safetensors or .npz")
-    if not path.is_file():
-        raise InvalidInput(f"pretrained={path}: there is no such file")
-    try:
-        if path.suffix == ".npz":
-            # Opened here, because NumPy leaves a file open that it cannot read.
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-                return dict(archive)
-        from safetensors.numpy import load_file
-
-        return load_file(path)
-    except Exception as error:  # Rust, zip and NumPy raise many types for damaged files.
-        raise InvalidInput(
-            f"pretrained={path}: cannot be read ({cause(error)}); get it anew"
-        ) from error
+    found = checkpoint_files.find("pretrained", path)
+    tensors: Tensors = {}
+    names = {}
+    for file in found.tensors:
+        try:
+            read = _READERS[found.kind](file)
+        except Exception as error:  # Rust, zip, NumPy and Orbax raise many types for damage.
+            shown = "" if file == Path(path) else f"{file.name} "
+            raise InvalidInput(
+                f"pretrained={path}: {shown}cannot be read ({cause(error)}); get it anew"
+            ) from error
+        names[file] = tuple(read)
+        tensors |= read
+    checkpoint_files.check_shards("pretrained", Path(path), found, names)
+    return tensors
 
 
 def layout_of(tensors: Mapping[str, np.ndarray]) -> str:
-    """Return the key of `LAYOUTS` that a checkpoint's names follow; raises `InvalidInput`."""
-    for layout, signature in _SIGNATURES.items():
-        if signature in tensors:
-            return layout
-    layouts = "; ".join(f"{layout} has {name}" for layout, name in _SIGNATURES.items())
-    raise InvalidInput(
-        f"pretrained: its tensors ({files.listed(sorted(tensors))}) are not named in a known "
-        f"layout: {layouts}; give weights of one of them"
-    )
+    """Return the layout, a key of `LAYOUTS` or `OURS`, of a checkpoint; raises `InvalidInput`."""
+    return known(tensors).form.layout
+
+
+def left_out(tensors: Mapping[str, np.ndarray], *, head: bool = False) -> tuple[str, ...]:
+    """List the modules of a checkpoint that `load_params` leaves out.
+
+    They are poolers, heads of other objectives, tokens of masking and, without `head`, the
+    classifier; nothing else is left out.
+
+    Raises:
+        InvalidInput: the checkpoint has no known layout.
+
+    Example:
+        >>> layer, width = "encoder.layer.0.attention.self.query.weight", np.eye(2)
+        >>> left_out({f"bert.{layer}": width, "bert.pooler.dense.weight": width})
+        ('bert.pooler.dense',)
+    """
+    found = known(tensors)
+    names = list(found.left_out)
+    if not head:
+        heads = {"head.weight", "head.bias", "head/kernel", "head/bias", "classifier.weight",
+                 "classifier.bias"}  # fmt: skip
+        names += [found.form.names.get(name, name) for name in found.tensors if name in heads]
+    leaf = re.compile(r"[./](weight|bias|kernel|gamma|beta)$")
+    return tuple(dict.fromkeys(leaf.sub("", name) for name in names))
 
 
 def load_params(tensors: Mapping[str, np.ndarray], params: Params, *, head: bool = False) -> Params:
@@ -73,17 +94,21 @@ def load_params(tensors: Mapping[str, np.ndarray], params: Params, *, head: bool
         InvalidInput: tensors are missing, left over, of another shape or type, NaN or infinite; all
             are listed.
     """
-    ours = trees.leaves_by_path(params)
-    all_entries = LAYOUTS[layout_of(tensors)](depth_of(ours))
+    ours, checkpoint = trees.leaves_by_path(params), known(tensors)
+    tensors, theirs = checkpoint.tensors, checkpoint.form.names
+    all_entries = entries_of(checkpoint.form.layout, ours)
     entries = [entry for entry in all_entries if head or not entry.path.startswith("head/")]
-    missing = sorted({entry.name for entry in entries} - set(tensors))
-    extra = sorted(set(tensors) - {entry.name for entry in all_entries} - set(_UNUSED))
+    missing = sorted({entry.name for entry in entries if entry.path in ours} - set(tensors))
+    lacking = [e for e in entries if e.path not in ours and e.name in tensors]
+    placed = {entry.path for entry in all_entries}
+    missing += [f"{path} in the weights" for path in ours if path not in placed]
+    missing += [f"{entry.path} in the model" for entry in lacking]
+    extra = sorted(set(tensors) - {entry.name for entry in all_entries})
     leaves: dict[str, jax.Array] = {}
     unfit: dict[str, list[str]] = {"missing": missing, "extra": extra, "misshapen": []}
     unfit |= {"not of floating-point numbers": [], "not finite": []}
     for entry in entries:
         if entry.name not in tensors or entry.path not in ours:
-            missing += [] if entry.path in ours else [f"{entry.path} in the model"]
             continue
         shape, tensor = ours[entry.path].shape, np.asarray(tensors[entry.name])
         if not jnp.issubdtype(tensor.dtype, jnp.floating):
@@ -94,39 +119,81 @@ def load_params(tensors: Mapping[str, np.ndarray], params: Params, *, head: bool
             tensor = tensor.astype(np.float32)
         if not np.isfinite(tensor).all():
             unfit["not finite"].append(entry.name)
-        leaf = _fitting(entry, tensor, shape)
+        leaf = _fitting(entry, tensor, shape, has_class="cls_token" in ours)
         if leaf.shape != shape:
             unfit["misshapen"].append(
                 f"{entry.name} gives {leaf.shape} for {entry.path} of {shape}"
             )
         leaves[entry.path] = jnp.asarray(leaf)
-    # A tensor that holds several of our leaves is named once.
-    problems = [f"{kind} {files.listed([*dict.fromkeys(names)])}" for kind, names in unfit.items()
-                if names]  # fmt: skip
+    # A tensor that holds several of our leaves is named once, by its name in the file.
+    problems = [
+        f"{kind} {files.listed([*dict.fromkeys(theirs.get(name, name) for name in names)])}"
+        for kind, names in unfit.items()
+        if names
+    ]
     if problems:
+        options = _options_for(lacking, missing, tensors)
         raise InvalidInput(
             f"pretrained: does not fit the model: {'; '.join(problems)}; choose the architecture "
-            "that the weights are of, or get them anew"
+            f"that the weights are of{options}, or get them anew"
         )
     return trees.replace(params, leaves)
 
 
-def export_params(params: Params, layout: str, *, num_heads: int = 1) -> Tensors:
-    """Turn parameters into the tensors of a layout, float32 and contiguous.
+def _options_for(lacking: Sequence[Entry], missing: Sequence[str], tensors: Tensors) -> str:
+    """Name the settings by which a ViT gets the leaves of a checkpoint."""
+    names = {entry.path: entry.name for entry in lacking}
+    options = [
+        text.format(registers=np.shape(tensors[names["reg_token"]])[1])
+        if path == "reg_token"
+        else text
+        for path, text in _OPTIONS.items()
+        if path in names
+    ]
+    if not options:
+        # The layouts of ViTs call it so, by itself or after the embeddings.
+        options += ["pooling=mean"] * any(name.endswith("cls_token") for name in missing)
+        options += ["positions=rotary"] * ("pos_embed in the weights" in missing)
+    return f" ({', '.join(options)})" if options else ""
+
+
+def export_params(params: Params, form: str | Form, *, num_heads: int = 1) -> Tensors:
+    """Turn parameters into the tensors of a checkpoint, float32 and contiguous.
+
+    Args:
+        params: parameters of a ViT or a text encoder.
+        form: a key of `LAYOUTS`; or the form of the checkpoint that the model started from, whose
+            names the tensors then have.
+        num_heads: number of heads, for the layout of AugReg.
 
     Raises:
-        ValueError: there is no such layout.
+        ValueError: there is no such layout, or it has no place for a leaf.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r}: must be one of {', '.join(LAYOUTS)}")
     ours = trees.leaves_by_path(params)
+    form = Form(form) if isinstance(form, str) else form
+    if form.layout not in LAYOUTS:
+        raise ValueError(f"layout={form.layout!r}: must be one of {', '.join(LAYOUTS)}")
+    leaves = {path: np.asarray(leaf, np.float32) for path, leaf in ours.items()}
+    entries = {entry.path: entry for entry in LAYOUTS[form.layout](depth_of(ours))}
+    if strange := [path for path in ours if path not in entries]:
+        raise ValueError(f"layout={form.layout!r}: has no place for {files.listed(strange)}")
+    adds_position = form.layout == "timm" and {"reg_token", "cls_token"} <= set(ours)
+    if adds_position if form.class_position is None else not form.class_position:
+        positions = leaves["pos_embed"]
+        leaves["cls_token"] = leaves["cls_token"] + positions[:, :1]
+        leaves["pos_embed"] = positions[:, 1:]
+    present = {entry.name for path, entry in entries.items() if path in leaves}
+    if cut := [p for p, entry in entries.items() if p not in leaves and entry.name in present]:
+        # A tensor of several leaves would lack a part.
+        raise ValueError(f"layout={form.layout!r}: needs {files.listed(cut)} beside the others")
     parts: dict[str, list[np.ndarray]] = {}
-    for entry in LAYOUTS[layout](depth_of(ours)):
-        leaf = _to_theirs(entry, np.asarray(ours[entry.path], np.float32), num_heads)
-        parts.setdefault(entry.name, []).append(leaf)
+    for path, entry in entries.items():
+        if path in leaves:
+            leaf = _to_theirs(entry, leaves[path], num_heads)
+            parts.setdefault(form.names.get(entry.name, entry.name), []).append(leaf)
     return {
-        name: np.ascontiguousarray(np.concatenate(leaves) if len(leaves) > 1 else leaves[0])
-        for name, leaves in parts.items()
+        name: np.ascontiguousarray(np.concatenate(part) if len(part) > 1 else part[0])
+        for name, part in parts.items()
     }
 
 
@@ -157,31 +224,73 @@ def write_tensors(
         raise InvalidInput(f"export={path}: cannot be written ({error})") from error
 
 
-def resize_positions(positions: np.ndarray, tokens: int) -> np.ndarray:
-    """Resize position embeddings [1, 1 + g * g, D] to [1, tokens, D], bicubically on their grid.
+def resize_positions(positions: np.ndarray, tokens: int, *, prefix: int = 1) -> np.ndarray:
+    """Resize position embeddings [1, prefix + g * g, D] to [1, tokens, D], bicubically.
+
+    Args:
+        positions: [1, prefix + g * g, D] of a square grid; others keep their number.
+        tokens: prefix + h * h, the number of positions wanted.
+        prefix: number of positions at the beginning that stay as they are: 1 for a class token.
 
     Raises:
         ValueError: a number of patches is no square.
     """
     if positions.shape[1] == tokens:
         return positions
-    old, new = (round((count - 1) ** 0.5) for count in (positions.shape[1], tokens))
-    if old * old + 1 != positions.shape[1] or new * new + 1 != tokens:
+    patches = positions.shape[1] - prefix, tokens - prefix
+    old, new = (math.isqrt(max(count, 0)) for count in patches)
+    if (old * old, new * new) != patches or not old:
         raise ValueError(f"tokens={tokens}: positions are resized between square grids only")
-    # The first position belongs to the class token, and stays as it is.
-    grid = jnp.asarray(positions[:, 1:]).reshape(1, old, old, -1)
+    grid = jnp.asarray(positions[:, prefix:]).reshape(1, old, old, -1)
     resized = jax.image.resize(grid, (1, new, new, grid.shape[-1]), "bicubic")
     flat = np.asarray(resized).reshape(1, new * new, -1)
-    return np.concatenate([positions[:, :1], flat], axis=1)
+    return np.concatenate([positions[:, :prefix], flat], axis=1)
 
 
-def _fitting(entry: Entry, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def _fitting(
+    entry: Entry, tensor: np.ndarray, shape: tuple[int, ...], *, has_class: bool
+) -> np.ndarray:
     """Turn a tensor into our leaf; a tensor whose axes cannot fit stays as it is."""
     try:
         leaf = _to_ours(entry, tensor)
-        return resize_positions(leaf, shape[1]) if entry.path == "pos_embed" else leaf
+        if entry.path != "pos_embed" or leaf.shape == shape:
+            return leaf
+        rows = leaf.shape[1]
+        of_patches = rows == shape[1] - 1 or math.isqrt(rows) ** 2 == rows
+        if has_class and of_patches and math.isqrt(rows - 1) ** 2 != rows - 1:
+            # Without a position of its own, the class token has that of 0.
+            leaf = np.concatenate([np.zeros_like(leaf[:, :1]), leaf], axis=1)
+        return resize_positions(leaf, shape[1], prefix=int(has_class))
     except (ValueError, IndexError, TypeError, ArithmeticError):
         return tensor
+
+
+def _read_npz(path: Path) -> Tensors:
+    # Opened here, because NumPy leaves a file open that it cannot read.
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        return dict(archive)
+
+
+def _read_safetensors(path: Path) -> Tensors:
+    from safetensors.numpy import load_file
+
+    return load_file(path)
+
+
+def _read_orbax(path: Path) -> Tensors:
+    from orbax import checkpoint as orbax
+
+    with orbax.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(path.absolute()).item_metadata.tree
+        as_arrays = jax.tree.map(lambda _: orbax.RestoreArgs(restore_type=np.ndarray), tree)
+        restored = checkpointer.restore(
+            path.absolute(), args=orbax.args.PyTreeRestore(restore_args=as_arrays)
+        )
+    return {name: np.asarray(leaf) for name, leaf in trees.leaves_by_path(restored).items()}
+
+
+_READERS = {"npz": _read_npz, "safetensors": _read_safetensors, "orbax": _read_orbax}
+"""Functions that read a file, or a folder of Orbax, by the kind of checkpoint."""
 
 
 def _to_ours(entry: Entry, tensor: np.ndarray) -> np.ndarray:
@@ -193,6 +302,10 @@ def _to_ours(entry: Entry, tensor: np.ndarray) -> np.ndarray:
             return tensor.transpose(1, 0)
         case "conv":
             return tensor.transpose(2, 3, 1, 0)
+        case "class_half":
+            # A classifier that does read the mean of the patches is none of a ViT here.
+            first, second = np.split(tensor, 2, axis=1)
+            return tensor if second.any() else first.T
         case "heads_in":
             return tensor.reshape(tensor.shape[0], -1)
         case "heads_out":
@@ -208,6 +321,8 @@ def _to_theirs(entry: Entry, leaf: np.ndarray, num_heads: int) -> np.ndarray:
             return leaf.T
         case "conv":
             return leaf.transpose(3, 2, 0, 1)
+        case "class_half":
+            return np.concatenate([leaf.T, np.zeros_like(leaf.T)], axis=1)
         case "heads_in":
             return leaf.reshape(leaf.shape[0], num_heads, -1)
         case "heads_out":

@@ -199,7 +199,7 @@ def test_weights_of_augreg_and_none_go_out_in_timms_layout(tmp_path):
     np.savez(tmp_path / "a.npz", **pretrained.export_params(params, "augreg", num_heads=2))
     for start in ("", str(tmp_path / "a.npz")):
         config = Config(model="vit", pretrained=start)
-        assert export.layout_for(config) == "timm"
+        assert export.form_for(config).layout == "timm"
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path):

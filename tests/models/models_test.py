@@ -11,14 +11,30 @@ from pm_jax import lora, losses, models, trees
 from pm_jax.curvature.input_moments import input_moment
 from pm_jax.curvature.measures import measure_all
 from pm_jax.types import InvalidInput
+from tests.small_runs import slow
 
 
-def numpy_vit(params, images, num_heads):
+def numpy_turned(x):
+    """Rotary positions of DINOv3 with one angle for each number, over a grid [N, H, W, ..., D]."""
+    half = x.shape[-1] // 2
+    out = x.copy()
+    for row, column, pair in np.ndindex(*x.shape[1:3], half):
+        along_rows = pair < half // 2
+        place, side = (row, x.shape[1]) if along_rows else (column, x.shape[2])
+        period = 100 ** ((pair % (half // 2)) / (half // 2))
+        angle = 2 * np.pi * (2 * (place + 0.5) / side - 1) / period
+        turn = np.exp(1j * angle)
+        z = (x[:, row, column, ..., pair] + 1j * x[:, row, column, ..., pair + half]) * turn
+        out[:, row, column, ..., pair], out[:, row, column, ..., pair + half] = z.real, z.imag
+    return out
+
+
+def numpy_vit(params, images, num_heads, pooling="class_token"):
     """The same network written out in NumPy, float64."""
     p = {path: np.asarray(leaf, np.float64) for path, leaf in trees.leaves_by_path(params).items()}
 
     def dense(x, name):
-        return x @ p[f"{name}/kernel"] + p[f"{name}/bias"]
+        return x @ p[f"{name}/kernel"] + p.get(f"{name}/bias", 0.0)
 
     def norm(x, name):
         centred = x - x.mean(-1, keepdims=True)
@@ -36,7 +52,12 @@ def numpy_vit(params, images, num_heads):
     patches = images.reshape(n, rows, side, columns, side, channels).transpose(0, 1, 3, 2, 4, 5)
     tokens = patches.reshape(n, rows * columns, -1) @ kernel.reshape(-1, width)
     tokens = tokens + p["patch_embed/bias"]
-    x = np.concatenate([np.broadcast_to(p["cls_token"], (n, 1, width)), tokens], 1) + p["pos_embed"]
+    prefix, positions = [], p.get("pos_embed", np.zeros((1, 1 + rows * columns, 1)))
+    if pooling == "class_token":
+        prefix, positions = [p["cls_token"] + positions[:, :1]], positions[:, 1:]
+    prefix += [p["reg_token"]] if "reg_token" in p else []
+    prefix = [np.broadcast_to(part, (n, *part.shape[1:])) for part in prefix]
+    x = np.concatenate([*prefix, tokens + positions], 1)
     for layer in range(2):
         block = f"blocks_{layer}"
         y = norm(x, f"{block}/norm1")
@@ -44,13 +65,61 @@ def numpy_vit(params, images, num_heads):
             dense(y, f"{block}/attn/{name}").reshape(n, -1, num_heads, width // num_heads)
             for name in ("query", "key", "value")
         )
+        if "pos_embed" not in p:
+            for head in (q, k):
+                head[:, -rows * columns :] = numpy_turned(
+                    head[:, -rows * columns :].reshape(n, rows, columns, *head.shape[2:])
+                ).reshape(n, rows * columns, *head.shape[2:])
         weights = softmax(np.einsum("nqhd,nkhd->nhqk", q, k) / np.sqrt(width // num_heads))
         mixed = np.einsum("nhqk,nkhd->nqhd", weights, v).reshape(n, -1, width)
-        x = x + dense(mixed, f"{block}/attn/proj")
+        x = x + dense(mixed, f"{block}/attn/proj") * p.get(f"{block}/ls1/gamma", 1.0)
         hidden = dense(norm(x, f"{block}/norm2"), f"{block}/mlp/fc1")
         hidden = 0.5 * hidden * (1 + erf(hidden / np.sqrt(2)))
-        x = x + dense(hidden, f"{block}/mlp/fc2")
-    return dense(norm(x, "norm")[:, 0], "head")
+        x = x + dense(hidden, f"{block}/mlp/fc2") * p.get(f"{block}/ls2/gamma", 1.0)
+    patches = x[:, -rows * columns :]
+    features = {
+        "class_token": lambda: norm(x, "norm")[:, 0],
+        "mean": lambda: norm(patches, "norm").mean(1),
+        "mean_norm": lambda: norm(patches.mean(1), "fc_norm"),
+    }
+    return dense(features[pooling](), "head")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"registers": 2, "layer_scale": 0.3, "positions": "rotary"},
+        slow({"registers": 1, "pooling": "mean_norm", "pad_tokens": 8}),
+        slow({"layer_scale": 0.3, "pooling": "mean"}),
+        slow({"registers": 1, "positions": "rotary", "remat": True, "pad_tokens": 8}),
+    ],
+)
+def test_vit_with_its_options_agrees_with_the_same_network_in_numpy(options):
+    model = models.VisionTransformer(
+        5, patch_size=4, width=16, depth=2, num_heads=2, mlp_ratio=1, **options
+    )
+    images = np.random.default_rng(1).normal(size=(2, 8, 12, 3)).astype(np.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    rng = np.random.default_rng(2)
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32) / 3, shapes)
+    got = jax.jit(model.apply)({"params": params}, images)
+    wanted = numpy_vit(params, images, 2, options.get("pooling", "class_token"))
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+    paths = set(trees.leaves_by_path(params))
+    assert ("reg_token" in paths) == ("registers" in options)
+    assert ("blocks_1/ls2/gamma" in paths) == ("layer_scale" in options)
+    assert ("cls_token" in paths) == ("pooling" not in options)
+    rotary = "positions" in options
+    assert ("pos_embed" not in paths) == ("blocks_0/attn/key/bias" not in paths) == rotary
+
+
+def test_layer_scales_begin_at_their_value_and_a_pooling_has_a_known_name():
+    images = jnp.ones((1, 8, 8, 3))
+    model = models.VisionTransformer(5, 8, width=4, depth=1, num_heads=1, layer_scale=1e-5)
+    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
+    assert (params["blocks_0"]["ls1"]["gamma"] == 1e-5).all()
+    with pytest.raises(InvalidInput, match="pooling=max: must be one of class_token, mean"):
+        models.VisionTransformer(5, 8, pooling="max").init(jax.random.key(0), images)
 
 
 @pytest.mark.slow

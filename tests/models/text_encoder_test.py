@@ -1,6 +1,7 @@
 import functools
 import importlib.util
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ import pytest
 from pm_jax import models, trees
 from pm_jax.types import InvalidInput
 from pm_jax.weights import pretrained
+from pm_jax.weights.model_config import check_config
+from pm_jax.weights.public_names import known
 
 VOCABULARY, WIDTH, DEPTH, HEADS, CLASSES, POSITIONS = 40, 24, 2, 3, 5, 12
 IDS = jnp.asarray([[3, 9, 4, 17, 0, 0], [5, 6, 0, 0, 0, 0], [1, 2, 3, 4, 5, 6]])
@@ -102,6 +105,64 @@ def test_hidden_states_are_those_of_transformers_before_import_and_after_export(
     pretrained.write_tensors({**kept, **body}, tmp_path / "model.safetensors", overwrite=True)
     again = transformers.BertModel.from_pretrained(tmp_path)
     np.testing.assert_allclose(features(merged), pooled(again), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "kind, left",
+    [
+        ("BertForPreTraining", {"bert.pooler.dense", "cls.predictions", "cls.seq_relationship"}),
+        ("BertForMaskedLM", {"cls.predictions"}),
+        ("BertForSequenceClassification", {"bert.pooler.dense", "classifier"}),
+        ("BertForQuestionAnswering", {"qa_outputs"}),
+    ],
+)
+def test_hidden_states_of_berts_with_heads_are_those_of_transformers(kind, left, tmp_path):
+    torch = pytest.importorskip("torch", reason="needs the extra parity")
+    transformers = pytest.importorskip("transformers", reason="needs the extra parity")
+    config = transformers.BertConfig(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=DEPTH,
+        num_attention_heads=HEADS, intermediate_size=4 * WIDTH, max_position_embeddings=POSITIONS,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    theirs = getattr(transformers, kind)(config).eval()
+    theirs.save_pretrained(tmp_path)
+    check_config(tmp_path, encoder())
+    tensors = pretrained.read_tensors(tmp_path)
+    # Files that TensorFlow's were converted to have older names of the norms.
+    older = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): tensor
+        for name, tensor in tensors.items()
+    }
+    found = {re.sub(r"(cls\.predictions).*", r"\1", name) for name in pretrained.left_out(older)}
+    assert found == left
+    start = random_params()
+    params = pretrained.load_params(older, start)
+    ids, mask = torch.tensor(np.asarray(IDS)), torch.tensor(np.asarray(IDS != 0)).long()
+
+    def pooled(theirs):
+        with torch.no_grad():
+            states = theirs.bert(input_ids=ids, attention_mask=mask).last_hidden_state
+        weights = mask[:, :, None].float()
+        return ((states * weights).sum(1) / weights.sum(1)).numpy()
+
+    def logits(params, states):
+        return states @ params["head"]["kernel"] + params["head"]["bias"]
+
+    got = encoder().apply({"params": params}, IDS)
+    np.testing.assert_allclose(got, logits(params, pooled(theirs)), rtol=1e-4, atol=1e-4)
+    merged = random_params(5)
+    form = known(older).form
+    exported = pretrained.export_params(merged, form)
+    assert {name for name in older if name not in exported and "bert.pooler" not in name} == {
+        name for name in older if name.startswith(("cls.", "qa_outputs."))
+    }
+    pretrained.write_tensors(exported, tmp_path / "model.safetensors", overwrite=True)
+    again = transformers.BertForSequenceClassification.from_pretrained(tmp_path, num_labels=CLASSES)
+    got = encoder().apply({"params": merged}, IDS)
+    np.testing.assert_allclose(got, logits(merged, pooled(again.eval())), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(again.classifier.weight.detach(), merged["head"]["kernel"].T)
 
 
 def test_minilm_loads_whole():

@@ -1,4 +1,5 @@
 import functools
+import json
 import pathlib
 import re
 
@@ -9,7 +10,7 @@ import pytest
 
 from pm_jax import models, trees
 from pm_jax.types import InvalidInput
-from pm_jax.weights import pretrained
+from pm_jax.weights import model_config, pretrained, public_names
 
 SHARED = pathlib.Path(__file__).parents[3] / "shared" / "data"
 VIT_TINY = SHARED / "vit_tiny" / "model.safetensors"
@@ -142,6 +143,50 @@ def test_files_that_cannot_be_read_or_written_are_refused(tmp_path):
         pretrained.read_tensors(tmp_path / "none.npz")
 
 
+def test_a_folder_and_its_shards_are_read_whole(tmp_path):
+    tensors = pretrained.export_params(random_params(), "timm")
+    pretrained.write_tensors(tensors, tmp_path / "model.safetensors")
+    names = sorted(tensors)
+    (tmp_path / "shards").mkdir()
+    place = {}
+    for number, part in enumerate((names[:20], names[20:23], names[23:]), 1):
+        file = f"model-0000{number}-of-00003.safetensors"
+        place |= dict.fromkeys(part, file)
+        pretrained.write_tensors({n: tensors[n] for n in part}, tmp_path / "shards" / file)
+    index = tmp_path / "shards" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": place}))
+    for path in (tmp_path, tmp_path / "shards", index):
+        read = pretrained.read_tensors(path)
+        assert sorted(read) == names
+        assert all(np.array_equal(read[name], tensors[name]) for name in names)
+
+
+def test_weights_in_half_precision_become_float32(tmp_path):
+    tensors = pretrained.export_params(random_params(), "timm")
+    half = {name: tensor.astype(jnp.bfloat16) for name, tensor in tensors.items()}
+    pretrained.write_tensors(half, tmp_path / "model.safetensors")
+    read = pretrained.read_tensors(tmp_path / "model.safetensors")
+    loaded = pretrained.load_params(read, random_params(1), head=True)
+    wanted = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), random_params())
+    assert_same(loaded, wanted)
+
+
+def test_a_tree_of_orbax_is_read_at_its_newest_step_or_the_named_one(tmp_path):
+    from orbax import checkpoint as orbax
+
+    with orbax.PyTreeCheckpointer() as checkpointer:
+        for step in (1, 2):
+            tree = {"params": random_params(step)}
+            checkpointer.save(tmp_path / "steps" / str(step), tree)
+    for path, seed in (("steps", 2), ("steps@1", 1), ("steps/1", 1)):
+        tensors = pretrained.read_tensors(tmp_path / path)
+        assert pretrained.layout_of(tensors) == "flax"
+        assert pretrained.left_out(tensors) == ("params/head",)
+        assert_same(
+            pretrained.load_params(tensors, random_params(), head=True), random_params(seed)
+        )
+
+
 # Other people's implementations, where they are installed (the extra `parity`).
 
 
@@ -219,6 +264,168 @@ def test_logits_are_those_of_transformers_before_import_and_after_export(tmp_pat
     )
     again = transformers.ViTForImageClassification.from_pretrained(tmp_path).eval()
     close_to_torch(again, model, merged, images_for())
+
+
+def dino(**options):
+    return models.VisionTransformer(
+        CLASSES, PATCH, None, WIDTH, DEPTH, HEADS, layer_scale=1e-5, **options
+    )
+
+
+def random_params_of(model, seed=0):
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images_for())["params"]
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(0.2 * rng.normal(size=x.shape), jnp.float32), shapes)
+
+
+@pytest.mark.parametrize(
+    "model, theirs",
+    [
+        (dino(), {"init_values": 1e-5}),
+        (dino(registers=3), {"init_values": 1e-5, "reg_tokens": 3, "no_embed_class": True}),
+        (
+            dino(registers=2, pooling="mean_norm"),
+            {"init_values": 1e-5, "reg_tokens": 2, "no_embed_class": True, "class_token": False,
+             "global_pool": "avg"},
+        ),
+        (
+            dino(pooling="mean"),
+            {"init_values": 1e-5, "class_token": False, "global_pool": "avg", "fc_norm": False},
+        ),
+    ],
+)  # fmt: skip
+def test_logits_of_vits_with_options_are_those_of_timm_in_and_out(model, theirs):
+    pytest.importorskip("torch", reason="needs the extra parity")
+    timm = pytest.importorskip("timm", reason="needs the extra parity")
+
+    def make():
+        return timm.models.VisionTransformer(
+            img_size=SIZE, patch_size=PATCH, embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS,
+            num_classes=CLASSES, **theirs,
+        )  # fmt: skip
+
+    first, again = randomized(make()), make().eval()
+    start = random_params_of(model)
+    params = pretrained.load_params(numpy_state(first), start, head=True)
+    close_to_torch(first, model, params, images_for())
+    again.load_state_dict(torch_state(pretrained.export_params(start, "timm")))
+    close_to_torch(again, model, start, images_for())
+
+
+def test_deit_iii_and_dinov2_of_its_authors_are_those_of_timm():
+    """DeiT III has no position of the class token; the authors' DINOv2 has, and timm adds it."""
+    pytest.importorskip("torch", reason="needs the extra parity")
+    timm = pytest.importorskip("timm", reason="needs the extra parity")
+    sizes = {
+        "img_size": SIZE, "patch_size": PATCH, "embed_dim": WIDTH, "depth": DEPTH,
+        "num_heads": HEADS, "num_classes": CLASSES, "init_values": 1e-5, "no_embed_class": True,
+    }  # fmt: skip
+    theirs = randomized(timm.models.VisionTransformer(**sizes))
+    state = numpy_state(theirs)
+    params = pretrained.load_params(state, random_params_of(dino()), head=True)
+    close_to_torch(theirs, dino(), params, images_for())
+    again = timm.models.VisionTransformer(**sizes).eval()
+    form = public_names.known(state).form
+    again.load_state_dict(torch_state(pretrained.export_params(params, form)))
+    close_to_torch(again, dino(), params, images_for())
+
+    model = dino(registers=4)
+    params = random_params_of(model)
+    authors = pretrained.export_params(params, public_names.Form("timm", class_position=True))
+    authors["register_tokens"] = authors.pop("reg_token")
+    authors["mask_token"] = np.zeros((1, WIDTH), np.float32)
+    theirs = timm.models.VisionTransformer(**sizes, reg_tokens=4).eval()
+    filtered = timm.models.vision_transformer.checkpoint_filter_fn(torch_state(authors), theirs)
+    theirs.load_state_dict(filtered)
+    loaded = pretrained.load_params(authors, random_params_of(model, 1), head=True)
+    close_to_torch(theirs, model, loaded, images_for())
+
+
+@pytest.mark.parametrize("registers", [0, 3])
+def test_logits_and_features_of_dinov2_are_those_of_transformers(registers, tmp_path):
+    pytest.importorskip("torch", reason="needs the extra parity")
+    transformers = pytest.importorskip("transformers", reason="needs the extra parity")
+    name = "Dinov2WithRegisters" if registers else "Dinov2"
+    config = getattr(transformers, f"{name}Config")(
+        hidden_size=WIDTH, num_hidden_layers=DEPTH, num_attention_heads=HEADS, image_size=SIZE,
+        patch_size=PATCH, num_labels=CLASSES, mlp_ratio=4, layerscale_value=0.5,
+        **({"num_register_tokens": registers} if registers else {}),
+    )  # fmt: skip
+    model = dino(registers=registers)
+    theirs = randomized(getattr(transformers, f"{name}Model")(config))
+    theirs.save_pretrained(tmp_path)
+    model_config.check_config(tmp_path, model)
+    tensors = pretrained.read_tensors(tmp_path)
+    assert pretrained.left_out(tensors) == ("embeddings.mask_token",)
+    identity = {"kernel": jnp.eye(WIDTH), "bias": jnp.zeros(WIDTH)}
+    params = pretrained.load_params(tensors, {**random_params_of(model), "head": identity})
+    features = dino(registers=registers).clone(num_classes=WIDTH)
+    close_to_torch(lambda x: theirs(x).pooler_output, features, params, images_for())
+    # Back under the names that the file has, and those of the classifier, in both of their models.
+    merged = random_params_of(model, 7)
+    again = pretrained.export_params(merged, public_names.known(tensors).form)
+    assert set(tensors) - set(again) == {"embeddings.mask_token"}
+    pretrained.write_tensors(again, tmp_path / "model.safetensors", overwrite=True)
+    whole = getattr(transformers, f"{name}ForImageClassification").from_pretrained(tmp_path)
+    close_to_torch(whole.eval(), model, merged, images_for())
+
+
+def test_features_of_dinov3_are_those_of_transformers(tmp_path):
+    pytest.importorskip("torch", reason="needs the extra parity")
+    transformers = pytest.importorskip("transformers", reason="needs the extra parity")
+    width, size = 32, (2 * SIZE, SIZE)
+    config = transformers.DINOv3ViTConfig(
+        hidden_size=width, num_hidden_layers=DEPTH, num_attention_heads=2, patch_size=PATCH,
+        intermediate_size=4 * width, layerscale_value=0.5, num_register_tokens=4,
+    )  # fmt: skip
+    model = models.VisionTransformer(
+        width, PATCH, None, width, DEPTH, 2, layer_norm_epsilon=1e-5, layer_scale=1e-5, registers=4,
+        positions="rotary",
+    )  # fmt: skip
+    images = jax.random.normal(jax.random.key(3), (4, *size, 3))
+    theirs = randomized(transformers.DINOv3ViTModel(config))
+    theirs.save_pretrained(tmp_path)
+    model_config.check_config(tmp_path, model)
+    tensors = pretrained.read_tensors(tmp_path)
+    assert pretrained.left_out(tensors) == ("embeddings.mask_token",)
+    identity = {"kernel": jnp.eye(width), "bias": jnp.zeros(width)}
+    params = pretrained.load_params(tensors, {**random_params_of(model), "head": identity})
+    close_to_torch(lambda x: theirs(x).pooler_output, model, params, images)
+    merged = {**random_params_of(model, 7), "head": identity}
+    again = pretrained.export_params(merged, public_names.known(tensors).form)
+    pretrained.write_tensors(again, tmp_path / "model.safetensors", overwrite=True)
+    loaded = transformers.DINOv3ViTModel.from_pretrained(tmp_path).eval()
+    close_to_torch(lambda x: loaded(x).pooler_output, model, merged, images)
+
+
+def test_features_of_vit_models_are_those_of_transformers(tmp_path):
+    """ViTModel, with a pooler and without a prefix, and I-JEPA, whose patches have a mean."""
+    pytest.importorskip("torch", reason="needs the extra parity")
+    transformers = pytest.importorskip("transformers", reason="needs the extra parity")
+    sizes = {
+        "hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS,
+        "image_size": SIZE, "intermediate_size": 4 * WIDTH, "patch_size": PATCH,
+        "num_labels": CLASSES, "layer_norm_eps": 1e-6,
+    }  # fmt: skip
+    identity = {"kernel": jnp.eye(WIDTH), "bias": jnp.zeros(WIDTH)}
+    theirs = randomized(transformers.ViTModel(transformers.ViTConfig(**sizes)))
+    theirs.save_pretrained(tmp_path / "vit")
+    tensors = pretrained.read_tensors(tmp_path / "vit")
+    assert pretrained.left_out(tensors) == ("pooler.dense",)
+    params = pretrained.load_params(tensors, {**random_params(), "head": identity})
+    features = vit().clone(num_classes=WIDTH)
+    close_to_torch(lambda x: theirs(x).last_hidden_state[:, 0], features, params, images_for())
+    again = pretrained.export_params(random_params(7), public_names.known(tensors).form)
+    pretrained.write_tensors(again, tmp_path / "vit" / "model.safetensors", overwrite=True)
+    whole = transformers.ViTForImageClassification.from_pretrained(tmp_path / "vit").eval()
+    close_to_torch(whole, vit(), random_params(7), images_for())
+
+    model = vit().clone(pooling="mean")
+    jepa = transformers.IJepaForImageClassification(transformers.IJepaConfig(**sizes))
+    randomized(jepa).save_pretrained(tmp_path / "jepa")
+    tensors = pretrained.read_tensors(tmp_path / "jepa")
+    params = pretrained.load_params(tensors, random_params_of(model), head=True)
+    close_to_torch(jepa, model, params, images_for())
 
 
 # The real thing.

@@ -130,6 +130,10 @@ def _model(s: Settings) -> Iterator[Condition]:
     for name in ("attention", "remat"):
         remedy = f"has no effect on model=mlp; use {getattr(Settings, name)}"
         yield name, getattr(s, name) == getattr(Settings, name) or s.model != "mlp", remedy
+    for name in ("registers", "layer_scale", "pooling", "positions"):
+        remedy = f"has no effect on model={s.model}; use {getattr(Settings, name)}"
+        is_vit = s.model.startswith("vit")
+        yield name, is_vit or getattr(s, name) == getattr(Settings, name), remedy
     if s.reads_text:
         remedy = f"reads texts and dataset={s.dataset} has images; choose a dataset of texts"
         yield "model", s.dataset not in ("digits", *sources.DOMAINS), remedy
@@ -140,6 +144,11 @@ def _model(s: Settings) -> Iterator[Condition]:
         yield "tokenizer", bool(s.tokenizer or s.pretrained or tokens), remedy
     if s.model in ("vit", "text_encoder"):
         yield "num_heads", s.width % s.num_heads == 0, f"must divide width={s.width}"
+    if s.model == "vit":
+        remedy = (
+            f"must leave heads of a multiple of 4 numbers of width={s.width} for rotary positions"
+        )
+        yield "num_heads", s.positions == "learned" or s.width // s.num_heads % 4 == 0, remedy
 
 
 def _own_model(s: Settings, model: str) -> Iterator[Condition]:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,6 +26,16 @@ from pm_jax.types import InvalidInput, Params
 
 MLP_KERNELS, ATTENTION_KERNELS = r"hidden_\d+/kernel", r".*/attn/(key|value)/kernel"
 """Kernels that get adapters by default."""
+FAMILIES: dict[str, dict[str, Any]] = {
+    "dinov2": {"layer_scale": 1e-5},
+    "dinov3": {
+        "layer_scale": 1e-5,
+        "registers": 4,
+        "positions": "rotary",
+        "layer_norm_epsilon": 1e-5,
+    },
+}
+"""Options of architectures whose names have these words."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,9 +119,11 @@ class Config(Settings):
         if self.model == "mlp":
             return models.MLP(num_classes, self.hidden_sizes, dtype)
         sizes = PUBLIC_SIZES.get(self.model, (self.width, self.depth, self.num_heads))
-        # BERT was trained with 1e-12, the public weights of timm and AugReg with 1e-6.
+        family = next((FAMILIES[name] for name in FAMILIES if name in self.model), {})
+        # BERT was trained with 1e-12, most public weights of ViTs with 1e-6.
+        usual = family.get("layer_norm_epsilon", 1e-12 if self.reads_text else 1e-6)
         options: dict[str, Any] = {
-            "layer_norm_epsilon": self.layer_norm_epsilon or (1e-12 if self.reads_text else 1e-6),
+            "layer_norm_epsilon": self.layer_norm_epsilon or usual,
             "dtype": dtype,
             "attention": self.attention,
             "remat": self.remat == "blocks",
@@ -118,9 +131,16 @@ class Config(Settings):
         if self.reads_text:
             positions = conditions.TEXT_POSITIONS
             return models.TextEncoder(num_classes, self.vocabulary, positions, *sizes, **options)
-        # The names of the public sizes say 16.
-        patch = 16 if self.model in PUBLIC_SIZES else self.patch_size
+        # The names of the public sizes say the patch.
+        named = re.search(r"_patch(\d+)", self.model)
+        patch = int(named[1]) if named else self.patch_size
         side = self.image_size or None
+        options |= {
+            "registers": self.registers or family.get("registers", 0),
+            "layer_scale": self.layer_scale or family.get("layer_scale", 0.0),
+            "positions": family.get("positions", self.positions),
+            "pooling": self.pooling,
+        }
         return models.VisionTransformer(num_classes, patch, side, *sizes, **options)
 
     @property
@@ -223,7 +243,9 @@ class Config(Settings):
 
     def _texts(self) -> stream.LabelledArrays:
         # Public text models come with their tokenizer in the same folder.
-        beside = str(pathlib.Path(self.pretrained).parent / "tokenizer.json")
+        weights = pathlib.Path(self.pretrained)
+        folder = weights if weights.is_dir() else weights.parent
+        beside = str(folder / "tokenizer.json")
         arrays = texts.load(
             self.dataset,
             self.data_dir,

@@ -10,11 +10,18 @@ from pm_jax import classifiers, rules
 from pm_jax.continual.settings.chosen_classifiers import CORRECTIONS, RECOMMENDED
 from pm_jax.data import augmentation, stream
 from pm_jax.models.attention import IMPLEMENTATIONS
+from pm_jax.models.vit import POOLINGS, POSITIONS
 
 PUBLIC_SIZES = {
     "vit_tiny_patch16": (192, 12, 3),
     "vit_small_patch16": (384, 12, 6),
     "vit_base_patch16": (768, 12, 12),
+    "vit_small_patch14_dinov2": (384, 12, 6),
+    "vit_base_patch14_dinov2": (768, 12, 12),
+    "vit_large_patch14_dinov2": (1024, 24, 16),
+    "vit_small_patch16_dinov3": (384, 12, 6),
+    "vit_base_patch16_dinov3": (768, 12, 12),
+    "vit_large_patch16_dinov3": (1024, 24, 16),
     "minilm_l6": (384, 6, 12),
     "bert_base": (768, 12, 12),
 }
@@ -164,7 +171,8 @@ class Settings:
     )
     pretrained: str = _model(
         "",
-        "Weights to start from, .safetensors of timm or transformers or AugReg's .npz; empty to "
+        "Weights to start from: a folder or file of timm or transformers (safetensors, in shards "
+        "too), AugReg's .npz, or a folder of Orbax (its newest step, or folder@step); empty to "
         "start from scratch, with the first task as pre-training. Grey images become RGB for them.",
     )
     tokenizer: str = _model(
@@ -201,14 +209,39 @@ class Settings:
     # 0 means "that of the public weights", which differs between the two encoders.
     layer_norm_epsilon: NonNegativeReal = _model(
         0.0,
-        "Of the layer norms; 0 for 1e-6 in a vit, which is timm's and AugReg's, and 1e-12 in text "
-        "encoders. transformers' ViT weights need 1e-12.",
+        "Of the layer norms; 0 for 1e-6 in a vit, which is timm's and AugReg's, 1e-5 in a dinov3 "
+        "model, and 1e-12 in text encoders. transformers' ViT weights need 1e-12.",
     )
     hidden_sizes: tuple[int, ...] = _model((256, 256), "mlp: width of each hidden layer.")
     patch_size: Positive = _model(2, "vit: side of a patch in pixels; must divide the image.")
     width: Positive = _model(64, "vit, text_encoder: width of the tokens.")
     depth: Positive = _model(4, "vit, text_encoder: number of blocks.")
     num_heads: Positive = _model(4, "vit, text_encoder: attention heads; must divide the width.")
+    registers: Natural = _model(
+        0,
+        "vit: learned tokens that no classifier reads, 4 in the reg4 weights of DINOv2; a dinov3 "
+        "model has 4.",
+        later=True,
+    )
+    layer_scale: NonNegativeReal = _model(
+        0.0,
+        "vit: initial value of learned factors of what blocks add; 0 for none, and for 1e-5 in a "
+        "dinov2 or dinov3 model.",
+        later=True,
+    )
+    pooling: str = _model(
+        "class_token",
+        "vit: what the classifier reads. mean and mean_norm, without a class token: the mean of "
+        "the patches after the last norm, or before it.",
+        POOLINGS,
+        later=True,
+    )
+    positions: str = _model(
+        "learned",
+        "vit: an embedding of each position, or rotary ones, which a dinov3 model has.",
+        POSITIONS,
+        later=True,
+    )
 
     # Adapters.
     adapter: str = _training(

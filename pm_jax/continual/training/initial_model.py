@@ -20,6 +20,7 @@ from pm_jax.models import attention
 from pm_jax.models.model import Model, classifier_pattern
 from pm_jax.types import Array, InvalidInput, Key, Params, PyTree
 from pm_jax.weights import pretrained
+from pm_jax.weights.model_config import check_config
 
 
 def partitions(
@@ -107,6 +108,7 @@ def starting_params(config: Config, params: Params) -> Params:
     """
     if config.from_scratch:
         return params
+    check_config(config.pretrained, config.network(num_classes=1))
     tensors = pretrained.read_tensors(config.pretrained)
     try:
         return pretrained.load_params(tensors, params)
