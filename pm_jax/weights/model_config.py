@@ -44,7 +44,7 @@ _SETTINGS: dict[str, tuple[str, Callable[[Any], Any]]] = {
 }
 """Settings of transformers, those of the binaries that are the same, and what a model has."""
 
-_TIMM = re.compile(r"(?:vit|deit3?)_(tiny|small|base|large)_patch(\d+)(?!.*quickgelu).*")
+_TIMM = re.compile(r"(?:vit|deit3?)_(tiny|small|base|large)_patch(\d+).*")
 _TIMM_HEADS = {"tiny": 3, "small": 6, "base": 12, "large": 16}
 
 

@@ -83,7 +83,7 @@ def left_out(tensors: Mapping[str, np.ndarray], *, head: bool = False) -> tuple[
         heads = {"head.weight", "head.bias", "head/kernel", "head/bias", "classifier.weight",
                  "classifier.bias"}  # fmt: skip
         names += [found.form.names.get(name, name) for name in found.tensors if name in heads]
-    leaf = re.compile(r"[./](weight|bias|kernel|gamma|beta)$")
+    leaf = re.compile(r"[./](weight|bias|kernel|gamma|beta)(/value)?$")
     return tuple(dict.fromkeys(leaf.sub("", name) for name in names))
 
 

@@ -202,6 +202,38 @@ def test_weights_of_augreg_and_none_go_out_in_timms_layout(tmp_path):
         assert export.form_for(config).layout == "timm"
 
 
+def test_a_run_says_what_it_leaves_out_and_writes_the_names_that_it_started_from(tmp_path, capsys):
+    model = VIT.clone(registers=2, layer_scale=1e-5)
+    shapes = jax.eval_shape(model.init, jax.random.key(1), jnp.ones((1, 8, 8, 3)))["params"]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32) / 5, shapes)
+    tensors = pretrained.export_params(params, "dinov2")
+    tensors = {
+        name if name.startswith("classifier") else f"dinov2_with_registers.{name}": tensor
+        for name, tensor in tensors.items()
+    }
+    masking = {"dinov2_with_registers.embeddings.mask_token": np.zeros((1, 16), np.float32)}
+    folder, merged = tmp_path / "dino", tmp_path / "merged.safetensors"
+    folder.mkdir()
+    pretrained.write_tensors(tensors | masking, folder / "model.safetensors")
+    (folder / "config.json").write_text(
+        '{"model_type": "dinov2_with_registers", "num_register_tokens": 2, "layer_norm_eps": 1e-6}'
+    )
+    run = [f"--workdir={tmp_path / 'run'}", f"--pretrained={folder}", *DIGITS, "--registers=2"]
+    run += ["--layer_scale=1e-5", "--noreport"]
+    adapter = refused(capsys, "train", *run, f"--export_adapter={tmp_path / 'adapter'}")
+    assert "is not written under transformers' names of DINO" in adapter
+    call("train", *run, f"--export={merged}")
+    said = f"pretrained={folder}: left out {next(iter(masking))}, classifier\n"
+    assert said in capsys.readouterr().err
+    found = pretrained.read_tensors(merged)
+    assert {name: x.shape for name, x in found.items()} == {
+        name: x.shape for name, x in tensors.items()
+    }
+    kept = "dinov2_with_registers.encoder.layer.0.layer_scale1.lambda1"
+    assert np.array_equal(found[kept], tensors[kept])
+
+
 def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path):
     with pytest.raises(InvalidInput, match="export=.*: cannot be written"):
         pretrained.write_tensors({"w": np.ones(2)}, tmp_path / "none" / "m.safetensors")

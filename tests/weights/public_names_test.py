@@ -138,7 +138,7 @@ KINDS = {
     "Dinov2WithRegistersForImageClassification": (
         DINO_REG, "dinov2", dinov2_for_classification, ["classifier"]),
     "DINOv3ViTModel": (ROTARY, "dinov3", dinov2_model, ["embeddings.mask_token"]),
-    "state of nnx": (DINO_REG, "flax", state_of_nnx, ["head/bias", "head/kernel"]),
+    "state of nnx": (DINO_REG, "flax", state_of_nnx, ["head"]),
     "train state": (BERT, "flax", train_state, ["params/head"]),
 }  # fmt: skip
 """Model, layout, the file's tensors from those of the layout, and the modules left out."""
@@ -167,7 +167,7 @@ def test_each_kind_fills_the_model_and_goes_back_under_its_names(kind):
     again = pretrained.export_params(params, known(tensors).form, num_heads=HEADS)
     modules = tuple(f"{name}{end}" for name in wanted for end in (".", "/", ""))
     body = [name for name in tensors if not name.startswith(modules)]
-    assert len(body) > 30
+    assert len(body) > 25
     assert all(np.array_equal(again[name], tensors[name]) for name in body)
     # Besides the file's tensors there is the classifier, and nothing else.
     assert all(name in body or name.startswith(("head", "classifier")) for name in again)
@@ -243,7 +243,7 @@ WITHOUT_MODEL = {
 def test_what_has_no_model_is_refused_by_name(what):
     tensors = pretrained.export_params(params_of(VIT), "timm")
     for name in WITHOUT_MODEL[what]:
-        with pytest.raises(InvalidInput, match=f"pretrained: is .*{what}.*; give weights of "):
+        with pytest.raises(InvalidInput, match=f"pretrained: is .*{what}.*; give .*weights of "):
             pretrained.load_params(tensors | {name: random(2)}, params_of(VIT))
 
 
