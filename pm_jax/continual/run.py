@@ -42,6 +42,7 @@ from pm_jax.continual.training.initial_model import (
 )
 from pm_jax.continual.training.partition import Partition
 from pm_jax.weights import pretrained
+from pm_jax.weights.model_config import remark_on_pixels
 
 FINISHED_FILES = (RESULTS_FILE, landscape.FILE)
 
@@ -172,7 +173,7 @@ def run_with_baseline(
 
 
 def remarks(config: Config) -> list[str]:
-    """Say in lines what a run does not use of the weights that it starts from.
+    """Say in lines what a run does not use of its weights, and how its pixels differ from theirs.
 
     Raises:
         InvalidInput: weights that cannot be read, or that no model is for.
@@ -180,7 +181,9 @@ def remarks(config: Config) -> list[str]:
     if config.from_scratch:
         return []
     names = pretrained.left_out(pretrained.read_tensors(config.pretrained))
-    return [f"pretrained={config.pretrained}: left out {files.listed(names)}"] if names else []
+    lines = [f"pretrained={config.pretrained}: left out {files.listed(names)}"] if names else []
+    pixels = "" if config.reads_text else remark_on_pixels(config.pretrained)
+    return lines + [pixels] * bool(pixels)
 
 
 def describe(config: Config, seed: int = 0) -> str:

@@ -73,7 +73,7 @@ def turns(grid: tuple[int, int], prefix: int, extra: int, head_size: int) -> np.
 
 def turned(x: Array, angles: Array) -> Array:
     """Turn the pairs of entries i and i + H / 2 of x [N, T, heads, H] by angles [T, H / 2]."""
-    cosine, sine = (part(angles)[:, None].astype(x.dtype) for part in (jnp.cos, jnp.sin))
+    cosine, sine = (part(angles)[None, :, None].astype(x.dtype) for part in (jnp.cos, jnp.sin))
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], -1)
 
@@ -127,7 +127,7 @@ class LayerScale(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Map [N, T, D] to [N, T, D]."""
         gamma = self.param("gamma", nn.initializers.constant(self.initial), (x.shape[-1],))
-        return x * gamma.astype(x.dtype)
+        return x * gamma.astype(x.dtype)[None, None]
 
 
 class Block(nn.Module):

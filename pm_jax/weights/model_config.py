@@ -8,6 +8,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from pm_jax import files, models
@@ -48,6 +49,42 @@ _TIMM = re.compile(r"(?:vit|deit3?)_(tiny|small|base|large)_patch(\d+).*")
 _TIMM_HEADS = {"tiny": 3, "small": 6, "base": 12, "large": 16}
 
 
+def remark_on_pixels(path: str | os.PathLike) -> str:
+    """Say in a line on what other pixels the weights were trained than a run gives them.
+
+    Args:
+        path: what `pretrained.read_tensors` takes.
+
+    Returns:
+        The line; empty where the pixels are the same, or nothing beside the weights tells.
+    """
+    folder = _folder(path)
+    for name, keys in (
+        ("preprocessor_config.json", ("image_mean", "image_std")),
+        (CONFIG_FILE, ("mean", "std")),
+    ):
+        try:
+            content = files.read_json(folder / name, dict)
+            content = content.get("pretrained_cfg", content)
+            mean, deviation = ([float(x) for x in content[key]] for key in keys)
+        except (ValueError, OSError, KeyError, TypeError, AttributeError):
+            # Only the model depends on a damaged config.json, and `check_config` refuses it.
+            continue
+        if set(mean + deviation) == {0.5}:
+            return ""
+        return (
+            f"pretrained={path}: trained on pixels less {mean} over {deviation}; a run has them "
+            "less 0.5 over 0.5"
+        )
+    return ""
+
+
+def _folder(path: str | os.PathLike) -> Path:
+    """Return the folder of a checkpoint's files."""
+    file = checkpoint_files.find("pretrained", path).tensors[0]
+    return file if file.is_dir() else file.parent
+
+
 def check_config(path: str | os.PathLike, model: Any) -> None:
     """Check that the config.json of a checkpoint, if there is one, describes a model.
 
@@ -58,8 +95,7 @@ def check_config(path: str | os.PathLike, model: Any) -> None:
     Raises:
         InvalidInput: it cannot be read, or describes another model.
     """
-    file = checkpoint_files.find("pretrained", path).tensors[0]
-    file = (file if file.is_dir() else file.parent) / CONFIG_FILE
+    file = _folder(path) / CONFIG_FILE
     if not file.is_file():
         return
     try:

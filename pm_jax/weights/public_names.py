@@ -163,11 +163,12 @@ def _check_has_model(tensors: Mapping[str, np.ndarray]) -> None:
         if any(re.fullmatch(pattern, name) for name in tensors):
             raise InvalidInput(f"pretrained: is {what}")
     kinds = tensors.get("embeddings.token_type_embeddings.weight")
-    if kinds is not None and len(kinds) == 1:
+    if kinds is not None and np.shape(kinds)[:1] == (1,):
         raise InvalidInput(f"pretrained: is {_ROBERTA}")
-    first, second = (tensors.get(f"blocks.0.mlp.{name}.weight") for name in ("fc1", "fc2"))
+    mlp = (tensors.get(f"blocks.0.mlp.{name}.weight", 0) for name in ("fc1", "fc2"))
+    first, second = map(np.shape, mlp)
     # timm keeps the gate and what it opens in one matrix.
-    if first is not None and second is not None and len(first) == 2 * np.shape(second)[-1]:
+    if len(first) == len(second) == 2 and first[0] == 2 * second[1]:
         raise InvalidInput(f"pretrained: is {_SWIGLU}")
 
 
@@ -206,5 +207,5 @@ def _has_class_position(tensors: Mapping[str, np.ndarray]) -> bool:
         return True
     # timm adds the position to the class token in models with registers and in DeiT III.
     added = {"reg_token", "register_tokens", "blocks.0.ls1.gamma"} & set(tensors)
-    rows = np.shape(tensors["pos_embed"])[1]
+    (*_, rows, _) = (0, 0, *np.shape(tensors["pos_embed"]))
     return not (added and math.isqrt(rows) ** 2 == rows)

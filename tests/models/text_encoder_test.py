@@ -148,7 +148,8 @@ def test_hidden_states_of_berts_with_heads_are_those_of_transformers(kind, left,
         return ((states * weights).sum(1) / weights.sum(1)).numpy()
 
     def logits(params, states):
-        return states @ params["head"]["kernel"] + params["head"]["bias"]
+        head = jax.tree.map(np.asarray, params["head"])
+        return states @ head["kernel"] + head["bias"]
 
     got = encoder().apply({"params": params}, IDS)
     np.testing.assert_allclose(got, logits(params, pooled(theirs)), rtol=1e-4, atol=1e-4)

@@ -7,7 +7,7 @@ import pytest
 
 from pm_jax import models
 from pm_jax.types import InvalidInput
-from pm_jax.weights.model_config import check_config
+from pm_jax.weights.model_config import check_config, remark_on_pixels
 from pm_jax.weights.pretrained import write_tensors
 
 VIT = models.VisionTransformer(5, 4, None, 8, 1, 2, layer_norm_epsilon=1e-12)
@@ -103,6 +103,25 @@ def test_another_architecture_is_refused_by_its_name(folder):
     assert "num_attention_heads=6 and the model has 3; set num_heads=6, or" in text
     text = line(folder, {"architecture": "vit_base_patch32_clip_quickgelu_224"}, timm)
     assert "hidden_act=quick_gelu and the model has gelu" in text
+
+
+@pytest.mark.parametrize("form", ["transformers", "timm"])
+def test_other_pixels_than_a_runs_are_said(form, folder):
+    def said(mean, deviation):
+        if form == "timm":
+            pixels = {"architecture": "vit", "pretrained_cfg": {"mean": mean, "std": deviation}}
+            (folder / "config.json").write_text(json.dumps(pixels))
+        else:
+            pixels = json.dumps({"image_mean": mean, "image_std": deviation})
+            (folder / "preprocessor_config.json").write_text(pixels)
+        return remark_on_pixels(folder)
+
+    assert remark_on_pixels(folder) == said([0.5] * 3, [0.5] * 3) == ""
+    assert said([0.4, 0.5, 0.5], [0.5] * 3) == (
+        f"pretrained={folder}: trained on pixels less [0.4, 0.5, 0.5] over [0.5, 0.5, 0.5]; a run "
+        "has them less 0.5 over 0.5"
+    )
+    assert said("mean", None) == ""
 
 
 def test_a_damaged_config_is_refused(folder):
