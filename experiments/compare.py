@@ -14,7 +14,6 @@ sentence says whether adapting pays: the best rule that adapts against the froze
 """
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from experiments import flags as experiment_flags
 from pm_jax import rules
 from pm_jax.continual import Config
 from pm_jax.continual.interruption import StopRequests
-from pm_jax.continual.placement.processes import is_first
 from pm_jax.continual.report import comparison, comparison_plots
 from pm_jax.continual.report.adapting import UNKNOWN
 from pm_jax.continual.rule_comparison import (
@@ -34,7 +32,7 @@ from pm_jax.continual.rule_comparison import (
     table_of,
     write_tables,
 )
-from pm_jax.continual.run import describe, remarks
+from pm_jax.continual.run import describe
 from pm_jax.continual.storage.progress import waiting
 from pm_jax.types import InvalidInput
 
@@ -75,8 +73,6 @@ def main(argv: Sequence[str]) -> None:
         with waiting("reading data, compiling"):
             for config in dict.fromkeys(map(_what_is_described, configs.values())):
                 describe(config, values.seeds[0])
-        for line in remarks(base) if is_first() else ():
-            print(line, file=sys.stderr, flush=True)
         if values.dry_run:
             print(describe(base, values.seeds[0]))
             for label, config in configs.items():

@@ -3,7 +3,6 @@
 python -m experiments.train --workdir=runs/digits --seeds=0,1,2
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from pm_jax.continual.interruption import StopRequests
 from pm_jax.continual.placement.processes import is_first
 from pm_jax.continual.report.report import write_report
 from pm_jax.continual.report.results import table
-from pm_jax.continual.run import describe, remarks, run_with_baseline
+from pm_jax.continual.run import describe, run_with_baseline
 from pm_jax.continual.storage.progress import waiting
 from pm_jax.types import InvalidInput
 
@@ -49,8 +48,6 @@ def main(argv: Sequence[str]) -> None:
         export.check(destinations, config, values.seeds, workdir)
         with waiting("reading data, compiling"):
             description = describe(config, values.seeds[0])
-        for line in remarks(config) if is_first() else ():
-            print(line, file=sys.stderr, flush=True)
         if values.dry_run:
             print(description)
             return

@@ -28,7 +28,7 @@ from pm_jax.continual.storage.checkpoints import Checkpoints
 from pm_jax.continual.storage.logs import RunLog
 from pm_jax.continual.training import own_model
 from pm_jax.continual.training.divergence import check_finite, check_state
-from pm_jax.continual.training.initial_model import is_built_in, starting_params
+from pm_jax.continual.training.initial_model import is_built_in, remarks, starting_params
 from pm_jax.continual.training.steps import TaskSteps
 from pm_jax.continual.training.trainer import Trainer, TrainingState
 from pm_jax.data.stream import TaskStream
@@ -214,8 +214,8 @@ class Learner:
             tensorboard=self.options.tensorboard,
         )
         try:
-            for warning in warnings:
-                log.tell(warning)
+            for line in [*warnings, *([] if step else remarks(self.config))]:
+                log.tell(line)
             if step:
                 log.tell(f"going on from step {step} of {self.total_steps}")
             elif self._by_domain:

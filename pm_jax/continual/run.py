@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from pm_jax import files, lora, trees
+from pm_jax import lora, trees
 from pm_jax.continual.learner import Learner
 from pm_jax.continual.merging import landscape
 from pm_jax.continual.merging.programs import StreamShape, initial_rule_state, programs_of
@@ -39,10 +39,9 @@ from pm_jax.continual.training.initial_model import (
     kernel_pattern,
     parameter_shapes,
     partitions,
+    remarks,
 )
 from pm_jax.continual.training.partition import Partition
-from pm_jax.weights import pretrained
-from pm_jax.weights.model_config import remark_on_pixels
 
 FINISHED_FILES = (RESULTS_FILE, landscape.FILE)
 
@@ -172,20 +171,6 @@ def run_with_baseline(
     }
 
 
-def remarks(config: Config) -> list[str]:
-    """Say in lines what a run does not use of its weights, and how its pixels differ from theirs.
-
-    Raises:
-        InvalidInput: weights that cannot be read, or that no model is for.
-    """
-    if config.from_scratch:
-        return []
-    names = pretrained.left_out(pretrained.read_tensors(config.pretrained))
-    lines = [f"pretrained={config.pretrained}: left out {files.listed(names)}"] if names else []
-    pixels = "" if config.reads_text else remark_on_pixels(config.pretrained)
-    return lines + [pixels] * bool(pixels)
-
-
 def describe(config: Config, seed: int = 0) -> str:
     """Describe in lines what a run would do: settings, tasks, and what trains and merges.
 
@@ -233,4 +218,4 @@ def describe(config: Config, seed: int = 0) -> str:
     if later.adapted:
         pattern = kernel_pattern(config, shapes, model)
         lines += [f"adapted by {pattern!r}:", *(f"  {p}" for p in later.adapted)]
-    return "\n".join(lines)
+    return "\n".join(lines + remarks(config))

@@ -266,7 +266,7 @@ class VisionTransformer(nn.Module):
                 layer_scale=self.layer_scale,
                 name=f"blocks_{layer}",
             )(x, real, angles)
-        x = self._pooled(x[:, :tokens])
+        x = self._pooled(x, tokens)
         return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
 
     def _check_options(self) -> None:
@@ -307,8 +307,8 @@ class VisionTransformer(nn.Module):
             x = jnp.concatenate([x[:, :first], _for_each(x, registers), x[:, first:]], axis=1)
         return x
 
-    def _pooled(self, x: Array) -> Array:
-        """Turn tokens [N, T, D] into features [N, D]."""
+    def _pooled(self, x: Array, tokens: int) -> Array:
+        """Turn the first so many tokens of [N, T, D] into features [N, D]."""
         norm = layer_norm(
             self.layer_norm_epsilon,
             self.dtype,
@@ -316,7 +316,7 @@ class VisionTransformer(nn.Module):
         )
         if self.pooling == "class_token":
             return norm(x[:, 0])
-        patches_only = x[:, self.registers :]
+        patches_only = x[:, self.registers : tokens]
         if self.pooling == "mean":
             return jnp.mean(norm(patches_only), axis=1)
         return norm(jnp.mean(patches_only, axis=1))

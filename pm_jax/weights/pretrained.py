@@ -177,15 +177,15 @@ def export_params(params: Params, form: str | Form, *, num_heads: int = 1) -> Te
     entries = {entry.path: entry for entry in LAYOUTS[form.layout](depth_of(ours))}
     if strange := [path for path in ours if path not in entries]:
         raise ValueError(f"layout={form.layout!r}: has no place for {files.listed(strange)}")
+    present = {entry.name for path, entry in entries.items() if path in leaves}
+    if cut := [p for p, entry in entries.items() if p not in leaves and entry.name in present]:
+        # A tensor of several leaves would lack a part.
+        raise ValueError(f"layout={form.layout!r}: needs {files.listed(cut)} beside the others")
     adds_position = form.layout == "timm" and {"reg_token", "cls_token"} <= set(ours)
     if adds_position if form.class_position is None else not form.class_position:
         positions = leaves["pos_embed"]
         leaves["cls_token"] = leaves["cls_token"] + positions[:, :1]
         leaves["pos_embed"] = positions[:, 1:]
-    present = {entry.name for path, entry in entries.items() if path in leaves}
-    if cut := [p for p, entry in entries.items() if p not in leaves and entry.name in present]:
-        # A tensor of several leaves would lack a part.
-        raise ValueError(f"layout={form.layout!r}: needs {files.listed(cut)} beside the others")
     parts: dict[str, list[np.ndarray]] = {}
     for path, entry in entries.items():
         if path in leaves:

@@ -224,7 +224,7 @@ def test_a_run_says_what_it_leaves_out_and_writes_the_names_that_it_started_from
     adapter = refused(capsys, "train", *run, f"--export_adapter={tmp_path / 'adapter'}")
     assert "is not written under transformers' names of DINO" in adapter
     call("train", *run, f"--export={merged}")
-    said = f"pretrained={folder}: left out {next(iter(masking))}, classifier\n"
+    said = f"averaging, seed 0: pretrained={folder}: left out {next(iter(masking))}, classifier\n"
     assert said in capsys.readouterr().err
     found = pretrained.read_tensors(merged)
     assert {name: x.shape for name, x in found.items()} == {

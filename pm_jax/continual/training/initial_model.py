@@ -7,7 +7,7 @@ from typing import TypeGuard
 import jax
 import jax.numpy as jnp
 
-from pm_jax import models, trees
+from pm_jax import files, models, trees
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.training import own_model
 from pm_jax.continual.training.image_transforms import check_images
@@ -20,7 +20,7 @@ from pm_jax.models import attention
 from pm_jax.models.model import Model, classifier_pattern
 from pm_jax.types import Array, InvalidInput, Key, Params, PyTree
 from pm_jax.weights import pretrained
-from pm_jax.weights.model_config import check_config
+from pm_jax.weights.model_config import check_config, remark_on_pixels
 
 
 def partitions(
@@ -115,6 +115,20 @@ def starting_params(config: Config, params: Params) -> Params:
     except InvalidInput as error:
         what = str(error).partition(": ")[2]
         raise InvalidInput(f"pretrained={config.pretrained}: {what}") from None
+
+
+def remarks(config: Config) -> list[str]:
+    """Say in lines what a run does not use of its weights, and how its pixels differ from theirs.
+
+    Raises:
+        InvalidInput: weights that cannot be read, or that no model is for.
+    """
+    if config.from_scratch:
+        return []
+    names = pretrained.left_out(pretrained.read_tensors(config.pretrained))
+    lines = [f"pretrained={config.pretrained}: left out {files.listed(names)}"] if names else []
+    pixels = "" if config.reads_text else remark_on_pixels(config.pretrained)
+    return lines + [pixels] * bool(pixels)
 
 
 def init_fn(
