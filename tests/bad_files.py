@@ -4,6 +4,7 @@
 given and returns the path.
 """
 
+import functools
 import json
 
 import jax
@@ -190,10 +191,15 @@ VIT = VisionTransformer(4, 4, None, 16, 1, 2)
 KERNEL = "blocks.0.attn.qkv.weight"
 
 
-def weights(folder, name="weights.safetensors", **changes):
+@functools.cache
+def tensors_of_the_vit():
     shapes = jax.eval_shape(VIT.init, jax.random.key(0), jnp.ones((1, 8, 8, 3)))["params"]
     params = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.1, np.float32), shapes)
-    tensors = pretrained.export_params(params, "timm")
+    return pretrained.export_params(params, "timm")
+
+
+def weights(folder, name="weights.safetensors", **changes):
+    tensors = tensors_of_the_vit()
     tensors = {key: changes[key](value) if key in changes else value
                for key, value in tensors.items()}  # fmt: skip
     tensors = {key: value for key, value in tensors.items() if value is not None}

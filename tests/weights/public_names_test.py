@@ -1,5 +1,6 @@
 """Checkpoints under the names that other programs give them."""
 
+import functools
 import re
 
 import jax
@@ -21,12 +22,16 @@ ROTARY = DINO_REG.clone(positions="rotary")
 BERT = models.TextEncoder(5, 11, 6, WIDTH, 2, HEADS)
 
 
+@functools.cache
+def shapes_of(model):
+    inputs = jnp.ones((1, SIDE, SIDE, 3)) if hasattr(model, "patch_size") else jnp.ones((1, 4), int)
+    return jax.eval_shape(model.init, jax.random.key(0), inputs)["params"]
+
+
 def params_of(model, seed=0):
     """Random parameters, nothing of which is 0 or 1."""
-    inputs = jnp.ones((1, SIDE, SIDE, 3)) if hasattr(model, "patch_size") else jnp.ones((1, 4), int)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), inputs)["params"]
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: 1 + rng.normal(size=x.shape).astype(np.float32), shapes)
+    return jax.tree.map(lambda x: 1 + rng.normal(size=x.shape).astype(np.float32), shapes_of(model))
 
 
 def random(*shape):
@@ -199,8 +204,7 @@ def test_positions_are_resized_with_and_without_a_class_token(pooling):
     tensors = pretrained.export_params(small, form)
     assert tensors["pos_embed"].shape[1] == 4
     model = DINO.clone(pooling=pooling, patch_size=2)
-    large = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, SIDE, SIDE, 3)))["params"]
-    large = {**large, "patch_embed": small["patch_embed"]}
+    large = {**shapes_of(model), "patch_embed": small["patch_embed"]}
     loaded = pretrained.load_params(tensors, large)["pos_embed"]
     first = int(pooling == "class_token")
     grid = jnp.asarray(tensors["pos_embed"]).reshape(1, 2, 2, WIDTH)
