@@ -96,8 +96,10 @@ def test_presets_of_texts_pass_a_dry_run(capsys, data_dir, tmp_path, preset):
     params = model.init(jax.random.key(0), jnp.ones((1, 4), jnp.int32))["params"]
     weights = tmp_path / "model.safetensors"
     pretrained.write_tensors(pretrained.export_params(params, "bert"), weights)
+    # The tokenizer of the weights lies beside them, whether they are a file or a folder.
+    source = tmp_path if preset == TEXTS[0] else weights
     text = dry_run(
-        capsys, preset, f"--data_dir={data_dir}", f"--pretrained={weights}", "--model=text_encoder",
+        capsys, preset, f"--data_dir={data_dir}", f"--pretrained={source}", "--model=text_encoder",
         f"--vocabulary={len(WORDS)}", "--width=16", "--depth=1", "--num_heads=2",
     )  # fmt: skip
     assert "tasks: 10," in text
