@@ -55,7 +55,8 @@ class CheckpointFiles(NamedTuple):
     @property
     def config(self) -> Path | None:
         """The config.json, if there is one."""
-        return next((path for path in self.beside if path.name == CONFIG_FILE), None)
+        path = self.tensors[0].parent / CONFIG_FILE
+        return path if path in self.beside else None
 
 
 def find(argument: str, path: str | os.PathLike) -> CheckpointFiles:
