@@ -130,10 +130,15 @@ def labelled(task: Any, name: str) -> LabelledArrays:
             f"dataset={name}: train has examples of {train.dtype} {train.shape[1:]} and test of "
             f"{test.dtype} {test.shape[1:]}; both need the same"
         )
-    groups = task.class_groups if isinstance(task, LabelledArrays) else None
-    if isinstance(task, LabelledArrays) and task.name != "data":
-        name = task.name
-    return LabelledArrays(train, train_labels, test, test_labels, name, groups)
+    if not isinstance(task, LabelledArrays):
+        return LabelledArrays(train, train_labels, test, test_labels, name)
+    return task._replace(
+        train_inputs=train,
+        train_labels=train_labels,
+        test_inputs=test,
+        test_labels=test_labels,
+        name=name if task.name == "data" else task.name,
+    )
 
 
 def _is_list_of_tasks(data: Any) -> bool:

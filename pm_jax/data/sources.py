@@ -97,7 +97,7 @@ def keep_classes(arrays: LabelledArrays, count: int) -> LabelledArrays:
     classes = np.unique(np.concatenate([arrays.train_labels, arrays.test_labels]))
     kept = first_classes(classes, count, arrays.name)
     train, test = np.isin(arrays.train_labels, kept), np.isin(arrays.test_labels, kept)
-    groups = arrays.class_groups
+    groups, names = arrays.class_groups, arrays.class_names
     return LabelledArrays(
         arrays.train_inputs[train],
         arrays.train_labels[train],
@@ -106,6 +106,7 @@ def keep_classes(arrays: LabelledArrays, count: int) -> LabelledArrays:
         arrays.name,
         None if groups is None else groups[:count],
         len(classes) - count,
+        names and names[:count],
     )
 
 
@@ -124,8 +125,13 @@ def keep_first(arrays: LabelledArrays, train_per_class: int, test_per_class: int
 def _pooled(domains: list[LabelledArrays], name: str) -> LabelledArrays:
     parts = zip(*(domain[:4] for domain in domains), strict=True)
     x_train, y_train, x_test, y_test = (np.concatenate(part) for part in parts)
-    left_out = domains[0].left_out_classes
-    return LabelledArrays(x_train, y_train, x_test, y_test, name, left_out_classes=left_out)
+    return domains[0]._replace(
+        train_inputs=x_train,
+        train_labels=y_train,
+        test_inputs=x_test,
+        test_labels=y_test,
+        name=name,
+    )
 
 
 def _as_rgb(arrays: LabelledArrays) -> LabelledArrays:

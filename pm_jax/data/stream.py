@@ -31,6 +31,8 @@ class LabelledArrays(NamedTuple):
         name: prefix of the example ids, "name/train/17".
         class_groups: the group of each class (a domain of intents), int [C]; `None` without groups.
         left_out_classes: how many classes the data set has beyond the first C, which are here.
+        class_names: the name, or else the label in the data, of each class 0..C-1; `None` where
+            nobody gave them any and the labels count from 0.
     """
 
     train_inputs: np.ndarray
@@ -40,6 +42,7 @@ class LabelledArrays(NamedTuple):
     name: str = "data"
     class_groups: np.ndarray | None = None
     left_out_classes: int = 0
+    class_names: tuple[str, ...] | None = None
 
     def with_inputs(self, change: Callable[[np.ndarray], np.ndarray]) -> "LabelledArrays":
         """Return the data set with a function applied to its inputs."""
@@ -79,6 +82,7 @@ class TaskStream:
             has every class, its inputs differ).
         class_order: the classes in the order in which they arrive.
         left_out_classes: as `LabelledArrays` has it.
+        class_names: likewise.
     """
 
     inputs: np.ndarray
@@ -91,6 +95,7 @@ class TaskStream:
     scenario: str
     class_order: tuple[int, ...]
     left_out_classes: int = 0
+    class_names: tuple[str, ...] | None = None
 
     @property
     def num_tasks(self) -> int:
@@ -127,6 +132,7 @@ class TaskStream:
             "scenario": self.scenario,
             "class_order": list(self.class_order),
             **({"class_subset": subset} if self.left_out_classes else {}),
+            **({"class_names": list(self.class_names)} if self.class_names else {}),
             "tasks": tasks,
         }
 
@@ -245,6 +251,7 @@ def _task_stream(
         scenario=scenario,
         class_order=tuple(class_order.tolist()),
         left_out_classes=data_sets[0].left_out_classes,
+        class_names=data_sets[0].class_names,
     )
 
 

@@ -238,8 +238,12 @@ def _renumbered(data_sets: list[LabelledArrays], classes: Any) -> list[LabelledA
             f"dataset={name}: class {missing[0]} ({classes.int2str(missing[0])}) has test examples "
             "and no training example"
         )
+    named = tuple(classes.int2str(label) for label in trained.tolist())
+    # Without names of its own a data set calls its classes by their numbers.
+    names = None if named == tuple(map(str, range(len(named)))) else named
     return [
         arrays._replace(
+            class_names=names,
             train_labels=np.searchsorted(trained, arrays.train_labels),
             test_labels=np.searchsorted(trained, arrays.test_labels),
         )
