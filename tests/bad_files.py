@@ -6,10 +6,12 @@ given and returns the path.
 
 import functools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from pm_jax.continual import Config
 from pm_jax.continual.storage.workdir import claim
@@ -143,6 +145,75 @@ def pickled_objects(folder):
     return images(folder, x_test=np.asarray([{}] * 24, object))
 
 
+def strings_as_objects(folder):
+    return images(folder, x_train=WORDS[Y].astype(object))
+
+
+def images_as_numbers_from_0_to_255(folder):
+    return images(folder, x_train=X.astype(np.float32))
+
+
+def images_with_channels_first(folder):
+    return images(folder, **{part: np.stack([X] * 3, axis=1) for part in ("x_train", "x_test")})
+
+
+def labels_that_are_one_hot(folder):
+    return images(folder, y_train=np.eye(4)[Y])
+
+
+def labels_in_a_column(folder):
+    return images(folder, y_train=Y[:, None])
+
+
+def labels_as_whole_floats(folder):
+    return images(folder, y_test=Y.astype(np.float32))
+
+
+def labels_of_minus_1_and_1(folder):
+    return images(folder, y_train=Y % 2 * 2 - 1, y_test=Y % 2 * 2 - 1)
+
+
+def labels_far_below_0(folder):
+    return images(folder, y_train=Y - 3)
+
+
+def labels_of_no_example(folder):
+    return images(folder, y_test=0 * Y - 1)
+
+
+def labels_that_are_strings(folder):
+    return images(folder, y_train=WORDS[Y], y_test=WORDS[Y])
+
+
+def labels_that_are_strings_in_one_split(folder):
+    return images(folder, y_train=WORDS[Y])
+
+
+def labels_with_gaps(folder):
+    return images(folder, y_train=3 * Y + 5, y_test=3 * Y + 5)
+
+
+def names_of_too_few_classes(folder):
+    return images(folder, class_names=WORDS[:3])
+
+
+def images_of_two_domains(folder, **changes):
+    site = np.where(np.arange(24) < 12, "inside", "outside")
+    return images(folder, "sites.npz", **{"domain_train": site, "domain_test": site, **changes})
+
+
+def domains_of_the_training_data_alone(folder):
+    return images_of_two_domains(folder, domain_test=None)
+
+
+def a_domain_without_test_images(folder):
+    return images_of_two_domains(folder, domain_test=np.full(24, "inside"))
+
+
+def other_images(folder):
+    return images(folder, "other.npz", x_train=255 - X)
+
+
 def images_cut_short(folder):
     path = images(folder)
     path.write_bytes(path.read_bytes()[:200])
@@ -157,6 +228,98 @@ def folder_named_npz(folder):
     return folder_named(folder, "folder.npz")
 
 
+# Folders of images.
+
+KINDS = ("cat", "dog", "emu", "fox")
+
+
+def photo(path, size=(8, 8), seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(256, size=(size[1], size[0], 3))
+    Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return path
+
+
+def photos(folder, under=""):
+    root = folder / "photos"
+    for split, count in (("train", 4), ("test", 2)):
+        for number, kind in enumerate(KINDS):
+            for index in range(count):
+                path = root / under / split / kind / f"{index}.jpg"
+                photo(path, seed=100 * number + 10 * count + index)
+    return root
+
+
+def photos_by_domain(folder):
+    photos(folder, "inside")
+    return photos(folder, "outside")
+
+
+def photos_of_a_domain_without_test_images(folder):
+    root = photos_by_domain(folder)
+    shutil.rmtree(root / "inside" / "test")
+    return root
+
+
+def photos_without_classes(folder):
+    return photo(folder / "photos" / "train" / "0.jpg").parents[1]
+
+
+def photos_in_one_folder(folder):
+    return photo(folder / "photos" / "0.jpg").parent
+
+
+def photos_at_several_depths(folder):
+    root = photos(folder)
+    photo(root / "train" / "cat" / "more" / "0.jpg")
+    return root
+
+
+def photos_of_two_sizes(folder):
+    root = photos(folder)
+    photo(root / "train" / "dog" / "0.jpg", (9, 8))
+    return root
+
+
+def photos_whose_test_folder_has_another_name(folder):
+    root = photos(folder)
+    (root / "test").rename(root / "exam")
+    return root
+
+
+def photos_of_a_class_to_test_on_alone(folder):
+    root = photos(folder)
+    photo(root / "test" / "gnu" / "0.jpg")
+    return root
+
+
+def photos_of_which_one_is_damaged(folder):
+    root = photos(folder)
+    (root / "train" / "cat" / "0.jpg").write_bytes(b"no image")
+    return root
+
+
+def photos_of_which_one_is_cut_short(folder):
+    root = photos(folder)
+    path = root / "train" / "cat" / "0.jpg"
+    path.write_bytes(path.read_bytes()[:-200])
+    return root
+
+
+def photos_of_which_all_are_damaged(folder):
+    root = photos(folder)
+    for path in root.rglob("*.jpg"):
+        path.write_bytes(b"no image")
+    return root
+
+
+def photos_of_which_one_has_16_bits(folder):
+    root = photos(folder)
+    grey = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    Image.fromarray(grey).save(root / "train" / "cat" / "0.png")
+    return root
+
+
 # Texts.
 
 WORDS = np.asarray(["red", "green", "blue", "please"])
@@ -168,6 +331,58 @@ def texts(folder, **changes):
 
 def texts_as_bytes(folder):
     return texts(folder, x_train=WORDS[Y].astype("S"))
+
+
+def table(folder, heading="text,label,site", row="{},{},inside", name="texts.csv"):
+    lines = [heading, *(row.format(WORDS[y], y) for y in Y)]
+    (folder / name).write_text("\n".join(lines) + "\n")
+    return folder / name
+
+
+def table_without_labels(folder):
+    return table(folder, "text,topic,site")
+
+
+def table_without_texts(folder):
+    return table(folder, "title,label,site")
+
+
+def table_with_commas_in_texts(folder):
+    return table(folder, row="{},please,{},inside")
+
+
+def table_without_rows(folder):
+    path = folder / "texts.csv"
+    path.write_text("text,label\n")
+    return path
+
+
+def table_in_latin_1(folder):
+    path = folder / "texts.csv"
+    path.write_bytes("text,label\ngrün,0\n".encode("latin-1"))
+    return path
+
+
+def lines(folder, **changes):
+    rows = [{"text": WORDS[y], "label": int(y)} for y in Y]
+    rows[6] |= changes
+    path = folder / "texts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def lines_of_which_one_is_damaged(folder):
+    path = lines(folder)
+    path.write_text(path.read_text().replace("}\n", "\n", 1))
+    return path
+
+
+def lines_of_which_one_has_no_text(folder):
+    return lines(folder, text=None)
+
+
+def lines_with_a_one_hot_label(folder):
+    return lines(folder, label=[0, 0, 1, 0])
 
 
 def tokenizer(folder):

@@ -2,7 +2,8 @@
 
 A *source* is a sequence of examples in the protocol of grain and PyTorch: `len(source)`, and
 `source[i]` for i from 0, an example `(input, label)` or a mapping with a label among its values. A
-*split* is a source, or a pair of arrays (inputs [N, ...], labels [N]). A *task* is a pair of splits
+*split* is a source, or a pair of arrays (inputs [N, ...], labels [N]); labels are whole numbers or
+strings. A *task* is a pair of splits
 (train, test), a mapping with both by name, or a `LabelledArrays`.
 """
 
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from pm_jax.data import labels as labelling
 from pm_jax.data.random_access import SourceInputs, example_parts, stored_form
 from pm_jax.data.stream import (
     LabelledArrays,
@@ -64,8 +66,9 @@ def stream_of_data(
                 f"dataset={name}: is one data set, whose classes make tasks; use "
                 "scenario=class_incremental, or give a list of one task a domain"
             )
+        [arrays] = _numbered([labelled(data, name)], name)
         return class_incremental(
-            labelled(data, name),
+            arrays,
             num_tasks,
             seed,
             class_order=class_order,
@@ -82,6 +85,7 @@ def stream_of_data(
                 f"dataset={name}: task {number} has examples of {form[1]} {form[0]} and task 1 of "
                 f"{forms[0][1]} {forms[0][0]}; all tasks need the same"
             )
+    tasks = _numbered(tasks, name)
     if scenario == "domain_incremental":
         return domain_incremental(tasks, seed, **options)
     return tasks_of_classes(tasks, seed, **options)
@@ -141,6 +145,28 @@ def labelled(task: Any, name: str) -> LabelledArrays:
     )
 
 
+def _numbered(tasks: list[LabelledArrays], name: str) -> list[LabelledArrays]:
+    """Number the classes of tasks together, where their labels are strings or leave numbers out."""
+    of_each = [labels for task in tasks for _, labels in task.parts()]
+    if len({labels.dtype.kind for labels in of_each}) > 1:
+        raise InvalidInput(
+            f"dataset={name}: has strings for labels in one part and numbers in another; use one"
+        )
+    found = np.unique(np.concatenate(of_each))
+    if found.dtype.kind == "i" and found.tolist() == list(range(len(found))):
+        return tasks
+    train = [task.train_labels for task in tasks]
+    others = [labels for task in tasks for _, labels in task.parts()[1:]]
+    classes = labelling.classes_of(train, others, name, tasks[0].class_names)
+    notes = labelling.numbering_note(classes, name)
+    return [
+        task.with_parts([(x, classes.numbers(y)) for x, y in task.parts()])._replace(
+            class_names=classes.names, notes=(*task.notes, *notes)
+        )
+        for task in tasks
+    ]
+
+
 def _is_list_of_tasks(data: Any) -> bool:
     if isinstance(data, (LabelledArrays, Mapping)) or not isinstance(data, (list, tuple)):
         return False
@@ -178,22 +204,29 @@ def _read_split(split: Any, name: str) -> tuple[Any, np.ndarray]:
             f"dataset={name}: is a {type(split).__name__}; give (inputs, labels) or a source of "
             "examples with __len__ and __getitem__; a generator can be gone through only once"
         )
-    if labels.dtype.kind not in "iu" or labels.shape != inputs.shape[:1]:
+    if labels.dtype.kind not in "iuU" or labels.shape != inputs.shape[:1]:
+        one_hot = labels.ndim == 2 and labels.shape[:1] == inputs.shape[:1]
+        remedy = "; of one-hot labels give y.argmax(axis=1)" if one_hot else ""
         raise InvalidInput(
             f"dataset={name}: its labels are {labels.dtype} {labels.shape}; they must be a whole "
-            f"number for each of {len(inputs)} examples"
+            f"number, or a string, for each of {len(inputs)} examples{remedy}"
         )
     if not len(labels):
         raise InvalidInput(f"dataset={name}: has no examples")
-    if labels.min() < 0:
-        raise InvalidInput(f"dataset={name}: has the label {labels.min()}; classes count from 0")
+    texts = labels.dtype.kind == "U"
+    if (labels == "").any() if texts else labels.min() < 0:
+        shown = "''" if texts else labels.min()
+        raise InvalidInput(
+            f"dataset={name}: has the label {shown}; classes count from 0, and examples without "
+            "label have to be left out"
+        )
     if inputs.dtype.kind not in "uifb":
         raise InvalidInput(
             f"dataset={name}: its inputs are {inputs.dtype}; they must be numbers in one array"
         )
     if isinstance(inputs, np.ndarray) and inputs.dtype.kind == "f":
         _check_finite(inputs, name)
-    return inputs, labels.astype(np.int64)
+    return inputs, labels if texts else labels.astype(np.int64)
 
 
 def _check_finite(inputs: np.ndarray, name: str) -> None:
@@ -210,7 +243,7 @@ def _read_source(source: Any, name: str) -> tuple[Any, np.ndarray]:
         raise InvalidInput(f"dataset={name}: has no length ({cause(error)})") from error
     if not count:
         raise InvalidInput(f"dataset={name}: has no examples")
-    labels, first, kept = np.empty(count, np.int64), None, None
+    labels, first, kept = list[int | str](), None, None
     for index in range(count):
         try:
             example = source[index]
@@ -238,13 +271,17 @@ def _read_source(source: Any, name: str) -> tuple[Any, np.ndarray]:
             )
         if value.dtype.kind == "f" and not np.isfinite(value).all():
             raise InvalidInput(f"dataset={name}: example {index} holds NaN or infinity")
-        labels[index] = _label(label, f"{name}: example {index}")
+        labels.append(_label(label, f"{name}: example {index}"))
+        if type(labels[-1]) is not type(labels[0]):
+            raise InvalidInput(
+                f"dataset={name}: example {index} has the label {label!r} and example 0 "
+                f"{labels[0]!r}; all must be whole numbers, or strings"
+            )
         if kept is not None:
             kept[index] = value
     assert first is not None
-    return SourceInputs(
-        [(source, count)], first.shape, first.dtype
-    ) if kept is None else kept, labels
+    inputs = SourceInputs([(source, count)], first.shape, first.dtype) if kept is None else kept
+    return inputs, np.asarray(labels)
 
 
 def _check_one_array(inputs: Any, name: str) -> None:
@@ -255,11 +292,14 @@ def _check_one_array(inputs: Any, name: str) -> None:
         )
 
 
-def _label(label: Any, name: str) -> int:
+def _label(label: Any, name: str) -> int | str:
     value = np.asarray(label)
+    if value.size == 1 and value.dtype.kind == "U":
+        return str(value.reshape(()))
     if value.size != 1 or value.dtype.kind not in "iu":
         raise InvalidInput(
-            f"dataset={name} has the label {label!r}; it must be one whole number, not one-hot"
+            f"dataset={name} has the label {label!r}; it must be one whole number or string, not "
+            "one-hot"
         )
     return int(value.reshape(()))
 

@@ -23,8 +23,8 @@ def find(name: str, data_dir: str = "", splits: Sequence[str] = ()) -> Any:
         builder = tfds.builder(name, **where)
     except (tfds.core.DatasetNotFoundError, ValueError, ImportError):
         raise InvalidInput(
-            f"dataset={name}: is not in the catalogue of tensorflow-datasets, nor 'digits' or the "
-            "path of an .npz"
+            f"dataset={name}: is not in the catalogue of tensorflow-datasets, nor 'digits', a "
+            "folder or the path of an .npz, .csv or .jsonl"
         ) from None
     command = f"tfds build {name} --file_format=array_record"
     command += f" --data_dir={data_dir}" if data_dir else ""
@@ -43,6 +43,38 @@ def find(name: str, data_dir: str = "", splits: Sequence[str] = ()) -> Any:
             f"TensorFlow; pip install 'pm_jax[tensorflow]', or prepare it elsewhere with: {command}"
         )
     return builder
+
+
+def is_known(name: str, data_dir: str = "") -> bool:
+    """Tell whether tensorflow-datasets knows a data set, prepared or not."""
+    import tensorflow_datasets as tfds
+
+    try:
+        tfds.builder(name, **({"data_dir": data_dir} if data_dir else {}))
+    except (tfds.core.DatasetNotFoundError, ValueError, ImportError):
+        return False
+    return True
+
+
+def field_of(builder: Any, field: str, name: str) -> Any:
+    """Return the feature of a data set that has the domains of its examples.
+
+    Raises:
+        InvalidInput: it has no such feature.
+    """
+    features = dict(builder.info.features.items())
+    if field not in features:
+        raise InvalidInput(
+            f"domain_field={field}: {name} has the fields {', '.join(features)}; name one of them"
+        )
+    return features[field]
+
+
+def domain_of(feature: Any, value: Any) -> Any:
+    """Return the value of a field as a whole number or a string, by its name if it has one."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return feature.int2str(int(value)) if getattr(feature, "names", None) else int(value)
 
 
 def examples(

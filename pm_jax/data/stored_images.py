@@ -23,55 +23,91 @@ CHUNK = 256
 
 
 def decoded(
-    encoded: Iterable[bytes], name: str, channels: int = 3, side: int = 0
+    encoded: Iterable[bytes | Path],
+    name: str,
+    channels: int = 3,
+    side: int = 0,
+    skipped: list[int] | None = None,
 ) -> Iterator[np.ndarray]:
     """Decode image files with Pillow, in threads, and yield uint8 [H, W, channels] in their order.
 
+    Args:
+        encoded: the contents of files, or their paths.
+        name: of the data set, for messages.
+        channels: of the images that are returned.
+        side: of the squares that they are resized to; 0 to leave them.
+        skipped: gets the numbers of images that cannot be decoded, which are left out.
+
     Raises:
-        InvalidInput: an image cannot be decoded.
+        InvalidInput: an image cannot be decoded and `skipped` is `None`.
     """
     from PIL import Image, ImageOps
 
-    def decode(data: bytes) -> np.ndarray:
+    def decode(data: bytes | Path) -> np.ndarray | InvalidInput:
         try:
-            with Image.open(io.BytesIO(data)) as image:
+            # Files are read here, in the thread.
+            content = data.read_bytes() if isinstance(data, Path) else data
+            with Image.open(io.BytesIO(content)) as image:
+                # Pillow would cut values beyond 255 off.
+                if image.mode in ("I", "F") or image.mode.startswith("I;"):
+                    raise ValueError(f"its mode is {image.mode}, not 8 bits a channel")
                 converted = image.convert(MODES[channels])
-        except Exception as error:
-            # Pillow raises many types for damaged files.
-            raise InvalidInput(
-                f"dataset={name}: holds an image that cannot be decoded "
-                f"({type(error).__name__}: {error}); prepare it again"
-            ) from error
+        except Exception as error:  # Pillow raises many types for damaged files.
+            return _unreadable(name, data, error)
         if side:
             # The largest central square, so that no image is distorted.
             converted = ImageOps.fit(converted, (side, side), Image.Resampling.BICUBIC)
         return np.asarray(converted).reshape(*converted.size[::-1], channels)
 
-    remaining = iter(encoded)
+    remaining, numbers = iter(encoded), itertools.count()
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         # In chunks, as `map` would draw all encoded images at once.
         while chunk := list(itertools.islice(remaining, CHUNK)):
-            yield from pool.map(decode, chunk)
+            for image in pool.map(decode, chunk):
+                number = next(numbers)
+                if isinstance(image, np.ndarray):
+                    yield image
+                elif skipped is None:
+                    raise image
+                else:
+                    skipped.append(number)
+
+
+def _unreadable(name: str, data: bytes | Path, error: Exception) -> InvalidInput:
+    if isinstance(data, Path):
+        # The message of a library names the file, or a buffer in memory.
+        reason = f"{type(error).__name__}: {error}".split(" <_io")[0]
+        line = InvalidInput(
+            f"dataset={name}: {data} cannot be read as an image ({reason}); mend or remove it, or "
+            "set skip_unreadable"
+        )
+    else:
+        line = InvalidInput(
+            f"dataset={name}: holds an image that cannot be decoded "
+            f"({type(error).__name__}: {error}); prepare it again"
+        )
+    line.__cause__ = error
+    return line
 
 
 def gathered(images: Iterable[np.ndarray], name: str, count: int) -> np.ndarray:
-    """Gather `count` images of one size, at least one, into one array.
+    """Gather images of one size, at least one and at most `count`, into one array.
 
     Raises:
         InvalidInput: the images differ in size.
     """
     remaining = iter(images)
     first = next(remaining)
-    result = np.empty((count, *first.shape), np.uint8)
-    for place, image in zip(result, itertools.chain([first], remaining), strict=True):
+    result, number = np.empty((count, *first.shape), np.uint8), 0
+    for number, image in enumerate(itertools.chain([first], remaining), start=1):
         if image.shape != first.shape:
             sizes = " and ".join(f"{i.shape[1]}x{i.shape[0]}" for i in (first, image))
             raise InvalidInput(
                 f"dataset={name}: has images of several sizes, {sizes} pixels; "
                 "set stored_size to bring them to one"
             )
-        place[...] = image
-    return result
+        result[number - 1] = image
+    return result[:number]
 
 
 def as_rgb(images: np.ndarray, name: str) -> np.ndarray:
@@ -89,6 +125,15 @@ def as_rgb(images: np.ndarray, name: str) -> np.ndarray:
         f"dataset={name}: has images of {images.shape[-1]} channels; a pre-trained model takes "
         "1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha)"
     )
+
+
+def folders(inside: Path, beside: Path | None, cache_dir: str) -> list[Path]:
+    """List folders for resized images, the best one first: beside the data, or the user's cache."""
+    if cache_dir:
+        return [Path(cache_dir) / inside]
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    places = [user_cache / "pm_jax" / inside]
+    return [beside / "pm_jax_images" / inside, *places] if beside else places
 
 
 def cached(
@@ -115,19 +160,27 @@ def keep(
     count: int,
     shape: tuple[int, int, int],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Store images one by one, never all in memory, and return them as `cached` does.
+    """Store images one by one, at most `count`, and return them as `cached` does.
 
     Raises:
         InvalidInput: no folder can be written, or the disk is full.
     """
     folder = _writable(folders)
-    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
+
+    def header(number: int) -> dict:
+        return {"descr": "|u1", "fortran_order": False, "shape": (number, *shape)}
+
     try:
         with _writing(folder / f"{stem}.images.npy") as file:
-            # The header of an .npy file; the images follow one by one.
-            np.lib.format.write_array_header_1_0(file, header)
+            # The header of an .npy file; the images follow one by one, never all in memory.
+            np.lib.format.write_array_header_1_0(file, header(count))
+            written = 0
             for image in images:
                 file.write(image.tobytes())
+                written += 1
+            # NumPy leaves room in the header for a first axis of any length.
+            file.seek(0)
+            np.lib.format.write_array_header_1_0(file, header(written))
         # The labels come last: they grow while the images are drawn from the files.
         with _writing(folder / f"{stem}.labels.npy") as file:
             np.save(file, np.asarray(labels, np.int64))

@@ -33,6 +33,8 @@ class LabelledArrays(NamedTuple):
         left_out_classes: how many classes the data set has beyond the first C, which are here.
         class_names: the name, or else the label in the data, of each class 0..C-1; `None` where
             nobody gave them any and the labels count from 0.
+        validation: inputs and labels for validation; `None` to hold out training examples.
+        notes: lines about the data that a person should see.
     """
 
     train_inputs: np.ndarray
@@ -43,11 +45,28 @@ class LabelledArrays(NamedTuple):
     class_groups: np.ndarray | None = None
     left_out_classes: int = 0
     class_names: tuple[str, ...] | None = None
+    validation: tuple[np.ndarray, np.ndarray] | None = None
+    notes: tuple[str, ...] = ()
+
+    def parts(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return inputs and labels for training, for testing and, if given, for validation."""
+        parts = [(self.train_inputs, self.train_labels), (self.test_inputs, self.test_labels)]
+        return parts if self.validation is None else [*parts, self.validation]
+
+    def with_parts(self, parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> "LabelledArrays":
+        """Return the data set with other inputs and labels, in the order of `parts`."""
+        train, test, *validation = parts
+        return self._replace(
+            train_inputs=train[0],
+            train_labels=train[1],
+            test_inputs=test[0],
+            test_labels=test[1],
+            validation=validation[0] if validation else None,
+        )
 
     def with_inputs(self, change: Callable[[np.ndarray], np.ndarray]) -> "LabelledArrays":
         """Return the data set with a function applied to its inputs."""
-        train_inputs, test_inputs = change(self.train_inputs), change(self.test_inputs)
-        return self._replace(train_inputs=train_inputs, test_inputs=test_inputs)
+        return self.with_parts([(change(inputs), labels) for inputs, labels in self.parts()])
 
 
 class TaskIndices(NamedTuple):
@@ -83,6 +102,7 @@ class TaskStream:
         class_order: the classes in the order in which they arrive.
         left_out_classes: as `LabelledArrays` has it.
         class_names: likewise.
+        notes: likewise.
     """
 
     inputs: np.ndarray
@@ -96,6 +116,7 @@ class TaskStream:
     class_order: tuple[int, ...]
     left_out_classes: int = 0
     class_names: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def num_tasks(self) -> int:
@@ -133,6 +154,7 @@ class TaskStream:
             "class_order": list(self.class_order),
             **({"class_subset": subset} if self.left_out_classes else {}),
             **({"class_names": list(self.class_names)} if self.class_names else {}),
+            **({"notes": list(self.notes)} if self.notes else {}),
             "tasks": tasks,
         }
 
@@ -162,13 +184,10 @@ def class_incremental(
         order = np.arange(num_classes)
         order = generator.permutation(order) if class_order == "random" else order
         groups = _class_groups(order, num_tasks, base_classes)
-    train, validation = _hold_out(arrays.train_labels, seed, validation_fraction)
-    # Test examples lie behind the training examples.
-    offset = len(arrays.train_labels)
+    labels = np.concatenate([labels for _, labels in arrays.parts()])
     rows = {
-        "train": [train[np.isin(arrays.train_labels[train], g)] for g in groups],
-        "validation": [validation[np.isin(arrays.train_labels[validation], g)] for g in groups],
-        "test": [offset + np.flatnonzero(np.isin(arrays.test_labels, g)) for g in groups],
+        split: [whole[np.isin(labels[whole], g)] for g in groups]
+        for split, [whole] in _rows_of([arrays], seed, validation_fraction).items()
     }
     _check_examples(rows, [f"{arrays.name}: {_task_of_classes(g)}" for g in groups])
     masks = np.stack([np.isin(np.arange(num_classes), g) for g in groups])
@@ -223,13 +242,20 @@ def _rows_of(
     rows: dict[str, list[np.ndarray]] = {"train": [], "validation": [], "test": []}
     offset = 0
     for task in tasks:
-        # Versions of the same examples have equal labels, so the same ones are held out of all.
-        train, validation = _hold_out(task.train_labels, seed, validation_fraction)
+        # Test examples lie behind the training examples, and those for validation behind both.
+        tests = offset + len(task.train_labels)
+        end = tests + len(task.test_labels)
+        if task.validation is None:
+            # Versions of the same examples have equal labels, so the same ones are held out of all.
+            train, validation = _hold_out(task.train_labels, seed, validation_fraction)
+            validation += offset
+        else:
+            train = np.random.default_rng([seed, 1]).permutation(len(task.train_labels))
+            validation = end + np.arange(len(task.validation[1]))
         rows["train"].append(offset + train)
-        rows["validation"].append(offset + validation)
-        offset += len(task.train_labels)
-        rows["test"].append(offset + np.arange(len(task.test_labels)))
-        offset += len(task.test_labels)
+        rows["validation"].append(validation)
+        rows["test"].append(np.arange(tests, end))
+        offset = end + (len(validation) if task.validation else 0)
     return rows
 
 
@@ -240,11 +266,11 @@ def _task_stream(
     scenario: str,
     class_order: np.ndarray,
 ) -> TaskStream:
-    """Lay the data sets behind one another, the training examples of each before its test ones."""
-    labels = np.concatenate([y for d in data_sets for y in (d.train_labels, d.test_labels)])
+    """Lay the data sets behind one another, each in the order of its parts."""
+    parts = [part for data_set in data_sets for part in data_set.parts()]
     return TaskStream(
-        inputs=joined_inputs([x for d in data_sets for x in (d.train_inputs, d.test_inputs)]),
-        labels=labels.astype(np.int32),
+        inputs=joined_inputs([inputs for inputs, _ in parts]),
+        labels=np.concatenate([labels for _, labels in parts]).astype(np.int32),
         example_ids=tuple(name for data_set in data_sets for name in _ids(data_set)),
         **{split: _padded(of_tasks) for split, of_tasks in rows.items()},
         class_masks=class_masks,
@@ -252,6 +278,7 @@ def _task_stream(
         class_order=tuple(class_order.tolist()),
         left_out_classes=data_sets[0].left_out_classes,
         class_names=data_sets[0].class_names,
+        notes=tuple(dict.fromkeys(note for data_set in data_sets for note in data_set.notes)),
     )
 
 
@@ -369,6 +396,7 @@ def _padded(rows: Sequence[np.ndarray]) -> TaskIndices:
 
 
 def _ids(arrays: LabelledArrays) -> tuple[str, ...]:
-    train = (f"{arrays.name}/train/{i}" for i in range(len(arrays.train_labels)))
-    test = (f"{arrays.name}/test/{i}" for i in range(len(arrays.test_labels)))
-    return (*train, *test)
+    splits = zip(("train", "test", "validation"), arrays.parts(), strict=False)
+    return tuple(
+        f"{arrays.name}/{split}/{i}" for split, (_, labels) in splits for i in range(len(labels))
+    )

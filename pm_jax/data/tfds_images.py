@@ -11,24 +11,35 @@ from typing import Any, NamedTuple
 import numpy as np
 import tqdm
 
-from pm_jax.data import prepared, stored_images
+from pm_jax.data import labels as labelling
+from pm_jax.data import prepared, splits, stored_images
+from pm_jax.data.assembling import check_one_shape
 from pm_jax.data.stream import LabelledArrays, first_classes, first_of_each_class
-from pm_jax.types import InvalidInput, cause
+from pm_jax.types import InvalidInput
 
 DOMAINS = {"domainnet": ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")}
 """Data sets with a configuration for each domain, in the order of the tasks."""
-
-TEST_FRACTION = 0.2
 
 
 class _Part(NamedTuple):
     """Examples to read: a split, the side of its division (if any), and their number per class."""
 
     split: str
-    side: str
-    per_class: int
+    side: str = ""
+    per_class: int = 0
     # Classes to keep, by the data set's own numbers; `None` for all.
     classes: tuple[int, ...] | None = None
+    # A field and its value; `None` for all domains.
+    domain: tuple[str, Any] | None = None
+
+
+class _Reading(NamedTuple):
+    """A data set, or a domain of one, that is to be read: its parts by their roles."""
+
+    name: str
+    builder: Any
+    parts: dict[str, _Part]
+    notes: tuple[str, ...] = ()
 
 
 def load_images(
@@ -40,42 +51,75 @@ def load_images(
     test_per_class: int = 0,
     stored_size: int = 0,
     cache_dir: str = "",
+    test_split: str = "",
+    validation_split: str = "",
+    domain_field: str = "",
 ) -> list[LabelledArrays]:
     """Load image data sets that tensorflow-datasets has prepared; several share their classes.
 
-    With a `class_subset` images of other classes than the first so many are not decoded.
+    With a `class_subset` images of other classes than the first so many are not decoded. With a
+    `domain_field` each of its values is a data set.
 
     Raises:
         InvalidInput: a data set is unknown, not prepared, damaged, or has no labelled uint8 images;
             has several sizes without stored_size; has a class without training examples, or fewer
             classes than `class_subset`; or there is no place for resized images.
     """
-    builders = [_builder(name, data_dir) for name in names]
-    of_each = [
-        _parts(name, builder, train_per_class, test_per_class)
-        for name, builder in zip(names, builders, strict=True)
-    ]
+    readings = []
+    for name in names:
+        builder = _builder(name, data_dir)
+        roles = splits.roles(name, [*builder.info.splits], test_split, validation_split)
+        parts = _parts(roles, train_per_class, test_per_class)
+        reading = _Reading(name, builder, parts, tuple(roles.notes_about(name)))
+        readings += _by_domain(reading, domain_field) if domain_field else [reading]
     left_out = 0
     if class_subset:
-        trained = [
-            _labels(name, builder, parts[0])[1]
-            for name, builder, parts in zip(names, builders, of_each, strict=True)
-        ]
+        trained = [_labels(each, each.parts["train"])[1] for each in readings]
         classes = np.unique(np.concatenate(trained))
+        classes = classes[classes != labelling.UNLABELLED]
         kept = tuple(first_classes(classes, class_subset, names[0]).tolist())
         left_out = len(classes) - len(kept)
-        of_each = [[part._replace(classes=kept) for part in parts] for parts in of_each]
+        readings = [
+            each._replace(
+                parts={role: part._replace(classes=kept) for role, part in each.parts.items()}
+            )
+            for each in readings
+        ]
     data_sets = []
-    for name, builder, parts in zip(names, builders, of_each, strict=True):
-        train, test = (_read(name, builder, part, stored_size, cache_dir) for part in parts)
-        data_sets.append(LabelledArrays(*train, *test, name=name, left_out_classes=left_out))
-    shapes = {images.shape[1:] for arrays in data_sets for images in (arrays[0], arrays[2])}
-    if len(shapes) > 1:
-        raise InvalidInput(
-            f"dataset={names[0]}: its parts have images of the shapes "
-            f"{' and '.join(map(str, sorted(shapes)))}; set stored_size to bring them to one size"
+    for each in readings:
+        notes = [*each.notes]
+        read = {
+            role: _with_label(*_read(each, part, stored_size, cache_dir), each.name, role, notes)
+            for role, part in each.parts.items()
+        }
+        data_sets.append(
+            LabelledArrays(
+                *read["train"],
+                *read["test"],
+                name=each.name,
+                left_out_classes=left_out,
+                validation=read.get("validation"),
+                notes=tuple(notes),
+            )
         )
-    return _renumbered(data_sets, builders[0].info.features["label"])
+    check_one_shape(data_sets)
+    return _renumbered(data_sets, readings[0].builder.info.features["label"])
+
+
+def _by_domain(reading: _Reading, field: str) -> list[_Reading]:
+    """Part a data set by the values that a field has in its training split."""
+    name, builder, parts, notes = reading
+    feature = prepared.field_of(builder, field, name)
+    values = np.unique(_field_of_split(builder, parts["train"].split, field)).tolist()
+    return [
+        _Reading(
+            f"{name}/{prepared.domain_of(feature, value)}",
+            builder,
+            {role: part._replace(domain=(field, value)) for role, part in parts.items()},
+            notes,
+        )
+        for value in values
+    ]
 
 
 def _builder(name: str, data_dir: str) -> Any:
@@ -86,9 +130,10 @@ def _builder(name: str, data_dir: str) -> Any:
     features = dict(builder.info.features.items())
     for field, kind in (("image", tfds.features.Image), ("label", tfds.features.ClassLabel)):
         if not isinstance(features.get(field), kind):
+            texts = "; a text model reads text" if "text" in features else ""
             raise InvalidInput(
                 f"dataset={name}: has no feature {field!r} of type {kind.__name__}; it has "
-                f"{', '.join(features)}"
+                f"{', '.join(features)}{texts}"
             )
     image = features["image"]
     if image.np_dtype != np.uint8 or len(image.shape) != 3:
@@ -99,36 +144,36 @@ def _builder(name: str, data_dir: str) -> Any:
     return builder
 
 
-def _parts(name: str, builder: Any, train_per_class: int, test_per_class: int) -> list[_Part]:
-    """Choose the split, or side of a split, to train on and the one to test on."""
-    splits = builder.info.splits
-    # Without a split for testing, the one for validation is used.
-    held_out = next((split for split in ("test", "validation") if split in splits), None)
-    if "train" in splits and held_out:
-        parts = [_Part("train", "", train_per_class), _Part(held_out, "", test_per_class)]
-    else:
-        # ImageNet-R and -A have one split: 20 % of every class are for testing, as many as
-        # the 24,000 and 6,000 images of ImageNet-R in L2P (https://arxiv.org/abs/2112.08654).
-        only = "train" if "train" in splits else "test"
-        parts = [_Part(only, "train", train_per_class), _Part(only, "test", test_per_class)]
-    if parts[0].split not in splits:
-        raise InvalidInput(
-            f"dataset={name}: needs a split 'train' or 'test'; it has {', '.join(splits)}"
-        )
-    return parts
+def _parts(roles: splits.Roles, train_per_class: int, test_per_class: int) -> dict[str, _Part]:
+    """Choose the split, or side of a split, for each role."""
+    sides = ("train", "test") if roles.test is None else ("", "")
+    parts = {
+        "train": _Part(roles.train, sides[0], train_per_class),
+        "test": _Part(roles.test or roles.train, sides[1], test_per_class),
+    }
+    return parts | ({"validation": _Part(roles.validation)} if roles.validation else {})
+
+
+def _with_label(
+    images: np.ndarray, labels: np.ndarray, name: str, role: str, notes: list[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    rows = labelling.with_label(labels, name, role, notes)
+    # A selection of all would copy what lies in a file.
+    return (images, labels) if len(rows) == len(labels) else (images[rows], labels[rows])
 
 
 def _read(
-    name: str, builder: Any, part: _Part, stored_size: int, cache_dir: str
+    reading: _Reading, part: _Part, stored_size: int, cache_dir: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Read images and labels of a part, from the cache if they were resized before."""
+    name, builder = reading.name, reading.builder
     channels = builder.info.features["image"].shape[-1] or 3
     shape = (stored_size, stored_size, channels)
     stem, folders = _stem(builder, part), _folders(builder, stored_size, cache_dir)
     stored = stored_images.cached(folders, stem, shape) if stored_size else None
     if stored:
         return stored
-    positions = _positions(name, builder, part)
+    positions = _positions(reading, part)
     count = builder.info.splits[part.split].num_examples if positions is None else len(positions)
     labels: list[int] = []
 
@@ -145,53 +190,44 @@ def _read(
     return stored_images.gathered(images, name, count), np.asarray(labels, np.int64)
 
 
-def _positions(name: str, builder: Any, part: _Part) -> np.ndarray | None:
+def _positions(reading: _Reading, part: _Part) -> np.ndarray | None:
     """Find the places of a part's examples in its split, rising; `None` for all."""
-    if not part.side and not part.per_class and part.classes is None:
+    if part == _Part(part.split):
         return None
-    positions, labels = _labels(name, builder, part)
+    positions, labels = _labels(reading, part)
     if part.classes is not None:
         chosen = np.isin(labels, part.classes)
         positions, labels = positions[chosen], labels[chosen]
         if not len(labels):
             raise InvalidInput(
-                f"class_subset={len(part.classes)}: split {part.split} of {name} has no example of "
-                "these classes; choose more, or 0 for all"
+                f"class_subset={len(part.classes)}: split {part.split} of {reading.name} has no "
+                "example of these classes; choose more, or 0 for all"
             )
     return positions[first_of_each_class(labels, part.per_class)]
 
 
-def _labels(name: str, builder: Any, part: _Part) -> tuple[np.ndarray, np.ndarray]:
+def _labels(reading: _Reading, part: _Part) -> tuple[np.ndarray, np.ndarray]:
     """Read the labels of a split's side alone, with their places, so that no image is decoded."""
-    labels = _labels_of_split(builder, part.split)
-    positions = _divided(name, labels)[part.side] if part.side else np.arange(len(labels))
+    labels = _field_of_split(reading.builder, part.split, "label")
+    positions = np.arange(len(labels))
+    if part.domain:
+        field, value = part.domain
+        positions = np.flatnonzero(_field_of_split(reading.builder, part.split, field) == value)
+        if not len(positions):
+            raise InvalidInput(
+                f"dataset={reading.name}: split {part.split} has no example of this domain; name "
+                "another field with domain_field"
+            )
+    if part.side:
+        positions = positions[splits.divided(reading.name, labels[positions])[part.side]]
     return positions, labels[positions]
 
 
 # A subset of the classes asks for the labels of a split up to three times.
-@functools.lru_cache(maxsize=4)
-def _labels_of_split(builder: Any, split: str) -> np.ndarray:
-    examples = prepared.examples(builder, split, ("label",))
-    return np.fromiter((example["label"] for example in examples), np.int64)
-
-
-def _divided(name: str, labels: np.ndarray) -> dict[str, np.ndarray]:
-    from sklearn import model_selection
-
-    try:
-        sides = model_selection.train_test_split(
-            np.arange(len(labels)), test_size=TEST_FRACTION, random_state=0, stratify=labels
-        )
-    except ValueError as error:
-        fewest = "it is empty"
-        if len(labels):
-            classes, counts = np.unique(labels, return_counts=True)
-            fewest = f"its class {classes[counts.argmin()]} has {counts.min()} examples"
-        raise InvalidInput(
-            f"dataset={name}: its only split cannot be divided to train and to test "
-            f"({cause(error)}); {fewest}, prepare more"
-        ) from None
-    return {"train": np.sort(sides[0]), "test": np.sort(sides[1])}
+@functools.lru_cache(maxsize=6)
+def _field_of_split(builder: Any, split: str, field: str) -> np.ndarray:
+    examples = prepared.examples(builder, split, (field,))
+    return np.asarray([example[field] for example in examples])
 
 
 def _stem(builder: Any, part: _Part) -> str:
@@ -204,6 +240,8 @@ def _stem(builder: Any, part: _Part) -> str:
     words = [part.split, seal.hexdigest()[:12]]
     words += [part.side] if part.side else []
     words += [f"first_{part.per_class}"] if part.per_class else []
+    if part.domain:
+        words += [hashlib.sha256(repr(part.domain).encode()).hexdigest()[:8]]
     if part.classes is not None:
         numbers = hashlib.sha256(repr(part.classes).encode()).hexdigest()
         words += [f"{len(part.classes)}_classes_{numbers[:8]}"]
@@ -213,39 +251,25 @@ def _stem(builder: Any, part: _Part) -> str:
 def _folders(builder: Any, stored_size: int, cache_dir: str) -> list[Path]:
     """List folders for resized images, the best one first."""
     inside = Path(builder.info.full_name) / f"{stored_size}px"
-    if cache_dir:
-        return [Path(cache_dir) / inside]
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    places = [user_cache / "pm_jax" / inside]
     version = Path(os.fspath(builder.data_path))
     # A data set in a bucket has no folder beside it.
-    if version.is_dir():
-        depth = len(Path(builder.info.full_name).parts)
-        places.insert(0, version.parents[depth - 1] / "pm_jax_images" / inside)
-    return places
+    depth = len(Path(builder.info.full_name).parts)
+    beside = version.parents[depth - 1] if version.is_dir() else None
+    return stored_images.folders(inside, beside, cache_dir)
 
 
-def _renumbered(data_sets: list[LabelledArrays], classes: Any) -> list[LabelledArrays]:
+def _renumbered(data_sets: list[LabelledArrays], feature: Any) -> list[LabelledArrays]:
     """Number the classes that have a training example in any data set 0..C-1."""
     # imagenet_r declares 1,000 classes and has 200; the others are dropped, in their order.
-    trained = np.unique(np.concatenate([arrays.train_labels for arrays in data_sets]))
-    tested = np.unique(np.concatenate([arrays.test_labels for arrays in data_sets]))
-    name = data_sets[0].name
-    if min(*trained, *tested) < 0:
-        raise InvalidInput(f"dataset={name}: has examples without label")
-    if len(missing := np.setdiff1d(tested, trained)):
-        raise InvalidInput(
-            f"dataset={name}: class {missing[0]} ({classes.int2str(missing[0])}) has test examples "
-            "and no training example"
-        )
-    named = tuple(classes.int2str(label) for label in trained.tolist())
-    # Without names of its own a data set calls its classes by their numbers.
-    names = None if named == tuple(map(str, range(len(named)))) else named
+    classes = labelling.classes_of(
+        [arrays.train_labels for arrays in data_sets],
+        [labels for arrays in data_sets for _, labels in arrays.parts()[1:]],
+        data_sets[0].name,
+        feature.names if feature.num_classes else None,
+    )
     return [
-        arrays._replace(
-            class_names=names,
-            train_labels=np.searchsorted(trained, arrays.train_labels),
-            test_labels=np.searchsorted(trained, arrays.test_labels),
+        arrays.with_parts([(x, classes.numbers(y)) for x, y in arrays.parts()])._replace(
+            class_names=classes.names
         )
         for arrays in data_sets
     ]

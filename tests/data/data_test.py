@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from pm_jax import data
-from pm_jax.data import sources
+from pm_jax.data import several
 from pm_jax.types import InvalidInput
 
 
@@ -44,17 +44,17 @@ def test_base_classes_and_class_order_come_from_the_settings_and_the_seed():
 
 def test_a_stream_of_the_first_classes_says_how_many_are_left_out():
     whole = arrays(5)
-    kept = sources.keep_classes(whole._replace(class_groups=np.asarray([1, 1, 0, 0, 2])), 3)
+    kept = several.keep_classes(whole._replace(class_groups=np.asarray([1, 1, 0, 0, 2])), 3)
     assert sorted(set(kept.train_labels.tolist())) == [0, 1, 2] == sorted(set(kept.test_labels))
     assert np.array_equal(kept.train_inputs, whole.train_inputs[whole.train_labels < 3])
     assert kept.class_groups.tolist() == [1, 1, 0]
     found = data.class_incremental(kept, 3, seed=0).manifest()
     assert found["class_subset"] == {"first": 3, "left_out": 2}
     assert sorted(found["class_order"]) == [0, 1, 2]
-    for all_of_them in (sources.keep_classes(whole, 0), sources.keep_classes(whole, 5)):
+    for all_of_them in (several.keep_classes(whole, 0), several.keep_classes(whole, 5)):
         assert "class_subset" not in data.class_incremental(all_of_them, 3, seed=0).manifest()
     with pytest.raises(InvalidInput, match="class_subset=6: toy has 5 classes; choose 2..5, or 0"):
-        sources.keep_classes(whole, 6)
+        several.keep_classes(whole, 6)
 
 
 def test_manifest_tells_splits_apart():

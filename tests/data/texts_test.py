@@ -15,6 +15,7 @@ from tests.small_runs import QUIET
 
 tokenizers = pytest.importorskip("tokenizers", reason="needs the extra text")
 SHARED = pathlib.Path(__file__).parents[3] / "shared" / "data" / "tfds"
+Y_TEST = np.asarray([0, 1] * 4)
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "red", "green", "blue", "please", "turn", "it"]
 
 
@@ -42,9 +43,13 @@ def colours(path, **changes):
 
 def test_texts_become_the_tokenizers_ids_cut_and_padded(tmp_path, tokenizer):
     x = np.asarray(["red", "turn it green now", "blue"])
-    path = colours(tmp_path / "t.npz", x_train=x, y_train=np.asarray([0, 1, 0]))
+    path = colours(tmp_path / "t.npz", x_train=x, y_train=np.asarray([0, 1, 0]), y_test=Y_TEST)
     found = texts.load(path, "", tokenizer, 5)
     assert found.train_inputs.dtype == np.int32
+    assert found.notes == (
+        "t: 1 of 11 texts (9.1 %) are longer than max_tokens=5 and were cut; the longest has 6 "
+        "tokens",
+    )
     # [CLS] red [SEP]; "now" is unknown and cut away, the closing [SEP] is kept.
     assert found.train_inputs.tolist() == [[2, 4, 3, 0, 0], [2, 8, 9, 5, 3], [2, 6, 3, 0, 0]]
     kept = texts.load(path, "", tokenizer, 5, train_per_class=1)

@@ -116,6 +116,40 @@ def test_validation_is_the_test_where_there_is_no_other(tmp_path):
     assert as_set(found.test_inputs) == as_set(np.asarray(e["image"]) for e in splits["validation"])
 
 
+def test_splits_have_any_name_and_a_field_has_the_domains(tmp_path):
+    def part(count, first):
+        examples = labelled(count, first=first, size=(4, 4))
+        return [{**example, "site": i // 3 % 2} for i, example in enumerate(examples)]
+
+    splits = {"train": part(24, 0), "val": part(12, 100), "dev": part(12, 200)}
+    features = {**image_features(), "site": tfds.features.ClassLabel(names=["in", "out"])}
+    prepare(tmp_path, "mine", "1.0.0", splits, features)
+    with pytest.raises(InvalidInput, match="has the splits .*, none of which is called test"):
+        load("mine", tmp_path)
+    settings = {"test_split": "val", "validation_split": "dev", "domain_field": "site"}
+    found = tfds_images.load_images(["mine"], str(tmp_path), **settings)
+    assert [arrays.name for arrays in found] == ["mine/in", "mine/out"]
+    for site, arrays in enumerate(found):
+        for split, (images, labels) in zip(("train", "val", "dev"), arrays.parts(), strict=True):
+            wanted = [e for e in splits[split] if e["site"] == site]
+            assert as_set(images) == as_set(np.asarray(e["image"]) for e in wanted)
+            assert np.bincount(labels).tolist() == [len(wanted) // 3] * 3
+    config = Config(dataset="mine", data_dir=str(tmp_path), num_tasks=2, **settings)
+    assert config.task_stream(0).validation.sizes.tolist() == [6, 6]
+    with pytest.raises(InvalidInput, match="domain_field=place: mine has the fields image, label"):
+        load("mine", tmp_path, test_split="val", domain_field="place")
+
+
+def test_examples_without_label_are_counted(tmp_path):
+    unlabelled = [{**example, "label": -1} for example in labelled(2, first=90, size=(6, 5))]
+    of_one_size(tmp_path, train=labelled(12, size=(6, 5)) + unlabelled)
+    found = load("mine", tmp_path)
+    assert np.bincount(found.train_labels).tolist() == [4, 4, 4] and len(found.train_inputs) == 12
+    assert found.notes == (
+        "mine: 2 of 14 examples of train have no label (-1 or empty) and are left out",
+    )
+
+
 def test_only_what_is_kept_is_decoded(tmp_path, monkeypatch):
     of_one_size(tmp_path)
     whole = load("mine", tmp_path)
@@ -333,7 +367,7 @@ REFUSED = {
     ),
     "unlabelled": (
         lambda: {"test": [{"image": picture(0, (6, 5)), "label": -1}]},
-        "has examples without label",
+        "test has no example with a label; name a split",
     ),
     "sixteen bits": (
         lambda: {"features": image_features(1, np.uint16)},
@@ -396,7 +430,7 @@ def test_tfrecord_without_tensorflow_names_both_remedies(tmp_path, monkeypatch):
     [
         ({"stored_size": 8}, "stored_size=8: dataset=digits has images of one size"),
         ({"stored_size": -1, "dataset": "domainnet"}, "stored_size=-1: must not be negative"),
-        ({"dataset": "mine.npz"}, "scenario=domain_incremental: dataset=mine.npz has no domains"),
+        ({"dataset": "mnist"}, "scenario=domain_incremental: dataset=mnist has no domains"),
     ],
 )
 def test_settings_that_do_not_fit_the_data_are_refused(settings, message):

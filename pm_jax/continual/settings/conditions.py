@@ -12,7 +12,8 @@ from pm_jax import rules
 from pm_jax.continual.settings.chosen_classifiers import chosen
 from pm_jax.continual.settings.factories import is_reference
 from pm_jax.continual.settings.settings import LIMITS, Settings, names_of
-from pm_jax.data import sources
+from pm_jax.data import several, sources
+from pm_jax.data.assembling import without_domains
 from pm_jax.rules import MergeRule
 from pm_jax.types import InvalidInput
 
@@ -23,7 +24,10 @@ TEXT_POSITIONS = 512
 OWN = "{}=package.module:factory"
 NOT_DIAGONAL = ("kronecker", "low_rank", "input_moment")
 """Kinds of curvature that have more than a number for each entry."""
-READING = ("data_dir", "class_subset", "train_per_class", "test_per_class", "cache_dir")
+READING = (
+    *("data_dir", "class_subset", "train_per_class", "test_per_class", "cache_dir"),
+    *("test_split", "validation_split", "domain_field", "skip_unreadable"),
+)
 """Settings of how data sets are read that a factory of one's own has no use for."""
 Condition = tuple[str, bool, str]
 """Name of a setting, whether its value is allowed, and the remedy if it is not."""
@@ -89,10 +93,23 @@ def _stream(s: Settings) -> Iterator[Condition]:
     remedy = f"with branch_from from 1 to num_tasks={s.num_tasks}, without it 0"
     yield "from_task", branch, remedy
     by_class = s.scenario == "class_incremental"
-    # Digits are turned into domains here; other data must bring theirs.
-    has_domains = s.dataset in ("digits", *sources.DOMAINS) or is_reference(s.dataset)
-    remedy = f"dataset={s.dataset} has no domains; use scenario=class_incremental"
-    yield "scenario", has_domains or by_class, remedy
+    own, names = is_reference(s.dataset), several.names_in(s.dataset)
+    kinds = {sources.kind_of(name) for name in names}
+    # Digits are turned into domains here; whether files bring theirs, they say when they are read.
+    known = s.dataset in sources.DOMAINS or own or len(names) > 1 or bool(s.domain_field)
+    remedy = without_domains(s.dataset).partition(": ")[2]
+    yield "scenario", by_class or known or kinds != {"prepared"}, remedy
+    remedy = "names the domains of a stream; use scenario=domain_incremental, or leave it out"
+    yield "domain_field", not s.domain_field or not by_class, remedy
+    has_field = len(names) == 1 and bool(kinds & {"archive", "table", "prepared"})
+    has_field = has_field and s.dataset not in sources.DOMAINS
+    remedy = f"dataset={s.dataset} has its domains without one; leave it out"
+    yield "domain_field", own or not s.domain_field or has_field, remedy
+    for name in ("test_split", "validation_split"):
+        remedy = f"has no effect on dataset={s.dataset}; leave it out"
+        yield name, not getattr(s, name) or s.dataset != "digits", remedy
+    remedy = f"is for folders of images, and dataset={s.dataset} is none; leave it out"
+    yield "skip_unreadable", own or not s.skip_unreadable or "folder" in kinds, remedy
     remedy = "is for streams that bring new classes; use scenario=class_incremental, or 0"
     yield "class_subset", not s.class_subset or by_class, remedy
     yield "class_subset", s.class_subset != 1, "must be 0, or at least 2"
@@ -108,10 +125,10 @@ def _stream(s: Settings) -> Iterator[Condition]:
     corrects = s.drift_correction == "none" or any(each.moves for each in made)
     yield "drift_correction", corrects, remedy
     # Digits and archives are arrays already, so their images have one size.
-    several_sizes = s.dataset != "digits" and not s.dataset.endswith(".npz")
-    remedy = f"dataset={s.dataset} has images of one size; use 0"
-    own = is_reference(s.dataset)
-    yield "stored_size", not s.stored_size or (several_sizes and not own), remedy
+    several_sizes = bool(kinds & {"folder", "prepared"}) and not own
+    what = "texts" if "table" in kinds else "images of one size"
+    remedy = f"dataset={s.dataset} has {what}; use 0"
+    yield "stored_size", not s.stored_size or several_sizes, remedy
     yield "dataset_settings", own or not s.dataset_settings, f"goes with {OWN.format('dataset')}"
     for name in READING:
         remedy = f"has no effect on dataset={s.dataset}; give it by dataset_settings"
@@ -134,6 +151,13 @@ def _model(s: Settings) -> Iterator[Condition]:
         remedy = f"has no effect on model={s.model}; use {getattr(Settings, name)}"
         is_vit = s.model.startswith("vit")
         yield name, is_vit or getattr(s, name) == getattr(Settings, name), remedy
+    kinds = {sources.kind_of(name) for name in several.names_in(s.dataset)}
+    if not s.reads_text:
+        remedy = (
+            f"reads images and dataset={s.dataset} has texts; use text_encoder, minilm_l6 or "
+            "bert_base, with a tokenizer"
+        )
+        yield "model", "table" not in kinds, remedy
     if s.reads_text:
         remedy = f"reads texts and dataset={s.dataset} has images; choose a dataset of texts"
         yield "model", s.dataset not in ("digits", *sources.DOMAINS), remedy

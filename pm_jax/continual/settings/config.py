@@ -180,9 +180,10 @@ class Config(Settings):
         if factories.is_reference(self.dataset):
             data = _own_data(self.dataset, self.dataset_settings)
             return self.stream_of_data(data, seed, self.dataset)
+        data_sets = self._texts() if self.reads_text else self._images()
         if self.scenario == "class_incremental":
             tasks = stream.class_incremental(
-                self._texts() if self.reads_text else self._images(),
+                data_sets[0],
                 self.num_tasks,
                 seed,
                 class_order=self.class_order,
@@ -191,7 +192,7 @@ class Config(Settings):
             )
             return self._with_classes(tasks)
         return stream.domain_incremental(
-            self._domains(), seed, validation_fraction=self.validation_fraction
+            data_sets, seed, validation_fraction=self.validation_fraction
         )
 
     def stream_of_data(self, data: Any, seed: int, name: str) -> stream.TaskStream:
@@ -224,43 +225,42 @@ class Config(Settings):
                 )
         return tasks
 
-    def _images(self) -> stream.LabelledArrays:
-        return sources.load(self.dataset, **self._reading())
-
-    def _domains(self) -> Sequence[stream.LabelledArrays]:
+    def _images(self) -> Sequence[stream.LabelledArrays]:
+        """Load images: one data set, or one for each domain."""
+        given = self._reading() | {name: getattr(self, name) for name in sources.ONLY_OF_IMAGES}
+        given["rgb"] = bool(self.pretrained)
+        if self.scenario == "class_incremental":
+            return [sources.load(self.dataset, **given)]
         if self.dataset != "digits":
-            return sources.load_domains(self.dataset, self.num_tasks, **self._reading())
+            return sources.load_domains(self.dataset, self.num_tasks, **given)
         angles = tuple(self.rotation_step * task for task in range(self.num_tasks))
-        return sources.load_rotated(self.dataset, angles, **self._reading())
+        return sources.load_rotated(self.dataset, angles, **given)
 
     def _reading(self) -> dict[str, Any]:
         names = (
             *("data_dir", "class_subset", "train_per_class", "test_per_class"),
-            *("stored_size", "cache_dir"),
+            *("test_split", "validation_split", "domain_field"),
         )
-        settings = {name: getattr(self, name) for name in names}
-        return {**settings, "rgb": bool(self.pretrained)}
+        return {name: getattr(self, name) for name in names}
 
-    def _texts(self) -> stream.LabelledArrays:
+    def _texts(self) -> Sequence[stream.LabelledArrays]:
+        """Load texts likewise."""
         # Public text models come with their tokenizer in the same folder.
         weights = pathlib.Path(self.pretrained)
         folder = weights if weights.is_dir() else weights.parent
-        beside = str(folder / "tokenizer.json")
-        arrays = texts.load(
-            self.dataset,
-            self.data_dir,
-            self.tokenizer or beside,
-            self.max_tokens,
-            class_subset=self.class_subset,
-            train_per_class=self.train_per_class,
-            test_per_class=self.test_per_class,
-        )
-        if (largest := int(arrays.train_inputs.max())) >= self.vocabulary:
+        given = {**self._reading(), "max_tokens": self.max_tokens}
+        given["tokenizer"] = self.tokenizer or str(folder / "tokenizer.json")
+        if self.scenario == "class_incremental":
+            loaded: Sequence[stream.LabelledArrays] = [texts.load(self.dataset, **given)]
+        else:
+            loaded = texts.load_domains(self.dataset, self.num_tasks, **given)
+        largest = max(int(ids.max()) for arrays in loaded for ids, _ in arrays.parts())
+        if largest >= self.vocabulary:
             raise InvalidInput(
                 f"vocabulary={self.vocabulary}: the tokenizer gives ids up to {largest}; raise the "
                 "vocabulary or give the tokenizer of the model"
             )
-        return arrays
+        return loaded
 
 
 # Seeds and baselines share one reading.

@@ -93,10 +93,11 @@ class Settings:
     # scikit-learn brings the digits along: the default run downloads nothing.
     dataset: str = _stream(
         "digits",
-        "digits (scikit-learn's), the path of an .npz with x_train, y_train, x_test and y_test, an "
+        "digits (scikit-learn's), the path of an .npz with x_train, y_train, x_test and y_test, a "
+        "folder of images, as train/CLASS/1.jpg, a .csv or .jsonl with text and label, an "
         "image or text classification data set that tensorflow-datasets has prepared, such as "
         "cifar100, imagenet_r or clinc_oos, or package.module:factory, a function that returns "
-        "tasks.",
+        "tasks. Several with commas between them are domains, one a task.",
     )
     dataset_settings: str = _stream(
         "",
@@ -107,10 +108,30 @@ class Settings:
     data_dir: str = _stream(
         "", "Where tensorflow-datasets has its data; empty for its default.", identity=False
     )
+    test_split: str = _stream(
+        "",
+        "Split, or folder, to test on; empty for test. train: a fifth of each class of it, as of a "
+        "data set that has one split only.",
+        later=True,
+    )
+    validation_split: str = _stream(
+        "", "Split for validation; empty to hold out training examples.", later=True
+    )
+    domain_field: str = _stream(
+        "",
+        "Domain-incremental: field of tensorflow-datasets or column whose values are the domains; "
+        "empty for domain in a .csv or .jsonl and for domain_train and domain_test in an .npz.",
+        later=True,
+    )
+    skip_unreadable: bool = _stream(
+        False,
+        "Folders of images: leave out files that cannot be read, instead of ending.",
+        later=True,
+    )
     stored_size: Natural = _stream(
         0,
-        "tensorflow-datasets: side in pixels of the square that images are resized to, once, and "
-        "kept as; for images of several sizes. 0 to leave them.",
+        "tensorflow-datasets, folders: side in pixels of the square that images are resized to, "
+        "once, and kept as; for images of several sizes. 0 to leave them.",
     )
     cache_dir: str = _stream(
         "",
@@ -128,8 +149,8 @@ class Settings:
     scenario: str = _stream(
         "domain_incremental",
         "domain_incremental: every task has every class (digits: each task turns the images "
-        "further; domainnet: the first domains in alphabetical order). class_incremental: every "
-        "task brings new classes.",
+        "further; domainnet: the first domains in alphabetical order; other data: see dataset and "
+        "domain_field). class_incremental: every task brings new classes.",
         stream.SCENARIOS,
     )
     num_tasks: Positive = _stream(
