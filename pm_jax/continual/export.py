@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from pm_jax.continual.settings.factories import is_reference
 from pm_jax.continual.settings.run_options import RunOptions
 from pm_jax.continual.storage import manifest
 from pm_jax.continual.storage.provenance import environment
+from pm_jax.data import several
 from pm_jax.types import InvalidInput
 from pm_jax.weights import peft_adapter, pretrained
 from pm_jax.weights.checkpoint_files import find
@@ -199,9 +201,12 @@ def _metadata(learner: Learner, layout: str) -> dict[str, str]:
         "model": config.model,
         **sizes,
         "rule": config.rule,
-        "dataset": Path(config.dataset).name,
+        "dataset": several.title_of(config.dataset),
         "num_tasks": stream.num_tasks,
         "seed": learner.seed,
         "classes": "column c of the classifier is label c of the data",
     }
+    if stream.class_names:
+        content["classes"] = "column c of the classifier is class c of class_names"
+        content["class_names"] = json.dumps(stream.class_names)
     return {name: str(value) for name, value in content.items()}

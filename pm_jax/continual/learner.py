@@ -129,6 +129,7 @@ class Learner:
             self._devices.place(params), self._devices.place(model_state)
         )
         self._records = Records(self.stream.num_tasks, self.config, self.merging.wants_onset)
+        self._class_hits: np.ndarray | None = None
 
     @property
     def params(self) -> Params:
@@ -218,7 +219,10 @@ class Learner:
                 log.tell(line)
             if step:
                 log.tell(f"going on from step {step} of {self.total_steps}")
-            elif self._by_domain:
+            else:
+                for note in self.stream.notes:
+                    log.tell(note)
+            if self._by_domain and not step:
                 log.show(1, len(self.steps.epochs), "evaluate")
                 # Forward transfer compares with the accuracies before the first task.
                 self._records.arrays["initial_scores"] = self.accuracy(self.stream.num_tasks)
@@ -227,8 +231,9 @@ class Learner:
                 step, training_state = self.steps.bounds[task + 1], None
         finally:
             log.close()
+        by_class = self._accuracy_by_class()
         return {
-            **self._records.results(initial=self._by_domain),
+            **self._records.results(initial=self._by_domain, by_class=by_class),
             "rule_state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(self.state.rule)),
         }
 
@@ -389,9 +394,27 @@ class Learner:
             # Waits for the device, so that the time is the evaluation's.
             results = [self._devices.whole(scores(data, *given)) for data in self.splits.values()]
             by_split = [np.stack([r.accuracy, r.task_aware], axis=1) for r in results]
+        self._class_hits = np.stack([r.class_hits for r in results], axis=1)
         accuracies = np.stack(by_split, axis=1)
         accuracies[..., count:] = np.nan
         return accuracies
+
+    def _accuracy_by_class(self) -> np.ndarray | None:
+        """Return the final accuracy of each class, NaN without examples: [classifiers, 2, C]."""
+        if self._class_hits is None:
+            # Nothing was left to learn in this process.
+            self.accuracy(self.stream.num_tasks)
+        if self._class_hits is None:
+            return None
+        counts = [
+            np.bincount(
+                self.stream.labels[np.concatenate(getattr(self.stream, split).rows())],
+                minlength=self.stream.num_classes,
+            )
+            for split in SPLITS
+        ]
+        with np.errstate(invalid="ignore"):
+            return self._class_hits / np.stack(counts)
 
     def _saved(self, training_state: TrainingState | None) -> PyTree:
         """Collect all that a run needs to go on from a step within a task, or at its end."""

@@ -210,6 +210,7 @@ def describe(config: Config, seed: int = 0) -> str:
     lines += [
         f"tasks: {stream.num_tasks}, training examples {stream.train.sizes.tolist()}, validation "
         f"{stream.validation.sizes.tolist()}, test {stream.test.sizes.tolist()}",
+        *(f"data: {note}" for note in stream.notes),
         f"parameters: {total}",
         f"training in the first task: {trained(0, first)}",
         f"training in a later task: {trained(1, later)} (adapters {adapters})",

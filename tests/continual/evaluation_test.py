@@ -158,9 +158,11 @@ def test_scores_do_not_depend_on_the_batch_size_and_count_every_example():
         found = ScoresPass(model, size, temperature=2.0)(
             learner.splits["test"], learner.params, seen, 2
         )
-        return np.stack([found.accuracy, found.task_aware]), np.asarray(found.loss)
+        both = np.stack([found.accuracy, found.task_aware])
+        return both, np.asarray(found.loss), np.asarray(found.class_hits)
 
-    accuracies, losses_found = zip(*map(scores, (1, 7, 256)), strict=True)
+    accuracies, losses_found, hits = zip(*map(scores, (1, 7, 256)), strict=True)
+    right = np.zeros(10, int)
     assert np.array_equal(accuracies[0], accuracies[1])
     assert np.array_equal(accuracies[1], accuracies[2])
     assert (accuracies[0][:, 2:] == 0).all() and (losses_found[0][2:] == 0).all()
@@ -171,11 +173,27 @@ def test_scores_do_not_depend_on_the_batch_size_and_count_every_example():
             guess = np.where(mask, logits, -np.inf).argmax(axis=1)
             wanted = np.mean(guess == stream.labels[rows])
             np.testing.assert_allclose(accuracies[0][row, task], wanted, rtol=1e-6)
+            if row == 0:
+                labels = stream.labels[rows]
+                right += np.bincount(labels[guess == labels], minlength=10)
         own = np.where(stream.class_masks[task], logits.astype(np.float64) / 2, -np.inf)
         chosen = own[np.arange(len(rows)), stream.labels[rows]]
         wanted = np.mean(np.log(np.exp(own).sum(axis=1)) - chosen)
         for found in losses_found:
             np.testing.assert_allclose(found[task], wanted, rtol=1e-5)
+    assert all(found.tolist() == right.tolist() for found in hits) and right.any()
+
+
+def test_the_accuracy_of_each_class_is_among_the_results():
+    learner = Learner(dataclasses.replace(BY_CLASS, num_tasks=2), seed=0, options=QUIET)
+    results, stream = learner.run(), learner.stream
+    for split in ("test", "validation"):
+        found = results["scores"]["trained"][split]
+        labels = stream.labels[np.concatenate(getattr(stream, split).rows())]
+        right = np.bincount(labels) @ np.asarray(found["class_accuracy"])
+        sizes = getattr(stream, split).sizes
+        np.testing.assert_allclose(right, sizes @ np.asarray(found["accuracy_matrix"][-1]))
+    assert results["class_accuracy"] == results["scores"]["trained"]["test"]["class_accuracy"]
 
 
 def test_mean_loss_does_not_depend_on_the_batch_size():

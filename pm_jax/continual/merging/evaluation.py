@@ -33,18 +33,21 @@ def unchanged(inputs: Array) -> Array:
 
 
 class Scores(NamedTuple):
-    """Scores of a model on the tasks of a stream; every field is float32 [T].
+    """Scores of a model on the tasks of a stream; every field but the last is float32 [T].
 
     Attributes:
         accuracy: over all classes seen; [K, T] where K predictors are given.
         task_aware: over the task's own classes; likewise.
         loss: mean cross-entropy over the task's own classes, without perturbation, of the model's
             own columns.
+        class_hits: number of right answers over all classes seen, by class, int32 [C]; [K, C]
+            where K predictors are given.
     """
 
     accuracy: Array
     task_aware: Array
     loss: Array
+    class_hits: Array
 
 
 class ModelPass(DataPass):
@@ -102,12 +105,13 @@ class ScoresPass(ModelPass):
         # The number of batches so far tells the places, and so the tasks, of a batch's examples.
         several = len(ScoresGiven(*given).predictors or (None,))
         number, correct = jnp.zeros((), jnp.int32), jnp.zeros((several, 2, tasks), jnp.int32)
-        return (number, owners[places], correct, jnp.zeros(tasks)), order
+        by_class = jnp.zeros((several, data.class_masks.shape[1]), jnp.int32)
+        return (number, owners[places], correct, by_class, jnp.zeros(tasks)), order
 
     def update(self, carry: PyTree, batch: Batch, data: DeviceData, given: tuple) -> PyTree:
         """Add the hits and losses of a batch to those of its examples' tasks."""
         params, seen_mask, _, model_state, predictors = ScoresGiven(*given)
-        number, owners, correct, losses = carry
+        number, owners, correct, by_class, losses = carry
         places = number * self.batches.size + jnp.arange(self.batches.size)
         task = owners[jnp.minimum(places, owners.shape[0] - 1)]
         real = weights_of(batch) > 0
@@ -131,20 +135,22 @@ class ScoresPass(ModelPass):
             jnp.where(task_mask, logits / self._temperature, MASKED_LOGIT), batch.labels
         )
         # Hits are counted in int32: float32 would round beyond 2**24 examples.
+        counted = jnp.asarray(hits).astype(jnp.int32)
         return (
             number + 1,
             owners,
-            correct.at[..., task].add(jnp.asarray(hits).astype(jnp.int32)),
+            correct.at[..., task].add(counted),
+            by_class.at[:, batch.labels].add(counted[:, 0]),
             losses.at[task].add(jnp.where(real, values, 0.0)),
         )
 
     def finish(self, carry: PyTree, data: DeviceData, given: tuple) -> Scores:
         """Return means over the examples of each task."""
-        *_, correct, losses = carry
+        *_, correct, by_class, losses = carry
         shares = correct / data.sizes[None, None, :]
         if ScoresGiven(*given).predictors is None:
-            shares = shares[0]
-        return Scores(shares[..., 0, :], shares[..., 1, :], losses / data.sizes)
+            shares, by_class = shares[0], by_class[0]
+        return Scores(shares[..., 0, :], shares[..., 1, :], losses / data.sizes, by_class)
 
 
 class MeanLossPass(ModelPass):

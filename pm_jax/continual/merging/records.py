@@ -97,8 +97,11 @@ class Records:
         self.arrays["merges"][task] = list(figures.values())
         return figures
 
-    def results(self, *, initial: bool) -> dict[str, Any]:
-        """Return the records as `results.json` has them; `initial` accuracies give the transfer."""
+    def results(self, *, initial: bool, by_class: np.ndarray | None = None) -> dict[str, Any]:
+        """Return the records as `results.json` has them.
+
+        `initial` accuracies give the transfer. `by_class` has the final accuracy of each class.
+        """
         # Means are taken in float64.
         names = ("scores", "initial_scores", "merges", "seconds")
         arrays = {name: self.arrays[name].astype(np.float64) for name in names}
@@ -113,7 +116,11 @@ class Records:
                     arrays["scores"][place], arrays["initial_scores"][place], strict=True
                 )
             )
-            return {**seen, "task_aware": task_aware}
+            result = {**seen, "task_aware": task_aware}
+            if by_class is not None:
+                values = by_class[place].tolist()
+                result["class_accuracy"] = [None if np.isnan(x) else x for x in values]
+            return result
 
         scores = {
             name: {split: figures((row, column)) for column, split in enumerate(SPLITS)}

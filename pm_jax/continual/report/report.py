@@ -17,6 +17,7 @@ from pm_jax.continual.settings.settings import SPLITS
 from pm_jax.continual.storage import manifest
 from pm_jax.continual.storage.logs import JSONL_FILE
 from pm_jax.continual.storage.workdir import RESULTS_FILE, saved_form, write_text
+from pm_jax.data.several import title_of
 from pm_jax.types import InvalidInput
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def _heading(run: FinishedRun) -> dict[str, str]:
         f"seed{'s' if several else ''} {', '.join(map(str, seeds))}: {spread}. "
         f"Accuracies: {run.shown}."
     )
-    title = f"{run.label} on {Path(config['dataset']).name}"
+    title = f"{run.label} on {title_of(config['dataset'])}"
     return {"title": title, "introduction": introduction}
 
 
@@ -223,7 +224,22 @@ def _accuracy(runs: Sequence[FinishedRun]) -> dict[str, Any]:
         "accuracy": captioned,
         "has_losses": bool(losses),
         "accuracy_matrix": _table(heading, rows),
+        "class_accuracy": _by_class(runs),
     }
+
+
+def _by_class(runs: Sequence[FinishedRun]) -> Any:
+    """Lay out the final accuracy of each class; `None` where a run has none, as earlier ones."""
+    values = [[result.get("class_accuracy") for result in run.results] for run in runs]
+    count = len(values[0][0] or ())
+    if not count or any(len(each or ()) != count for of_run in values for each in of_run):
+        return None
+    names = runs[0].results[0]["manifest"].get("class_names") or map(str, range(count))
+    rows = [
+        [name, *(_spread([each[number] for each in of_run if each], 100) for of_run in values)]
+        for number, name in enumerate(names)
+    ]
+    return _table([f"class, {runs[0].shown}", *(run.label for run in runs)], rows)
 
 
 def _merges(run: FinishedRun) -> list[Captioned]:

@@ -74,6 +74,12 @@ def problem_of(content: Any) -> str | None:
         for name in METRICS:
             if not files.fits(figures.get(name), NUMBER):
                 return f"is damaged at {name}"
+    by_class = content.get("class_accuracy", [])
+    if not files.fits(by_class, [NUMBER]):
+        return "is damaged at class_accuracy"
+    names = content["manifest"].get("class_names", [])
+    if not files.fits(names, [str]) or (names and by_class and len(names) != len(by_class)):
+        return "is damaged at class_names"
     return _problem_of_scores(content)
 
 
