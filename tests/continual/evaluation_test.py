@@ -184,8 +184,9 @@ def test_scores_do_not_depend_on_the_batch_size_and_count_every_example():
     assert all(found.tolist() == right.tolist() for found in hits) and right.any()
 
 
+@pytest.mark.slow
 def test_the_accuracy_of_each_class_is_among_the_results():
-    learner = Learner(dataclasses.replace(BY_CLASS, num_tasks=2), seed=0, options=QUIET)
+    learner = Learner(BY_CLASS, seed=0, options=QUIET)
     results, stream = learner.run(), learner.stream
     for split in ("test", "validation"):
         found = results["scores"]["trained"][split]

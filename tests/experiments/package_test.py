@@ -67,6 +67,10 @@ BENCHMARKS = {
         ["--num_tasks=6", "--hidden_sizes=4", "--run_rules=magmax"],
         "compilations after task 3: 0",
     ),
+    "image_folders": (
+        ["--images=60", "--side=16", "--stored_size=8", "--repeats=1"],
+        "folder / array_record",
+    ),
     "offline_merging": (["--depth=1", "--models=1"], "peak above the baseline"),
     "finish_task": (
         ["--model=cnn", "--examples=4", "--batch_size=2", "--repeats=1"],
