@@ -2,27 +2,48 @@
 
 python -m experiments.merge --base=base.safetensors --models=first.safetensors,second.safetensors \
     --rule=averaging --output=merged.safetensors
+python -m experiments.merge --base=base/ --models=first/,second/ --rule=ties --output=merged/
+python -m experiments.merge --recipe=merge.toml --output=merged/
 python -m experiments.merge --run=runs/digits/seed_0 --rule=averaging --output=merged.safetensors
 """
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 
 from experiments import flags as experiment_flags
+from pm_jax import registries
 from pm_jax.continual.storage import reuse
+from pm_jax.offline import outputs, recipes
 from pm_jax.offline.merging import merge_files
-from pm_jax.offline.requests import Merge
+from pm_jax.offline.requests import DTYPES, Merge
 from pm_jax.types import InvalidInput
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Define the flags; not on import, because experiments.train has some of the same names."""
     for name, default, description in (
-        ("base", None, "The model before the first task: a .safetensors or a folder of Orbax."),
+        (
+            "base",
+            None,
+            "The model before the first task: a .safetensors or .npz file, a folder of "
+            "transformers, sharded or not, or one of Orbax (of a CheckpointManager the newest "
+            "step, or PATH@STEP).",
+        ),
         ("run", None, "Instead of base and models: seed_<n> of a run with keep_task_models."),
-        ("output", None, "The .safetensors file to write."),
+        (
+            "output",
+            None,
+            "The .safetensors file to write, or a folder in the form of the base: its shards, "
+            "config and tokenizer, or a tree of Orbax.",
+        ),
+        (
+            "recipe",
+            None,
+            "A TOML file with the other flags as its keys; a flag that is given goes before it.",
+        ),
         ("rule", "averaging", "Merge rule; one that needs no data."),
         ("rule_settings", "", "Settings of the rule: name=value,name=value."),
         (
@@ -31,19 +52,37 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
             "For rules that look at matrices (opcm, null_space): flax if the files store them as "
             "[in, out], torch for [out, in]; empty to tell by their names, kernel or weight.",
         ),
+        ("dtype", "", f"Type of the output, one of {', '.join(DTYPES)}; empty for the base's."),
+        (
+            "shard_size",
+            "",
+            "Most bytes in a file of a folder, as 5GB; empty to divide it as the base is divided.",
+        ),
     ):
         flags.DEFINE_string(name, default, description, values)
-    flags.DEFINE_list("models", [], "Files of the models after each task, in order.", values)
-    flags.DEFINE_list(
-        "fishers", [], "Files of each model's diagonal Fisher, for a rule that needs it.", values
-    )
-    flags.DEFINE_multi_string(
-        "settings",
-        [],
-        "PATTERN:name=value,... for the tensors whose whole name matches the regular expression; "
-        "may be given several times, the first that matches counts.",
-        values,
-    )
+    for name, description in (
+        ("models", "Models after each task, in order, in files or folders as the base."),
+        ("fishers", "Files of each model's diagonal Fisher, for a rule that needs it."),
+        (
+            "weights",
+            "One for each model, for averaging (linear), where they sum to 1, task_arithmetic, "
+            "ties and dare; fractions may be given.",
+        ),
+    ):
+        flags.DEFINE_list(name, [], description, values)
+    for name, description in (
+        (
+            "settings",
+            "PATTERN:name=value,... for the tensors whose whole name matches the regular "
+            "expression; may be given several times, the first that matches counts.",
+        ),
+        (
+            "leave",
+            "PATTERN of tensors that stay the base's and may differ between models, as a "
+            "classifier; may be given several times.",
+        ),
+    ):
+        flags.DEFINE_multi_string(name, [], description, values)
     flags.DEFINE_integer("seed", 0, "Of a rule that draws.", flag_values=values)
     flags.DEFINE_boolean("overwrite", False, "Replace an output that is there.", values)
 
@@ -52,29 +91,48 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
     """Check everything, then merge and say what was done."""
     del argv
     with experiment_flags.exits(values):
-        if values.run and (values.base or values.models):
-            raise InvalidInput(f"run={values.run}: stands for base and models; leave them out")
-        for name in ("output",) if values.run else ("base", "output"):
-            if not values[name].value:
-                raise InvalidInput(f"{name}=: needs a .safetensors file")
-        experiment_flags.check_seeds("seed", (values.seed,))
-        if values.run:
-            base, models = reuse.task_model_files(Path(values.run))
-        else:
-            base, models = Path(values.base), tuple(map(Path, values.models))
-        merge = Merge(
-            base,
-            models,
-            Path(values.output),
-            values.rule,
-            values.rule_settings,
-            tuple(values.settings),
-            tuple(map(Path, values.fishers)),
-            values.seed,
-            values.overwrite,
-            values.layout,
-        )
-        print(merge_files(merge))
+        print(merge_files(_merge_of(values)))
+
+
+def _merge_of(values: flags.FlagValues) -> Merge:
+    """Read the request from flags and recipe; raises `InvalidInput`."""
+    recipe = recipes.read(Path(values.recipe)) if values.recipe else {}
+
+    def given(name: str) -> Any:
+        return values[name].value if values[name].present else recipe.get(name, values[name].value)
+
+    base, models, run = (given(name) for name in ("base", "models", "run"))
+    if run and (base or models):
+        raise InvalidInput(f"run={run}: stands for base and models; leave them out")
+    for name in ("output",) if run else ("base", "output"):
+        if not given(name):
+            raise InvalidInput(f"{name}=: needs a .safetensors file or a folder")
+    experiment_flags.check_seeds("seed", (given("seed"),))
+    paths = (Path(base), tuple(map(Path, models))) if base else reuse.task_model_files(Path(run))
+    return Merge(
+        *paths,
+        Path(given("output")),
+        given("rule"),
+        given("rule_settings"),
+        tuple(given("settings")),
+        tuple(map(Path, given("fishers"))),
+        given("seed"),
+        values.overwrite,
+        given("layout"),
+        _numbers(given("weights")),
+        tuple(given("leave")),
+        given("dtype"),
+        outputs.bytes_of(given("shard_size")) if given("shard_size") else 0,
+    )
+
+
+def _numbers(weights: Sequence[str]) -> tuple[float, ...]:
+    try:
+        return tuple(map(registries.number, weights))
+    except ValueError:
+        raise InvalidInput(
+            f"weights={','.join(weights)}: must be numbers or fractions separated by commas"
+        ) from None
 
 
 if __name__ == "__main__":

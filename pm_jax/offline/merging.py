@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,13 @@ import numpy as np
 
 from pm_jax import files, lapack
 from pm_jax.curvature.diagonal import DiagonalQuadratic
+from pm_jax.offline import outputs, recipes
+from pm_jax.offline.agreement import differing_configs
 from pm_jax.offline.displacements import Displacement, as_displacements
 from pm_jax.offline.matrices import StoredMatrix, described, stored_matrices
-from pm_jax.offline.requests import Inputs, Merge, open_inputs, rules_by_settings
-from pm_jax.offline.tensor_files import FLOATS, Entry, TensorFile, check_output, writing
+from pm_jax.offline.outputs import Output, writing_model
+from pm_jax.offline.requests import DTYPES, Inputs, Merge, open_inputs, rules_by_settings
+from pm_jax.offline.tensor_files import FLOATS, Entry, TensorFile, laid_out, writing
 from pm_jax.rules import Evidence, MergeRule, jit_merge
 from pm_jax.types import InvalidInput, Params
 
@@ -40,7 +44,7 @@ def merge_files(merge: Merge) -> str:
         InvalidInput: a file cannot be read, has other tensors or has NaN; the rule needs more than
             the files contain; or the output exists.
     """
-    check_output(merge.output, overwrite=merge.overwrite)
+    outputs.check(merge.output, overwrite=merge.overwrite)
     # Beside the output: its disk has room for a model, the system's folder may have none.
     with (
         tempfile.TemporaryDirectory(
@@ -48,36 +52,103 @@ def merge_files(merge: Merge) -> str:
         ) as folder,
         lapack.one_thread(),
     ):
-        return _merge(merge, open_inputs(merge, Path(folder)), Path(folder))
+        inputs = open_inputs(merge, Path(folder))
+        outputs.check(merge.output, inputs.base, overwrite=merge.overwrite)
+        return _merge(merge, inputs, Path(folder))
 
 
 def _merge(merge: Merge, inputs: Inputs, folder: Path) -> str:
     by_settings = rules_by_settings(merge, inputs)
     of_tensor = {name: rule for rule, names in by_settings for name in names}
-    entries = inputs.base.entries
+    configs = differing_configs(inputs.base, inputs.models)
     stored: dict[str, StoredMatrix] = {}
     for rule, names in by_settings:
         if rule.needs.parts:
-            stored |= stored_matrices(entries, names, rule.needs.parts, merge.layout)
+            stored |= stored_matrices(inputs.base.entries, names, rule.needs.parts, merge.layout)
+    output = _output(merge, inputs)
+    same = _Comparison(inputs)
     with (
         # float64 is on for this merge only if a file holds it: it would slow the others down.
         jax.enable_x64(
             any(e.dtype == "F64" for file in inputs.files for e in file.entries.values())
         ),
-        writing(
-            merge.output, entries, _provenance(merge, inputs), overwrite=merge.overwrite
-        ) as file,
+        writing_model(output, folder) as file,
     ):
         pieces = _Pieces(inputs, by_settings, stored, merge.seed)
         if any(rule.needs.parts and rule.needs.parts.factor for rule, _ in by_settings):
             pieces = _Rescaled(inputs, pieces, of_tensor, folder)
-        for name in entries:
-            if name not in of_tensor:
+        for name, entry in output.entries.items():
+            # Second names of a tied tensor are merged as the first.
+            merged = inputs.agreement.copies.get(name, name)
+            if merged in of_tensor:
+                first = 0
+                for values in pieces.of(merged, of_tensor[merged]):
+                    rounded = _rounded(merge, name, values, FLOATS[entry.dtype])
+                    same.look_at(name, first, rounded)
+                    file.write(rounded.view(np.uint8).data)
+                    first += rounded.size
+            elif entry.dtype == inputs.base.entries[name].dtype:
                 inputs.base.copy(name, file)
-                continue
-            for values in pieces.of(name, of_tensor[name]):
-                file.write(_rounded(merge, name, values, FLOATS[entries[name].dtype]))
-    return _report(merge, inputs, of_tensor, stored)
+            else:
+                for values in _blocks(inputs.base, name):
+                    rounded = _rounded(merge, name, values, FLOATS[entry.dtype])
+                    file.write(rounded.view(np.uint8).data)
+    return "\n".join([*_report(merge, inputs, of_tensor, stored), *configs, *same.lines()])
+
+
+def _output(merge: Merge, inputs: Inputs) -> Output:
+    """Describe the merged model: the base's tensors, in the type that is asked for."""
+    base = inputs.base.entries
+    kinds = {
+        name: DTYPES.get(merge.dtype, entry.dtype) if entry.dtype in FLOATS else entry.dtype
+        for name, entry in base.items()
+    }
+    bytes_of = {
+        name: base[name].size * FLOATS[kind].itemsize
+        if kind in FLOATS
+        else base[name].end - base[name].begin
+        for name, kind in kinds.items()
+    }
+    entries = laid_out({name: (kinds[name], base[name].shape, bytes_of[name]) for name in base})
+    recipe = merge.recipe()
+    output = Output(
+        merge.output,
+        entries,
+        {**_provenance(merge, inputs), "recipe": recipe},
+        inputs.base,
+        merge.overwrite,
+        merge.shard_size,
+        merge.dtype,
+        recipes.card(merge.output.name, recipe),
+    )
+    if merge.shard_size and not output.is_sharded:
+        raise InvalidInput(
+            f"shard_size={merge.shard_size}: goes with an output that is a folder of safetensors; "
+            "leave it out"
+        )
+    return output
+
+
+class _Comparison:
+    """Which inputs the output equals so far, bit for bit, in all tensors that merge."""
+
+    def __init__(self, inputs: Inputs):
+        self._equal = [inputs.base, *inputs.models]
+
+    def look_at(self, name: str, first: int, values: np.ndarray) -> None:
+        """Compare values that are written, from an element of a tensor on."""
+        self._equal = [
+            file
+            for file in self._equal
+            if FLOATS[file.entries[name].dtype] == values.dtype and file.holds(name, first, values)
+        ]
+
+    def lines(self) -> list[str]:
+        """Say what the output equals."""
+        names = list(dict.fromkeys(f"{file.argument}={file.source}" for file in self._equal))
+        return [f"all merged tensors equal those of {files.listed(names)} bit for bit"] * bool(
+            names
+        )
 
 
 class _Pieces:
@@ -121,7 +192,9 @@ class _Pieces:
             if name not in self._merged:
                 names = next(names for other, names in self._by_settings if other is rule)
                 self._merged |= run(lambda file: {n: self._tensor(file, n) for n in names})
-            yield self._merged.pop(name)
+            # A tied tensor is asked for once more, under its second name.
+            tied = name in self.inputs.agreement.copies.values()
+            yield self._merged[name] if tied else self._merged.pop(name)
 
     def _runner(self, rule: MergeRule) -> Callable[..., Params]:
         if id(rule) not in self._run:
@@ -181,14 +254,18 @@ class _Rescaled(_Pieces):
     def of(self, name: str, rule: MergeRule) -> Iterator[np.ndarray]:
         """Yield the merged pieces of a tensor."""
         del rule
-        size, dtype = self.inputs.base.entries[name].size, self.dtype(name)
-        for first in range(0, size, BLOCK):
-            stop = min(first + BLOCK, size)
-            start, step = (
-                file.read(name, first, stop).astype(dtype)
-                for file in (self.inputs.base, self._displacement)
-            )
-            yield start + dtype.type(self._factor) * step
+        dtype = self.dtype(name)
+        for start, step in zip(
+            _blocks(self.inputs.base, name), _blocks(self._displacement, name), strict=True
+        ):
+            yield start.astype(dtype) + dtype.type(self._factor) * step.astype(dtype)
+
+
+def _blocks(file: TensorFile, name: str) -> Iterator[np.ndarray]:
+    """Read a tensor of floating-point numbers block by block."""
+    size = file.entries[name].size
+    for first in range(0, size, BLOCK):
+        yield file.read(name, first, min(first + BLOCK, size))
 
 
 def _values(file: TensorFile, name: str, first: int, stop: int) -> np.ndarray:
@@ -243,16 +320,18 @@ def _with_lost_bits(merged: jax.Array, trained: np.ndarray) -> np.ndarray:
     return np.where(lost, trained, values)
 
 
-def _rounded(merge: Merge, name: str, values: np.ndarray, dtype: np.dtype) -> memoryview:
+def _rounded(merge: Merge, name: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Round values, in row-major order, to the type in which they are written."""
     # NumPy would warn of an overflow; the error below names the tensor.
     with np.errstate(over="ignore"):
         rounded = np.ascontiguousarray(values).astype(dtype, copy=False)
     if not np.isfinite(rounded).all():
+        wider = "another dtype" if merge.dtype else "a base of a wider type"
         raise InvalidInput(
             f"rule={merge.rule}: takes {name} out of the range of {dtype.name}; take smaller "
-            "settings or a base of a wider type"
+            f"settings or {wider}"
         )
-    return rounded.reshape(-1).view(np.uint8).data
+    return rounded.reshape(-1)
 
 
 def _version() -> str:
@@ -265,8 +344,9 @@ def _version() -> str:
 def _provenance(merge: Merge, inputs: Inputs) -> dict[str, str]:
     """Return the base's metadata and how the output is made; folders of files are left out."""
 
-    def described(file: TensorFile) -> dict[str, str]:
-        return {"name": file.source.name, "sha256": file.sha256()}
+    def described(file: TensorFile) -> dict[str, Any]:
+        digests = file.sha256()
+        return {"name": file.source.name, "sha256": digests[0] if len(digests) == 1 else digests}
 
     made_from = {
         "base": described(inputs.base),
@@ -289,7 +369,7 @@ def _report(
     inputs: Inputs,
     of_tensor: dict[str, MergeRule],
     stored: dict[str, StoredMatrix],
-) -> str:
+) -> list[str]:
     entries = inputs.base.entries
     numbers = sum(entries[name].size for name in of_tensor)
     lines = [
@@ -302,9 +382,9 @@ def _report(
         if any(file.entries[name].dtype != entries[name].dtype for file in inputs.models)
     ]
     if mixed:
-        lines.append(f"of several types, written in the base's: {files.listed(mixed)}")
-    if copied := [name for name, entry in entries.items() if entry.dtype not in FLOATS]:
-        lines.append(f"not floating-point, left as the base's: {files.listed(copied)}")
+        written = merge.dtype or "the base's"
+        lines.append(f"of several types, written in {written}: {files.listed(mixed)}")
+    lines += inputs.agreement.lines()
     parts = next(iter(of_tensor.values())).needs.parts
     if parts:
         lines += described(stored, parts)
@@ -312,4 +392,4 @@ def _report(
             lines.append(f"merged as other tensors than matrices: {files.listed(others)}")
     elif any(rule.needs.scope == "model" for rule in of_tensor.values()):
         lines.append(f"{merge.rule} looks at all tensors at once: they were held in memory")
-    return "\n".join(lines)
+    return lines

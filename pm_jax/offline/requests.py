@@ -4,12 +4,18 @@ import dataclasses
 import re
 from pathlib import Path
 
-from pm_jax import files, rules, trees
-from pm_jax.offline import orbax_files
+from pm_jax import registries, rules, trees
+from pm_jax.offline import npz_files, orbax_files, recipes
+from pm_jax.offline.agreement import Agreement, agreement
+from pm_jax.offline.interpolation import OF_FILES
 from pm_jax.offline.matrices import LAYOUTS
-from pm_jax.offline.tensor_files import FLOATS, WHOLE_NUMBERS, TensorFile
+from pm_jax.offline.tensor_files import TensorFile
 from pm_jax.rules import MergeRule
 from pm_jax.types import InvalidInput
+from pm_jax.weights import checkpoint_files
+
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
+"""Types that an output may have, by the names of their numbers; values are those of headers."""
 
 OF_FISHERS = frozenset({"quadratic", "curvature_error", "curvature_along"})
 """Fields of `Evidence` that come from curvature; Fisher files provide the quadratic only."""
@@ -19,8 +25,8 @@ OF_FISHERS = frozenset({"quadratic", "curvature_error", "curvature_along"})
 class Merge:
     """Request for a merge: which files to merge, how, and where to."""
 
-    # File of theta_0, in safetensors; like the others it may be a folder of Orbax, which is turned
-    # into a temporary file beside the output first.
+    # File or folder of theta_0. Like the others it may be an `.npz` or a folder of Orbax, which is
+    # turned into a temporary file beside the output first.
     base: Path
     # Files of theta_1*, theta_2*, ... in the order of the tasks.
     models: tuple[Path, ...]
@@ -42,6 +48,28 @@ class Merge:
     # How matrices are stored, a key of `LAYOUTS`, for rules that look at them; empty to tell by
     # their names.
     layout: str = ""
+    # Weights of the models, in their order, for rules that take them; empty for equal ones.
+    weights: tuple[float, ...] = ()
+    # Patterns of the names of tensors that stay the base's, and may differ between the models.
+    leave: tuple[str, ...] = ()
+    # Type of the output's floating-point numbers, a key of `DTYPES`; empty for the base's.
+    dtype: str = ""
+    # Most bytes in a file of an output that is a folder; 0 to divide it as the base is.
+    shard_size: int = 0
+
+    def recipe(self) -> str:
+        """Write the merge as a recipe in TOML; folders of files are left out."""
+        paths = {
+            name: tuple(path.name for path in getattr(self, name)) for name in ("models", "fishers")
+        }
+        return recipes.written(
+            {
+                **{"base": self.base.name, **paths, "weights": self.weights},
+                **{"rule": self.rule, "rule_settings": self.rule_settings},
+                **{"settings": self.settings, "leave": self.leave, "layout": self.layout},
+                **{"dtype": self.dtype, "seed": self.seed},
+            }
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +82,8 @@ class Inputs:
     models: tuple[TensorFile, ...]
     # One for each model, or none.
     fishers: tuple[TensorFile, ...]
-    # Names of the tensors that merge: those of floating-point numbers, and not empty.
-    merging: tuple[str, ...]
+    # Which tensors merge.
+    agreement: Agreement
 
     @property
     def files(self) -> tuple[TensorFile, ...]:
@@ -73,33 +101,21 @@ def open_inputs(merge: Merge, folder: Path) -> Inputs:
     _check_paths(merge)
 
     def opened(argument: str, number: int, path: Path) -> TensorFile:
-        if not path.is_dir():
-            return TensorFile.open(argument, path)
-        # `source` keeps the path that the user gave, for messages.
+        found = checkpoint_files.find(argument, path)
+        if found.kind == "safetensors":
+            return TensorFile.open(argument, path, found)
         converted = folder / f"{argument}_{number}.safetensors"
-        orbax_files.to_safetensors(argument, path, converted)
-        return dataclasses.replace(TensorFile.open(argument, converted), source=path)
+        convert = (npz_files if found.kind == "npz" else orbax_files).to_safetensors
+        convert(argument, found.tensors[0], converted)
+        # `source` keeps the path that the user gave, for messages.
+        return dataclasses.replace(TensorFile.open(argument, converted), source=path, form=found)
 
     base = opened("base", 0, merge.base)
-    models = tuple(opened("models", n, path) for n, path in enumerate(merge.models))
-    fishers = tuple(opened("fishers", n, path) for n, path in enumerate(merge.fishers))
-    for file in (base, *models, *fishers):
-        for name, entry in file.entries.items():
-            if entry.dtype not in FLOATS and entry.dtype not in WHOLE_NUMBERS:
-                raise InvalidInput(
-                    f"{file.argument}={file.source}: {name} is of type {entry.dtype}; convert "
-                    f"it to one of {', '.join(FLOATS)}"
-                )
-    merging = tuple(
-        name for name, entry in base.entries.items() if entry.dtype in FLOATS and entry.size
-    )
-    if not merging:
-        raise InvalidInput(f"base={base.source}: has no floating-point tensor; nothing to merge")
-    for file in models:
-        _check_same(base, file, tuple(base.entries))
-    for file in fishers:
-        _check_same(base, file, merging)
-    return Inputs(base, models, fishers, merging)
+    models = [opened("models", n, path) for n, path in enumerate(merge.models)]
+    fishers = [opened("fishers", n, path) for n, path in enumerate(merge.fishers)]
+    found = agreement(base, models, fishers, merge.leave)
+    count = len(models) + 1
+    return Inputs(base, found.files[1:count], found.files[count:], found)
 
 
 def rules_by_settings(merge: Merge, inputs: Inputs) -> list[tuple[MergeRule, tuple[str, ...]]]:
@@ -110,12 +126,15 @@ def rules_by_settings(merge: Merge, inputs: Inputs) -> list[tuple[MergeRule, tup
             what the files do not contain.
     """
     names: dict[str, list[str]] = {}
-    patterns = [_pattern(setting, inputs.merging) for setting in merge.settings]
-    for name in inputs.merging:
+    merging = inputs.agreement.merging
+    patterns = [_pattern(setting, merging) for setting in merge.settings]
+    for name in merging:
         text = next((text for matched, text in patterns if name in matched), "")
-        names.setdefault(_joined(merge.rule_settings, text), []).append(name)
+        names.setdefault(_joined(merge.rule, merge.rule_settings, text), []).append(name)
+    given = {"max_tasks": len(merge.models), "model_weights": _checked_weights(merge)}
+    factories = {**rules.REGISTRY, **OF_FILES}
     by_settings = [
-        (rules.make(merge.rule, text, max_tasks=len(merge.models)), tuple(group))
+        (registries.make("rule", factories, merge.rule, text, **given), tuple(group))
         for text, group in names.items()
     ]
     for rule, _ in by_settings:
@@ -171,9 +190,24 @@ def _pattern(setting: str, names: tuple[str, ...]) -> tuple[frozenset[str], str]
     return frozenset(matched), split[2]
 
 
-def _joined(default: str, particular: str) -> str:
+def _checked_weights(merge: Merge) -> tuple[float, ...]:
+    """Check that weights are as many as models, and that the rule takes them."""
+    weights, factories = merge.weights, {**rules.REGISTRY, **OF_FILES}
+    given = f"weights={','.join(f'{weight:g}' for weight in weights)}"
+    takers = [name for name, make in factories.items() if rules.takes_weights(make)]
+    if weights and merge.rule in factories and merge.rule not in takers:
+        raise InvalidInput(f"{given}: rule={merge.rule} takes none; use {', '.join(takers)}")
+    if weights and len(weights) != len(merge.models):
+        raise InvalidInput(
+            f"{given}: needs one for each of {len(merge.models)} models, in their order"
+        )
+    return weights
+
+
+def _joined(rule: str, default: str, particular: str) -> str:
     """Join settings "name=value,...", of which the second replace the first."""
-    parts = [part for text in (default, particular) for part in text.split(",") if part]
+    texts = (rules.with_own_names(rule, text) for text in (default, particular))
+    parts = [part for text in texts for part in text.split(",") if part]
     return ",".join({part.partition("=")[0]: part for part in parts}.values())
 
 
@@ -185,25 +219,11 @@ def _check_paths(merge: Merge) -> None:
             f"fishers={','.join(map(str, merge.fishers))}: needs one for each of "
             f"{len(merge.models)} models, in their order"
         )
+    if merge.dtype and merge.dtype not in DTYPES:
+        raise InvalidInput(f"dtype={merge.dtype}: must be one of {', '.join(DTYPES)}, or left out")
+    output = merge.output.resolve()
     for path in (merge.base, *merge.models, *merge.fishers):
-        if merge.output.exists() and path.exists() and merge.output.samefile(path):
+        if output == path.resolve():
             raise InvalidInput(f"output={merge.output}: is one of the inputs; choose another name")
-
-
-def _check_same(base: TensorFile, other: TensorFile, names: tuple[str, ...]) -> None:
-    differences = [f"lacks {name}" for name in names if name not in other.entries]
-    differences += [f"also has {name}" for name in other.entries if name not in base.entries]
-    for name in names:
-        ours, theirs = base.entries[name], other.entries.get(name)
-        # A missing tensor is in the list already.
-        if theirs is None:
-            continue
-        if theirs.shape != ours.shape:
-            differences.append(f"{name} is {list(theirs.shape)}, not {list(ours.shape)}")
-        elif (theirs.dtype in FLOATS) != (ours.dtype in FLOATS):
-            differences.append(f"{name} is {theirs.dtype}, not {ours.dtype}")
-    if differences:
-        raise InvalidInput(
-            f"{other.argument}={other.source}: does not hold the tensors of the base: "
-            f"{files.listed(differences)}; give files of one architecture"
-        )
+        if output in path.resolve().parents:
+            raise InvalidInput(f"output={merge.output}: holds {path}; choose another name")

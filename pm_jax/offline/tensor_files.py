@@ -13,13 +13,15 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import jax.numpy as jnp
 import numpy as np
 
 from pm_jax import files
 from pm_jax.types import InvalidInput, cause
+from pm_jax.weights import checkpoint_files
+from pm_jax.weights.checkpoint_files import CheckpointFiles
 
 FLOATS = {
     "F64": np.dtype(np.float64),
@@ -36,6 +38,13 @@ WHOLE_NUMBERS = {"BOOL": np.dtype(np.bool_)} | {
 
 PIECE = 1 << 22
 """Bytes in memory at a time while a tensor is copied."""
+
+
+class Target(Protocol):
+    """An open file, or several, that bytes are written to."""
+
+    def write(self, data: Any, /) -> Any:
+        """Write bytes, or a memory view of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,52 +67,45 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class TensorFile:
-    """Safetensors file whose header is read and checked, and nothing else."""
+    """Safetensors file, or its shards, whose headers are read and checked, and nothing else."""
 
     # The argument that named the file, for messages.
     argument: str
     # The path that the user gave, for messages; a conversion may have made the file from it.
     source: Path
-    path: Path
-    # Entries by name, in the order of the bytes.
+    # Entries by name, in the order of the shards and of the bytes.
     entries: dict[str, Entry]
     # Strings that the file holds.
     metadata: dict[str, str]
-    # Byte at which the tensors begin.
-    start: int
+    # The file that each tensor is in, and the byte at which the tensors of that file begin.
+    places: dict[str, tuple[Path, int]]
+    # What the user gave, which may be of another kind than safetensors.
+    form: CheckpointFiles
 
     @classmethod
-    def open(cls, argument: str, path: str | os.PathLike) -> "TensorFile":
-        """Read and check a header; `argument` names the file in messages.
+    def open(
+        cls, argument: str, path: str | os.PathLike, found: CheckpointFiles | None = None
+    ) -> "TensorFile":
+        """Read and check the headers of a file, or of the files found at a path.
 
         Raises:
-            InvalidInput: the file is missing, damaged, or not safetensors.
+            InvalidInput: a file is missing, damaged, or not safetensors; or shards do not make one
+                model. `argument` names the path in the message.
         """
-        from safetensors import safe_open
-
         path = Path(path)
-        if path.suffix != ".safetensors":
-            raise InvalidInput(f"{argument}={path}: must end in .safetensors")
-        if not path.is_file():
-            raise InvalidInput(f"{argument}={path}: there is no such file")
-        try:
-            # The package refuses tensors that overlap, leave gaps or lie beyond the end.
-            with safe_open(path, "numpy"):
-                pass
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length), object_pairs_hook=_without_repeats)
-        except Exception as error:  # Rust and the system raise many types for damaged files.
-            raise InvalidInput(
-                f"{argument}={path}: cannot be read ({cause(error)}); get it anew"
-            ) from error
-        metadata = header.pop("__metadata__", None) or {}
-        entries = {
-            name: Entry(fields["dtype"], tuple(fields["shape"]), *fields["data_offsets"])
-            for name, fields in header.items()
+        found = found or checkpoint_files.find(argument, path)
+        headers = {
+            file: _read_header(f"{argument}={path}", file, named=file != path)
+            for file in found.tensors
         }
-        ordered = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
-        return cls(argument, path, path, ordered, metadata, 8 + length)
+        names = {file: header[0] for file, header in headers.items()}
+        checkpoint_files.check_shards(argument, path, found, names)
+        entries, metadata, places = {}, {}, {}
+        for file, (of_file, strings, start) in headers.items():
+            entries |= of_file
+            metadata |= strings
+            places |= dict.fromkeys(of_file, (file, start))
+        return cls(argument, path, entries, metadata, places, found)
 
     def read(self, name: str, first: int, stop: int) -> np.ndarray:
         """Read the elements `first` to `stop - 1` of a floating-point tensor, in row-major order.
@@ -111,11 +113,8 @@ class TensorFile:
         Raises:
             InvalidInput: an element is NaN or infinite, or the file has become shorter.
         """
-        entry = self.entries[name]
-        dtype = FLOATS[entry.dtype]
-        place = self.start + entry.begin + first * dtype.itemsize
-        # Not mapped into memory: the pages of a map that were read count as the process's memory.
-        values = np.fromfile(self.path, dtype, stop - first, offset=place)
+        dtype = FLOATS[self.entries[name].dtype]
+        values = self._fetched(name, first, stop, dtype)
         if values.size < stop - first:
             raise InvalidInput(f"{self.argument}={self.source}: was changed meanwhile; start again")
         finite = np.isfinite(values)
@@ -127,18 +126,46 @@ class TensorFile:
             )
         return values
 
-    def copy(self, name: str, target: BinaryIO) -> None:
+    def copy(self, name: str, target: Target) -> None:
         """Copy a tensor of any type to an open file, a piece at a time."""
-        entry = self.entries[name]
-        with self.path.open("rb") as source:
-            source.seek(self.start + entry.begin)
-            for place in range(entry.begin, entry.end, PIECE):
-                target.write(source.read(min(PIECE, entry.end - place)))
+        for piece in self.pieces(name):
+            target.write(piece.data)
 
-    def sha256(self) -> str:
-        """Return the SHA-256 of the whole file, in hexadecimal."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+    def pieces(self, name: str, size: int = PIECE) -> Iterator[np.ndarray]:
+        """Yield the bytes of a tensor of any type, so many at a time."""
+        entry = self.entries[name]
+        for first in range(0, entry.end - entry.begin, size):
+            stop = min(first + size, entry.end - entry.begin)
+            yield self._fetched(name, first, stop, np.dtype(np.uint8))
+
+    def holds(self, name: str, first: int, values: np.ndarray) -> bool:
+        """Tell whether a tensor has some values, bit for bit, from an element on."""
+        stored = self._fetched(name, first, first + values.size, values.dtype)
+        return stored.tobytes() == values.tobytes()
+
+    def sha256(self) -> list[str]:
+        """Return the SHA-256 of each file, in hexadecimal."""
+        return [_digest(file) for file in dict.fromkeys(file for file, _ in self.places.values())]
+
+    def _fetched(self, name: str, first: int, stop: int, dtype: np.dtype) -> np.ndarray:
+        file, start = self.places[name]
+        place = start + self.entries[name].begin + first * dtype.itemsize
+        # Not mapped into memory: the pages of a map that were read count as the process's memory.
+        return np.fromfile(file, dtype, stop - first, offset=place)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def laid_out(tensors: Mapping[str, tuple[str, tuple[int, ...], int]]) -> dict[str, Entry]:
+    """Lay tensors, by name with type, shape and number of bytes, behind one another."""
+    entries, begin = {}, 0
+    for name, (kind, shape, size) in tensors.items():
+        entries[name] = Entry(kind, shape, begin, begin + size)
+        begin += size
+    return entries
 
 
 @contextlib.contextmanager
@@ -152,39 +179,65 @@ def writing(
     """Yield an open file with the header in it, for the tensors' bytes in the order of `entries`.
 
     Raises:
-        InvalidInput: as `check_output`, or the file cannot be written.
+        InvalidInput: it cannot be written, or something is there.
     """
     path = Path(path)
-    check_output(path, overwrite=overwrite)
+    with replacing(path, overwrite=overwrite) as temporary, temporary.open("wb") as file:
+        file.write(header(entries, metadata))
+        yield file
+        on_the_disk(file)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary path for an output, which takes its place at the end.
+
+    Raises:
+        InvalidInput: it cannot be written, or something has come to be there.
+    """
     try:
         with files.replacing(path, unique=True) as temporary:
-            with temporary.open("wb") as file:
-                file.write(_header(entries, metadata))
-                yield file
-                # On the disk before the rename: a power cut must not leave an empty output.
-                file.flush()
-                os.fsync(file.fileno())
+            yield temporary
             # Checked once more, as merging can take long.
-            check_output(path, overwrite=overwrite)
+            if path.exists() and not overwrite:
+                raise InvalidInput(f"output={path}: exists; choose another name or set overwrite")
     except OSError as error:
         raise InvalidInput(
             f"output={path}: cannot be written ({error.strerror or error}); choose another place"
         ) from error
 
 
-def check_output(path: Path, *, overwrite: bool = False) -> None:
-    """Check that a safetensors file can be written to a path.
+def on_the_disk(file: BinaryIO) -> None:
+    """Wait for the disk, before a rename: a power cut must not leave an empty output."""
+    file.flush()
+    os.fsync(file.fileno())
 
-    Raises:
-        InvalidInput: the path has another ending, lies nowhere, or has something there already.
-    """
-    if path.suffix != ".safetensors":
-        raise InvalidInput(f"output={path}: must end in .safetensors")
-    if path.is_dir():
-        raise InvalidInput(f"output={path}: is a folder already; choose another name")
-    if path.exists() and not overwrite:
-        raise InvalidInput(f"output={path}: exists; choose another name or set overwrite")
-    files.check_folder("output", path)
+
+def _read_header(
+    given: str, path: Path, *, named: bool
+) -> tuple[dict[str, Entry], dict[str, str], int]:
+    """Read entries, metadata and the length of a header; `named` if the message names the file."""
+    from safetensors import safe_open
+
+    try:
+        # The package refuses tensors that overlap, leave gaps or lie beyond the end.
+        with safe_open(path, "numpy"):
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            content = json.loads(file.read(length), object_pairs_hook=_without_repeats)
+    except Exception as error:  # Rust and the system raise many types for damaged files.
+        which = f"{path.name} " if named else ""
+        raise InvalidInput(
+            f"{given}: {which}cannot be read ({cause(error)}); get it anew"
+        ) from error
+    metadata = content.pop("__metadata__", None) or {}
+    entries = {
+        name: Entry(fields["dtype"], tuple(fields["shape"]), *fields["data_offsets"])
+        for name, fields in content.items()
+    }
+    ordered = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
+    return ordered, metadata, 8 + length
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -196,7 +249,8 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _header(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
+def header(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
+    """Write the header of a file, which comes before the bytes of its tensors."""
     content: dict[str, object] = {"__metadata__": dict(metadata)}
     for name, entry in entries.items():
         content[name] = {

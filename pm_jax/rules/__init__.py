@@ -17,7 +17,7 @@ from pm_jax.rules.oracle import oracle
 from pm_jax.rules.pam import pam
 from pm_jax.rules.perturb_and_merge import perturb_and_merge
 from pm_jax.rules.random_mix import random_mix
-from pm_jax.rules.registry import REGISTRY, make
+from pm_jax.rules.registry import REGISTRY, make, takes_weights, with_own_names
 from pm_jax.rules.regmean import regmean
 from pm_jax.rules.simple import (
     averaging,
@@ -65,8 +65,10 @@ __all__ = [
     "regmean",
     "sequential",
     "slao",
+    "takes_weights",
     "task_arithmetic",
     "ties",
     "trm",
     "tunable_magmax",
+    "with_own_names",
 ]

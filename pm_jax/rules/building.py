@@ -110,6 +110,11 @@ def merge_running_task_vector(
     return merge_rule(init, update, needs)
 
 
+def weight_of(weights: tuple[float, ...], tasks: Array) -> Array:
+    """The weight of the t-th model, a float scalar; NaN beyond the last of them."""
+    return jnp.take(jnp.asarray(weights), tasks - 1, mode="fill", fill_value=jnp.nan)
+
+
 def origin_of(params: Params) -> Params:
     """The pre-trained model as a rule keeps it: the same arrays in a new tree."""
     # An nnx state is made of mutable variables, which go on training: the tree must be a copy.

@@ -22,7 +22,12 @@ MERGED_BY: dict[str, Callable[..., MergeRule]] = {
 
 
 def dare(
-    *, on: str = "averaging", drop: float = 0.5, scale: float = 0.0, keep: float = 0.0
+    *,
+    on: str = "averaging",
+    drop: float = 0.5,
+    scale: float = 0.0,
+    keep: float = 0.0,
+    model_weights: tuple[float, ...] = (),
 ) -> MergeRule:
     """Merge by another rule after dropping entries of the task vector at random.
 
@@ -37,6 +42,7 @@ def dare(
         scale: the other rule's, which averaging lacks; 0 for its default.
         keep: of ties, in (0, 1]; 1 leaves out the trimming, so that `drop` alone makes the task
             vector sparse. 0 for the default of ties.
+        model_weights: the other rule's; empty for its default.
 
     Returns:
         A `MergeRule` that needs `key`.
@@ -65,7 +71,7 @@ def dare(
     require("keep", keep, 0 <= keep <= 1, "in [0, 1], where 0 is the default of ties")
     if keep and on != "ties":
         raise InvalidInput(f"keep={keep}: belongs to ties, and on={on}; leave it out")
-    given = {"scale": scale, "keep": keep}
+    given = {"scale": scale, "keep": keep, "model_weights": model_weights}
     rule = MERGED_BY[on](**{name: value for name, value in given.items() if value})
 
     def update(state, *, previous: Params, trained: Params, evidence: Evidence):

@@ -1,5 +1,6 @@
 """Every merge rule by name, and how one is made from a line of settings."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,7 @@ from pm_jax.rules.task_arithmetic import task_arithmetic
 from pm_jax.rules.ties import ties
 from pm_jax.rules.trm import trm
 from pm_jax.rules.tunable_magmax import tunable_magmax
+from pm_jax.types import InvalidInput
 
 REGISTRY: dict[str, Callable[..., MergeRule]] = {
     "perturb_and_merge": perturb_and_merge,
@@ -79,4 +81,40 @@ def make(name: str, settings: str = "", **given: Any) -> MergeRule:
         >>> make("perturb_and_merge", "clip=false").needs.next_task_from
         'merged'
     """
-    return registries.make("rule", REGISTRY, name, settings, **given)
+    # Weights belong to models that are there already: experiments.merge gives them.
+    given = {"model_weights": (), **given}
+    return registries.make("rule", REGISTRY, name, with_own_names(name, settings), **given)
+
+
+def with_own_names(name: str, settings: str) -> str:
+    """Replace `density`, mergekit's and PEFT's name, by a rule's own: keep, or 1 - drop.
+
+    Raises:
+        InvalidInput: the density is no number in (0, 1], or the rule's own name is given too.
+
+    Example:
+        >>> with_own_names("ties", "density=0.3,trim=tensor"), with_own_names("dare", "density=1/4")
+        ('keep=0.3,trim=tensor', 'drop=0.75')
+    """
+    own = {"ties": "keep", "dare": "drop"}.get(name)
+    parts = settings.replace(" ", "").split(",")
+    for place, part in enumerate(parts):
+        key, equals, text = part.partition("=")
+        if key != "density" or not equals or not own:
+            continue
+        given = f"rule_settings={part}"
+        try:
+            density = registries.number(text)
+        except ValueError:
+            density = 0.0
+        if not 0 < density <= 1:
+            raise InvalidInput(f"{given}: must be a number or fraction in (0, 1]")
+        if any(other.startswith(f"{own}=") for other in parts):
+            raise InvalidInput(f"{given}: says what {own} says too; leave one of them out")
+        parts[place] = f"keep={text}" if own == "keep" else f"drop={1 - density!r}"
+    return ",".join(parts)
+
+
+def takes_weights(factory: Callable[..., MergeRule]) -> bool:
+    """Tell whether the rules of a factory take a weight for each model."""
+    return "model_weights" in inspect.signature(factory).parameters

@@ -1,9 +1,12 @@
 """Rules whose coefficient does not depend on the data: the baselines, and CoMA's fixed step."""
 
+import itertools
+import math
+
 import jax.numpy as jnp
 
 from pm_jax.rules.base import MergeRule
-from pm_jax.rules.building import merge_by_count
+from pm_jax.rules.building import merge_by_count, weight_of
 from pm_jax.types import Array, require
 
 
@@ -54,21 +57,23 @@ def first_session() -> MergeRule:
     return merge_by_count(lambda tasks: (tasks == 1).astype(jnp.float32), moving_tasks=1)
 
 
-def averaging(*, power: float = 1.0) -> MergeRule:
+def averaging(*, power: float = 1.0, model_weights: tuple[float, ...] = ()) -> MergeRule:
     """Move t^-power of the way to the trained model, `lerp(theta_hat, theta_t*, t^-power)`.
 
     With power 1 the model is the running average of the trained ones: Perturb-and-Merge with equal
-    curvature for every task. A smaller power keeps more of the new task.
+    curvature for every task. A smaller power keeps more of the new task. With weights it is the sum
+    of `w_i theta_i*`, by steps of `w_t / (w_1 + ... + w_t)`.
 
     Args:
         power: above 0; 1 weighs all tasks the same, 1/2 is `slao`, and towards 0 the rule becomes
             sequential training.
+        model_weights: one weight for each task, none below 0, of sum 1; empty for equal ones.
 
     Returns:
         A `MergeRule` that needs no evidence.
 
     Raises:
-        ValueError: power out of range.
+        ValueError: power or weights out of range, or both given.
 
     Example:
         >>> rule = averaging()
@@ -78,6 +83,17 @@ def averaging(*, power: float = 1.0) -> MergeRule:
         [2.0]
     """
     require("power", power, power > 0, "above 0, and 1 for the mean of all tasks")
+    if model_weights:
+        total = math.fsum(model_weights)
+        holds = min(model_weights) >= 0 and abs(total - 1) < 1e-6
+        remedy = f"; divide each by {total:g}" if total > 0 else ""
+        shown = ":".join(f"{weight:g}" for weight in model_weights)
+        require("model_weights", shown, holds, f"at least 0 and of sum 1{remedy}")
+        require("power", power, power == 1, "left out where there are weights")
+        sums = itertools.accumulate(model_weights)
+        # Models of weight 0 may come first, before there is anything to divide by.
+        steps = tuple(w / s if w else 0.0 for w, s in zip(model_weights, sums, strict=True))
+        return merge_by_count(lambda tasks: weight_of(steps, tasks))
 
     def coefficient(tasks: Array) -> Array:
         count = tasks.astype(jnp.float32)

@@ -4,17 +4,18 @@ import jax
 import jax.numpy as jnp
 
 from pm_jax.rules.base import MergeRule
-from pm_jax.rules.building import merge_running_task_vector
-from pm_jax.types import require
+from pm_jax.rules.building import merge_running_task_vector, weight_of
+from pm_jax.types import Array, Key, PyTree, require
 
 
-def task_arithmetic(*, scale: float = 0.3) -> MergeRule:
+def task_arithmetic(*, scale: float = 0.3, model_weights: tuple[float, ...] = ()) -> MergeRule:
     """Move the pre-trained model by the scaled sum of all task vectors.
 
-        theta_hat_t = theta_0 + scale sum_{i<=t} (theta_i* - theta_0)
+        theta_hat_t = theta_0 + scale sum_{i<=t} w_i (theta_i* - theta_0)
 
     Args:
         scale: coefficient of every task vector, above 0; it does not fall with the number of tasks.
+        model_weights: w, one for each task; a weight below 0 takes a task away. Empty for ones.
 
     Returns:
         A `MergeRule` that needs no evidence; the next task starts from the trained model.
@@ -35,4 +36,12 @@ def task_arithmetic(*, scale: float = 0.3) -> MergeRule:
         [2.0]
     """
     require("scale", scale, scale > 0, "above 0")
-    return merge_running_task_vector(lambda old, new, *_: jax.tree.map(jnp.add, old, new), scale)
+
+    def accumulate(old: PyTree, new: PyTree, tasks: Array, key: Key | None) -> PyTree:
+        del key
+        if not model_weights:
+            return jax.tree.map(jnp.add, old, new)
+        weight = weight_of(model_weights, tasks)
+        return jax.tree.map(lambda x, y: x + weight.astype(y.dtype) * y, old, new)
+
+    return merge_running_task_vector(accumulate, scale)

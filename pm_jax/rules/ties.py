@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 from pm_jax import task_vectors
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Requirements
-from pm_jax.rules.building import origin_of
+from pm_jax.rules.building import origin_of, weight_of
 from pm_jax.rules.checked import merge_rule
 from pm_jax.rules.selection import kth_largest
-from pm_jax.types import Params, PyTree, require
+from pm_jax.types import Array, Params, PyTree, require
 
 
 class TiesState(NamedTuple):
@@ -33,7 +33,25 @@ class TiesState(NamedTuple):
     negative_count: PyTree
 
 
-def ties(*, scale: float = 0.55, keep: float = 0.2, trim: str = "global") -> MergeRule:
+class WeightedTiesState(NamedTuple):
+    """State of TIES with weights.
+
+    Attributes:
+        tasks: int32 scalar, tasks merged so far.
+        sums: the sums of the weighted task vectors; its counts are sums of weights, float32.
+    """
+
+    tasks: Array
+    sums: TiesState
+
+
+def ties(
+    *,
+    scale: float = 0.55,
+    keep: float = 0.2,
+    trim: str = "global",
+    model_weights: tuple[float, ...] = (),
+) -> MergeRule:
     """Merge the large entries of all task vectors that agree in sign.
 
     Each `tau_i = theta_i* - theta_0` keeps its largest magnitudes, ties with the smallest of them
@@ -50,6 +68,8 @@ def ties(*, scale: float = 0.55, keep: float = 0.2, trim: str = "global") -> Mer
             least; a product that misses a whole number by less than 1e-6 counts as it, so that 0.29
             of 100 entries are 29, where floating point has 28.999999999999996.
         trim: "global" for a threshold and a sum of signs over all leaves, "tensor" for one by leaf.
+        model_weights: one weight for each task, none below 0, by which its trimmed task vector is
+            multiplied before signs are elected, and counted in the mean; empty for ones.
 
     Returns:
         A `MergeRule` that needs no evidence; the next task starts from the trained model.
@@ -74,13 +94,20 @@ def ties(*, scale: float = 0.55, keep: float = 0.2, trim: str = "global") -> Mer
     require("keep", keep, 0 < keep <= 1, "in (0, 1]")
     require("trim", trim, trim in ("global", "tensor"), "global or tensor")
 
-    def init(params: Params) -> TiesState:
+    if model_weights:
+        shown = ":".join(f"{weight:g}" for weight in model_weights)
+        holds = min(model_weights) >= 0 and max(model_weights) > 0
+        require("model_weights", shown, holds, "at least 0, and one of them above")
+
+    def init(params: Params) -> TiesState | WeightedTiesState:
         origin = origin_of(params)
         # Separate trees for the two sums, because merging donates their buffers.
         sums = [task_vectors.difference(origin, origin) for _ in range(2)]
         # uint16 halves the memory of the counts, and is enough for 65,535 tasks.
-        counts = [jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.uint16), s) for s in sums]
-        return TiesState(origin, *sums, *counts)
+        kind = jnp.float32 if model_weights else jnp.uint16
+        counts = [jax.tree.map(lambda x: jnp.zeros(x.shape, kind), s) for s in sums]
+        state = TiesState(origin, *sums, *counts)
+        return WeightedTiesState(jnp.zeros((), jnp.int32), state) if model_weights else state
 
     def by_group(function: Callable[[list], list], tree: PyTree) -> PyTree:
         """Map lists of the leaves that share a threshold and a balance of signs."""
@@ -88,22 +115,45 @@ def ties(*, scale: float = 0.55, keep: float = 0.2, trim: str = "global") -> Mer
         groups = [leaves] if trim == "global" else [[leaf] for leaf in leaves]
         return jax.tree.unflatten(structure, [x for group in groups for x in function(group)])
 
-    def update(
-        state: TiesState, *, previous: Params, trained: Params, evidence: Evidence | None = None
-    ):
-        del previous, evidence
+    def add(state: TiesState, trained: Params, weight: Array | None) -> TiesState:
+        """Add the trimmed task vector of a model to the sums."""
         task_vector = task_vectors.difference(trained, state.origin)
         task_vector = by_group(functools.partial(_trimmed, keep=keep), task_vector)
-        state = TiesState(
+
+        def weighted(leaf: Array) -> Array:
+            return leaf if weight is None else leaf * weight.astype(leaf.dtype)
+
+        def counted(count: Array, entries: Array) -> Array:
+            return (
+                count + entries if weight is None else count + entries * weight.astype(count.dtype)
+            )
+
+        task_vector = jax.tree.map(weighted, task_vector)
+        return TiesState(
             state.origin,
             jax.tree.map(lambda s, x: s + jnp.maximum(x, 0), state.positive, task_vector),
             jax.tree.map(lambda s, x: s + jnp.minimum(x, 0), state.negative, task_vector),
-            jax.tree.map(lambda c, x: c + (x > 0), state.positive_count, task_vector),
-            jax.tree.map(lambda c, x: c + (x < 0), state.negative_count, task_vector),
+            jax.tree.map(lambda c, x: counted(c, x > 0), state.positive_count, task_vector),
+            jax.tree.map(lambda c, x: counted(c, x < 0), state.negative_count, task_vector),
         )
-        elected = by_group(_elected, jax.tree.map(jnp.add, state.positive, state.negative))
-        merged = jax.tree.map(_mean_of_elected, elected, *state[1:])
-        return task_vectors.apply(state.origin, merged, scale), state, MergeInfo.of(scale)
+
+    def update(
+        state: TiesState | WeightedTiesState,
+        *,
+        previous: Params,
+        trained: Params,
+        evidence: Evidence | None = None,
+    ):
+        del previous, evidence
+        if isinstance(state, WeightedTiesState):
+            tasks = state.tasks + 1
+            sums = add(state.sums, trained, weight_of(model_weights, tasks))
+            state = WeightedTiesState(tasks, sums)
+        else:
+            state = sums = add(state, trained, None)
+        elected = by_group(_elected, jax.tree.map(jnp.add, sums.positive, sums.negative))
+        merged = jax.tree.map(_mean_of_elected, elected, *sums[1:])
+        return task_vectors.apply(sums.origin, merged, scale), state, MergeInfo.of(scale)
 
     scope = "model" if trim == "global" else "tensor"
     needs = Requirements(next_task_from="trained", scope=scope, reads_previous=False)
@@ -131,4 +181,5 @@ def _elected(totals: list) -> list:
 def _mean_of_elected(elected, positive, negative, positive_count, negative_count):
     count = jnp.where(elected, positive_count, negative_count)
     # An entry without any elected value has sum 0 and count 0, and becomes 0 / 1.
-    return jnp.where(elected, positive, negative) / jnp.maximum(count, 1).astype(positive.dtype)
+    count = jnp.where(count > 0, count, 1)
+    return jnp.where(elected, positive, negative) / count.astype(positive.dtype)
