@@ -206,6 +206,12 @@ def define_export_flags() -> None:
         "One of --classifiers, linear in the features, whose kernel and bias exports have; by "
         "default the first.",
     )
+    define_overwrite_flag()
+
+
+@functools.cache  # one process may import two binaries
+def define_overwrite_flag() -> None:
+    """Define whether files that are there may be replaced."""
     flags.DEFINE_boolean("overwrite", False, "Let exports replace what is there.")
 
 

@@ -16,7 +16,7 @@ from absl import app, flags
 from experiments import flags as experiment_flags
 from pm_jax import registries
 from pm_jax.continual.storage import reuse
-from pm_jax.offline import outputs, recipes
+from pm_jax.offline import recipes
 from pm_jax.offline.merging import merge_files
 from pm_jax.offline.requests import DTYPES, Merge
 from pm_jax.types import InvalidInput
@@ -122,7 +122,7 @@ def _merge_of(values: flags.FlagValues) -> Merge:
         _numbers(given("weights")),
         tuple(given("leave")),
         given("dtype"),
-        outputs.bytes_of(given("shard_size")) if given("shard_size") else 0,
+        given("shard_size"),
     )
 
 

@@ -604,6 +604,152 @@ def model_with_a_tensor_more(folder):
     return model(folder, "more.safetensors", extra=np.ones(2, np.float32))
 
 
+def model_of_bytes(folder):
+    return model(folder, "bytes.safetensors", scale=np.ones(3, jnp.float8_e4m3fn))
+
+
+def model_folder(folder, name="model folder", **tensors):
+    path = folder / name
+    path.mkdir()
+    model(path, **tensors)
+    (path / "config.json").write_text('{"model_type": "bert"}')
+    return path
+
+
+def model_folder_with_a_damaged_config(folder):
+    path = model_folder(folder)
+    (path / "config.json").write_text("{")
+    return path
+
+
+def sharded_model(folder, *shards, name="sharded", **places):
+    """The small model in two shards, or in others that are given; `places` as the index has it."""
+    path = folder / name
+    path.mkdir()
+    shards = shards or ({"scale": np.ones(3)}, {"blocks.0.mlp": np.ones((2, 3))})
+    files = {f"model-{n:05d}-of-{len(shards):05d}.safetensors": x for n, x in enumerate(shards, 1)}
+    for file, tensors in files.items():
+        tensors = {key: x.astype(np.float32) for key, x in tensors.items()}
+        pretrained.write_tensors(tensors, path / file)
+    places = {key: file for file, tensors in files.items() for key in tensors} | places
+    index = json.dumps({"metadata": {}, "weight_map": places})
+    (path / "model.safetensors.index.json").write_text(index)
+    return path
+
+
+def shards_without_one(folder):
+    path = sharded_model(folder)
+    (path / "model-00002-of-00002.safetensors").unlink()
+    return path
+
+
+def shards_without_index(folder):
+    path = sharded_model(folder)
+    (path / "model.safetensors.index.json").unlink()
+    return path
+
+
+def shards_with_a_tensor_twice(folder):
+    return sharded_model(
+        folder, {"scale": np.ones(3)}, {"scale": np.ones(2), "blocks.0.mlp": np.ones((2, 3))}
+    )
+
+
+def shards_with_a_tensor_elsewhere(folder):
+    return sharded_model(folder, scale="model-00002-of-00002.safetensors")
+
+
+def shards_with_a_tensor_that_the_index_lacks(folder):
+    path = sharded_model(folder)
+    tensors = {name: np.ones(3, np.float32) for name in ("scale", "extra")}
+    pretrained.write_tensors(tensors, path / "model-00001-of-00002.safetensors", overwrite=True)
+    return path
+
+
+def shards_of_which_one_is_cut_short(folder):
+    path = sharded_model(folder)
+    shard = path / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-4])
+    return path
+
+
+def shards_whose_index_leads_outside(folder):
+    return sharded_model(folder, scale="../model.safetensors")
+
+
+def shards_whose_index_is_cut_short(folder):
+    path = sharded_model(folder)
+    (path / "model.safetensors.index.json").write_text('{"weight_map": {')
+    return path
+
+
+def shard_of_a_model(folder):
+    return sharded_model(folder) / "model-00001-of-00002.safetensors"
+
+
+def pickled_model(folder):
+    return empty_file(folder, "pytorch_model.bin")
+
+
+def folder_of_a_pickled_model(folder):
+    path = folder_named(folder, "pickled")
+    pickled_model(path)
+    return path
+
+
+def folder_of_two_models(folder):
+    path = folder_named(folder, "two models")
+    for name in ("a.safetensors", "b.safetensors"):
+        model(path, name)
+    return path
+
+
+def folder_of_an_adapter(folder):
+    path = folder_named(folder, "adapter")
+    (path / "adapter_config.json").write_text("{}")
+    model(path, "adapter_model.safetensors")
+    return path
+
+
+def steps_of_a_manager(folder):
+    path = folder / "manager"
+    for step in (5, 10):
+        (path / str(step) / "default").mkdir(parents=True)
+        (path / str(step) / "default" / "_METADATA").write_text("{}")
+    return path
+
+
+def two_trees_of_orbax(folder):
+    path = folder / "saved"
+    for name in ("optimizer", "params"):
+        (path / name).mkdir(parents=True)
+        (path / name / "_METADATA").write_text("{}")
+    return path
+
+
+def arrays_of_text(folder):
+    np.savez(folder / "text.npz", scale=np.asarray(["a"]))
+    return folder / "text.npz"
+
+
+def recipe(folder, text):
+    path = folder / "merge.toml"
+    path.write_text(text)
+    return path
+
+
+def recipe_with_an_unknown_key(folder):
+    return recipe(folder, 'rule = "ties"\nweight = [1, 2]\n')
+
+
+def recipe_with_text_for_weights(folder):
+    return recipe(folder, 'weights = "1/2, 1/2"\n')
+
+
+def recipe_cut_short(folder):
+    return recipe(folder, 'rule = "ti')
+
+
 def fishers_below_0(folder):
     return model(folder, "fishers.safetensors", scale=-np.ones(3, np.float32))
 

@@ -3,11 +3,12 @@
 import pytest
 from absl import flags
 
-from experiments import compare, inspect, merge, report, train
+from experiments import compare, fisher, inspect, merge, report, train
 from experiments import flags as experiment_flags
 
 BINARIES = {
-    "compare": compare, "inspect": inspect, "merge": merge, "report": report, "train": train,
+    "compare": compare, "fisher": fisher, "inspect": inspect, "merge": merge, "report": report,
+    "train": train,
 }  # fmt: skip
 
 

@@ -117,7 +117,7 @@ def _output(merge: Merge, inputs: Inputs) -> Output:
         {**_provenance(merge, inputs), "recipe": recipe},
         inputs.base,
         merge.overwrite,
-        merge.shard_size,
+        outputs.bytes_of(merge.shard_size) if merge.shard_size else 0,
         merge.dtype,
         recipes.card(merge.output.name, recipe),
     )

@@ -54,8 +54,13 @@ class Merge:
     leave: tuple[str, ...] = ()
     # Type of the output's floating-point numbers, a key of `DTYPES`; empty for the base's.
     dtype: str = ""
-    # Most bytes in a file of an output that is a folder; 0 to divide it as the base is.
-    shard_size: int = 0
+    # Most bytes in a file of an output that is a folder, as 5GB; empty to divide it as the base is.
+    shard_size: str = ""
+
+    @property
+    def written_weights(self) -> str:
+        """The weights as an argument, for messages."""
+        return f"weights={','.join(f'{weight:g}' for weight in self.weights)}"
 
     def recipe(self) -> str:
         """Write the merge as a recipe in TOML; folders of files are left out."""
@@ -131,12 +136,8 @@ def rules_by_settings(merge: Merge, inputs: Inputs) -> list[tuple[MergeRule, tup
     for name in merging:
         text = next((text for matched, text in patterns if name in matched), "")
         names.setdefault(_joined(merge.rule, merge.rule_settings, text), []).append(name)
-    given = {"max_tasks": len(merge.models), "model_weights": _checked_weights(merge)}
-    factories = {**rules.REGISTRY, **OF_FILES}
-    by_settings = [
-        (registries.make("rule", factories, merge.rule, text, **given), tuple(group))
-        for text, group in names.items()
-    ]
+    _check_weights(merge)
+    by_settings = [(_made(merge, text), tuple(group)) for text, group in names.items()]
     for rule, _ in by_settings:
         if rule.needs.tasks_at_once:
             raise InvalidInput(
@@ -190,18 +191,38 @@ def _pattern(setting: str, names: tuple[str, ...]) -> tuple[frozenset[str], str]
     return frozenset(matched), split[2]
 
 
-def _checked_weights(merge: Merge) -> tuple[float, ...]:
+def _made(merge: Merge, settings: str) -> MergeRule:
+    """Make the rule of a merge with some settings; raises `InvalidInput`."""
+    factories = {**rules.REGISTRY, **OF_FILES}
+    given = {"max_tasks": len(merge.models), "model_weights": merge.weights}
+    try:
+        return registries.make("rule", factories, merge.rule, settings, **given)
+    except InvalidInput as error:
+        # The rule knows of the weights by another name.
+        name, _, rest = str(error).partition(": ")
+        if not name.startswith("rule_settings=model_weights="):
+            raise
+        raise InvalidInput(f"{merge.written_weights}: {rest.rpartition('; ')[0]}") from None
+
+
+def _check_weights(merge: Merge) -> None:
     """Check that weights are as many as models, and that the rule takes them."""
-    weights, factories = merge.weights, {**rules.REGISTRY, **OF_FILES}
-    given = f"weights={','.join(f'{weight:g}' for weight in weights)}"
+    factories = {**rules.REGISTRY, **OF_FILES}
     takers = [name for name, make in factories.items() if rules.takes_weights(make)]
-    if weights and merge.rule in factories and merge.rule not in takers:
-        raise InvalidInput(f"{given}: rule={merge.rule} takes none; use {', '.join(takers)}")
-    if weights and len(weights) != len(merge.models):
+    if merge.weights and merge.rule in factories and merge.rule not in takers:
         raise InvalidInput(
-            f"{given}: needs one for each of {len(merge.models)} models, in their order"
+            f"{merge.written_weights}: rule={merge.rule} takes none; use {', '.join(takers)}"
         )
-    return weights
+    if merge.weights and len(merge.weights) != len(merge.models):
+        raise InvalidInput(
+            f"{merge.written_weights}: needs one for each of {len(merge.models)} models, in their "
+            "order"
+        )
+    if merge.rule == "slerp" and len(merge.models) < 2:
+        raise InvalidInput(
+            "rule=slerp: goes from one model to the next, and there is one; name the base as the "
+            "first of models to begin there"
+        )
 
 
 def _joined(rule: str, default: str, particular: str) -> str:

@@ -203,8 +203,9 @@ def write_tensors(
     *,
     metadata: Mapping[str, str] | None = None,
     overwrite: bool = False,
+    argument: str = "export",
 ) -> None:
-    """Write a safetensors file, whole or not at all, with metadata.
+    """Write a safetensors file, whole or not at all, with metadata; `argument` named its path.
 
     Raises:
         InvalidInput: the path exists, has another ending or cannot be written.
@@ -214,14 +215,14 @@ def write_tensors(
 
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise InvalidInput(f"export={path}: must end in .safetensors")
+        raise InvalidInput(f"{argument}={path}: must end in .safetensors")
     if path.exists() and not overwrite:
-        raise InvalidInput(f"export={path}: exists; choose another name or set overwrite")
+        raise InvalidInput(f"{argument}={path}: exists; choose another name or set overwrite")
     try:
         with files.replacing(path) as temporary:
             save_file(dict(tensors), temporary, {"format": "pt", **(metadata or {})})
     except (OSError, SafetensorError) as error:
-        raise InvalidInput(f"export={path}: cannot be written ({error})") from error
+        raise InvalidInput(f"{argument}={path}: cannot be written ({error})") from error
 
 
 def resize_positions(positions: np.ndarray, tokens: int, *, prefix: int = 1) -> np.ndarray:
