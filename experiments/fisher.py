@@ -1,6 +1,6 @@
 """Measure the diagonal Fisher of a fine-tuned model, as a file for experiments.merge --fishers.
 
-python -m experiments.fisher --model=vit_tiny_patch16 --pretrained=tuned.safetensors \\
+python -m experiments.fisher --model=vit_tiny_patch16 --pretrained=tuned.safetensors \
     --dataset=cifar100 --scenario=class_incremental --num_tasks=1 --output=fisher.safetensors
 """
 

@@ -5,8 +5,8 @@ The file is safetensors with the names and shapes of the model's own file. An en
     F_k = 1/N sum_n E_y[(d/d theta_k log p(y | x_n))^2]
 
 over the N training examples, with labels y drawn from the model (fisher_exact), all of them weighed
-by their probability (gauss_newton_diag), or the true ones (fisher_empirical); float32, not negative,
-and 0 where a tensor plays no part in the predictions. Its metadata say how it was measured.
+by their probability (curvature_samples=0), or the true ones (fisher_empirical). It is float32, not
+negative, and 0 where a tensor plays no part in the predictions. Metadata say how it was measured.
 """
 
 from pathlib import Path
