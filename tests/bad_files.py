@@ -654,13 +654,13 @@ def shards_without_index(folder):
 
 
 def shards_with_a_tensor_twice(folder):
-    return sharded_model(
-        folder, {"scale": np.ones(3)}, {"scale": np.ones(2), "blocks.0.mlp": np.ones((2, 3))}
-    )
+    first, second = {"scale": np.ones(3)}, {"scale": np.ones(2), "blocks.0.mlp": np.ones((2, 3))}
+    return sharded_model(folder, first, second, scale="model-00001-of-00002.safetensors")
 
 
 def shards_with_a_tensor_elsewhere(folder):
-    return sharded_model(folder, scale="model-00002-of-00002.safetensors")
+    shards = {"scale": np.ones(3), "extra": np.ones(3)}, {"blocks.0.mlp": np.ones((2, 3))}
+    return sharded_model(folder, *shards, scale="model-00002-of-00002.safetensors")
 
 
 def shards_with_a_tensor_that_the_index_lacks(folder):

@@ -79,7 +79,19 @@ def from_safetensors(merged: TensorFile, like: Path, path: Path, made: dict[str,
         request = jax.tree.map(
             lambda leaf: orbax.PLACEHOLDER if id(leaf) in merging else _shape(leaf), kinds
         )
-        kept = checkpointer.restore(like.absolute(), args=orbax.args.PyTreeRestore(request))
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        as_saved = jax.tree.map(
+            # Without a place Orbax would look for the devices that saved the array.
+            lambda leaf: (
+                orbax.ArrayRestoreArgs(sharding=here)
+                if getattr(leaf, "sharding", None)
+                else orbax.RestoreArgs()
+            ),
+            kinds,
+        )
+        kept = checkpointer.restore(
+            like.absolute(), args=orbax.args.PyTreeRestore(request, restore_args=as_saved)
+        )
         arrays = {
             id(leaf): _array(merged, name, leaf)
             for name, leaf in wanted.items()

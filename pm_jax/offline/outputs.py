@@ -137,18 +137,14 @@ def writing_model(output: Output, folder: Path) -> Iterator[Target]:
         merged = folder / "merged.safetensors"
         with writing(merged, output.entries, {}) as file:
             yield file
+        whole = TensorFile.open("output", merged)
         if path.suffix == NPZ:
             made = json.dumps(output.metadata)
-            file = TensorFile.open("output", merged)
-            npz_files.from_safetensors(file, path, made, overwrite=output.overwrite)
+            npz_files.from_safetensors(whole, path, made, overwrite=output.overwrite)
         else:
             with _replacing_folder(output) as temporary:
-                orbax_files.from_safetensors(
-                    TensorFile.open("output", merged),
-                    output.base.form.tensors[0],
-                    temporary,
-                    output.metadata,
-                )
+                like = output.base.form.tensors[0]
+                orbax_files.from_safetensors(whole, like, temporary, output.metadata)
     else:
         with _replacing_folder(output) as temporary:
             temporary.mkdir()

@@ -242,9 +242,10 @@ def _check_paths(merge: Merge) -> None:
         )
     if merge.dtype and merge.dtype not in DTYPES:
         raise InvalidInput(f"dtype={merge.dtype}: must be one of {', '.join(DTYPES)}, or left out")
-    output = merge.output.resolve()
     for path in (merge.base, *merge.models, *merge.fishers):
-        if output == path.resolve():
+        if not merge.output.exists() or not path.exists():
+            continue
+        if merge.output.samefile(path):
             raise InvalidInput(f"output={merge.output}: is one of the inputs; choose another name")
-        if output in path.resolve().parents:
+        if merge.output.resolve() in path.resolve().parents:
             raise InvalidInput(f"output={merge.output}: holds {path}; choose another name")

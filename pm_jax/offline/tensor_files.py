@@ -100,7 +100,8 @@ class TensorFile:
         }
         names = {file: header[0] for file, header in headers.items()}
         checkpoint_files.check_shards(argument, path, found, names)
-        entries, metadata, places = {}, {}, {}
+        entries, metadata = dict[str, Entry](), dict[str, str]()
+        places: dict[str, tuple[Path, int]] = {}
         for file, (of_file, strings, start) in headers.items():
             entries |= of_file
             metadata |= strings

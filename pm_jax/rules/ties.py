@@ -44,6 +44,11 @@ class WeightedTiesState(NamedTuple):
     tasks: Array
     sums: TiesState
 
+    @property
+    def origin(self) -> Params:
+        """The pre-trained model."""
+        return self.sums.origin
+
 
 def ties(
     *,

@@ -324,6 +324,7 @@ def test_an_nnx_state_merges_and_can_be_restored_into_the_module(tmp_path):
     assert "hidden/kernel" in found
 
 
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_the_tree_of_an_orbax_folder_comes_back_with_what_does_not_merge(tmp_path):
     def saved(name, seed):
         tree = {
@@ -338,7 +339,7 @@ def test_the_tree_of_an_orbax_folder_comes_back_with_what_does_not_merge(tmp_pat
     merge(paths[0], paths[1:], tmp_path / "out", "--rule=linear", "--weights=0.25,0.75")
     with orbax.PyTreeCheckpointer() as checkpointer:
         found = checkpointer.restore(tmp_path / "out")
-        made = checkpointer.metadata(tmp_path / "out").custom_metadata
+        made = checkpointer.metadata(tmp_path / "out").item_metadata.custom_metadata
     assert [leaf.tolist() for leaf in found["w"]] == [[1.75] * 3, [1.75] * 2]
     assert isinstance(found["w"][0], jax.Array) and isinstance(found["w"][1], np.ndarray)
     assert int(found["step"]) == 2**60 and found["none"] is None
