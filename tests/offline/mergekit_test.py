@@ -130,7 +130,7 @@ def test_transformers_loads_a_merged_folder_of_shards(dtype, tmp_path):
         theirs[-1].save_pretrained(tmp_path / name, max_shard_size="10KB" if seed != 1 else "1GB")
     call("merge", f"--base={tmp_path / 'base'}", f"--models={tmp_path / 'first'},"
          f"{tmp_path / 'second'}", f"--output={tmp_path / 'out'}", "--rule=linear",
-         "--weights=0.25,0.75", f"--dtype={dtype}", "--shard_size=12KB")  # fmt: skip
+         "--weights=0.25,0.75", f"--dtype={dtype}", "--shard_size=4KB")  # fmt: skip
     assert len([*(tmp_path / "out").glob("model-*.safetensors")]) > 2
     found = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     assert found.dtype == (torch.bfloat16 if dtype else torch.float32)
