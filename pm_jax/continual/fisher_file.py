@@ -29,7 +29,8 @@ from pm_jax.models.model import Model
 from pm_jax.rules.building import diagonal_of
 from pm_jax.types import InvalidInput, Params, PyTree
 from pm_jax.weights import pretrained
-from pm_jax.weights.layouts import LAYOUTS, depth_of
+from pm_jax.weights.layouts import OURS, entries_of
+from pm_jax.weights.public_names import Form, known
 
 KINDS = ("fisher_exact", "gauss_newton_diag", "fisher_empirical")
 """Kinds of curvature that such a file holds: one number for each of the model's."""
@@ -44,13 +45,13 @@ def write_fisher(config: Config, seed: int, output: Path, *, overwrite: bool = F
     """
     check(config, output, overwrite=overwrite)
     tensors = pretrained.read_tensors(config.pretrained)
-    layout = pretrained.layout_of(tensors)
+    form = known(tensors).form
     stream = config.task_stream(seed).together()
     model = model_of(config, stream.num_classes)
-    params, state = _fine_tuned(config, stream, model, tensors, layout)
+    params, state = _fine_tuned(config, stream, model, tensors, form)
     fisher = _measured(config, seed, stream, model, params, state)
     heads = getattr(config.network(stream.num_classes), "num_heads", 1)
-    theirs = _as_file(pretrained.export_params(fisher, layout, num_heads=heads), tensors)
+    theirs = _as_file(_exported(fisher, form, heads), tensors)
     metadata = {
         "made_by": f"pm_jax {environment()['packages']['pm_jax']}",
         "curvature": config.curvature,
@@ -92,7 +93,7 @@ def _fine_tuned(
     stream: TaskStream,
     model: Model,
     tensors: pretrained.Tensors,
-    layout: str,
+    form: Form,
 ) -> tuple[Params, PyTree]:
     """Read the model with its classifier, and its state; raises `InvalidInput`."""
     init = init_fn(
@@ -103,8 +104,8 @@ def _fine_tuned(
         input_dtype=str(stream.inputs.dtype),
     )
     shapes, state = jax.eval_shape(init, jax.random.key(0))
-    depth = depth_of(trees.leaves_by_path(shapes))
-    heads = [entry.name for entry in LAYOUTS[layout](depth) if entry.path.startswith("head/")]
+    entries = entries_of(form.layout, trees.leaves_by_path(shapes))
+    heads = [form.names.get(e.name, e.name) for e in entries if e.path.startswith("head/")]
     if lacking := [name for name in heads if name not in tensors]:
         raise InvalidInput(
             f"pretrained={config.pretrained}: has no classifier ({files.listed(lacking)}), and the "
@@ -138,12 +139,28 @@ def _measured(
     return trees.replace(params, diagonal_of(evidence))
 
 
+def _exported(fisher: Params, form: Form, num_heads: int) -> pretrained.Tensors:
+    """Give a measured Fisher the names and shapes of the model's file."""
+    leaves = trees.leaves_by_path(fisher)
+    if form.layout == OURS:
+        # Merging knows the arrays of an nnx state by the paths of their variables.
+        names = {path: form.names.get(path, path).removesuffix("/value") for path in leaves}
+        return {names[path]: np.asarray(leaf, np.float32) for path, leaf in leaves.items()}
+    separate = form.layout == "timm" and {"reg_token", "cls_token"} <= set(leaves)
+    if separate if form.class_position is None else not form.class_position:
+        # The file has the class token and its position as one sum, and so their derivative once.
+        positions = jnp.asarray(leaves["pos_embed"]).at[:, :1].set(0)
+        fisher = trees.replace(fisher, {"pos_embed": positions})
+    return pretrained.export_params(fisher, form, num_heads=num_heads)
+
+
 def _as_file(measured: pretrained.Tensors, tensors: pretrained.Tensors) -> pretrained.Tensors:
     """Give a measured Fisher the tensors of the model's file; 0 for those that it does not use."""
     whole = {}
     for name, tensor in tensors.items():
         if not jnp.issubdtype(tensor.dtype, jnp.floating):
             continue
+        name = name.removesuffix("/value")
         whole[name] = measured.get(name, np.zeros(tensor.shape, np.float32))
         if whole[name].shape != tensor.shape:
             raise InvalidInput(
