@@ -90,6 +90,11 @@ def left_out(tensors: Mapping[str, np.ndarray], *, head: bool = False) -> tuple[
 def load_params(tensors: Mapping[str, np.ndarray], params: Params, *, head: bool = False) -> Params:
     """Fill the parameters of a ViT or a text encoder with the tensors of a public checkpoint.
 
+    Args:
+        tensors: what `read_tensors` returns; what `left_out` lists of them is not used.
+        params: parameters of the model, or their shapes.
+        head: whether the classifier is filled too.
+
     Raises:
         InvalidInput: tensors are missing, left over, of another shape or type, NaN or infinite; all
             are listed.
