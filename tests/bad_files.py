@@ -17,6 +17,7 @@ from pm_jax.continual import Config
 from pm_jax.continual.storage.workdir import claim
 from pm_jax.models import VisionTransformer
 from pm_jax.weights import pretrained
+from tests import clip_files
 
 # Anything.
 
@@ -397,6 +398,52 @@ def tokenizer(folder):
 def tokenizer_cut_short(folder):
     path = tokenizer(folder)
     path.write_text(path.read_text()[:100])
+    return path
+
+
+# CLIP and the names of classes.
+
+
+def clip_weights(folder):
+    return clip_files.write_model(folder / "clip")
+
+
+def clip_weights_of_siglip(folder):
+    path = clip_weights(folder)
+    path.with_name("config.json").write_text('{"model_type": "siglip"}')
+    return path
+
+
+def clip_weights_of_another_size(folder):
+    path = clip_weights(folder)
+    content = json.loads(path.with_name("config.json").read_text()) | {"projection_dim": 5}
+    path.with_name("config.json").write_text(json.dumps(content))
+    return path
+
+
+def class_names(folder):
+    return clip_files.write_names(folder)
+
+
+def class_names_of_three(folder):
+    return clip_files.write_names(folder, ("cat", "dog", "fish"))
+
+
+def class_names_with_a_gap(folder):
+    return clip_files.write_names(folder, ("cat", "", "dog", "fish"))
+
+
+def class_names_twice(folder):
+    return clip_files.write_names(folder, ("cat", "dog", "cat", "fish"))
+
+
+def class_names_of_wordnet(folder):
+    return clip_files.write_names(folder, ("n01", "n02", "n03", "n04"))
+
+
+def long_template(folder):
+    path = folder / "templates.txt"
+    path.write_text("a " * 50 + "{}\n")
     return path
 
 

@@ -9,6 +9,7 @@ from pm_jax.classifiers.nearest_mean import nearest_mean
 from pm_jax.classifiers.registry import REGISTRY, make
 from pm_jax.classifiers.ridge import ridge
 from pm_jax.classifiers.trained import trained
+from pm_jax.classifiers.zero_shot import text_columns, zero_shot
 
 __all__ = [
     "CLASS_STATISTICS",
@@ -25,5 +26,7 @@ __all__ = [
     "make",
     "nearest_mean",
     "ridge",
+    "text_columns",
     "trained",
+    "zero_shot",
 ]

@@ -9,6 +9,7 @@ from pm_jax.classifiers.discriminant import discriminant
 from pm_jax.classifiers.nearest_mean import nearest_mean
 from pm_jax.classifiers.ridge import ridge
 from pm_jax.classifiers.trained import trained
+from pm_jax.classifiers.zero_shot import zero_shot
 
 REGISTRY: dict[str, Callable[..., Classifier]] = {
     "trained": trained,
@@ -16,6 +17,7 @@ REGISTRY: dict[str, Callable[..., Classifier]] = {
     "nearest_mean": nearest_mean,
     "aligned": aligned,
     "ridge": ridge,
+    "zero_shot": zero_shot,
 }
 """Factories by name: what `--classifiers` accepts and what the contract tests run over."""
 

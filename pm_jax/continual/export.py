@@ -16,7 +16,7 @@ from pm_jax.continual.storage import manifest
 from pm_jax.continual.storage.provenance import environment
 from pm_jax.data import several
 from pm_jax.types import InvalidInput
-from pm_jax.weights import peft_adapter, pretrained
+from pm_jax.weights import clip, peft_adapter, pretrained
 from pm_jax.weights.checkpoint_files import find
 from pm_jax.weights.layouts import OURS
 from pm_jax.weights.public_names import Form, known
@@ -47,6 +47,7 @@ def check(
     """
     model, adapter = destinations.model, destinations.adapter
     _check_classifier(destinations, config)
+    _check_clip(destinations, config)
     for flag, path in (("export", model), ("export_adapter", adapter)):
         if path is None:
             continue
@@ -94,6 +95,23 @@ def _check_classifier(destinations: Destinations, config: Config) -> None:
         raise InvalidInput(
             f"classifier_in_export={chosen.label}: {given}is not linear in the features, as the "
             f"head of the exported model is; {remedy}"
+        )
+
+
+def _check_clip(destinations: Destinations, config: Config) -> None:
+    """Check that a CLIP model's files have places for all that changes; raises `InvalidInput`."""
+    if config.model != "clip":
+        return
+    label = destinations.classifier or config.classifiers[0]
+    if (destinations.model or destinations.adapter) and label != "zero_shot":
+        raise InvalidInput(
+            f"classifier_in_export={label}: the files of a CLIP model have no place for a "
+            "classifier; use zero_shot, which its text tower makes"
+        )
+    if destinations.adapter and form_for(config).layout == "open_clip":
+        raise InvalidInput(
+            f"export_adapter={destinations.adapter}: PEFT has no adapters for the joint "
+            "projections of open_clip's attention; export writes the whole model"
         )
 
 
@@ -154,12 +172,19 @@ def write(destinations: Destinations, config: Config, seed: int, workdir: Path) 
     layout = form.layout
     overwrite = destinations.overwrite
     if path := destinations.model:
-        tensors = pretrained.export_params(merged, form)
+        if config.model == "clip":
+            # The text tower is as it was, and makes the columns.
+            tensors = pretrained.read_tensors(config.pretrained)
+            tensors |= pretrained.export_params(clip.without_columns(merged), form)
+        else:
+            tensors = pretrained.export_params(merged, form)
         metadata = {**_metadata(learner, layout), "classifier": classifier}
         with _covering(workdir, path):
             pretrained.write_tensors(tensors, path, metadata=metadata, overwrite=overwrite)
     if path := destinations.adapter:
         _, later = partitions(config, merged)
+        if config.model == "clip":
+            start, merged = (clip.without_columns(params) for params in (start, merged))
         rank = config.lora_rank * learner.stream.num_tasks
         try:
             adapter = peft_adapter.peft_adapter(start, merged, later.adapted, layout, rank)

@@ -76,6 +76,11 @@ def check(config: Config, output: Path, *, overwrite: bool = False) -> None:
     """
     if config.from_scratch:
         raise InvalidInput("pretrained=: needs the weights of the model that was fine-tuned")
+    if config.model == "clip":
+        raise InvalidInput(
+            "model=clip: has no classifier in its file, and the Fisher is that of its predictions; "
+            "use another model"
+        )
     if config.curvature not in KINDS:
         raise InvalidInput(
             f"curvature={config.curvature}: is no number for each of the model's, as a Fisher file "

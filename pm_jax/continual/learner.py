@@ -30,6 +30,7 @@ from pm_jax.continual.training import own_model
 from pm_jax.continual.training.divergence import check_finite, check_state
 from pm_jax.continual.training.initial_model import is_built_in, remarks, starting_params
 from pm_jax.continual.training.steps import TaskSteps
+from pm_jax.continual.training.text_columns import text_columns
 from pm_jax.continual.training.trainer import Trainer, TrainingState
 from pm_jax.data.stream import TaskStream
 from pm_jax.models.model import classifier_pattern
@@ -125,6 +126,8 @@ class Learner:
                 own_model.name_of(training.model, self.config.model), params, model_state
             )
         params = starting_params(self.config, params)
+        if self.config.has_text_columns:
+            params = trees.replace(params, text_columns(self.config, self.stream.class_names))
         self.state = self.merging.initial_state(
             self._devices.place(params), self._devices.place(model_state)
         )

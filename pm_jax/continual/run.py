@@ -42,6 +42,7 @@ from pm_jax.continual.training.initial_model import (
     remarks,
 )
 from pm_jax.continual.training.partition import Partition
+from pm_jax.continual.training.text_columns import check_text_columns
 
 FINISHED_FILES = (RESULTS_FILE, landscape.FILE)
 
@@ -189,6 +190,8 @@ def describe(config: Config, seed: int = 0) -> str:
         own_model.check_values(name, *training.init_with_state(jax.random.key(seed)))
     shapes = parameter_shapes(config, *form, model=model, input_dtype=str(stream.inputs.dtype))
     blank = blank_example(config, form[1], str(stream.inputs.dtype))
+    if config.has_text_columns:
+        check_text_columns(config, stream.class_names)
     first, later = partitions(config, shapes, model, None if is_built_in(model) else blank)
     # For its errors.
     leaves = trees.select(shapes, later.merging)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from pm_jax.data import augmentation_policies
 from pm_jax.types import Array, Key
 
-AUGMENTATIONS = ("none", "flip", "crop_flip", "randaugment", "autoaugment")
+AUGMENTATIONS = ("none", "flip", "crop", "crop_flip", "randaugment", "autoaugment")
 CROP_ATTEMPTS = 10
 CROP_RATIO = (3 / 4, 4 / 3)
 """Attempts to fit a box, and bounds on its width over height, both torchvision's."""
@@ -110,6 +110,6 @@ def augmentation(
             images = augmentation_policies.auto_augment(policy_key, images)
         if name != "flip":
             images = random_resized_crop(crop_key, images, shape, crop_scale)
-        return random_flip(flip_key, images)
+        return images if name == "crop" else random_flip(flip_key, images)
 
     return augment

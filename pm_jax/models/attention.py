@@ -77,7 +77,8 @@ def attend(
         key: likewise.
         value: likewise.
         real: the keys that are attended to, bool [N, T]; or their numbers, int32 [N], where they
-            come first; `None` for all.
+            come first; or, for all but cuDNN, those of each query, bool [N or 1, T, T]; `None` for
+            all.
         implementation: a result of `chosen`.
 
     Returns:
@@ -99,10 +100,10 @@ def attend(
 
 
 def _mask(real: Array, tokens: int) -> Array:
-    """The mask [N, 1, 1, T] of the keys that are attended to."""
+    """The mask [N, 1, 1 or T, T] of the keys that are attended to."""
     if real.ndim == 1:
         real = jnp.arange(tokens)[None] < real[:, None]
-    return real[:, None, None, :]
+    return real[:, None] if real.ndim == 3 else real[:, None, None, :]
 
 
 def _own(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
@@ -147,7 +148,7 @@ def plain(module: Any) -> Any:
     cuDNN's. A module that is so here is returned itself, with which it shares compiled programs.
 
     Args:
-        module: a `VisionTransformer` or a `TextEncoder`.
+        module: a `VisionTransformer`, a `TextEncoder` or a `ClipImageTower`.
     """
     # cuDNN's attention is never chosen for float32.
     forward = "auto" if module.attention == "cudnn" else module.attention

@@ -1,6 +1,7 @@
 """Vision transformer: pre-norm blocks, exact GELU, a class token or the mean of the patches."""
 
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -78,6 +79,20 @@ def turned(x: Array, angles: Array) -> Array:
     return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], -1)
 
 
+def padded(x: Array, pad_tokens: int, implementation: str) -> tuple[Array, Array | None]:
+    """Pad tokens [N, T, D] as `VisionTransformer.pad_tokens` says.
+
+    The second result is the numbers of real tokens, int32 [N]; `None` where all are real.
+    """
+    count, tokens, _ = x.shape
+    extra = -tokens % (pad_tokens or (8 if implementation == "cudnn" else 1))
+    if not extra:
+        return x, None
+    # The name tells those who look for it in the traced program that there is padding.
+    x = checkpoint_name(jnp.pad(x, ((0, 0), (0, extra), (0, 0))), PADDING)
+    return x, jnp.full(count, tokens, jnp.int32)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with separate `query`, `key`, `value` and `proj` layers."""
 
@@ -106,16 +121,17 @@ class Attention(nn.Module):
 
 
 class MlpBlock(nn.Module):
-    """Two dense layers, `fc1` (of the hidden size) and `fc2`, with exact GELU between them."""
+    """Two dense layers, `fc1` (of the hidden size) and `fc2`, with an activation between them."""
 
     hidden_size: int
     dtype: jnp.dtype | None = None
+    activation: Callable[[Array], Array] = gelu
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Map [N, T, D] to [N, T, D]."""
         hidden = nn.Dense(self.hidden_size, dtype=self.dtype, name="fc1")(x)
-        return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(gelu(hidden))
+        return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(self.activation(hidden))
 
 
 class LayerScale(nn.Module):
@@ -142,6 +158,7 @@ class Block(nn.Module):
     post_norm: bool = False
     # Initial value of the factors `ls1` and `ls2` of what a pre-norm block adds; 0 for none.
     layer_scale: float = 0.0
+    activation: Callable[[Array], Array] = gelu
 
     @nn.compact
     def __call__(self, x: Array, real: Array | None = None, angles: Array | None = None) -> Array:
@@ -151,7 +168,7 @@ class Block(nn.Module):
             return layer_norm(self.layer_norm_epsilon, self.dtype, name)(inputs)
 
         attention = Attention(self.num_heads, self.dtype, self.attention, name="attn")
-        mlp = MlpBlock(self.mlp_size, self.dtype, name="mlp")
+        mlp = MlpBlock(self.mlp_size, self.dtype, self.activation, name="mlp")
         if self.post_norm:
             x = norm("norm1", x + attention(x, real))
             return norm("norm2", x + mlp(x))
@@ -256,7 +273,7 @@ class VisionTransformer(nn.Module):
         x = self._with_prefix(x)
         tokens = x.shape[1]
         implementation = chosen(self.attention, self.dtype, self.width // self.num_heads)
-        x, real = self._padded(x, implementation)
+        x, real = padded(x, self.pad_tokens, implementation)
         angles = self._angles(images.shape[1:3], tokens, x.shape[1])
         block = nn.remat(Block) if self.remat else Block
         hidden, epsilon = int(self.width * self.mlp_ratio), self.layer_norm_epsilon
@@ -320,13 +337,3 @@ class VisionTransformer(nn.Module):
         if self.pooling == "mean":
             return jnp.mean(norm(patches_only), axis=1)
         return norm(jnp.mean(patches_only, axis=1))
-
-    def _padded(self, x: Array, implementation: str) -> tuple[Array, Array | None]:
-        """Pad tokens [N, T, D]; the numbers of real ones, [N], are `None` where all are."""
-        count, tokens, _ = x.shape
-        extra = -tokens % (self.pad_tokens or (8 if implementation == "cudnn" else 1))
-        if not extra:
-            return x, None
-        # The name tells those who look for it in the traced program that there is padding.
-        x = checkpoint_name(jnp.pad(x, ((0, 0), (0, extra), (0, 0))), PADDING)
-        return x, jnp.full(count, tokens, jnp.int32)

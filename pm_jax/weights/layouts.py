@@ -16,7 +16,8 @@ class Entry(NamedTuple):
     name: str
     # Difference between the arrays: "same"; "dense" and "conv", whose output axis comes first in
     # PyTorch; "heads_in", "heads_out" and "heads_bias", with an axis of heads in `.npz`;
-    # "class_half", a dense kernel that reads the mean of the patches too, after the class token.
+    # "class_half", a dense kernel that reads the mean of the patches too, after the class token;
+    # "squeezed", without our leading axes of size 1.
     kind: str = "same"
     # (i, n) if our leaf is the i-th of n equal parts along their first axis.
     part: tuple[int, int] | None = None
@@ -183,13 +184,96 @@ def _bert(depth: int) -> list[Entry]:
     return entries + _blocks(depth, "encoder.layer", "attention.self", norms)
 
 
+def _clip_image(depth: int) -> list[Entry]:
+    embeddings = "vision_model.embeddings"
+    return [
+        Entry("cls_token", f"{embeddings}.class_embedding", "squeezed"),
+        Entry("pos_embed", f"{embeddings}.position_embedding.weight", "squeezed"),
+        Entry("patch_embed/kernel", f"{embeddings}.patch_embedding.weight", "conv"),
+        *_norm("norm_pre", "vision_model.pre_layrnorm"),
+        *_norm("norm", "vision_model.post_layernorm"),
+        Entry("projection/kernel", "visual_projection.weight", "dense"),
+        *_clip_blocks(depth, "vision_model.encoder.layers"),
+    ]
+
+
+def _clip_text(depth: int) -> list[Entry]:
+    embeddings = "text_model.embeddings"
+    return [
+        Entry("word_embed/embedding", f"{embeddings}.token_embedding.weight"),
+        Entry("position_embed/embedding", f"{embeddings}.position_embedding.weight"),
+        *_norm("norm", "text_model.final_layer_norm"),
+        Entry("projection/kernel", "text_projection.weight", "dense"),
+        *_clip_blocks(depth, "text_model.encoder.layers"),
+    ]
+
+
+def _clip_blocks(depth: int, prefix: str) -> list[Entry]:
+    entries = []
+    for layer in range(depth):
+        ours, theirs = f"blocks_{layer}", f"{prefix}.{layer}"
+        attention = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "proj": "out_proj"}
+        for name, their_name in attention.items():
+            entries += _linear(f"{ours}/attn/{name}", f"{theirs}.self_attn.{their_name}")
+        for number in (1, 2):
+            entries += _linear(f"{ours}/mlp/fc{number}", f"{theirs}.mlp.fc{number}")
+            entries += _norm(f"{ours}/norm{number}", f"{theirs}.layer_norm{number}")
+    return entries
+
+
+def _open_clip_image(depth: int) -> list[Entry]:
+    return [
+        Entry("cls_token", "visual.class_embedding", "squeezed"),
+        Entry("pos_embed", "visual.positional_embedding", "squeezed"),
+        Entry("patch_embed/kernel", "visual.conv1.weight", "conv"),
+        *_norm("norm_pre", "visual.ln_pre"),
+        *_norm("norm", "visual.ln_post"),
+        # The projections of OpenAI's model are plain matrices, [in, out] as ours.
+        Entry("projection/kernel", "visual.proj"),
+        *_open_clip_blocks(depth, "visual.transformer.resblocks"),
+    ]
+
+
+def _open_clip_text(depth: int) -> list[Entry]:
+    return [
+        Entry("word_embed/embedding", "token_embedding.weight"),
+        Entry("position_embed/embedding", "positional_embedding"),
+        *_norm("norm", "ln_final"),
+        Entry("projection/kernel", "text_projection"),
+        *_open_clip_blocks(depth, "transformer.resblocks"),
+    ]
+
+
+def _open_clip_blocks(depth: int, prefix: str) -> list[Entry]:
+    entries = []
+    for layer in range(depth):
+        ours, theirs = f"blocks_{layer}", f"{prefix}.{layer}"
+        # PyTorch's attention keeps query, key and value in one matrix, one after another.
+        for part, name in enumerate(("query", "key", "value")):
+            path, joint = f"{ours}/attn/{name}", f"{theirs}.attn.in_proj"
+            entries += [
+                Entry(f"{path}/kernel", f"{joint}_weight", "dense", (part, 3)),
+                Entry(f"{path}/bias", f"{joint}_bias", "same", (part, 3)),
+            ]
+        entries += _linear(f"{ours}/attn/proj", f"{theirs}.attn.out_proj")
+        entries += _linear(f"{ours}/mlp/fc1", f"{theirs}.mlp.c_fc")
+        entries += _linear(f"{ours}/mlp/fc2", f"{theirs}.mlp.c_proj")
+        for number in (1, 2):
+            entries += _norm(f"{ours}/norm{number}", f"{theirs}.ln_{number}")
+    return entries
+
+
 LAYOUTS = {
     "timm": _timm,
     "transformers": _transformers,
+    "augreg": _augreg,
     "dinov2": _dinov2,
     "dinov3": _dinov3,
-    "augreg": _augreg,
     "bert": _bert,
+    "clip": _clip_image,
+    "clip_text": _clip_text,
+    "open_clip": _open_clip_image,
+    "open_clip_text": _open_clip_text,
 }
 """Names of the layouts, and their entries for a number of blocks."""
 

@@ -90,7 +90,7 @@ def peft_adapter(
         "lora_dropout": 0.0,
         "task_type": None,
     }
-    if layout == "bert":
+    if layout == "bert" or not head:
         return PeftAdapter(config, tensors, head)
     tensors |= {_PREFIX + name: tensor for name, tensor in head.items()}
     config["modules_to_save"] = sorted({name.rsplit(".", 1)[0] for name in head})

@@ -1,8 +1,9 @@
 """Reading public checkpoints into our models, and writing models under the same names.
 
 A ViT has the layouts of timm, of ViT and DINOv2 in transformers, and of the `.npz` of AugReg and
-the original ViT; a text encoder has that of BERT in transformers. The tables of names are in
-`layouts`, and serve both directions; `public_names` knows what else files call the same tensors.
+the original ViT; a text encoder has that of BERT in transformers; the towers of CLIP, which `clip`
+tells apart, have those of transformers and open_clip. The tables of names are in `layouts`, and
+serve both directions; `public_names` knows what else files call the same tensors.
 """
 
 import math
@@ -106,7 +107,8 @@ def load_params(tensors: Mapping[str, np.ndarray], params: Params, *, head: bool
     missing = sorted({entry.name for entry in entries if entry.path in ours} - set(tensors))
     lacking = [e for e in entries if e.path not in ours and e.name in tensors]
     placed = {entry.path for entry in all_entries}
-    missing += [f"{path} in the weights" for path in ours if path not in placed]
+    wanted = [path for path in ours if head or not path.startswith("head/")]
+    missing += [f"{path} in the weights" for path in wanted if path not in placed]
     missing += [f"{entry.path} in the model" for entry in lacking]
     extra = sorted(set(tensors) - {entry.name for entry in all_entries})
     leaves: dict[str, jax.Array] = {}
@@ -318,6 +320,8 @@ def _to_ours(entry: Entry, tensor: np.ndarray) -> np.ndarray:
             return tensor.reshape(-1, tensor.shape[-1])
         case "heads_bias":
             return tensor.reshape(-1)
+        case "squeezed":
+            return tensor.reshape(1, -1, tensor.shape[-1])
     return tensor
 
 
@@ -335,4 +339,6 @@ def _to_theirs(entry: Entry, leaf: np.ndarray, num_heads: int) -> np.ndarray:
             return leaf.reshape(num_heads, -1, leaf.shape[-1])
         case "heads_bias":
             return leaf.reshape(num_heads, -1)
+        case "squeezed":
+            return leaf.squeeze()
     return leaf

@@ -96,6 +96,10 @@ _NAMINGS = {
         left_out=r"embeddings\.position_ids|pooler\..*|cls\..*|qa_outputs\..*",
         outside=r"classifier\..*|cls\..*|qa_outputs\..*",
     ),
+    "clip": _Naming("vision_model.embeddings.class_embedding"),
+    "clip_text": _Naming("text_model.final_layer_norm.weight"),
+    "open_clip": _Naming("visual.class_embedding"),
+    "open_clip_text": _Naming("ln_final.weight"),
     OURS: _Naming(
         "blocks_0/attn/query/kernel",
         prefixes=("", "params/"),

@@ -9,13 +9,15 @@ from experiments import flags as experiment_flags
 from pm_jax import models
 from pm_jax.data import tfds_images
 from pm_jax.weights import pretrained
+from tests import clip_files
 from tests.binaries import call
 from tests.small_data_sets import labelled, prepare
 
 PRESETS = sorted(path.stem for path in experiment_flags.PRESETS.glob("*.flags"))
 WITHOUT_DATA = ("digits_classes", "digits_vit_lora", "paper_recipe")
 TEXTS = [name for name in PRESETS if name.startswith("clinc150")]
-IMAGES = [name for name in PRESETS if name not in (*WITHOUT_DATA, *TEXTS)]
+CLIP = [name for name in PRESETS if "clip" in name]
+IMAGES = [name for name in PRESETS if name not in (*WITHOUT_DATA, *TEXTS, *CLIP)]
 WORDS = ["[PAD]", "[UNK]", "yes", "no"]
 
 
@@ -83,6 +85,25 @@ def test_presets_of_images_pass_a_dry_run(capsys, data_dir, tmp_path, preset):
     if preset == "cars_5_vit_tiny":
         # Ten of the first fifty classes a task, with an image each to train on, validate and test.
         assert "tasks: 5, training examples [10, 10, 10, 10, 10], validation [10, 10," in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", CLIP)
+def test_presets_of_clip_pass_a_dry_run(capsys, data_dir, tmp_path, preset):
+    pytest.importorskip("tokenizers", reason="needs the extra text")
+    dataset, classes = ("cifar100", 100) if preset.startswith("cifar") else ("cars_168", 196)
+    names, weights = tmp_path / "names.txt", clip_files.write_model(tmp_path)
+    names.write_text("".join(f"thing {number}\n" for number in range(classes)))
+    text = dry_run(
+        capsys, preset, f"--data_dir={data_dir}", f"--pretrained={weights}", "--image_size=32",
+        f"--dataset={dataset}", "--stored_size=0", f"--class_names={names}",
+    )  # fmt: skip
+    parameters = {line.split(": ")[0]: line.split(": ")[1] for line in text.splitlines()[-6:]
+                  if line.count(": ") == 1}  # fmt: skip
+    # All but the columns of the classes train and merge.
+    trained = int(parameters["parameters"]) - classes * (clip_files.EMBEDDING + 1)
+    assert parameters["training in a later task"] == f"{trained} (adapters 0)"
+    assert parameters["merging"] == f"{trained}"
 
 
 @pytest.mark.slow

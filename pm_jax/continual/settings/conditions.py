@@ -21,6 +21,7 @@ LARGEST = 2**31 - 1
 """Largest whole number of a setting: arrays on the device hold int32."""
 TEXT_POSITIONS = 512
 """Positions of BERT's text encoders, so the most tokens that a text may have."""
+SIZES = ("patch_size", "width", "depth", "num_heads")
 OWN = "{}=package.module:factory"
 NOT_DIAGONAL = ("kronecker", "low_rank", "input_moment")
 """Kinds of curvature that have more than a number for each entry."""
@@ -41,7 +42,7 @@ def check(settings: Settings) -> None:
     """
     for field in dataclasses.fields(settings):
         _check_value(field, getattr(settings, field.name))
-    parts = (_limits, _ranges, _stream, _model, _perturbation)
+    parts = (_limits, _ranges, _stream, _model, _zero_shot, _perturbation)
     for name, holds, remedy in itertools.chain.from_iterable(part(settings) for part in parts):
         if not holds:
             value = getattr(settings, name)
@@ -117,7 +118,7 @@ def _stream(s: Settings) -> Iterator[Condition]:
     labels = tuple(s.classifiers)
     made = chosen(labels, s.drift_correction)
     remedy = f"the classes of a {s.scenario} stream have one classifier; use trained"
-    yield "classifiers", by_class or labels == ("trained",), remedy
+    yield "classifiers", by_class or labels in (("trained",), ("zero_shot",)), remedy
     remedy = (
         f"none of classifiers={','.join(s.classifiers)} has statistics that could be moved; use "
         "none, or discriminant"
@@ -166,6 +167,11 @@ def _model(s: Settings) -> Iterator[Condition]:
         remedy = f"model={s.model} needs one; give the path of its tokenizer.json"
         tokens = is_reference(s.dataset)
         yield "tokenizer", bool(s.tokenizer or s.pretrained or tokens), remedy
+    if s.model == "clip":
+        yield "pretrained", bool(s.pretrained), "model=clip needs weights; give a CLIP model's"
+        for name in (*SIZES, "layer_norm_epsilon"):
+            remedy = "has no effect on model=clip, whose config beside the weights says it"
+            yield name, getattr(s, name) == getattr(Settings, name), remedy
     if s.model in ("vit", "text_encoder"):
         yield "num_heads", s.width % s.num_heads == 0, f"must divide width={s.width}"
     if s.model == "vit":
@@ -173,6 +179,20 @@ def _model(s: Settings) -> Iterator[Condition]:
             f"must leave heads of a multiple of 4 numbers of width={s.width} for rotary positions"
         )
         yield "num_heads", s.positions == "learned" or s.width // s.num_heads % 4 == 0, remedy
+
+
+def _zero_shot(s: Settings) -> Iterator[Condition]:
+    """Yield the conditions on columns that are made of the names of the classes."""
+    if not s.has_text_columns:
+        remedy = "goes with classifiers=zero_shot"
+        yield "templates", s.templates == Settings.templates, remedy
+        return
+    remedy = "zero_shot makes the columns by CLIP's text tower; use model=clip"
+    yield "classifiers", s.model == "clip", remedy
+    remedy = "trained trains the columns that zero_shot keeps; name one of the two"
+    yield "classifiers", "trained" not in s.classifiers, remedy
+    remedy = "the columns of zero_shot do not train; use 0"
+    yield "head_learning_rate", not s.head_learning_rate, remedy
 
 
 def _own_model(s: Settings, model: str) -> Iterator[Condition]:

@@ -19,10 +19,11 @@ from pm_jax.curvature.input_moments import InputMomentQuadratic
 from pm_jax.curvature.kronecker import KroneckerQuadratic
 from pm_jax.curvature.low_rank import LowRankQuadratic
 from pm_jax.curvature.quadratics import Quadratic
-from pm_jax.data import own, sources, stream, texts
+from pm_jax.data import own, prompts, sources, stream, texts
 from pm_jax.perturbation import Perturbation
 from pm_jax.rules import MergeRule
 from pm_jax.types import InvalidInput, Params
+from pm_jax.weights import clip
 
 MLP_KERNELS, ATTENTION_KERNELS = r"hidden_\d+/kernel", r".*/attn/(key|value)/kernel"
 """Kernels that get adapters by default."""
@@ -104,7 +105,9 @@ class Config(Settings):
         """Return settings that train and evaluate alike, with the defaults of merging."""
         # A field's default is also an attribute of the class.
         defaults = {name: getattr(Config, name) for name in names_of("merging")}
-        return dataclasses.replace(self, **defaults)
+        # Text columns are no matter of merging alone: they stay as they are while the tasks train.
+        kept = ("zero_shot",) if self.has_text_columns else ()
+        return dataclasses.replace(self, **defaults | {"classifiers": kept})
 
     def network(self, num_classes: int) -> Any:
         """Make the model for a number of classes: a linen module, or what one's factory returns.
@@ -118,23 +121,26 @@ class Config(Settings):
         dtype = jnp.dtype(self.compute_dtype)
         if self.model == "mlp":
             return models.MLP(num_classes, self.hidden_sizes, dtype)
-        sizes = PUBLIC_SIZES.get(self.model, (self.width, self.depth, self.num_heads))
-        family = next((FAMILIES[name] for name in FAMILIES if name in self.model), {})
-        # BERT was trained with 1e-12, most public weights of ViTs with 1e-6.
-        usual = family.get("layer_norm_epsilon", 1e-12 if self.reads_text else 1e-6)
+        side = self.image_size or None
         options: dict[str, Any] = {
-            "layer_norm_epsilon": self.layer_norm_epsilon or usual,
             "dtype": dtype,
             "attention": self.attention,
             "remat": self.remat == "blocks",
         }
+        if self.model == "clip":
+            image_tower = clip.sizes(self.pretrained).image
+            return models.ClipImageTower(num_classes, image_size=side, **image_tower, **options)
+        sizes = PUBLIC_SIZES.get(self.model, (self.width, self.depth, self.num_heads))
+        family = next((FAMILIES[name] for name in FAMILIES if name in self.model), {})
+        # BERT was trained with 1e-12, most public weights of ViTs with 1e-6.
+        usual = family.get("layer_norm_epsilon", 1e-12 if self.reads_text else 1e-6)
+        options["layer_norm_epsilon"] = self.layer_norm_epsilon or usual
         if self.reads_text:
             positions = conditions.TEXT_POSITIONS
             return models.TextEncoder(num_classes, self.vocabulary, positions, *sizes, **options)
         # The names of the public sizes say the patch.
         named = re.search(r"_patch(\d+)", self.model)
         patch = int(named[1]) if named else self.patch_size
-        side = self.image_size or None
         options |= {
             "registers": self.registers or family.get("registers", 0),
             "layer_scale": self.layer_scale or family.get("layer_scale", 0.0),
@@ -172,8 +178,9 @@ class Config(Settings):
 
     @property
     def needs_columns(self) -> bool:
-        """True if a classifier reads the columns that tasks have trained."""
-        return any(each.classifier.needs_columns for each in self.chosen_classifiers)
+        """True if a classifier reads columns that tasks train."""
+        reads = any(each.classifier.needs_columns for each in self.chosen_classifiers)
+        return reads and not self.has_text_columns
 
     def task_stream(self, seed: int) -> stream.TaskStream:
         """Load the tasks, split by a seed; raises `InvalidInput` where they cannot be formed."""
@@ -190,10 +197,11 @@ class Config(Settings):
                 base_classes=self.base_classes,
                 validation_fraction=self.validation_fraction,
             )
-            return self._with_classes(tasks)
-        return stream.domain_incremental(
+            return self._with_classes(self.with_class_names(tasks))
+        tasks = stream.domain_incremental(
             data_sets, seed, validation_fraction=self.validation_fraction
         )
+        return self.with_class_names(tasks)
 
     def stream_of_data(self, data: Any, seed: int, name: str) -> stream.TaskStream:
         """Make a stream of one's own data; raises `InvalidInput` where it cannot be formed."""
@@ -207,7 +215,20 @@ class Config(Settings):
             base_classes=self.base_classes,
             validation_fraction=self.validation_fraction,
         )
-        return self._with_classes(tasks)
+        return self._with_classes(self.with_class_names(tasks))
+
+    def with_class_names(self, tasks: stream.TaskStream) -> stream.TaskStream:
+        """Return a stream whose classes are called as the settings say.
+
+        Raises:
+            InvalidInput: the file of the names cannot be read, or does not fit the classes.
+        """
+        if not self.class_names:
+            return tasks
+        names = prompts.read_class_names(
+            self.class_names, tasks.num_classes, tasks.left_out_classes
+        )
+        return dataclasses.replace(tasks, class_names=names)
 
     def _with_classes(self, tasks: stream.TaskStream) -> stream.TaskStream:
         """Return a stream whose tasks have two classes at least, where they train.

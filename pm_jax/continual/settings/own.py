@@ -64,5 +64,5 @@ def stream_of(
         )
     if isinstance(given, TaskStream):
         own.check_agrees(given, config.scenario, config.num_tasks)
-        return given
+        return config.with_class_names(given)
     return config.stream_of_data(given, seed, "stream")

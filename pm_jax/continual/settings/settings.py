@@ -27,7 +27,7 @@ PUBLIC_SIZES = {
 }
 """Width, depth and heads of architectures with public weights."""
 TEXT_MODELS = ("text_encoder", "minilm_l6", "bert_base")
-MODELS = ("mlp", "vit", "text_encoder", *PUBLIC_SIZES)
+MODELS = ("mlp", "vit", "text_encoder", *PUBLIC_SIZES, "clip")
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("constant", "cosine", "linear", "milestones")
 STORED_CURVATURES = (
@@ -166,6 +166,12 @@ class Settings:
         0, "Class-incremental: classes of the first task; 0 for an even share."
     )
     rotation_step: float = _stream(20.0, "Domain-incremental digits: degrees from task to task.")
+    class_names: str = _stream(
+        "",
+        "A file with the names of the classes, one a line in the order of their labels; empty for "
+        "those that the data set has.",
+        later=True,
+    )
     # Every merge measures its loss change on held-out examples, so some are always needed.
     validation_fraction: float = _stream(
         0.15, "Share of each class's training data that is held out for validation."
@@ -182,7 +188,8 @@ class Settings:
     # Model.
     model: str = _model(
         "mlp",
-        "Architecture; vit and text_encoder take the sizes below. package.module:factory is one's "
+        "Architecture; vit and text_encoder take the sizes below; clip is the image tower of the "
+        "CLIP model in pretrained, whose config says its sizes. package.module:factory is one's "
         "own: a function of num_classes that returns a linen or nnx module.",
         MODELS,
         or_factory=True,
@@ -197,7 +204,9 @@ class Settings:
         "start from scratch, with the first task as pre-training. Grey images become RGB for them.",
     )
     tokenizer: str = _model(
-        "", "Text: a tokenizer.json; empty for the one beside the pre-trained weights."
+        "",
+        "Text and zero_shot: a tokenizer.json or, for CLIP, vocab.json with merges.txt beside it; "
+        "empty for what lies beside the pre-trained weights.",
     )
     max_tokens: Positive = _model(32, "Text: tokens that texts are cut or padded to.")
     vocabulary: Positive = _model(30522, "text_encoder: number of token ids.")
@@ -339,8 +348,8 @@ class Settings:
     # Images.
     augmentation: str = _training(
         "none",
-        "Of the training images, on the device: crop_flip is a random resized crop and a flip; "
-        "randaugment and autoaugment (ImageNet's policy) come before both.",
+        "Of the training images, on the device: crop is a random resized crop, crop_flip is that "
+        "and a flip; randaugment and autoaugment (ImageNet's policy) come before both.",
         augmentation.AUGMENTATIONS,
     )
     # The bounds of torchvision's RandomResizedCrop.
@@ -453,8 +462,15 @@ class Settings:
         f"{RECOMMENDED}. trained: "
         "the columns that tasks have trained, side by side. The others are made after each merge "
         "from statistics of the merged model's features that are kept of all classes seen; "
-        "training goes on with the trained columns. One may have settings, with colons between "
-        "them, as ridge:features=5000.",
+        "training goes on with the trained columns. zero_shot: columns that the text tower of CLIP "
+        "makes of class names and templates, which no task trains. One may have settings, with "
+        "colons between them, as ridge:features=5000.",
+        later=True,
+    )
+    templates: str = _training(
+        "a photo of a {}.",
+        "zero_shot: phrases with {} in the place of a class's name, with | between them, or a file "
+        "of one a line; a column is the mean of their unit vectors.",
         later=True,
     )
     drift_correction: str = _merging(
@@ -504,6 +520,11 @@ class Settings:
     def reads_text(self) -> bool:
         """True if examples are token ids and not images."""
         return self.model in TEXT_MODELS
+
+    @property
+    def has_text_columns(self) -> bool:
+        """True if the classifier's columns are made of the names of the classes, and stay."""
+        return "zero_shot" in self.classifiers
 
     @property
     def kept_curvature(self) -> str:

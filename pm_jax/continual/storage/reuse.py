@@ -128,6 +128,9 @@ def check_branch(config: Config, seeds: Sequence[int]) -> None:
         for name in FIXED_IN_BRANCHES
         if getattr(saved, name) != getattr(config, name)
     ]
+    if saved.has_text_columns != config.has_text_columns:
+        names = (",".join(each.classifiers) for each in (saved, config))
+        differing.append(f"classifiers={', not '.join(names)}")
     if differing:
         raise InvalidInput(
             f"branch_from={source}: is a run with {'; '.join(differing)}; a branch may have "

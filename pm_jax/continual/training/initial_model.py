@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from pm_jax.integrations.wrap import as_model
 from pm_jax.models import attention
 from pm_jax.models.model import Model, classifier_pattern
 from pm_jax.types import Array, InvalidInput, Key, Params, PyTree
-from pm_jax.weights import pretrained
+from pm_jax.weights import clip, pretrained
 from pm_jax.weights.model_config import check_config, remark_on_pixels
 
 
@@ -34,19 +34,21 @@ def partitions(
     Raises:
         InvalidInput: the adapter's pattern or rank does not fit the model.
     """
-    by_class = config.scenario == "class_incremental"
-    head = classifier_pattern(model) if model else "head/.*"
-    everything = partition(params, class_incremental=by_class, head_pattern=head)
+    options: dict[str, Any] = {
+        "class_incremental": config.scenario == "class_incremental",
+        "head_pattern": classifier_pattern(model) if model else "head/.*",
+        "frozen_head": config.has_text_columns,
+    }
+    everything = partition(params, **options)
     if config.adapter == "full":
         return everything, everything
     pattern = kernel_pattern(config, params, model)
     try:
         adapted = partition(
             params,
-            class_incremental=by_class,
             lora_pattern=pattern,
             rank=config.lora_rank,
-            head_pattern=head,
+            **options,
             **(own_model.axes_from(model, blank) if model and blank is not None else {}),
         )
     except ValueError as error:
@@ -68,7 +70,7 @@ def kernel_pattern(config: Config, params: Params, model: Model | None) -> str:
 
 def is_built_in(model: Model) -> TypeGuard[LinenModel]:
     """Tell whether a model is one of `pm_jax.models`."""
-    kinds = (models.MLP, models.TextEncoder, models.VisionTransformer)
+    kinds = (models.MLP, models.TextEncoder, models.VisionTransformer, models.ClipImageTower)
     return isinstance(model, LinenModel) and isinstance(model.module, kinds)
 
 
@@ -108,8 +110,13 @@ def starting_params(config: Config, params: Params) -> Params:
     """
     if config.from_scratch:
         return params
-    check_config(config.pretrained, config.network(num_classes=1))
     tensors = pretrained.read_tensors(config.pretrained)
+    if config.model == "clip":
+        tensors = clip.parted(config.pretrained, tensors).image
+    elif clip.SCALE in tensors:
+        raise InvalidInput(f"pretrained={config.pretrained}: is a CLIP model; use model=clip")
+    else:
+        check_config(config.pretrained, config.network(num_classes=1))
     try:
         return pretrained.load_params(tensors, params)
     except InvalidInput as error:
@@ -125,6 +132,10 @@ def remarks(config: Config) -> list[str]:
     """
     if config.from_scratch:
         return []
+    if config.model == "clip":
+        # It normalises pixels by itself.
+        unused = f"pretrained={config.pretrained}: left out the text tower"
+        return [] if config.has_text_columns else [unused]
     names = pretrained.left_out(pretrained.read_tensors(config.pretrained))
     lines = [f"pretrained={config.pretrained}: left out {files.listed(names)}"] if names else []
     pixels = "" if config.reads_text else remark_on_pixels(config.pretrained)
@@ -151,7 +162,8 @@ def init_fn(
     model = model or as_model(config.network(num_classes))
     sides = (config.image_size,) * 2 if config.image_size else input_shape[:2]
     module = model.module if isinstance(model, LinenModel) else None
-    patch = module.patch_size if isinstance(module, models.VisionTransformer) else 1
+    patched = (models.VisionTransformer, models.ClipImageTower)
+    patch = module.patch_size if isinstance(module, patched) else 1
     if any(side % patch for side in sides):
         raise InvalidInput(
             f"image_size={config.image_size}: patch_size={patch} must divide the image of "

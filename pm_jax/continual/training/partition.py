@@ -71,12 +71,13 @@ def partition(
     lora_pattern: str | None = None,
     rank: int = 1,
     head_pattern: str = "head/.*",
+    frozen_head: bool = False,
     **axes_from: Any,
 ) -> Partition:
     """Sort the parameters of a model; without a LoRA pattern everything trains.
 
-    `head_pattern` matches the paths of the classifier; further arguments are those by which
-    `lora.adapted_axes` finds the axes of kernels.
+    `head_pattern` matches the paths of the classifier, which does not train if it is frozen;
+    further arguments are those by which `lora.adapted_axes` finds the axes of kernels.
 
     Raises:
         ValueError: the pattern or the rank does not fit the model.
@@ -95,6 +96,8 @@ def partition(
                 f"pattern={lora_pattern!r}: matches {overlap[0]} of the classifier, which trains "
                 "in full; narrow the pattern"
             )
+    if frozen_head:
+        return Partition(adapted, direct, (), tuple(axes.values()))
     # Tasks share the classes of other scenarios, whose head merges like any parameter.
     if class_incremental:
         return Partition(adapted, direct, head, tuple(axes.values()))
