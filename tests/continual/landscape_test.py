@@ -47,7 +47,7 @@ def test_points_are_scored_on_validation_data_and_the_regret_is_to_the_best_of_t
             wanted = run.training.scores(
                 learner.splits["validation"], params, classes, np.asarray(seen, np.int32)
             )
-            for name, values in zip(landscape.SCORES, wanted, strict=True):
+            for name, values in zip(landscape.SCORES, wanted[:3], strict=True):
                 at_merged = found[f"merged_{name}"][task]
                 stored = at_merged if place is None else found[name][task, place]
                 np.testing.assert_allclose(stored[:seen], values[:seen], atol=1e-5)
@@ -97,7 +97,7 @@ def test_plane_goes_through_the_models_of_the_last_two_merges(tmp_path):
         )  # fmt: skip
         model = trees.replace(trained, leaves)
         wanted = run.training.scores(learner.splits["validation"], model, classes, count)
-        for name, values in zip(landscape.SCORES, wanted, strict=True):
+        for name, values in zip(landscape.SCORES, wanted[:3], strict=True):
             # Sums in another order.
             np.testing.assert_allclose(found[f"plane_{name}"][2, row, column], values, atol=1e-4)
     np.testing.assert_allclose(found["plane_merged"][1:, 0], [1 / 2, 1 / 3], rtol=1e-4)

@@ -95,7 +95,7 @@ def test_results_hold_what_is_promised(tmp_path):
         *("average_incremental_accuracy", "forgetting", "backward_transfer", "forward_transfer"),
         *("learning_accuracy", "task_aware", "merges", "manifest", "environment", "seconds"),
         *("rule_state_bytes", "mean_regret_loss", "mean_regret_accuracy"),
-        *("evaluate_on", "classifiers", "scores"),
+        *("evaluate_on", "classifiers", "scores", "class_accuracy"),
     }
     assert not (tmp_path / "report.html").exists()
     assert len(found["merges"]) == 2
