@@ -2,6 +2,7 @@
 
 python -m experiments.merge --base=base.safetensors --models=first.safetensors,second.safetensors \
     --rule=averaging --output=merged.safetensors
+python -m experiments.merge --models=first_adapter/,second_adapter/ --output=merged_adapter/
 python -m experiments.merge --base=base/ --models=first/,second/ --rule=ties --output=merged/
 python -m experiments.merge --recipe=merge.toml --output=merged/
 python -m experiments.merge --run=runs/digits/seed_0 --rule=averaging --output=merged.safetensors
@@ -17,6 +18,7 @@ from experiments import flags as experiment_flags
 from pm_jax import registries
 from pm_jax.continual.storage import reuse
 from pm_jax.offline import recipes
+from pm_jax.offline.adapters import are_adapters, merge_adapters
 from pm_jax.offline.merging import merge_files
 from pm_jax.offline.requests import DTYPES, Merge
 from pm_jax.types import InvalidInput
@@ -30,7 +32,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
             None,
             "The model before the first task: a .safetensors or .npz file, a folder of "
             "transformers, sharded or not, or one of Orbax (of a CheckpointManager the newest "
-            "step, or PATH@STEP).",
+            "step, or PATH@STEP). Adapters of PEFT merge into an adapter without a base, and into "
+            "a model with one.",
         ),
         ("run", None, "Instead of base and models: seed_<n> of a run with keep_task_models."),
         (
@@ -61,7 +64,11 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     ):
         flags.DEFINE_string(name, default, description, values)
     for name, description in (
-        ("models", "Models after each task, in order, in files or folders as the base."),
+        (
+            "models",
+            "Models after each task, in order, in files or folders as the base; or adapters of "
+            "PEFT.",
+        ),
         ("fishers", "Files of each model's diagonal Fisher, for a rule that needs it."),
         (
             "weights",
@@ -84,6 +91,13 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     ):
         flags.DEFINE_multi_string(name, [], description, values)
     flags.DEFINE_integer("seed", 0, "Of a rule that draws.", flag_values=values)
+    flags.DEFINE_integer(
+        "rank",
+        0,
+        "Rank that a merged adapter is cut to; 0 for the sum of the adapters', with which "
+        "averaging and other linear rules are exact.",
+        flag_values=values,
+    )
     flags.DEFINE_boolean("overwrite", False, "Replace an output that is there.", values)
 
 
@@ -91,7 +105,8 @@ def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
     """Check everything, then merge and say what was done."""
     del argv
     with experiment_flags.exits(values):
-        print(merge_files(_merge_of(values)))
+        merge = _merge_of(values)
+        print(merge_adapters(merge) if are_adapters(merge) else merge_files(merge))
 
 
 def _merge_of(values: flags.FlagValues) -> Merge:
@@ -104,13 +119,13 @@ def _merge_of(values: flags.FlagValues) -> Merge:
     base, models, run = (given(name) for name in ("base", "models", "run"))
     if run and (base or models):
         raise InvalidInput(f"run={run}: stands for base and models; leave them out")
-    for name in ("output",) if run else ("base", "output"):
-        if not given(name):
-            raise InvalidInput(f"{name}=: needs a .safetensors file or a folder")
+    if not given("output"):
+        raise InvalidInput("output=: needs a .safetensors file or a folder")
     experiment_flags.check_seeds("seed", (given("seed"),))
-    paths = (Path(base), tuple(map(Path, models))) if base else reuse.task_model_files(Path(run))
+    paths: tuple[Path | None, tuple[Path, ...]]
+    paths = Path(base) if base else None, tuple(map(Path, models))
     return Merge(
-        *paths,
+        *(reuse.task_model_files(Path(run)) if run else paths),
         Path(given("output")),
         given("rule"),
         given("rule_settings"),
@@ -123,6 +138,7 @@ def _merge_of(values: flags.FlagValues) -> Merge:
         tuple(given("leave")),
         given("dtype"),
         given("shard_size"),
+        given("rank"),
     )
 
 

@@ -811,6 +811,134 @@ def damaged_model(folder):
     return path
 
 
+# Adapters for experiments.merge, of the module that `model_of_adapters` has.
+
+A, B = "base_model.model.layer.query.lora_A.weight", "base_model.model.layer.query.lora_B.weight"
+
+
+def adapter(folder, name="adapter", rank=2, tensors=(), without=(), **settings):
+    """A LoRA adapter as PEFT writes one; `without` names what is left out."""
+    path = folder / name
+    path.mkdir()
+    rng = np.random.default_rng(rank)
+    factors = {A: rng.normal(size=(rank, 3)), B: rng.normal(size=(2, rank))}
+    factors = ({} if "query" in without else factors) | dict(tensors)
+    factors = {key: np.asarray(value, np.float32) for key, value in factors.items()}
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank} | settings
+    if "weights" not in without:
+        pretrained.write_tensors(factors, path / "adapter_model.safetensors")
+    if "config" not in without:
+        (path / "adapter_config.json").write_text(json.dumps(config))
+    return path
+
+
+def model_of_adapters(folder):
+    path = folder / "base.safetensors"
+    pretrained.write_tensors({"layer.query.weight": np.ones((2, 3), np.float32)}, path)
+    return path
+
+
+def another_adapter(folder):
+    return adapter(folder, "another", 1, base_model_name_or_path="some/base")
+
+
+def adapter_of_another_base(folder):
+    return adapter(folder, "of another base", base_model_name_or_path="another/large")
+
+
+def adapter_of_another_shape(folder):
+    return adapter(folder, "shape", tensors={A: np.ones((2, 4))})
+
+
+def adapter_of_other_modules(folder):
+    tensors = {key.replace("query", "gate"): np.ones((2, 2)) for key in (A, B)}
+    return adapter(folder, "modules", tensors=tensors)
+
+
+def adapter_of_a_file_alone(folder):
+    return adapter(folder, without=("config",)) / "adapter_model.safetensors"
+
+
+def adapter_without_weights(folder):
+    return adapter(folder, "empty", without=("weights",))
+
+
+def adapter_that_is_pickled(folder):
+    path = adapter(folder, "pickled", without=("weights",))
+    (path / "adapter_model.bin").write_bytes(b"")
+    return path
+
+
+def adapter_with_a_damaged_config(folder):
+    path = adapter(folder, "damaged")
+    (path / "adapter_config.json").write_text("{")
+    return path
+
+
+def adapter_cut_short(folder):
+    path = adapter(folder, "cut")
+    weights = path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    return path
+
+
+def adapter_of_dora(folder):
+    return adapter(folder, "dora", use_dora=True)
+
+
+def adapter_of_loha(folder):
+    return adapter(folder, "loha", peft_type="LOHA")
+
+
+def adapter_with_biases(folder):
+    return adapter(folder, "bias", bias="all")
+
+
+def adapter_of_pissa(folder):
+    return adapter(folder, "pissa", init_lora_weights="pissa_niter_4")
+
+
+def adapter_without_a_rank(folder):
+    return adapter(folder, "no rank", r=None)
+
+
+def adapter_of_another_rank(folder):
+    return adapter(folder, "rank", r=3)
+
+
+def adapter_with_half_the_factors(folder):
+    return adapter(folder, "half", tensors={A.replace("query", "key"): np.ones((2, 3))})
+
+
+def adapter_with_a_tensor_more(folder):
+    return adapter(folder, "more", tensors={"base_model.model.layer.scale": np.ones(2)})
+
+
+def adapter_with_nan(folder):
+    return adapter(folder, "nan", tensors={A: np.full((2, 3), np.nan)})
+
+
+def adapter_with_a_pattern_that_is_none(folder):
+    return adapter(folder, "pattern", rank_pattern={"(": 2})
+
+
+def adapter_of_a_larger_vit(folder):
+    name = "base_model.model.blocks.0.attn.qkv.lora_{}.weight"
+    tensors = {name.format("A"): np.ones((2, 24)), name.format("B"): np.ones((72, 2))}
+    return adapter(folder, "larger", tensors=tensors, without=("query",))
+
+
+def adapters_with_other_classifiers(folder):
+    head = "base_model.model.classifier.weight"
+    first, second = (
+        adapter(
+            folder, f"head_{n}", tensors={head: np.full((2, 3), n)}, modules_to_save=["classifier"]
+        )
+        for n in (1, 2)
+    )
+    return f"{first},{second}"
+
+
 # Flagfiles and work directories.
 
 

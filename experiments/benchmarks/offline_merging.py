@@ -1,5 +1,8 @@
 """Peak memory and time of merging a 300 MB model in files, against twice its largest tensor.
 
+Then those of the whole command that merges two adapters of a ViT-B with 24 targets: exactly, cut to
+a rank, and by a rule that looks at dense displacements.
+
 python -m experiments.benchmarks.offline_merging
 """
 
@@ -17,9 +20,14 @@ from absl import app, flags
 
 from pm_jax.offline.merging import BLOCK
 from pm_jax.offline.tensor_files import Entry, writing
+from pm_jax.weights.peft_adapter import PREFIX, PeftAdapter, write_adapter
 
 flags.DEFINE_list("models", ["2", "10"], "Numbers of models to merge.")
 flags.DEFINE_integer("depth", 10, "Blocks of the transformer; ten are 286 MB.")
+flags.DEFINE_integer("adapter_depth", 12, "Blocks of the ViT that adapters are of.")
+flags.DEFINE_list(
+    "adapter_settings", ["--rank=0", "--rank=8", "--rule=magmax"], "Flags of merges of adapters."
+)
 flags.DEFINE_string("rule", "averaging", "Merge rule.")
 flags.DEFINE_string("rule_settings", "", "Settings of the rule.")
 
@@ -64,17 +72,46 @@ def write_models(folder: Path, shapes: Mapping[str, tuple[int, ...]], count: int
     return paths
 
 
+def write_adapters(folder: Path, depth: int, ranks: Sequence[int]) -> list[Path]:
+    """Write LoRA adapters of query and value of a ViT-B, as PEFT does; return their folders."""
+    paths = []
+    for rank in ranks:
+        rng, tensors, modules = np.random.default_rng(rank), {}, []
+        for block in range(depth):
+            for name in ("query", "value"):
+                module = f"vit.encoder.layer.{block}.attention.attention.{name}"
+                modules.append(module)
+                for letter, shape in (("A", (rank, WIDTH)), ("B", (WIDTH, rank))):
+                    tensors[f"{PREFIX}{module}.lora_{letter}.weight"] = rng.standard_normal(
+                        shape, np.float32
+                    )
+        config = {
+            "peft_type": "LORA",
+            "r": rank,
+            "lora_alpha": 2 * rank,
+            "target_modules": modules,
+        }
+        paths.append(folder / f"adapter_{rank}")
+        write_adapter(PeftAdapter(config, tensors, {}), paths[-1])
+    return paths
+
+
 def measure(paths: Sequence[Path]) -> tuple[float, float, float]:
-    """Run a process that merges files; return seconds, processor seconds and peak MB."""
-    output = paths[0].with_name("merged.safetensors")
+    """Run a process that merges a base and models; return seconds, processor seconds and MB."""
     values = flags.FLAGS
-    arguments = [
-        *("-m", "experiments.merge", f"--base={paths[0]}", f"--output={output}", "--overwrite"),
+    return measure_command(
+        f"--base={paths[0]}",
+        f"--output={paths[0].with_name('merged.safetensors')}",
         f"--models={','.join(map(str, paths[1:]))}",
         *(f"--rule={values.rule}", f"--rule_settings={values.rule_settings}"),
-    ]
+    )
+
+
+def measure_command(*arguments: str) -> tuple[float, float, float]:
+    """Run a merge in a process; return seconds, processor seconds and peak MB."""
+    command = [sys.executable, "-m", "experiments.merge", "--overwrite", *arguments]
     clock = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
@@ -107,6 +144,15 @@ def main(argv: Sequence[str]) -> None:
             print(f"{count:2} models, baseline, MB                {bases[count][-1]:7.1f}")
             print(f"{count:2} models, s above the baseline        {seconds:7.1f}")
             print(f"{count:2} models, processor s above it        {computing:7.1f}")
+        adapters = write_adapters(folder, flags.FLAGS.adapter_depth, (8, 16))
+        models = f"--models={','.join(map(str, adapters))}"
+        for setting in flags.FLAGS.adapter_settings:
+            output = f"--output={folder / 'merged_adapter'}"
+            seconds, computing, megabytes = measure_command(models, output, setting)
+            print(
+                f"adapters, {setting}: {seconds:.1f} s in all (mark 5), processor "
+                f"{computing:.1f} s, peak {megabytes:.0f} MB"
+            )
 
 
 if __name__ == "__main__":

@@ -14,11 +14,13 @@ from pm_jax.continual.settings.factories import is_reference
 from pm_jax.continual.settings.run_options import RunOptions
 from pm_jax.continual.storage import manifest
 from pm_jax.continual.storage.provenance import environment
+from pm_jax.continual.training.initial_model import earlier_adapter, starting_params
 from pm_jax.data import several
 from pm_jax.types import InvalidInput
 from pm_jax.weights import clip, peft_adapter, pretrained
 from pm_jax.weights.checkpoint_files import find
 from pm_jax.weights.layouts import OURS
+from pm_jax.weights.peft_start import places_of
 from pm_jax.weights.public_names import Form, known
 
 
@@ -70,6 +72,12 @@ def check(
         raise InvalidInput(
             f"export_adapter={adapter}: needs adapter=lora and pretrained; export writes the whole "
             "model"
+        )
+    earlier = Path(config.adapter_from).resolve()
+    # Its file of weights stands for the folder as well.
+    if adapter and config.adapter_from and adapter.resolve() in (earlier, earlier.parent):
+        raise InvalidInput(
+            f"export_adapter={adapter}: is what the run starts from; choose another name"
         )
     start = find("pretrained", config.pretrained).tensors if config.pretrained else ()
     if model and model.exists() and any(model.samefile(path) for path in start):
@@ -182,12 +190,17 @@ def write(destinations: Destinations, config: Config, seed: int, workdir: Path) 
         with _covering(workdir, path):
             pretrained.write_tensors(tensors, path, metadata=metadata, overwrite=overwrite)
     if path := destinations.adapter:
-        _, later = partitions(config, merged)
+        paths, rank = partitions(config, merged)[1].adapted, config.lora_rank
+        rank *= learner.stream.num_tasks
+        if earlier := earlier_adapter(config):
+            # One adapter takes the place of the earlier one: it is relative to the weights.
+            start = starting_params(dataclasses.replace(config, adapter_from=""), start)
+            paths = tuple(dict.fromkeys([*paths, *places_of(start, earlier, layout)]))
+            rank += earlier.rank
         if config.model == "clip":
             start, merged = (clip.without_columns(params) for params in (start, merged))
-        rank = config.lora_rank * learner.stream.num_tasks
         try:
-            adapter = peft_adapter.peft_adapter(start, merged, later.adapted, layout, rank)
+            adapter = peft_adapter.peft_adapter(start, merged, paths, layout, rank)
         except InvalidInput:
             raise
         except ValueError as error:

@@ -65,15 +65,19 @@ def agreement(
     models: Sequence[TensorFile],
     fishers: Sequence[TensorFile],
     leave: Sequence[str],
+    changed: frozenset[str] | None = None,
 ) -> Agreement:
     """Sort the tensors of opened files, and check that those that merge agree.
+
+    Where adapters alone merge into a base, only the tensors that they have changed merge.
 
     Raises:
         InvalidInput: a model has other tensors than the base, a pattern of `leave` matches none, or
             nothing is left to merge.
     """
-    named = _matching(leave, (base, *models, *fishers))
-    for file in (base, *models, *fishers):
+    opened = (base, *models, *fishers)
+    named = matching(leave, [name for file in opened for name in file.entries])
+    for file in opened:
         for name, entry in file.entries.items():
             known = entry.dtype in FLOATS or entry.dtype in WHOLE_NUMBERS
             if not known and name not in named:
@@ -84,7 +88,8 @@ def agreement(
     renamed = [_with_names_of(base, file, named) for file in (*models, *fishers)]
     opened = (base, *(file for file, _ in renamed))
     models, fishers = opened[1 : len(models) + 1], opened[len(models) + 1 :]
-    merging = tuple(n for n in _floating(base) if n not in named)
+    floating = (n for n in _floating(base) if changed is None or n in changed)
+    merging = tuple(n for n in floating if n not in named)
     if not merging:
         what = f"leave={','.join(leave)}: leaves" if leave else f"base={base.source}: has"
         raise InvalidInput(f"{what} no floating-point tensor; nothing to merge")
@@ -107,9 +112,8 @@ def _floating(file: TensorFile) -> Iterator[str]:
     return (n for n, entry in file.entries.items() if entry.dtype in FLOATS and entry.size)
 
 
-def _matching(leave: Sequence[str], opened: Sequence[TensorFile]) -> dict[str, None]:
-    """The names, in any file, that patterns match."""
-    names = dict.fromkeys(name for file in opened for name in file.entries)
+def matching(leave: Sequence[str], names: Sequence[str]) -> dict[str, None]:
+    """Find the names that patterns match; raises `InvalidInput` for a pattern that matches none."""
     matched: dict[str, None] = {}
     for pattern in leave:
         try:

@@ -13,6 +13,7 @@ from pm_jax.offline.tensor_files import FLOATS, TensorFile
 class Displacement(TensorFile):
     """A file whose numbers are those of a model less those of `theta_0`."""
 
+    model: TensorFile
     theta_0: TensorFile
     # Sums of squares of all that was read, float64.
     squares: list[float] = dataclasses.field(default_factory=list)
@@ -20,8 +21,8 @@ class Displacement(TensorFile):
     @classmethod
     def of(cls, file: TensorFile, theta_0: TensorFile) -> "Displacement":
         """Return a model's file as the displacement from another."""
-        fields = {field.name: getattr(file, field.name) for field in dataclasses.fields(file)}
-        return cls(**fields, theta_0=theta_0)
+        fields = {field.name: getattr(file, field.name) for field in dataclasses.fields(TensorFile)}
+        return cls(**fields, model=file, theta_0=theta_0)
 
     @property
     def length(self) -> float:
@@ -30,7 +31,7 @@ class Displacement(TensorFile):
 
     def read(self, name: str, first: int, stop: int) -> np.ndarray:
         """Read elements, in float32 or wider; raises InvalidInput as a file does."""
-        sides = (super().read(name, first, stop), self.theta_0.read(name, first, stop))
+        sides = (self.model.read(name, first, stop), self.theta_0.read(name, first, stop))
         wide = np.result_type(np.float32, *(FLOATS[f.entries[name].dtype] for f in self._files))
         model, origin = (side.astype(wide) for side in sides)
         step = model - origin
@@ -39,7 +40,7 @@ class Displacement(TensorFile):
 
     @property
     def _files(self) -> tuple[TensorFile, TensorFile]:
-        return self, self.theta_0
+        return self.model, self.theta_0
 
 
 def as_displacements(inputs: Inputs) -> Inputs:

@@ -54,10 +54,11 @@ def merge_files(merge: Merge) -> str:
     ):
         inputs = open_inputs(merge, Path(folder))
         outputs.check(merge.output, inputs.base, overwrite=merge.overwrite)
-        return _merge(merge, inputs, Path(folder))
+        return merge_inputs(merge, inputs, Path(folder))
 
 
-def _merge(merge: Merge, inputs: Inputs, folder: Path) -> str:
+def merge_inputs(merge: Merge, inputs: Inputs, folder: Path) -> str:
+    """Merge files that are open, with a folder for temporary files; as `merge_files`."""
     by_settings = rules_by_settings(merge, inputs)
     of_tensor = {name: rule for rule, names in by_settings for name in names}
     configs = differing_configs(inputs.base, inputs.models)
@@ -114,7 +115,7 @@ def _output(merge: Merge, inputs: Inputs) -> Output:
     output = Output(
         merge.output,
         entries,
-        {**_provenance(merge, inputs), "recipe": recipe},
+        {**provenance(merge, inputs), "recipe": recipe},
         inputs.base,
         merge.overwrite,
         outputs.bytes_of(merge.shard_size) if merge.shard_size else 0,
@@ -341,7 +342,7 @@ def _version() -> str:
         return "that is not installed"
 
 
-def _provenance(merge: Merge, inputs: Inputs) -> dict[str, str]:
+def provenance(merge: Merge, inputs: Inputs) -> dict[str, str]:
     """Return the base's metadata and how the output is made; folders of files are left out."""
 
     def described(file: TensorFile) -> dict[str, Any]:

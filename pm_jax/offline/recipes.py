@@ -15,7 +15,7 @@ _FORMS: dict[str, Any] = {
     "weights": [(int, float, str)],
     "rule_settings": (str, dict),
     "settings": (list, dict),
-    "seed": int,
+    **dict.fromkeys(("seed", "rank"), int),
 }
 """Forms of the values in a recipe, for `files.fits`; the keys are flags of experiments.merge."""
 

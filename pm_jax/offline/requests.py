@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pm_jax import registries, rules, trees
 from pm_jax.offline import npz_files, orbax_files, recipes
+from pm_jax.offline.adapted_files import AdaptedFile, changed_tensors
 from pm_jax.offline.agreement import Agreement, agreement
 from pm_jax.offline.interpolation import OF_FILES
 from pm_jax.offline.matrices import LAYOUTS
@@ -13,6 +14,7 @@ from pm_jax.offline.tensor_files import TensorFile
 from pm_jax.rules import MergeRule
 from pm_jax.types import InvalidInput
 from pm_jax.weights import checkpoint_files
+from pm_jax.weights.peft_folder import PeftFolder, is_adapter
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
 """Types that an output may have, by the names of their numbers; values are those of headers."""
@@ -26,9 +28,9 @@ class Merge:
     """Request for a merge: which files to merge, how, and where to."""
 
     # File or folder of theta_0. Like the others it may be an `.npz` or a folder of Orbax, which is
-    # turned into a temporary file beside the output first.
-    base: Path
-    # Files of theta_1*, theta_2*, ... in the order of the tasks.
+    # turned into a temporary file beside the output first. `None` where adapters merge alone.
+    base: Path | None
+    # Files of theta_1*, theta_2*, ... in the order of the tasks, or adapters of PEFT.
     models: tuple[Path, ...]
     output: Path
     # A key of `rules.REGISTRY`.
@@ -56,6 +58,8 @@ class Merge:
     dtype: str = ""
     # Most bytes in a file of an output that is a folder, as 5GB; empty to divide it as the base is.
     shard_size: str = ""
+    # Rank that a merged adapter is cut to; 0 for the sum of the adapters' ranks.
+    rank: int = 0
 
     @property
     def written_weights(self) -> str:
@@ -69,7 +73,8 @@ class Merge:
         }
         return recipes.written(
             {
-                **{"base": self.base.name, **paths, "weights": self.weights},
+                **{"base": self.base.name if self.base else "", **paths},
+                **{"weights": self.weights, "rank": self.rank or ""},
                 **{"rule": self.rule, "rule_settings": self.rule_settings},
                 **{"settings": self.settings, "leave": self.leave, "layout": self.layout},
                 **{"dtype": self.dtype, "seed": self.seed},
@@ -103,7 +108,13 @@ def open_inputs(merge: Merge, folder: Path) -> Inputs:
         InvalidInput: a file cannot be read or has other tensors, there are not as many Fisher files
             as models, or the output is one of the inputs.
     """
-    _check_paths(merge)
+    check_paths(merge)
+    if merge.base is None:
+        raise InvalidInput("base=: needs a .safetensors file or a folder, or adapters as models")
+    if merge.rank:
+        raise InvalidInput(
+            f"rank={merge.rank}: is of a merged adapter; leave it out, or give adapters alone"
+        )
 
     def opened(argument: str, number: int, path: Path) -> TensorFile:
         found = checkpoint_files.find(argument, path)
@@ -116,9 +127,14 @@ def open_inputs(merge: Merge, folder: Path) -> Inputs:
         return dataclasses.replace(TensorFile.open(argument, converted), source=path, form=found)
 
     base = opened("base", 0, merge.base)
-    models = [opened("models", n, path) for n, path in enumerate(merge.models)]
+    models = [
+        AdaptedFile.on(base, PeftFolder.open("models", path))
+        if is_adapter(path)
+        else opened("models", n, path)
+        for n, path in enumerate(merge.models)
+    ]
     fishers = [opened("fishers", n, path) for n, path in enumerate(merge.fishers)]
-    found = agreement(base, models, fishers, merge.leave)
+    found = agreement(base, models, fishers, merge.leave, changed_tensors(models))
     count = len(models) + 1
     return Inputs(base, found.files[1:count], found.files[count:], found)
 
@@ -232,7 +248,12 @@ def _joined(rule: str, default: str, particular: str) -> str:
     return ",".join({part.partition("=")[0]: part for part in parts}.values())
 
 
-def _check_paths(merge: Merge) -> None:
+def check_paths(merge: Merge) -> None:
+    """Check that there are models, and that the output is not among the files of a request.
+
+    Raises:
+        InvalidInput: there are none, or the output is.
+    """
     if not merge.models:
         raise InvalidInput("models=: needs one or more files")
     if merge.fishers and len(merge.fishers) != len(merge.models):
@@ -242,7 +263,7 @@ def _check_paths(merge: Merge) -> None:
         )
     if merge.dtype and merge.dtype not in DTYPES:
         raise InvalidInput(f"dtype={merge.dtype}: must be one of {', '.join(DTYPES)}, or left out")
-    for path in (merge.base, *merge.models, *merge.fishers):
+    for path in (*([merge.base] if merge.base else []), *merge.models, *merge.fishers):
         if not merge.output.exists() or not path.exists():
             continue
         if merge.output.samefile(path):

@@ -19,12 +19,15 @@ from pm_jax.weights.layouts import LAYOUTS, Entry, depth_of
 from pm_jax.weights.pretrained import Tensors, export_params, write_tensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-HEAD_FILE = "head.safetensors"
+HEAD_FILE, CARD_FILE = "head.safetensors", "README.md"
+CONFIG_IN_METADATA = "adapter_config"
+"""Entry of a file's metadata that has the config of an adapter in one file."""
 
 TOLERANCE = 1e-3
 """The product of the factors may differ from the displacement by this share of its norm."""
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
+"""Begins the names of all tensors of an adapter."""
 _MODULES_OF_TRANSFORMERS = (
     ("vit.encoder.layer.", "vit.layers."),
     ("attention.attention.query", "attention.q_proj"),
@@ -72,8 +75,8 @@ def peft_adapter(
         if name in windows:
             # PEFT convolves with A and then, at every place, with B.
             a, b = a.reshape(len(a), -1, *windows[name]), b[:, :, None, None]
-        tensors[f"{_PREFIX}{modules[name]}.lora_A.weight"] = a
-        tensors[f"{_PREFIX}{modules[name]}.lora_B.weight"] = b
+        tensors[f"{PREFIX}{modules[name]}.lora_A.weight"] = a
+        tensors[f"{PREFIX}{modules[name]}.lora_B.weight"] = b
     theirs = export_params(merged, layout)
     head = {entry.name: theirs[entry.name] for entry in entries if entry.path.startswith("head/")}
     # With lora_alpha = r PEFT's factor lora_alpha / r is 1.
@@ -92,13 +95,22 @@ def peft_adapter(
     }
     if layout == "bert" or not head:
         return PeftAdapter(config, tensors, head)
-    tensors |= {_PREFIX + name: tensor for name, tensor in head.items()}
+    tensors |= {PREFIX + name: tensor for name, tensor in head.items()}
     config["modules_to_save"] = sorted({name.rsplit(".", 1)[0] for name in head})
     return PeftAdapter(config, tensors, {})
 
 
-def write_adapter(adapter: PeftAdapter, directory: Path) -> None:
-    """Write the files of an adapter into a directory; other files there stay.
+def write_adapter(
+    adapter: PeftAdapter,
+    directory: Path,
+    *,
+    argument: str = "export_adapter",
+    metadata: Mapping[str, str] | None = None,
+    card: str = "",
+) -> None:
+    """Write the files of an adapter into a directory, and a model card if there is a text for one.
+
+    Other files there stay. `argument` is what names the directory in messages.
 
     Raises:
         InvalidInput: the files cannot be written.
@@ -106,18 +118,21 @@ def write_adapter(adapter: PeftAdapter, directory: Path) -> None:
     try:
         with tempfile.TemporaryDirectory(dir=directory.parent, prefix=directory.name) as made:
             staged = Path(made)
-            write_tensors(adapter.tensors, staged / WEIGHTS_FILE)
+            write_tensors(adapter.tensors, staged / WEIGHTS_FILE, metadata=metadata)
             write_tensors(adapter.head, staged / HEAD_FILE)
             files.write_json(staged / CONFIG_FILE, adapter.config)
             directory.mkdir(exist_ok=True)
             # PEFT reads a folder by its config, which goes first and comes last: a kill in between
             # leaves no adapter rather than a mixed one.
             (directory / CONFIG_FILE).unlink(missing_ok=True)
-            names = (HEAD_FILE,) if adapter.head else ()
+            names: tuple[str, ...] = (HEAD_FILE,) if adapter.head else ()
+            if card:
+                (staged / CARD_FILE).write_text(card)
+                names += (CARD_FILE,)
             for name in (*names, WEIGHTS_FILE, CONFIG_FILE):
                 os.replace(staged / name, directory / name)
     except OSError as error:
-        raise InvalidInput(f"export_adapter={directory}: cannot be written ({error})") from error
+        raise InvalidInput(f"{argument}={directory}: cannot be written ({error})") from error
 
 
 def _factors_by_name(
@@ -176,3 +191,16 @@ def _module(name: str, layout: str) -> str:
         for saved, current in _MODULES_OF_TRANSFORMERS:
             module = module.replace(saved, current)
     return module
+
+
+def saved_module(module: str) -> str:
+    """Return the name that a module of a ViT has in transformers' files, from its current one.
+
+    Example:
+        >>> saved_module("vit.layers.0.attention.q_proj")
+        'vit.encoder.layer.0.attention.attention.query'
+    """
+    for saved, current in reversed(_MODULES_OF_TRANSFORMERS):
+        module = module.replace(current, saved)
+    # A ViT without a head has no prefix.
+    return module.replace("layers.", "encoder.layer.", 1) if module[:7] == "layers." else module

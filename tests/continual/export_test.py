@@ -1,5 +1,6 @@
 """Exports of the binary, of runs on digits from weights made here."""
 
+import dataclasses
 import json
 import re
 
@@ -15,6 +16,7 @@ from pm_jax.continual.report import inspection
 from pm_jax.continual.storage import manifest
 from pm_jax.types import InvalidInput
 from pm_jax.weights import pretrained
+from pm_jax.weights.peft_folder import PeftFolder, tensor_of
 from tests.binaries import call, refused
 from tests.experiments.train_test import results
 from tests.small_runs import QUIET, leaves_equal
@@ -117,6 +119,49 @@ def test_the_adapter_of_a_run_adds_up_to_its_merged_model(finished):
         step = merged[name] - start[name]
         assert np.abs(step).max() > 1e-3
         np.testing.assert_allclose(product, step, atol=1e-6)  # rounding of the weights
+
+
+def displacements(adapter):
+    return {module: adapter.displacement(module) for module in adapter.modules}
+
+
+def test_a_run_goes_on_from_an_adapter_and_the_two_merge(finished, tmp_path, capsys):
+    """The how-to of README: continue from an adapter, then merge the new one with it."""
+    first = finished / "adapter"
+    call("train", *arguments(finished)[1:], f"--workdir={tmp_path / 'run'}", "--seeds=1",
+         f"--adapter_from={first}", f"--export_adapter={tmp_path / 'second'}",
+         f"--export={tmp_path / 'merged.safetensors'}")  # fmt: skip
+    config = dataclasses.replace(config_of(finished), adapter_from=str(first))
+    start, plain = (Learner(c, 0, options=QUIET).params for c in (config, config_of(finished)))
+    merged = merged_params(finished)
+    kernels = {path for path, leaf in trees.leaves_by_path(start).items()
+               if not np.array_equal(leaf, trees.leaves_by_path(plain)[path])}  # fmt: skip
+    assert kernels == {f"blocks_0/attn/{name}/kernel" for name in ("key", "value")}
+    for path in kernels:  # where the first run ended, this one starts
+        found, wanted = (trees.leaves_by_path(params)[path] for params in (start, merged))
+        np.testing.assert_allclose(found, wanted, atol=1e-6)
+    one, two = (PeftFolder.open("models", path) for path in (first, tmp_path / "second"))
+    assert two.rank == 8  # two tasks of rank 2 after an adapter of rank 4
+    weights = pretrained.read_tensors(finished / "start.safetensors")
+    after = pretrained.read_tensors(tmp_path / "merged.safetensors")
+    for module, step in displacements(two).items():
+        name = tensor_of(module, weights)
+        np.testing.assert_allclose(step, after[name] - weights[name], atol=2e-6)
+        assert np.abs(step - one.displacement(module)).max() > 1e-3
+    both = [f"--models={first},{tmp_path / 'second'}", f"--output={tmp_path / 'both'}"]
+    line = refused(capsys, "merge", *both, "--rule=task_arithmetic")
+    assert re.search(r"classifier\.\w+ of modules_to_save differs", line)
+    call("merge", *both, "--leave=classifier.*")
+    found = displacements(PeftFolder.open("models", tmp_path / "both"))
+    for module, step in found.items():
+        wanted = (one.displacement(module) + two.displacement(module)) / 2
+        np.testing.assert_allclose(step, wanted, atol=2e-6)
+    call("merge", *both[:1], f"--base={finished / 'start.safetensors'}",
+         f"--output={tmp_path / 'whole.safetensors'}", "--leave=classifier.*")  # fmt: skip
+    whole = pretrained.read_tensors(tmp_path / "whole.safetensors")
+    for module, step in found.items():
+        name = tensor_of(module, weights)
+        np.testing.assert_allclose(whole[name], weights[name] + step, atol=2e-6)
 
 
 def test_another_classifier_of_the_run_is_the_head_where_it_is_asked_for(finished, tmp_path):

@@ -71,7 +71,10 @@ BENCHMARKS = {
         ["--images=60", "--side=16", "--stored_size=8", "--repeats=1"],
         "folder / array_record",
     ),
-    "offline_merging": (["--depth=1", "--models=1"], "peak above the baseline"),
+    "offline_merging": (
+        ["--depth=1", "--models=1", "--adapter_depth=1", "--adapter_settings=--rank=8"],
+        "adapters, --rank=8: ",
+    ),
     "finish_task": (
         ["--model=cnn", "--examples=4", "--batch_size=2", "--repeats=1"],
         "compilations after the first task: 0",

@@ -7,7 +7,7 @@ import pytest
 
 from pm_jax import lora, models, trees
 from pm_jax.types import InvalidInput
-from pm_jax.weights import peft_adapter, pretrained
+from pm_jax.weights import peft_adapter, peft_folder, peft_start, pretrained
 
 SIZE, PATCH, WIDTH, DEPTH, HEADS, CLASSES = 16, 8, 24, 2, 3, 5
 VOCABULARY, POSITIONS = 40, 12
@@ -181,3 +181,24 @@ def test_an_adapter_is_written_over_and_beside_what_is_there(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InvalidInput, match="export_adapter=.*cannot be written"):
         peft_adapter.write_adapter(adapter, tmp_path / "file")
+
+
+@pytest.mark.parametrize("layout", MODULES)
+def test_an_adapter_added_to_its_start_is_the_merged_model(layout, tmp_path):
+    pattern = r".*/attn/(key|value)/kernel|blocks_1/mlp/fc2/kernel"
+    start = random_params(layout)
+    paths = trees.match_paths(start, pattern)
+    steps = lora.init(jax.random.key(0), start, pattern, 3)
+    steps = {path: x._replace(b=jnp.cos(jnp.arange(x.b.size)).reshape(x.b.shape))
+             for path, x in steps.items()}  # fmt: skip
+    merged = lora.fold(start, steps)
+    adapter = peft_adapter.peft_adapter(start, merged, paths, layout, 3)
+    peft_adapter.write_adapter(adapter, tmp_path / "adapter")
+    opened = peft_folder.PeftFolder.open("adapter_from", tmp_path / "adapter")
+    assert set(paths) <= set(peft_start.places_of(start, opened, layout))
+    found = trees.leaves_by_path(peft_start.with_adapter(start, opened, layout))
+    for path, leaf in trees.leaves_by_path(merged).items():
+        np.testing.assert_allclose(found[path], leaf, atol=1e-6)
+    other = {"bert": "timm"}.get(layout, "bert")
+    with pytest.raises(InvalidInput, match="adapter_from=.*: adapts .*which the base does not"):
+        peft_start.with_adapter(start, opened, other)

@@ -145,6 +145,8 @@ def _model(s: Settings) -> Iterator[Condition]:
         return
     remedy = "is for a transformer; name its architecture with model"
     yield "pretrained", not s.pretrained or s.model != "mlp", remedy
+    remedy = "needs pretrained, the weights that the adapter was trained on"
+    yield "adapter_from", bool(s.pretrained) or not s.adapter_from, remedy
     for name in ("attention", "remat"):
         remedy = f"has no effect on model=mlp; use {getattr(Settings, name)}"
         yield name, getattr(s, name) == getattr(Settings, name) or s.model != "mlp", remedy

@@ -203,6 +203,12 @@ class Settings:
         "too), AugReg's .npz, or a folder of Orbax (its newest step, or folder@step); empty to "
         "start from scratch, with the first task as pre-training. Grey images become RGB for them.",
     )
+    adapter_from: str = _model(
+        "",
+        "Folder of a LoRA adapter of PEFT for the pre-trained weights: the run starts from their "
+        "sum, but for the adapter's classifier, and export_adapter writes one adapter of both.",
+        later=True,
+    )
     tokenizer: str = _model(
         "",
         "Text and zero_shot: a tokenizer.json or, for CLIP, vocab.json with merges.txt beside it; "

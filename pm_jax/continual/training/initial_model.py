@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeGuard
 
 import jax
@@ -21,6 +22,8 @@ from pm_jax.models.model import Model, classifier_pattern
 from pm_jax.types import Array, InvalidInput, Key, Params, PyTree
 from pm_jax.weights import clip, pretrained
 from pm_jax.weights.model_config import check_config, remark_on_pixels
+from pm_jax.weights.peft_folder import PeftFolder
+from pm_jax.weights.peft_start import with_adapter
 
 
 def partitions(
@@ -106,7 +109,7 @@ def starting_params(config: Config, params: Params) -> Params:
     """Replace initialised parameters by pre-trained ones, but for the classifier, if asked for.
 
     Raises:
-        InvalidInput: the weights cannot be read or do not fit the model.
+        InvalidInput: the weights or an adapter cannot be read or do not fit the model.
     """
     if config.from_scratch:
         return params
@@ -118,10 +121,19 @@ def starting_params(config: Config, params: Params) -> Params:
     else:
         check_config(config.pretrained, config.network(num_classes=1))
     try:
-        return pretrained.load_params(tensors, params)
+        params = pretrained.load_params(tensors, params)
     except InvalidInput as error:
         what = str(error).partition(": ")[2]
         raise InvalidInput(f"pretrained={config.pretrained}: {what}") from None
+    if adapter := earlier_adapter(config):
+        params = with_adapter(params, adapter, pretrained.layout_of(tensors))
+    return params
+
+
+def earlier_adapter(config: Config) -> PeftFolder | None:
+    """Open the adapter that a run starts from, if there is one; raises `InvalidInput`."""
+    path = config.adapter_from
+    return PeftFolder.open("adapter_from", Path(path)) if path else None
 
 
 def remarks(config: Config) -> list[str]:
@@ -138,6 +150,8 @@ def remarks(config: Config) -> list[str]:
         return [] if config.has_text_columns else [unused]
     names = pretrained.left_out(pretrained.read_tensors(config.pretrained))
     lines = [f"pretrained={config.pretrained}: left out {files.listed(names)}"] if names else []
+    if (adapter := earlier_adapter(config)) and adapter.saved:
+        lines.append(f"adapter_from={adapter.source}: left out {files.listed([*adapter.saved])}")
     pixels = "" if config.reads_text else remark_on_pixels(config.pretrained)
     return lines + [pixels] * bool(pixels)
 

@@ -1,0 +1,151 @@
+"""Models that are a base plus an adapter, read like the files that they would be saved to."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pm_jax.offline.tensor_files import FLOATS, Entry, TensorFile, laid_out
+from pm_jax.types import InvalidInput
+from pm_jax.weights.checkpoint_files import CheckpointFiles
+from pm_jax.weights.peft_folder import PeftFolder, tensors_of
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptedFile(TensorFile):
+    """A base plus the displacement of an adapter; only the rows that are asked for are multiplied.
+
+    The tensors that differ from the base are float32, or float64 where the base's are.
+    """
+
+    # Theta_0; `None` for zeros, so that the numbers are those of the displacement alone.
+    origin: TensorFile | None
+    adapter: PeftFolder
+    # The module that adapts a tensor, by the tensor's name.
+    modules: Mapping[str, str]
+
+    @classmethod
+    def on(cls, origin: TensorFile, adapter: PeftFolder) -> "AdaptedFile":
+        """Return a base with an adapter.
+
+        Raises:
+            InvalidInput: the adapter has modules or shapes that the base does not have.
+        """
+        modules, entries = tensors_of(adapter, origin.entries), dict(origin.entries)
+        for name, module in modules.items():
+            shape, entry = adapter.modules[module].shape, entries[name]
+            if entry.shape not in (shape, shape[::-1]) or entry.dtype not in FLOATS:
+                raise InvalidInput(
+                    f"{adapter.argument}={adapter.source}: the displacement of {module} is "
+                    f"{list(shape)}, and {name} of the base is {list(entry.shape)} of type "
+                    f"{entry.dtype}; give the base that it was trained on"
+                )
+            entries[name] = _widened(entry, entry.shape)
+        for name, shape in adapter.saved.items():
+            entries[name] = _widened(entries.get(name), shape)
+        return cls(**_fields(adapter, entries), origin=origin, adapter=adapter, modules=modules)
+
+    @classmethod
+    def alone(cls, adapter: PeftFolder, entries: Mapping[str, Entry]) -> "AdaptedFile":
+        """Return the displacement of an adapter, 0 in those of some entries that it lacks."""
+        modules = {f"{module}.weight": module for module in adapter.modules}
+        return cls(**_fields(adapter, entries), origin=None, adapter=adapter, modules=modules)
+
+    @property
+    def changed(self) -> frozenset[str]:
+        """Names of the tensors that differ from the base."""
+        return frozenset(self.modules) | frozenset(self.adapter.saved)
+
+    def _fetched(self, name: str, first: int, stop: int, dtype: np.dtype) -> np.ndarray:
+        if self.origin and name not in self.changed:
+            return self.origin._fetched(name, first, stop, dtype)
+        stored = FLOATS[self.entries[name].dtype]
+        if dtype == stored:
+            return self._values(name, first, stop).astype(stored, copy=False)
+        # The bytes of numbers, of which the first and the last may be asked for in part.
+        first_byte, stop_byte = first * dtype.itemsize, stop * dtype.itemsize
+        low, high = first_byte // stored.itemsize, -(-stop_byte // stored.itemsize)
+        values = self._values(name, low, high).astype(stored).view(np.uint8)
+        begin = low * stored.itemsize
+        return values[first_byte - begin : stop_byte - begin].view(dtype)
+
+    def _values(self, name: str, first: int, stop: int) -> np.ndarray:
+        if name in self.adapter.saved:
+            return self.adapter.saved_tensor(name).reshape(-1)[first:stop]
+        values: np.ndarray = np.zeros(stop - first, np.float32)
+        if self.origin:
+            values = self.origin.read(name, first, stop)
+            values = values.astype(np.result_type(np.float32, values.dtype), copy=False)
+        if name not in self.modules:
+            return values
+        b, a = self.adapter.factors(self.modules[name])
+        if self._is_transposed(name):
+            b, a = a.T, b.T
+        width = a.shape[1]
+        top = first // width
+        rows = b[top : -(-stop // width)] @ a
+        return values + rows.reshape(-1)[first - top * width : stop - top * width]
+
+    def _is_transposed(self, name: str) -> bool:
+        """Tell whether a tensor is stored as [in, out]: tables of ids, and GPT-2's Conv1D."""
+        factors = self.adapter.modules[self.modules[name]]
+        if self.origin is None or len(factors.shape) > 2:
+            return False
+        stored = self.entries[name].shape
+        may_be = factors.is_embedding or bool(self.adapter.config.get("fan_in_fan_out"))
+        # A square one follows the config; in GPT-2 all of them are of this kind.
+        return stored != factors.shape or (may_be and stored == factors.shape[::-1])
+
+
+class NoDisplacement(TensorFile):
+    """The displacement of theta_0 from itself, which is zero."""
+
+    @classmethod
+    def like(cls, adapter: PeftFolder, entries: Mapping[str, Entry]) -> "NoDisplacement":
+        """Return zeros in the shapes of some entries."""
+        about = {"argument": "base", "source": Path("no displacement")}
+        return cls(**_fields(adapter, entries) | about)
+
+    def sha256(self) -> list[str]:
+        """Return nothing, as there is no file."""
+        return []
+
+    def _fetched(self, name: str, first: int, stop: int, dtype: np.dtype) -> np.ndarray:
+        del name
+        return np.zeros(stop - first, dtype)
+
+
+def changed_tensors(models: Sequence[TensorFile]) -> frozenset[str] | None:
+    """Names of the tensors that some of the adapters change; `None` if a model is whole."""
+    names: frozenset[str] = frozenset()
+    for model in models:
+        if not isinstance(model, AdaptedFile):
+            return None
+        names |= model.changed
+    return names
+
+
+def displacement_entries(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Entry]:
+    """Return entries for the displacements of modules, by the names of their weights."""
+    return laid_out({f"{m}.weight": ("F32", s, 4 * math.prod(s)) for m, s in shapes.items()})
+
+
+def _widened(entry: Entry | None, shape: tuple[int, ...]) -> Entry:
+    """Return the entry of a tensor that is read in float32 or wider."""
+    kind = "F64" if entry and entry.dtype == "F64" else "F32"
+    return Entry(kind, shape, 0, math.prod(shape) * FLOATS[kind].itemsize)
+
+
+def _fields(adapter: PeftFolder, entries: Mapping[str, Entry]) -> dict[str, Any]:
+    """Return the fields of a file that an adapter stands for."""
+    return {
+        "argument": adapter.argument,
+        "source": adapter.source,
+        "entries": dict(entries),
+        "metadata": {},
+        "places": dict.fromkeys(entries, (adapter.weights, 0)),
+        "form": CheckpointFiles("safetensors", (adapter.weights,)),
+    }
