@@ -109,7 +109,7 @@ def test_tasks_of_loss_0_that_are_equal_or_contradict_each_other_are_averaged(
     labels = np.arange(40) % 2
     images = np.broadcast_to((255 * labels).astype(np.uint8)[:, None, None, None], (40, 4, 4, 1))
     domains = [LabelledArrays(images, own, images, own) for own in (labels, labels, 1 - labels)]
-    monkeypatch.setattr(Config, "_domains", lambda self: domains)
+    monkeypatch.setattr(Config, "_images", lambda self: domains)
     learner, results = finished(
         Config(
             num_tasks=3, epochs=10, first_task_epochs=10, hidden_sizes=(8,), batch_size=8,
