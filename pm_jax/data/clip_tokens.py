@@ -12,7 +12,7 @@ from pm_jax.types import InvalidInput, cause
 START, END = "<|startoftext|>", "<|endoftext|>"
 TOKENIZER_FILE, VOCABULARY_FILE, MERGES_FILE = "tokenizer.json", "vocab.json", "merges.txt"
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-"""What CLIP's tokenizer takes for a word: an English ending, letters, a digit, or other signs."""
+"""The words of CLIP's tokenizer: an English ending, letters, a digit, or other signs."""
 
 
 def encoder(place: Path) -> Callable[[Sequence[str]], np.ndarray]:

@@ -1,4 +1,4 @@
-"""Which split of a data set is for what, and the division of one that has a single split."""
+"""The roles of a data set's splits, and the division of one that has a single split."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -18,7 +18,7 @@ from pm_jax.types import Array
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
-"""Of red, green and blue in 0..1 over the images that OpenAI trained CLIP on."""
+"""Statistics of red, green and blue, in 0..1, of the images that OpenAI trained CLIP on."""
 
 
 def quick_gelu(x: Array) -> Array:

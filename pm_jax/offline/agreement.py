@@ -1,4 +1,4 @@
-"""Which tensors of several models merge: what is left out, what is tied, and what must agree."""
+"""The tensors of several models that merge: what is left out, what is tied, what must agree."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence

@@ -131,7 +131,7 @@ def _output(merge: Merge, inputs: Inputs) -> Output:
 
 
 class _Comparison:
-    """Which inputs the output equals so far, bit for bit, in all tensors that merge."""
+    """The inputs that the output equals so far, bit for bit, in all tensors that merge."""
 
     def __init__(self, inputs: Inputs):
         self._equal = [inputs.base, *inputs.models]

@@ -1,4 +1,4 @@
-"""What a merge writes: a file, a folder of transformers, an `.npz` or a folder of Orbax.
+"""The output of a merge: a file, a folder of transformers, an `.npz` or a folder of Orbax.
 
 Every output is written whole or not at all: under a temporary name beside its own, which it gets
 at the end.

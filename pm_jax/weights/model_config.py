@@ -1,4 +1,4 @@
-"""What a checkpoint's config.json says about its model, held against ours.
+"""Checks of a checkpoint's config.json against our model.
 
 Heads, the epsilon of the norms and the activation leave no trace in the shapes of tensors: weights
 of a model with others would load, and mean something else.

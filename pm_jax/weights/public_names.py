@@ -1,4 +1,4 @@
-"""Which layout a public checkpoint follows, which of its names differ, and what it leaves out.
+"""Public checkpoints: the layout of one, the names in which it differs, and what it leaves out.
 
 The same model is saved under several names: with the prefix of the model that it is part of
 (`bert.encoder.layer.0...`) or without, with the gammas of TensorFlow, with a pooler or another
