@@ -218,14 +218,11 @@ class Learner:
             tensorboard=self.options.tensorboard,
         )
         try:
-            for line in [*warnings, *([] if step else remarks(self.config))]:
+            for line in [*warnings, *([] if step else [*remarks(self.config), *self.stream.notes])]:
                 log.tell(line)
             if step:
                 log.tell(f"going on from step {step} of {self.total_steps}")
-            else:
-                for note in self.stream.notes:
-                    log.tell(note)
-            if self._by_domain and not step:
+            elif self._by_domain:
                 log.show(1, len(self.steps.epochs), "evaluate")
                 # Forward transfer compares with the accuracies before the first task.
                 self._records.arrays["initial_scores"] = self.accuracy(self.stream.num_tasks)

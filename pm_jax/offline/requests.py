@@ -92,7 +92,7 @@ class Inputs:
     models: tuple[TensorFile, ...]
     # One for each model, or none.
     fishers: tuple[TensorFile, ...]
-    # Which tensors merge.
+    # The tensors that merge, and those that do not.
     agreement: Agreement
 
     @property

@@ -79,7 +79,7 @@ class TensorFile:
     metadata: dict[str, str]
     # The file that each tensor is in, and the byte at which the tensors of that file begin.
     places: dict[str, tuple[Path, int]]
-    # What the user gave, which may be of another kind than safetensors.
+    # The checkpoint as the user gave it, which may be of another kind than safetensors.
     form: CheckpointFiles
 
     @classmethod

@@ -95,11 +95,6 @@ def find(argument: str, path: str | os.PathLike) -> CheckpointFiles:
     return CheckpointFiles(path.suffix[1:], (path,))
 
 
-def is_adapter(path: str | os.PathLike) -> bool:
-    """Tell whether a path is a folder that PEFT writes."""
-    return (Path(path) / ADAPTER_CONFIG_FILE).is_file()
-
-
 def check_shards(
     argument: str, path: Path, found: CheckpointFiles, names: Mapping[Path, Iterable[str]]
 ) -> None:
@@ -190,7 +185,7 @@ def _is_model(path: Path) -> bool:
 
 
 def _without_safetensors(given: str, folder: Path) -> CheckpointFiles:
-    if is_adapter(folder):
+    if (folder / ADAPTER_CONFIG_FILE).is_file():
         raise InvalidInput(f"{given}: is an adapter of PEFT; a model is needed here")
     if _is_of_orbax(folder) or _steps(folder):
         return _tree(given, folder)

@@ -101,19 +101,9 @@ def _dinov2(depth: int) -> list[Entry]:
         Entry("head/kernel", "classifier.weight", "class_half"),
         Entry("head/bias", "classifier.bias"),
     ]
-    for layer in range(depth):
-        ours, theirs = f"blocks_{layer}", f"encoder.layer.{layer}"
-        for name in ("query", "key", "value"):
-            entries += _linear(f"{ours}/attn/{name}", f"{theirs}.attention.attention.{name}")
-        entries += _linear(f"{ours}/attn/proj", f"{theirs}.attention.output.dense")
-        for name in ("fc1", "fc2"):
-            entries += _linear(f"{ours}/mlp/{name}", f"{theirs}.mlp.{name}")
-        for number in (1, 2):
-            entries += _norm(f"{ours}/norm{number}", f"{theirs}.norm{number}")
-            entries.append(
-                Entry(f"{ours}/ls{number}/gamma", f"{theirs}.layer_scale{number}.lambda1")
-            )
-    return entries
+    attention = {name: f"attention.{name}" for name in ("query", "key", "value")}
+    layers = {**attention, "proj": "output.dense"}
+    return entries + _dino_blocks(depth, "encoder.layer", layers, {"fc1": "fc1", "fc2": "fc2"})
 
 
 def _dinov3(depth: int) -> list[Entry]:
@@ -126,17 +116,24 @@ def _dinov3(depth: int) -> list[Entry]:
         *_linear("head", "classifier"),
     ]
     layers = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "proj": "o_proj"}
+    return entries + _dino_blocks(depth, "layer", layers, {"fc1": "up_proj", "fc2": "down_proj"})
+
+
+def _dino_blocks(
+    depth: int, prefix: str, attention: dict[str, str], mlp: dict[str, str]
+) -> list[Entry]:
+    """List the entries of all blocks with layer scales, for DINO's names of our layers."""
+    entries = []
     for layer in range(depth):
-        ours, theirs = f"blocks_{layer}", f"layer.{layer}"
-        for name, other in layers.items():
+        ours, theirs = f"blocks_{layer}", f"{prefix}.{layer}"
+        for name, other in attention.items():
             entries += _linear(f"{ours}/attn/{name}", f"{theirs}.attention.{other}")
-        for name, other in (("fc1", "up_proj"), ("fc2", "down_proj")):
+        for name, other in mlp.items():
             entries += _linear(f"{ours}/mlp/{name}", f"{theirs}.mlp.{other}")
         for number in (1, 2):
             entries += _norm(f"{ours}/norm{number}", f"{theirs}.norm{number}")
-            entries.append(
-                Entry(f"{ours}/ls{number}/gamma", f"{theirs}.layer_scale{number}.lambda1")
-            )
+            gamma = f"{theirs}.layer_scale{number}.lambda1"
+            entries.append(Entry(f"{ours}/ls{number}/gamma", gamma))
     return entries
 
 

@@ -167,7 +167,7 @@ def is_adapter(path: Path) -> bool:
         with _opened("", path) as file:
             return any(_FACTOR.fullmatch(name) for name in file.keys())
     except InvalidInput:
-        # What is wrong with it is for the reader of models to say.
+        # The reader of models says what is wrong with the file.
         return False
 
 

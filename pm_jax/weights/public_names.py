@@ -54,7 +54,7 @@ class _Naming(NamedTuple):
 
     # A tensor that only this layout has.
     signature: str
-    # What files may have before the names of the body; the first is the layout's.
+    # Files may have these before the names of the body; the first is the layout's.
     prefixes: tuple[str, ...] = ("",)
     # Regular expressions of other names, and what the layout has instead.
     renamed: tuple[tuple[str, str], ...] = ()

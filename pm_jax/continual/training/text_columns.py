@@ -96,7 +96,7 @@ def _columns(
 
     def embed(phrases: list[str]) -> Array:
         batches = -(-len(phrases) // BATCH_SIZE)
-        # Of whole batches, whose rows of padding are left out again.
+        # All batches have one shape; the rows of padding are left out again.
         blank = np.zeros((batches * BATCH_SIZE, ids.shape[1]), np.int32)
         blank[: len(ids)] = ids
         rows = [vectors(params, batch) for batch in np.split(blank, batches)]
