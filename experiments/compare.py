@@ -41,17 +41,17 @@ experiment_flags.define_run_flags()
 flags.DEFINE_list(
     "rules",
     ["all"],
-    f"Rules to compare, of {', '.join(rules.REGISTRY)}, each with settings of its own after it as "
-    "name+setting=value+flag=value, colons between the numbers of a tuple; all for each once. The "
-    "flag --rule is not read.",
+    "Rules to compare, with commas between them; all: each once. A rule may have settings of its "
+    "own after it as name+setting=value+flag=value, with colons between the numbers of a tuple. "
+    "The flag --rule is not read.\n"
+    f"Each is one of {', '.join(rules.REGISTRY)}.",
 )
 flags.DEFINE_boolean(
     "keep_shared_training",
     False,
-    "Keep shared_training, the training that rules have in common, when all rules are finished; "
-    "rules that a later call adds then begin with it.",
+    "Keep the training that rules have in common when all are finished. Rules that a later call "
+    "adds then begin with it, in the folder shared_training.",
 )
-flags.adopt_module_key_flags(experiment_flags)  # --help lists them
 
 
 def main(argv: Sequence[str]) -> None:

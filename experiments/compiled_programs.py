@@ -27,9 +27,9 @@ def define_flag() -> None:
     flags.DEFINE_string(
         "compilation_cache",
         None,
-        "Folder in which compiled programs are kept for later runs; empty for none. By default "
-        "that of the environment variable JAX_COMPILATION_CACHE_DIR, or else pm_jax/compiled in "
-        "the user's cache folder.",
+        "Folder that keeps compiled programs for later runs; empty: none. By default it is that of "
+        "the environment variable JAX_COMPILATION_CACHE_DIR, or else pm_jax/compiled in the user's "
+        "cache folder.",
     )
 
 

@@ -1,4 +1,4 @@
-"""Measure the diagonal Fisher of a fine-tuned model, as a file for experiments.merge --fishers.
+r"""Measure the diagonal Fisher of a fine-tuned model, as a file for experiments.merge --fishers.
 
 python -m experiments.fisher --model=vit_tiny_patch16 --pretrained=tuned.safetensors \
     --dataset=cifar100 --scenario=class_incremental --num_tasks=1 --output=fisher.safetensors
@@ -16,9 +16,8 @@ from pm_jax.types import InvalidInput
 
 experiment_flags.define_config_flags()
 experiment_flags.define_overwrite_flag()
-flags.DEFINE_string("output", None, "The .safetensors file to write.")
-flags.DEFINE_integer("seed", 0, "Of the labels that are drawn, and of the examples held out.")
-flags.adopt_module_key_flags(experiment_flags)  # --help lists them
+flags.DEFINE_string("output", None, "Name of the .safetensors file to write.")
+flags.DEFINE_integer("seed", 0, "Seed of the labels that are drawn, and of the examples held out.")
 
 
 def main(argv: Sequence[str]) -> None:

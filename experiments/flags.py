@@ -1,4 +1,4 @@
-"""Command-line flags: generated from `Config`, with presets and one-line errors."""
+"""Command-line flags: generated from `Config`, with presets, help and one-line errors."""
 
 import contextlib
 import dataclasses
@@ -15,10 +15,12 @@ from typing import Any, NoReturn
 from absl import flags, logging
 
 from experiments import compiled_programs
+from experiments import help as flag_help
 from pm_jax import rules
 from pm_jax.continual import Config, RunOptions, TrainingDiverged
 from pm_jax.continual.export import Destinations
 from pm_jax.continual.interruption import Interrupted
+from pm_jax.continual.settings.groups import written
 from pm_jax.continual.settings.run_options import KEPT
 from pm_jax.continual.settings.settings import names_of
 from pm_jax.registries import number
@@ -62,7 +64,7 @@ class _TupleParser(flags.ArgumentParser):
 
 class _TupleSerializer(flags.ArgumentSerializer):
     def serialize(self, value: Sequence) -> str:
-        return ",".join(map(str, value))
+        return written(tuple(value))
 
 
 def define_tuple(name: str, default: tuple, description: str, number: type | None = None) -> None:
@@ -75,10 +77,11 @@ def define_tuple(name: str, default: tuple, description: str, number: type | Non
 def define_config_flags() -> None:
     """Define one flag per field of `Config`."""
     for field in dataclasses.fields(Config):
-        choices = field.metadata["choices"]
-        description = field.metadata["description"]
-        if choices:
-            description += f" One of {', '.join(choices)}."
+        about = field.metadata
+        values = [f"{name}: {meaning}" for name, meaning in about["meanings"].items()]
+        if about["choices"] and not values:
+            values = [f"One of {', '.join(about['choices'])}."]
+        description = "\n".join([about["description"], *values])
         default = field.default
         if isinstance(default, tuple):
             define_tuple(field.name, default, description)
@@ -90,7 +93,18 @@ def define_config_flags() -> None:
             flags.DEFINE_float(field.name, default, description)
         else:
             flags.DEFINE_string(field.name, str(default), description)
-    flags.DEFINE_string("preset", None, "A file of experiments/presets, without its ending.")
+    flags.DEFINE_string(
+        "preset",
+        None,
+        "File of flags in experiments/presets, such as digits_classes. Flags on the command line "
+        "go before it.\n"
+        f"One of {', '.join(presets())}.",
+    )
+
+
+def presets() -> list[str]:
+    """List the names of the presets."""
+    return sorted(path.stem for path in PRESETS.glob("*.flags"))
 
 
 def config_from_flags(**instead: Any) -> Config:
@@ -108,25 +122,32 @@ def parse_setting(name: str, text: str) -> Any:
 @functools.cache  # one process may import two binaries
 def define_run_flags() -> None:
     """Define which seeds run, and where to."""
-    define_tuple("seeds", (0,), "One run per seed.")
-    flags.DEFINE_string("workdir", None, "Where results, checkpoints and logs go.")
+    define_tuple("seeds", (0,), "Seeds with commas between them: one run of each.")
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "Folder for results, checkpoints and logs. The same command goes on from what is there.",
+    )
     flags.DEFINE_integer(
         "checkpoint_every",
         0,
-        "Steps between checkpoints within a task; 0 for task boundaries only.",
+        "Steps between checkpoints within a task; 0: none within tasks. They are written while "
+        "training goes on.",
     )
     flags.DEFINE_integer(
-        "keep_checkpoints", KEPT, "How many of the newest checkpoints stay, at least 1."
+        "keep_checkpoints", KEPT, "Number of the newest checkpoints that stay, at least 1."
     )
     flags.DEFINE_boolean(
         "deterministic",
         False,
-        "On a GPU, use XLA's deterministic operations only, so that the same command gives the "
-        "same bits, with a kill on the way too; slower. A CPU always does.",
+        "Use XLA's deterministic operations only, on a GPU; slower. The same command then gives "
+        "the same bits, with a kill on the way too. A CPU always does.",
     )
     flags.DEFINE_boolean("tensorboard", False, "Write TensorBoard events beside the other logs.")
     flags.DEFINE_boolean(
-        "dry_run", False, "Print the resolved settings and parameter counts; stop."
+        "dry_run",
+        False,
+        "Check everything, print settings and parameter counts, and stop.",
     )
     compiled_programs.define_flag()
 
@@ -152,15 +173,19 @@ def define_baseline_flags() -> None:
     flags.DEFINE_string(
         "baseline",
         None,
-        "A rule to run as well, unperturbed, in WORKDIR/baseline; sequential when --rule is not "
-        "given, otherwise none. An empty value is none.",
+        "Second rule to run, unperturbed, in WORKDIR/baseline; empty: none. By default it is "
+        "sequential where --rule is not given, and none otherwise.",
     )
     default = (
         "By default sequential's best one where stream, model and optimiser are the default ones, "
         "and that of the main run otherwise."
     )
-    flags.DEFINE_float("baseline_learning_rate", None, f"Of the baseline. {default}")
-    flags.DEFINE_integer("baseline_epochs", None, f"Of the baseline, a task. {default}")
+    flags.DEFINE_float(
+        "baseline_learning_rate", None, f"Peak learning rate of the baseline. {default}"
+    )
+    flags.DEFINE_integer(
+        "baseline_epochs", None, f"Passes of the baseline over the data of a task. {default}"
+    )
 
 
 def baseline_from_flags(config: Config) -> Config | None:
@@ -190,21 +215,21 @@ def define_export_flags() -> None:
     flags.DEFINE_string(
         "export",
         None,
-        "A .safetensors to write the merged model to, at the run's resolution, under the names of "
-        "the pre-trained weights, or timm's where there are none or AugReg's. A run that is "
-        "finished is not trained again.",
+        "A .safetensors file to write the merged model to. It has the run's resolution, a column c "
+        "of the classifier for label c, and the names of the pre-trained weights, or timm's where "
+        "there are none or AugReg's. A run that is finished is not trained again.",
     )
     flags.DEFINE_string(
         "export_adapter",
         None,
-        "A folder to write the merged model's displacement from the pre-trained weights to, as a "
-        "LoRA adapter for PEFT. Needs adapter=lora and pretrained.",
+        "Folder to write the merged model to as a LoRA adapter for PEFT. The adapter is its "
+        "displacement from the pre-trained weights; needs adapter=lora and pretrained.",
     )
     flags.DEFINE_string(
         "classifier_in_export",
         None,
-        "One of --classifiers, linear in the features, whose kernel and bias exports have; by "
-        "default the first.",
+        "Classifier whose kernel and bias exports have; by default the first. It is one of "
+        "--classifiers and linear in the features.",
     )
     define_overwrite_flag()
 
@@ -212,7 +237,7 @@ def define_export_flags() -> None:
 @functools.cache  # one process may import two binaries
 def define_overwrite_flag() -> None:
     """Define whether files that are there may be replaced."""
-    flags.DEFINE_boolean("overwrite", False, "Let exports replace what is there.")
+    flags.DEFINE_boolean("overwrite", False, "Let exports replace files that are there.")
 
 
 def export_from_flags() -> Destinations:
@@ -232,7 +257,8 @@ def _is_default_stream(config: Config) -> bool:
 def parse(
     argv: Sequence[str], values: flags.FlagValues = flags.FLAGS, *, positional: int = 0
 ) -> list[str]:
-    """Parse for `app.run`: read presets, and end with one line and code 2 on a mistake."""
+    """Parse for `app.run`: show help, read presets, end with a line and code 2 on a mistake."""
+    flag_help.show_if_asked(argv, values)
     try:
         arguments = _with_preset(argv, values)
     except InvalidInput as error:
@@ -245,7 +271,10 @@ def parse(
             values,
         )
     except flags.Error as error:
-        fail(f"{error}; --help lists the flags and what they take", values)
+        fail(
+            f"{flag_help.suggested(error, values)}; --help lists the flags and what they take",
+            values,
+        )
     except ValueError as error:  # A flagfile, or its name, has bytes that are not text.
         given = ",".join(_given(arguments, "flagfile"))
         fail(f"flagfile={given}: cannot be read ({cause(error)}); give text in UTF-8", values)
@@ -284,9 +313,8 @@ def _with_preset(argv: Sequence[str], values: flags.FlagValues) -> list[str]:
     """Put the flags of `--preset=NAME` before all other flags, so that they override it."""
     result = [argv[0]]
     for name in _given(argv, "preset"):
-        presets = sorted(path.stem for path in PRESETS.glob("*.flags"))
-        if name not in presets:
-            raise InvalidInput(f"--preset={name}: must be one of {', '.join(presets)}")
+        if name not in presets():
+            raise InvalidInput(f"--preset={name}: must be one of {', '.join(presets())}")
         lines = (PRESETS / f"{name}.flags").read_text().splitlines()
         preset = [line for line in lines if line.startswith("--")]
         # Only experiments.train runs a baseline beside the rule; other binaries choose their rows.

@@ -1,4 +1,4 @@
-"""Merge checkpoints in files, without training.
+r"""Merge checkpoints in files, without training.
 
 python -m experiments.merge --base=base.safetensors --models=first.safetensors,second.safetensors \
     --rule=averaging --output=merged.safetensors
@@ -35,7 +35,11 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
             "step, or PATH@STEP). Adapters of PEFT merge into an adapter without a base, and into "
             "a model with one.",
         ),
-        ("run", None, "Instead of base and models: seed_<n> of a run with keep_task_models."),
+        (
+            "run",
+            None,
+            "Folder seed_<n> of a run with keep_task_models, for base and models.",
+        ),
         (
             "output",
             None,
@@ -52,8 +56,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         (
             "layout",
             "",
-            "For rules that look at matrices (opcm, null_space): flax if the files store them as "
-            "[in, out], torch for [out, in]; empty to tell by their names, kernel or weight.",
+            "Order of the axes of matrices: flax for [in, out], torch for [out, in]; empty: by "
+            "their names, kernel or weight. For rules that look at matrices (opcm, null_space).",
         ),
         ("dtype", "", f"Type of the output, one of {', '.join(DTYPES)}; empty for the base's."),
         (
@@ -72,7 +76,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         ("fishers", "Files of each model's diagonal Fisher, for a rule that needs it."),
         (
             "weights",
-            "One for each model, for averaging (linear), where they sum to 1, task_arithmetic, "
+            "Weight of each model, for averaging (linear), where they sum to 1, task_arithmetic, "
             "ties and dare; fractions may be given.",
         ),
     ):
@@ -90,7 +94,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         ),
     ):
         flags.DEFINE_multi_string(name, [], description, values)
-    flags.DEFINE_integer("seed", 0, "Of a rule that draws.", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "Seed of a rule that draws at random.", flag_values=values)
     flags.DEFINE_integer(
         "rank",
         0,

@@ -38,11 +38,13 @@ def define_process_flags() -> None:
     flags.DEFINE_string(
         "coordinator_address",
         None,
-        "A run in several processes, which see one work directory: host:port of the first, or auto "
-        "on TPU pods and under Slurm. Use --devices=0.",
+        "host:port of the first process of a run in several, or auto. auto is for TPU pods and "
+        "Slurm. All processes see one work directory; use --devices=0.",
     )
-    flags.DEFINE_integer("process_count", None, "Their number; not with auto.")
-    flags.DEFINE_integer("process_index", None, "Which one this is, from 0; not with auto.")
+    flags.DEFINE_integer("process_count", None, "Number of processes of a run; not with auto.")
+    flags.DEFINE_integer(
+        "process_index", None, "Number of this process of a run, from 0; not with auto."
+    )
 
 
 @contextlib.contextmanager

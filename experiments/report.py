@@ -16,7 +16,7 @@ from pm_jax.types import InvalidInput
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Define the flag; an import must not, because experiments.train has the same one."""
-    flags.DEFINE_string("workdir", None, "Of a run of experiments.train.", values)
+    flags.DEFINE_string("workdir", None, "Work directory of a run of experiments.train.", values)
     flags.DEFINE_enum(
         "evaluate_on",
         None,

@@ -25,11 +25,13 @@ experiment_flags.define_export_flags()
 experiment_flags.define_run_flags()
 processes.define_process_flags()
 flags.DEFINE_boolean(
-    "keep_task_models", False, "Keep the models that are merged, for experiments.merge --run."
+    "keep_task_models",
+    False,
+    "Keep the models that are merged. branch_from and experiments.merge read them.",
 )
-flags.DEFINE_boolean("report", True, "Write report.html into the work directory.")
-for module in (experiment_flags, processes):
-    flags.adopt_module_key_flags(module)  # --help lists them
+flags.DEFINE_boolean(
+    "report", True, "Write report.html into the work directory. It needs pip install '.[plots]'."
+)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -3,7 +3,7 @@
 import fractions
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 from pm_jax.types import InvalidInput
@@ -41,13 +41,8 @@ def make(
         raise InvalidInput(f"{kind}={name}: must be one of {', '.join(registry)}")
     keywords = inspect.signature(registry[name]).parameters
     values = {key: value for key, value in given.items() if key in keywords}
-    defaults = {
-        key: parameter.default
-        for key, parameter in keywords.items()
-        # A line of text cannot give a function, such as the memory's.
-        if key not in values and not callable(parameter.default)
-    }
-    listed = ", ".join(f"{key}={_written(value)}" for key, value in defaults.items())
+    defaults = _defaults(registry[name], values)
+    listed = _listed(defaults)
     remedy = f"{name} takes {listed or 'no settings'}" + (" by default" if listed else "")
     for setting in filter(None, settings.replace(" ", "").split(",")):
         key, equals, text = setting.partition("=")
@@ -66,6 +61,32 @@ def make(
         raise InvalidInput(f"{kind}_settings={error}; {remedy}") from None
 
 
+def meanings(
+    registry: Mapping[str, Callable[..., Any]], given: Collection[str] = ()
+) -> dict[str, str]:
+    """Say in a line what each factory makes, and which settings it takes.
+
+    Args:
+        registry: factories by name, as `make` takes them.
+        given: keywords that no line of settings can give.
+
+    Returns:
+        By name, the first line of the docstring and the settings with their defaults.
+
+    Example:
+        >>> def add(*, a=1, b=2):
+        ...     "Add two numbers."
+        >>> meanings({"add": add}, given=["b"])
+        {'add': 'Add two numbers. Settings: a=1.'}
+    """
+    found = {}
+    for name, factory in registry.items():
+        listed = _listed(_defaults(factory, given))
+        line = (inspect.getdoc(factory) or "").partition("\n")[0]
+        found[name] = f"{line} Settings: {listed}." if listed else line
+    return found
+
+
 def number(text: str) -> float:
     """Read a finite number, which may be written as a fraction; raises ValueError for others."""
     try:
@@ -76,6 +97,20 @@ def number(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{text} is not finite")
     return value
+
+
+def _defaults(factory: Callable[..., Any], given: Collection[str]) -> dict[str, Any]:
+    """Return the defaults of the keywords that a line of settings can give."""
+    return {
+        key: parameter.default
+        for key, parameter in inspect.signature(factory).parameters.items()
+        # A line of text cannot give a function, such as the memory's.
+        if key not in given and not callable(parameter.default)
+    }
+
+
+def _listed(defaults: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={_written(value)}" for key, value in defaults.items())
 
 
 def _read(text: str, default: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Every arm at its own best learning rate and epochs, chosen on validation data; then tested.
+r"""Every arm at its own best learning rate and epochs, chosen on validation data; then tested.
 
 One grid for all arms. An arm's setting is the one with the highest mean final average accuracy on
 the validation split over the grid's seeds; test accuracies, which the same runs have measured, are

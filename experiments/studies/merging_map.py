@@ -1,4 +1,4 @@
-"""Where merging pays: final accuracy over sequential training against steps, rate and temperature.
+r"""Where merging pays: final accuracy over sequential training against steps, rate and temperature.
 
 Every cell runs each of the rules from the same seed with the same setting and nothing chosen, so
 it reads test data (or what --evaluate_on says). Finished runs are kept.

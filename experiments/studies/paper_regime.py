@@ -1,4 +1,4 @@
-"""The paper's regime, some 400 steps a task from pre-trained weights, cell by cell.
+r"""The paper's regime, some 400 steps a task from pre-trained weights, cell by cell.
 
 A cell is one training, evaluated with all of --classifiers on test and on validation data, and one
 line of the ledger in experiments/studies/results; cells that have a line are left out. They run in

@@ -18,6 +18,7 @@ from pm_jax.continual.placement import processes
 from pm_jax.continual.placement.devices import devices_of
 from pm_jax.continual.report.results import read_seeds, summarize_seeds, view
 from pm_jax.continual.settings.config import Config
+from pm_jax.continual.settings.groups import listed
 from pm_jax.continual.settings.own import model_of
 from pm_jax.continual.settings.run_options import RunOptions
 from pm_jax.continual.storage import manifest, reuse
@@ -209,8 +210,8 @@ def describe(config: Config, seed: int = 0) -> str:
             return size(partition.head) if config.trains(task) else 0
         return (adapters if partition.adapted else 0) + size(partition.direct + partition.head)
 
-    lines = [f"{name}={value}" for name, value in dataclasses.asdict(config).items()]
-    lines += [
+    lines = [
+        *listed(config),
         f"tasks: {stream.num_tasks}, training examples {stream.train.sizes.tolist()}, validation "
         f"{stream.validation.sizes.tolist()}, test {stream.test.sizes.tolist()}",
         *(f"data: {note}" for note in stream.notes),

@@ -97,7 +97,7 @@ def test_a_list_of_curvatures_is_a_run_of_each_for_the_rules_that_take_one(capsy
     named = f"--rules=sequential,regmean,perturb_and_merge+per=block,fisher_averaging,{own}"
     call("compare", "--dry_run", named, "--curvature=identity,fisher_empirical", *TINY)
     lines = capsys.readouterr().out.splitlines()
-    assert "curvature=identity" in lines
+    assert "  curvature=identity (default fisher_exact)" in lines
     *_, first, moments, blocks, empirical_blocks, fisher, empirical_fisher, alone = lines
     assert first == "sequential: perturbation=none, rule=sequential"
     assert moments == "regmean: perturbation=none, rule=regmean"

@@ -160,7 +160,10 @@ def test_dry_run_prints_settings_counts_and_patterns_and_writes_nothing(tmp_path
         "--scenario=class_incremental",
     )
     text = capsys.readouterr().out
-    assert "rule=perturb_and_merge" in text and "lora_rank=3" in text
+    changes, settings = text.split("\nstream:\n")[0], text.split("\nstream:\n")[1]
+    assert changes.startswith("differs from the defaults:\n") and "lora_rank=3 (default 10)" in text
+    assert "rule=perturb_and_merge" not in changes and "rule=perturb_and_merge" in settings
+    assert "probabilities=1/3,1/3,1/3 " in settings and "templates='a photo of a {}.'" in settings
     assert "blocks_1/attn/value/kernel" in text
     assert "(adapters 384)" in text  # 4 kernels, rank 3, 16 + 16
     assert "merging: 1024" in text  # 4 kernels of 16 x 16
@@ -198,10 +201,10 @@ def preset(tmp_path, monkeypatch):
 @pytest.mark.parametrize("spelling", [["--preset=mine"], ["--preset", "mine"]])
 def test_flags_override_a_preset_wherever_they_stand(preset, capsys, spelling):
     call("train", "--dry_run", "--epochs=5", *spelling)
-    assert "epochs=5\n" in capsys.readouterr().out
+    assert "\n  epochs=5 (default 3)\n" in capsys.readouterr().out
     call("train", "--dry_run", *spelling)
     text = capsys.readouterr().out
-    assert "\nepochs=2\n" in text and "rule=averaging" in text
+    assert "\n  epochs=2 (default 3)\n" in text and "  rule=averaging (default" in text
 
 
 def test_a_binary_without_baselines_leaves_those_of_a_preset_out_and_says_so(preset, capsys):
