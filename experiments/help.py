@@ -165,6 +165,8 @@ def _by_group(members: Iterable[flags.Flag]) -> dict[str, list[flags.Flag]]:
 def _entry(flag: flags.Flag, *paragraphs: str) -> list[str]:
     """Lines of a flag: name and default at the left, paragraphs at the right."""
     label, lines = f"  --{flag.name}={_default(flag)} ", []
+    if len(label) > 2 * COLUMN:
+        lines, label = [label.rstrip()], ""
     for paragraph in filter(None, paragraphs):
         lines += textwrap.wrap(
             paragraph,

@@ -23,7 +23,7 @@ from pm_jax.continual import Config
 from pm_jax.continual.storage.checkpoints import Checkpoints
 from pm_jax.continual.training.task_program import Segment
 
-experiment_flags.define_tuple("hidden_sizes", (4400, 4400), "Of the MLP.")
+experiment_flags.define_tuple("hidden_sizes", (4400, 4400), "Widths of the MLP.")
 flags.DEFINE_integer("batch_size", 256, "Images of a step.")
 flags.DEFINE_integer("steps", 100, "Between two checkpoints.")
 flags.DEFINE_integer("repeats", 5, "Turns of each measurement.")

@@ -38,7 +38,7 @@ flags.DEFINE_integer("image_size", 160, "Side of the images in pixels.")
 flags.DEFINE_integer("depth", 12, "Blocks, with model=vit.")
 flags.DEFINE_integer("repeats", 3, "Turns of each measurement.")
 flags.DEFINE_integer("vit_examples", 128, "Examples of the task.")
-flags.DEFINE_integer("curvature_rank", 16, "Of low_rank.")
+flags.DEFINE_integer("curvature_rank", 16, "Rank of low_rank.")
 flags.DEFINE_multi_enum("kind", list(KINDS), list(KINDS), "Kinds to time.")
 
 

@@ -21,7 +21,7 @@ from absl import app, flags
 
 flags.DEFINE_integer("rounds", 20, "Runs that are killed.")
 flags.DEFINE_integer("kills", 4, "Kills of each run, at most: it may end before.")
-flags.DEFINE_integer("seed", 0, "Of the moments.")
+flags.DEFINE_integer("seed", 0, "Seed of the moments.")
 flags.DEFINE_list(
     "train_flags", ["--checkpoint_every=20"], "Flags of the training command, by commas."
 )

@@ -29,7 +29,7 @@ from pm_jax.continual.merging.records import PHASES
 from pm_jax.types import InvalidInput
 
 experiment_flags.define_config_flags()
-flags.DEFINE_list("run_rules", ["perturb_and_merge"], "Of each a run.")
+flags.DEFINE_list("run_rules", ["perturb_and_merge"], "Rules, of each a run.")
 flags.DEFINE_integer("every", 10, "Tasks from one line of the table to the next.")
 
 SMALL: dict[str, Any] = {

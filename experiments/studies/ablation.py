@@ -52,7 +52,9 @@ experiment_flags.define_config_flags()
 compiled_programs.define_flag()
 experiment_flags.define_tuple("seeds", (0, 1, 2), "One run per seed.")
 experiment_flags.define_tuple("grid_seeds", (), "Seeds of the grid; empty for all.", int)
-experiment_flags.define_tuple("learning_rates", (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), "Of the grid.")
+experiment_flags.define_tuple(
+    "learning_rates", (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), "Learning rates of the grid."
+)
 experiment_flags.define_tuple(
     "grid_epochs", (), "Epochs a task, of the grid; empty for --epochs.", int
 )
