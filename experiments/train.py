@@ -13,6 +13,7 @@ from experiments import processes
 from pm_jax.continual import export
 from pm_jax.continual.interruption import StopRequests
 from pm_jax.continual.placement.processes import is_first
+from pm_jax.continual.report import sentences
 from pm_jax.continual.report.report import write_report
 from pm_jax.continual.report.results import table
 from pm_jax.continual.run import describe, run_with_baseline
@@ -51,7 +52,10 @@ def main(argv: Sequence[str]) -> None:
         with waiting("reading data, compiling"):
             description = describe(config, values.seeds[0])
         if values.dry_run:
-            print(description)
+            directories = (
+                [workdir, *([workdir / "baseline"] if baseline else [])] if workdir else []
+            )
+            print(description, sentences.duration(directories, values.seeds), sep="\n")
             return
         if not workdir:
             raise InvalidInput("workdir=: needs a directory, as --workdir=runs/digits")
@@ -64,6 +68,10 @@ def main(argv: Sequence[str]) -> None:
                 line = _write_report(workdir, config.evaluate_on)
             print(f"report: {line}")
         print(table(summaries))
+        first = next(iter(summaries.values()))
+        for sentence in (sentences.gain(summaries), sentences.method(first, config.rule)):
+            if sentence:
+                print(sentence)
         export.write(destinations, config, values.seeds[0], workdir)
 
 

@@ -211,11 +211,13 @@ class Learner:
         first = processes.is_first()
         log = RunLog(
             self.directory if first else None,
-            f"{self.config.rule}, seed {self.seed}",
+            f"{self.options.label or self.config.rule}, seed {self.seed}",
             self.total_steps,
             resume_step=step,
             quiet=self.options.quiet or not first,
             tensorboard=self.options.tensorboard,
+            title=self.options.title(self.config.rule, self.seed),
+            inputs="texts" if self.config.reads_text else "images",
         )
         try:
             for line in [*warnings, *([] if step else [*remarks(self.config), *self.stream.notes])]:
@@ -327,7 +329,12 @@ class Learner:
         begin, every = self.steps.bounds[task], self.options.checkpoint_every
         self._records.on_phase("train")
         state = state or self._trainer.begin(task, start, self.state.rule, self._start_state)
-        for piece in self._trainer.pieces(task, step - begin, start, self.state.rule, state):
+
+        def show(step_of_task: int, loss: float, examples: int, seconds: float) -> None:
+            log.trained(begin + step_of_task, loss, examples, seconds)
+
+        pieces = self._trainer.pieces(task, step - begin, start, self.state.rule, state, show)
+        for piece in pieces:
             state = piece.state
             seconds = self._records.add_time("train", piece.seconds)
             log.write(

@@ -5,7 +5,7 @@ import inspect
 import re
 import shutil
 import urllib.parse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from pm_jax.continual.settings.chosen_classifiers import CORRECTION
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.settings.run_options import RunOptions
 from pm_jax.continual.storage import manifest, reuse
+from pm_jax.continual.storage.progress import waiting
 from pm_jax.continual.storage.workdir import (
     COMPARISON_FILE,
     RESULTS_FILE,
@@ -154,20 +155,27 @@ def run_rules(
         rule_settings=Config.rule_settings,
         classifiers=next(iter(configs.values())).classifiers,
     )
-    directories = {label: workdir / urllib.parse.quote(label, safe="+=:") for label in configs}
+    directories = directories_of(configs, workdir)
     check_claim(workdir, owner, COMPARISON_FILE)
     check_runs({directories[label]: configs[label] for label in configs}, seeds, options)
-    for label, config in configs.items():
-        try:
-            check_matrices(config, seeds[0])
-        except InvalidInput as error:
-            raise InvalidInput(f"rules={label}: {error}") from None
+    with waiting("checking that the rules suit the model", options.quiet):
+        for label, config in configs.items():
+            try:
+                check_matrices(config, seeds[0])
+            except InvalidInput as error:
+                raise InvalidInput(f"rules={label}: {error}") from None
     claim(workdir, owner, COMPARISON_FILE)
-    for label, config in configs.items():
+    for number, (label, config) in enumerate(configs.items()):
         try:
             # Rules whose training is the same find it here, under a name made of its settings.
             shared = workdir / SHARED_FOLDER / reuse.training_name(config)
-            options = dataclasses.replace(options, shared=shared)
+            options = dataclasses.replace(
+                options,
+                shared=shared,
+                label=label,
+                runs_before=number * len(seeds),
+                runs_in_all=len(configs) * len(seeds),
+            )
             run_seeds(config, seeds, directories[label], options)
         except TrainingDiverged as error:
             raise TrainingDiverged(f"{label}: {error}") from error
@@ -183,6 +191,11 @@ def run_rules(
         ]
         for label, directory in directories.items()
     }
+
+
+def directories_of(labels: Iterable[str], workdir: Path) -> dict[str, Path]:
+    """Return the folder of each label in the directory of a comparison."""
+    return {label: workdir / urllib.parse.quote(label, safe="+=:") for label in labels}
 
 
 def forget_shared_training(workdir: Path) -> None:

@@ -64,7 +64,7 @@ def run_seeds(
     processes.wait_for_all("claimed")
     with locked(workdir):
         _check_finished(workdir, config)
-        for seed in seeds:
+        for number, seed in enumerate(seeds):
             directory = workdir / f"seed_{seed}"
             if (directory / RESULTS_FILE).exists():
                 # An earlier process may have been killed before it listed what it had written.
@@ -75,8 +75,15 @@ def run_seeds(
                 continue
             # Before the learner is made: loading data and models is part of the time.
             clock = time.perf_counter()
-            with waiting(f"{config.rule}, seed {seed}: reading data, compiling", options.quiet):
-                learner = Learner(config, seed, directory, options)
+            of_seed = dataclasses.replace(
+                options,
+                runs_before=options.runs_before + number,
+                runs_in_all=max(options.runs_in_all, len(seeds)),
+            )
+            with waiting(
+                f"reading data, compiling; {of_seed.title(config.rule, seed)}", options.quiet
+            ):
+                learner = Learner(config, seed, directory, of_seed)
             _run_seed(learner, directory, clock)
         processes.wait_for_all("finished")
         summary = summarize_seeds(workdir, config.evaluate_on)
@@ -165,11 +172,19 @@ def run_with_baseline(
         label = f"{baseline.rule} ({', '.join(['baseline', *differing])})"
         runs[label] = workdir / "baseline", baseline
     check_runs(dict(runs.values()), seeds, options)
-    for _, settings in runs.values():
-        check_matrices(settings, seeds[0])
+    with waiting("checking that the rules suit the model", options.quiet):
+        for _, settings in runs.values():
+            check_matrices(settings, seeds[0])
     return {
-        label: run_seeds(settings, seeds, directory, options)
-        for label, (directory, settings) in runs.items()
+        label: run_seeds(
+            settings,
+            seeds,
+            directory,
+            dataclasses.replace(
+                options, runs_before=number * len(seeds), runs_in_all=len(runs) * len(seeds)
+            ),
+        )
+        for number, (label, (directory, settings)) in enumerate(runs.items())
     }
 
 

@@ -192,7 +192,10 @@ def summarize_seeds(workdir: Path, split: str | None = None) -> dict[str, Any]:
 
 
 def summarize(results: Sequence[Results]) -> dict[str, Any]:
-    """Compute mean, sample deviation and count of every figure of some seeds, as they are shown."""
+    """Compute mean, sample deviation and count of every figure of some seeds, as they are shown.
+
+    `alpha` has the lowest and the highest merge coefficient of a task after the first.
+    """
 
     def figures(of: Sequence[Results]) -> dict[str, Any]:
         aware = [result["task_aware"] for result in of]
@@ -201,10 +204,13 @@ def summarize(results: Sequence[Results]) -> dict[str, Any]:
             "task_aware": {n: _spread([result.get(n) for result in aware]) for n in METRICS},
         }
 
+    alphas = of_merges(results, "alpha")[:, 1:]
+    alphas = alphas[np.isfinite(alphas)]
     return {
         "seeds": [result["seed"] for result in results],
         "evaluate_on": Shown.of(results[0]).split,
         "classifiers": classifiers_of(results[0]),
+        "alpha": [float(f(alphas)) for f in (np.min, np.max)] if len(alphas) else None,
         **figures(results),
         "scores": {
             name: {
@@ -223,6 +229,7 @@ def _spread(values: Sequence[float | None]) -> dict[str, Any]:
         "mean": float(np.mean(numbers)) if numbers else float("nan"),
         "standard_deviation": float(np.std(numbers, ddof=1)) if len(numbers) > 1 else float("nan"),
         "n": len(numbers),
+        "values": list(values),
     }
 
 

@@ -42,6 +42,18 @@ class RunOptions:
     # Folder of the task training in common with other merge rules; `None` for none.
     shared: Path | None = None
     stop: Stop | None = None
+    # What lines about the run call it; empty for the name of its rule.
+    label: str = ""
+    # How many runs come before this one, and how many there are; a terminal shows it.
+    runs_before: int = 0
+    runs_in_all: int = 1
+
+    def title(self, rule: str, seed: int) -> str:
+        """Name a run, and say which of several it is."""
+        name = f"{self.label or rule}, seed {seed}"
+        if self.runs_in_all < 2:
+            return name
+        return f"run {self.runs_before + 1} of {self.runs_in_all}, {name}"
 
     def __post_init__(self):
         if self.checkpoint_every < 0:

@@ -9,7 +9,7 @@ from typing import IO, Any
 
 from pm_jax import files
 from pm_jax.continual.storage import manifest
-from pm_jax.continual.storage.progress import keep_drawing
+from pm_jax.continual.storage.progress import Pace, in_words, keep_drawing, progress_line
 from pm_jax.types import InvalidInput
 
 JSONL_FILE, CSV_FILE, EVENT_FILES = "metrics.jsonl", "metrics.csv", "events.out.tfevents.*"
@@ -52,20 +52,23 @@ class RunLog:
         resume_step: int = 0,
         quiet: bool = False,
         tensorboard: bool = False,
+        *,
+        title: str = "",
+        inputs: str = "images",
     ):
-        from tqdm import tqdm
-
         self._label, self._quiet, self._directory = label, quiet, directory
-        self._bar = tqdm(
+        self._title, self._inputs = title or label, inputs
+        self._bar = progress_line(
+            "{percentage:3.0f}%|{bar:8}| {desc}",
+            quiet,
             total=total_steps,
             initial=resume_step,
-            desc=label,
-            unit="step",
-            disable=quiet or not sys.stderr.isatty(),
+            desc=self._title,
         )
         self._stop_drawing = keep_drawing(self._bar)
         self._shown: set[tuple[str, bool]] = set()
-        self._step = resume_step
+        self._step, self._total, self._pace = resume_step, total_steps, Pace()
+        self._doing, self._speed, self._tasks_left = "", "", 0
         if directory:
             entries = manifest.read_or_empty(directory).within(JSONL_FILE)
             for name, what in manifest.damage(directory, entries):
@@ -80,11 +83,10 @@ class RunLog:
 
     def write(self, event: str, *, step: int, **figures: Any) -> None:
         """Add a line; a figure that is not finite becomes null."""
-        if "images_per_second" in figures:
-            speed = f"{figures['images_per_second']:.0f} images/s"
-            self._bar.set_postfix_str(speed, refresh=False)
-        self._bar.update(step - self._step)
-        self._step = step
+        self._move_to(step)
+        if event == "evaluate":
+            self._pace.ended()
+            self._tasks_left -= 1
         if self._directory:
             self._append({"step": step, "event": event, **files.without_nan(figures)})
         if self._events:
@@ -92,13 +94,35 @@ class RunLog:
                 if isinstance(value, float):
                     self._events.add_scalar(f"{event}/{name}", value, step)
 
+    def trained(self, step: int, loss: float, examples: int, seconds: float) -> None:
+        """Show the mean loss of some steps of training that ended at a step of the run."""
+        if step > self._step:
+            self._pace.trained(step - self._step, seconds)
+        speed = f", {examples / seconds:,.0f} {self._inputs}/s" if seconds else ""
+        self._speed = f", loss {loss:.4f}{speed}"
+        self._move_to(step)
+        self._describe()
+
     def show(self, task: int, tasks: int, phase: str) -> None:
-        """Show at a terminal what is going on in a task, which is counted from 1."""
+        """Show what is going on in a task, which is counted from 1."""
         # JAX compiles a phase when it first runs, and some programs of later tasks are others.
         kind = phase, task == 1
         first = "" if kind in self._shown else "compiling, "
         self._shown.add(kind)
-        self._bar.set_description(f"{self._label}, task {task} of {tasks}: {first}{PHASES[phase]}")
+        self._doing = f"task {task} of {tasks}: {first}{PHASES[phase]}"
+        self._tasks_left = tasks - task + 1
+        self._describe()
+
+    def _move_to(self, step: int) -> None:
+        self._bar.update(step - self._step)
+        self._step = step
+
+    def _describe(self) -> None:
+        left = self._pace.left(self._total - self._step, self._tasks_left)
+        time_left = "" if left is None else f", {in_words(left)} left"
+        # What matters most comes first, because a narrow terminal cuts the end off.
+        text = f"{self._doing}{self._speed}{time_left}; {self._title}"
+        self._bar.set_description_str(text)
 
     def lines(self, event: str, task: int) -> list[dict[str, Any]]:
         """Return the lines written so far about an event of a task, which is counted from 1."""

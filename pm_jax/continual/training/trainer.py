@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,6 +52,10 @@ class Piece(NamedTuple):
     loss: float
     examples: int
     seconds: float
+
+
+def _ignore(step: int, loss: float, examples: int, seconds: float) -> None:
+    """Show nothing of the steps that were just made."""
 
 
 class Trainer:
@@ -107,11 +111,18 @@ class Trainer:
         return TrainingState(trainable, optimizer, of_model, self._snapshots.blank(params))
 
     def pieces(
-        self, task: int, first: int, start: Params, rule_state: PyTree, state: TrainingState
+        self,
+        task: int,
+        first: int,
+        start: Params,
+        rule_state: PyTree,
+        state: TrainingState,
+        show: Callable[[int, float, int, float], None] = _ignore,
     ) -> Iterator[Piece]:
         """Train a task from a step on; a yielded piece is complete and may be saved.
 
-        The buffers of the state are donated to the next piece.
+        The buffers of the state are donated to the next piece. `show` is called every second or so
+        with the step of the task, the mean loss since, the number of examples and the seconds.
 
         Raises:
             TrainingDiverged: a loss or a number of the state is not finite.
@@ -128,13 +139,21 @@ class Trainer:
             windows = program.batches.windows(self._data, rows, low, high)
             # After a request to end, there are fewer steps than planned.
             for begin, end, data in self.stop.cut(windows):
+                clock_of_window = time.perf_counter()
                 segment = Segment.of(task, epoch, begin, end, epochs, projected)
                 trainable, optimizer, model_state, values = program.train(
                     *(self._key, trainable, optimizer, model_state, start, data, segment),
                     *hook_state,
                 )
                 # Waits, so that no more windows than planned are on the device.
-                losses_of_windows.append(np.asarray(values)[begin:end])
+                window = np.asarray(values)[begin:end]
+                losses_of_windows.append(window)
+                show(
+                    epoch * per_epoch + end,
+                    float(window.mean()),
+                    len(window) * self._config.batch_size,
+                    time.perf_counter() - clock_of_window,
+                )
             losses = np.concatenate(losses_of_windows)
             # The clock of a machine may be set back.
             seconds = max(0.0, time.perf_counter() - clock)
