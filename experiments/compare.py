@@ -23,11 +23,12 @@ from experiments import flags as experiment_flags
 from pm_jax import rules
 from pm_jax.continual import Config
 from pm_jax.continual.interruption import StopRequests
-from pm_jax.continual.report import comparison, comparison_plots
+from pm_jax.continual.report import comparison, comparison_plots, sentences
 from pm_jax.continual.report.adapting import UNKNOWN
 from pm_jax.continual.rule_comparison import (
     changes,
     configurations,
+    directories_of,
     run_rules,
     table_of,
     write_tables,
@@ -69,6 +70,7 @@ def main(argv: Sequence[str]) -> None:
         configs = configurations(base, values.rules, curvatures, experiment_flags.parse_setting)
         stop = StopRequests()
         options = experiment_flags.options_from_flags(stop=stop)
+        workdir = Path(values.workdir) if values.workdir else None
         # For its errors; once for all that train alike.
         with waiting("reading data, compiling"):
             for config in dict.fromkeys(map(_what_is_described, configs.values())):
@@ -77,10 +79,11 @@ def main(argv: Sequence[str]) -> None:
             print(describe(base, values.seeds[0]))
             for label, config in configs.items():
                 print(f"{label}: {changes(base, config) or 'as above'}")
+            directories = directories_of(configs, workdir).values() if workdir else ()
+            print(sentences.duration(list(directories), values.seeds))
             return
-        if not values.workdir:
+        if not workdir:
             raise InvalidInput("workdir=: needs a directory, as --workdir=runs/rules")
-        workdir = Path(values.workdir)
         with stop:
             keep = values.keep_shared_training
             results = run_rules(
@@ -92,7 +95,8 @@ def main(argv: Sequence[str]) -> None:
         files = write_tables(rows, values.seeds, workdir, verdict)
         try:
             in_order = {row.rule: results[row.rule] for row in rows}
-            files += comparison_plots.write_plots(in_order, workdir)
+            with waiting("drawing the plots"):
+                files += comparison_plots.write_plots(in_order, workdir)
         except ImportError:
             print("plots: skipped, matplotlib is not installed; pip install 'pm_jax[plots]'")
         print("written:", *files)

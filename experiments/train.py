@@ -52,9 +52,7 @@ def main(argv: Sequence[str]) -> None:
         with waiting("reading data, compiling"):
             description = describe(config, values.seeds[0])
         if values.dry_run:
-            directories = (
-                [workdir, *([workdir / "baseline"] if baseline else [])] if workdir else []
-            )
+            directories = [workdir, *[workdir / "baseline"] * bool(baseline)] if workdir else []
             print(description, sentences.duration(directories, values.seeds), sep="\n")
             return
         if not workdir:
@@ -67,11 +65,8 @@ def main(argv: Sequence[str]) -> None:
             with waiting("writing the report"):
                 line = _write_report(workdir, config.evaluate_on)
             print(f"report: {line}")
-        print(table(summaries))
-        first = next(iter(summaries.values()))
-        for sentence in (sentences.gain(summaries), sentences.method(first, config.rule)):
-            if sentence:
-                print(sentence)
+        lines = [table(summaries), sentences.gain(summaries), sentences.method(summaries)]
+        print(*filter(None, lines), sep="\n")
         export.write(destinations, config, values.seeds[0], workdir)
 
 

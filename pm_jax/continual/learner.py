@@ -26,6 +26,7 @@ from pm_jax.continual.settings.settings import SPLITS
 from pm_jax.continual.storage import reuse
 from pm_jax.continual.storage.checkpoints import Checkpoints
 from pm_jax.continual.storage.logs import RunLog
+from pm_jax.continual.storage.progress import waiting
 from pm_jax.continual.training import own_model
 from pm_jax.continual.training.divergence import check_finite, check_state
 from pm_jax.continual.training.initial_model import is_built_in, remarks, starting_params
@@ -201,22 +202,25 @@ class Learner:
         return self._params_with(classifier or self.config.classifiers[0])
 
     def _run(self, checkpoints: Checkpoints | None) -> dict[str, Any]:
-        self._reset()
-        step, training_state, warnings = (
-            checkpoints.newest(functools.partial(self.restore, checkpoints))
-            if checkpoints
-            else (0, None, [])
-        )
         # The others would write the same lines into the same files.
         first = processes.is_first()
+        quiet = self.options.quiet or not first
+        title = self.options.title(self.config.rule, self.seed)
+        with waiting(f"beginning; {title}", quiet):
+            self._reset()
+            step, training_state, warnings = (
+                checkpoints.newest(functools.partial(self.restore, checkpoints))
+                if checkpoints
+                else (0, None, [])
+            )
         log = RunLog(
             self.directory if first else None,
             f"{self.options.label or self.config.rule}, seed {self.seed}",
             self.total_steps,
             resume_step=step,
-            quiet=self.options.quiet or not first,
+            quiet=quiet,
             tensorboard=self.options.tensorboard,
-            title=self.options.title(self.config.rule, self.seed),
+            title=title,
             inputs="texts" if self.config.reads_text else "images",
         )
         try:

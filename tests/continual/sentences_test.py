@@ -93,10 +93,10 @@ def test_the_sentences_take_the_summaries_of_runs():
     run = rows["perturb_and_merge"]
     assert run["final_average_accuracy"]["values"] == [0.8, 0.81]
     assert run["alpha"] == pytest.approx([0.2, 0.3])
-    assert "only 20 to 30 % of the way" in sentences.method(run, "perturb_and_merge")
-    assert sentences.method(run, "averaging") == ""
+    assert "only 20 to 30 % of the way" in sentences.method(rows)
+    assert sentences.method({"averaging": run}) == ""
     nothing = summarize([content(0, 0.8, [None])])
-    assert nothing["alpha"] is None and sentences.method(nothing, "perturb_and_merge") == ""
+    assert nothing["alpha"] is None and sentences.method({"perturb_and_merge": nothing}) == ""
 
 
 def test_a_duration_is_told_by_finished_runs_and_not_guessed(tmp_path):

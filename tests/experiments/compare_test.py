@@ -1,5 +1,6 @@
 """`experiments.compare`, in-process."""
 
+import contextlib
 import csv
 import importlib.util
 import json
@@ -12,7 +13,7 @@ from absl import flags
 from experiments import flags as experiment_flags
 from pm_jax import rules
 from pm_jax.continual import learner as learner_module
-from pm_jax.continual import rule_comparison
+from pm_jax.continual import rule_comparison, run
 from pm_jax.continual.rule_comparison import configurations
 from tests.binaries import call, refused
 
@@ -33,8 +34,17 @@ def learners(monkeypatch):
     return made
 
 
-def test_two_rules_with_two_seeds_then_a_restart_that_runs_nothing(tmp_path, capsys, learners):
+def test_two_rules_with_two_seeds_then_a_restart_that_runs_nothing(
+    tmp_path, capsys, learners, monkeypatch
+):
     pytest.importorskip("matplotlib")
+    shown: list[str] = []
+
+    def waiting(text, quiet):
+        shown.append(text)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(run, "waiting", waiting)
     arguments = [f"--workdir={tmp_path}", "--seeds=0,1", *TINY]
     named = "--rules=sequential,averaging+curvature=identity"
     call("compare", *arguments, named)
@@ -43,6 +53,8 @@ def test_two_rules_with_two_seeds_then_a_restart_that_runs_nothing(tmp_path, cap
         for rule, curvature in (("sequential", "fisher_exact"), ("averaging", "identity"))
         for seed in (0, 1)
     ]
+    assert shown[0] == "reading data, compiling; run 1 of 4, sequential, seed 0"
+    assert shown[3].endswith("; run 4 of 4, averaging+curvature=identity, seed 1")
     output = capsys.readouterr().out
     table = output.splitlines()[:3]
     assert table[0].startswith("rule ") and "to the best" in table[0]
@@ -98,7 +110,7 @@ def test_a_list_of_curvatures_is_a_run_of_each_for_the_rules_that_take_one(capsy
     call("compare", "--dry_run", named, "--curvature=identity,fisher_empirical", *TINY)
     lines = capsys.readouterr().out.splitlines()
     assert "  curvature=identity (default fisher_exact)" in lines
-    *_, first, moments, blocks, empirical_blocks, fisher, empirical_fisher, alone = lines
+    *_, first, moments, blocks, empirical_blocks, fisher, empirical_fisher, alone, _ = lines
     assert first == "sequential: perturbation=none, rule=sequential"
     assert moments == "regmean: perturbation=none, rule=regmean"
     assert blocks == "perturb_and_merge+per=block+curvature=identity: rule_settings=per=block"
@@ -111,7 +123,8 @@ def test_a_list_of_curvatures_is_a_run_of_each_for_the_rules_that_take_one(capsy
 
 def test_a_dry_run_says_what_would_run_and_trains_nothing(capsys, learners):
     call("compare", "--dry_run", "--rules=perturb_and_merge,ties+keep=0.1", *TINY)
-    *_, first, second = capsys.readouterr().out.splitlines()
+    *_, first, second, duration = capsys.readouterr().out.splitlines()
+    assert duration.startswith("duration: it is not known before something has run")
     assert first == "perturb_and_merge: as above"
     assert second == "ties+keep=0.1: perturbation=none, rule=ties, rule_settings=keep=0.1"
     assert not learners

@@ -94,15 +94,17 @@ def _worth(subject: str, differences: np.ndarray, other: str) -> str:
     return f"{subject} {'costs' if mean < 0 else 'is worth'} {_points(abs(mean))} {spread} {paired}"
 
 
-def method(summary: Mapping[str, Any], rule: str) -> str:
-    """Say in one sentence what Perturb-and-Merge did; "" for other rules and for one task."""
-    if rule != "perturb_and_merge" or not summary.get("alpha"):
+def method(summaries: Mapping[str, Mapping[str, Any]]) -> str:
+    """Say in one sentence what Perturb-and-Merge did; "" without it, and for one task."""
+    summary = summaries.get("perturb_and_merge", {})
+    if not summary.get("alpha"):
         return ""
     low, high = (f"{100 * value:.0f}" for value in summary["alpha"])
+    share = low if low == high else f"{low} to {high}"
     return (
-        f"After each later task it went only {low if low == high else f'{low} to {high}'} % of the "
-        "way from the model so far to the newly trained one: to the point where the losses of all "
-        "tasks so far, each remembered as a quadratic, are lowest together."
+        f"After each later task Perturb-and-Merge went only {share} % of the way from the merged "
+        "model to the newly trained one, to where the sum of the losses of all tasks so far, each "
+        "remembered as a quadratic, is lowest."
     )
 
 
