@@ -153,7 +153,9 @@ def test_a_process_ends_so_too(row, tmp_path):
     command = [sys.executable, "-m", f"experiments.{row.binary}", *arguments]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 2 and process.stdout == ""
-    assert answer.fullmatch(process.stderr.rstrip("\n")), process.stderr
+    # A slow machine also says what goes on.
+    lines = [line for line in process.stderr.splitlines() if not line.startswith("[")]
+    assert len(lines) == 1 and answer.fullmatch(lines[0]), process.stderr
     assert content(tmp_path) == before
 
 

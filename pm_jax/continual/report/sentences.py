@@ -82,8 +82,8 @@ def _worth(subject: str, differences: np.ndarray, other: str) -> str:
     if number == 1:
         verb = "costs" if mean < 0 else "is worth"
         return (
-            f"{subject} {verb} {_points(abs(mean))} points of final accuracy{over} with this one "
-            "seed, whose luck is not known: run more, as --seeds=0,1,2"
+            f"{subject} {verb} {_points(abs(mean))} points of final accuracy{over} with one "
+            "seed, which may be luck: run more, as --seeds=0,1,2"
         )
     error = float(np.std(differences, ddof=1)) / number**0.5
     spread = f"+- {_points(error)} points of final accuracy{over} over {number} seeds"
@@ -121,13 +121,13 @@ def duration(directories: Sequence[Path], seeds: Sequence[int]) -> str:
                     continue
     runs = len(directories) * len(seeds)
     known = [value for value in seconds if np.isfinite(value)]
-    if len(seconds) == runs:
-        return f"duration: nothing is left to run, all of {runs} are finished"
     if not known:
         return (
             "duration: it is not known before something has run; the first steps of a run tell how "
             "much time is left, and what is stopped goes on from there"
         )
+    if len(seconds) == runs:
+        return f"duration: nothing is left to run, all of {runs} are finished"
     left, each = runs - len(seconds), float(np.mean(known))
     return (
         f"duration: about {in_words(left * each)} for the {left} of {runs} runs that are left, at "

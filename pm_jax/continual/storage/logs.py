@@ -111,6 +111,8 @@ class RunLog:
         self._shown.add(kind)
         self._doing = f"task {task} of {tasks}: {first}{PHASES[phase]}"
         self._tasks_left = tasks - task + 1
+        # Loss and speed are those of training.
+        self._speed = self._speed if phase == "train" else ""
         self._describe()
 
     def _move_to(self, step: int) -> None:
