@@ -47,7 +47,8 @@ GOOD, POOR = summary([0.78, 0.8, 0.8], [0.09] * 3), summary([0.7, 0.7, 0.68], [0
         (
             {"perturb_and_merge": GOOD, BASELINE: summary([0.9], [0.0], [1])},
             "Perturb-and-Merge forgets 9.0 points, sequential training 0.0; merging costs 10.0 "
-            "points of final accuracy with one seed, which may be luck: run more, as --seeds=0,1,2.",
+            "points of final accuracy with one seed, which may be luck: run more, as "
+            "--seeds=0,1,2.",
         ),
         (
             {"sequential": GOOD, BASELINE: POOR},
