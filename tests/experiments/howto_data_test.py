@@ -1,26 +1,13 @@
 """The commands of experiments/howto/image_folder.md, on a small folder of images."""
 
 import json
-import pathlib
-import re
-import shlex
 
 import numpy as np
 import pytest
 import safetensors
 
-from tests import bad_files
+from tests import bad_files, howto_pages
 from tests.binaries import call
-
-PAGE = pathlib.Path(__file__).parents[2] / "experiments" / "howto" / "image_folder.md"
-
-
-def commands():
-    """The arguments of each call of experiments.train in the page, in its order."""
-    blocks = re.findall(r"```bash\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    typed = [shlex.split(block.replace("\\\n", " ")) for block in blocks]
-    assert all(words[:3] == ["python", "-m", "experiments.train"] for words in typed)
-    return [words[3:] for words in typed]
 
 
 @pytest.mark.slow
@@ -30,11 +17,11 @@ def test_ones_own_folder_of_images_is_a_stream(tmp_path, monkeypatch, capsys):
     bad_files.photos_by_domain(tmp_path / "other").rename(tmp_path / "places")
     bad_files.photo(tmp_path / "photos" / "train" / "cat" / "large.jpg", (70, 50))
     (tmp_path / "photos" / "train" / "cat" / "notes.txt").write_text("mine")
-    look, learn, domains = commands()
-    call("train", *look)
+    look, learn, domains = howto_pages.commands(howto_pages.IMAGES.read_text())
+    call(*look)
     said = capsys.readouterr().out
     assert "data: photos: 1 files are no images: train/cat/notes.txt" in said
-    call("train", *learn, "--noreport")
+    call(*learn, "--noreport")
     results = json.loads((tmp_path / "runs/photos/seed_0/results.json").read_text())
     assert results["manifest"]["class_names"] == list(bad_files.KINDS)
     assert len(results["class_accuracy"]) == 4
@@ -46,7 +33,7 @@ def test_ones_own_folder_of_images_is_a_stream(tmp_path, monkeypatch, capsys):
     page = (tmp_path / "runs/photos/report.html").read_text()
     assert "Final accuracy of each class" in page and ">emu<" in page.replace(" ", "")
     capsys.readouterr()
-    call("train", *domains)
+    call(*domains)
     said = capsys.readouterr().out
     assert "its folders are domain/split/class; the domains are inside, outside" in said
     assert "tasks: 2, training examples [12, 12]" in said

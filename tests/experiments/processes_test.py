@@ -15,6 +15,7 @@ import pytest
 from pm_jax.continual import Learner
 from pm_jax.continual.report import inspection
 from pm_jax.weights.pretrained import read_tensors
+from tests import howto_pages
 from tests.small_runs import QUIET, SMALL
 
 pytestmark = pytest.mark.slow
@@ -23,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 # Matrices are divided between the processes, and inputs streamed to each by itself.
 FLAGS = [
     *("--num_tasks=2", "--epochs=1", "--first_task_epochs=2", "--hidden_sizes=16", "--baseline="),
-    *("--batch_size=64", "--checkpoint_every=5", "--devices=0", "--fsdp=2", "--keep_task_models"),
+    *("--batch_size=64", "--checkpoint_every=5", "--fsdp=2", "--keep_task_models"),
     *("--resident_mb=0.02", "--noreport"),
 ]
 
@@ -33,9 +34,11 @@ def started(workdir):
     with socket.socket() as server:
         server.bind(("localhost", 0))
         port = server.getsockname()[1]
-    command = [sys.executable, "-m", "experiments.train", f"--workdir={workdir}", *FLAGS]
+    section = howto_pages.sections(howto_pages.HOWTOS)["Several devices and hosts"]
+    _, (_, *typed) = howto_pages.commands(section)
+    command = [sys.executable, "-m", "experiments.train", *typed, f"--workdir={workdir}", *FLAGS]
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
-    own = [f"--coordinator_address=localhost:{port}", "--process_count=2"]
+    own = [f"--coordinator_address=localhost:{port}"]
     return [
         subprocess.Popen(
             [*command, *own, f"--process_index={index}"],
