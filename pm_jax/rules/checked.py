@@ -206,7 +206,8 @@ def _check_state(
     """Check that a state has the structure and the shapes that the rule's `init` gives it."""
     adapters = evidence.adapters if evidence else None
     wanted = jax.eval_shape(init, leaves, **({"adapters": adapters} if adapters else {}))
-    if type(state) is not type(wanted):
+    # A state may be a single array, whose type while a merge is traced is that of a tracer.
+    if type(state) is not type(wanted) and not isinstance(wanted, jax.ShapeDtypeStruct):
         raise InvalidInput(
             f"state={type(state).__name__}: this rule's is a {type(wanted).__name__}; give the one "
             "of its init(params), or of its last update"
