@@ -26,7 +26,6 @@ from pm_jax.continual.interruption import StopRequests
 from pm_jax.continual.report import comparison, comparison_plots, sentences
 from pm_jax.continual.report.adapting import UNKNOWN
 from pm_jax.continual.rule_comparison import (
-    changes,
     configurations,
     directories_of,
     run_rules,
@@ -34,6 +33,7 @@ from pm_jax.continual.rule_comparison import (
     write_tables,
 )
 from pm_jax.continual.run import describe
+from pm_jax.continual.settings.groups import changes
 from pm_jax.continual.storage.progress import waiting
 from pm_jax.types import InvalidInput
 

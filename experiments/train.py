@@ -17,6 +17,7 @@ from pm_jax.continual.report import sentences
 from pm_jax.continual.report.report import write_report
 from pm_jax.continual.report.results import table
 from pm_jax.continual.run import describe, run_with_baseline
+from pm_jax.continual.settings.groups import changes
 from pm_jax.continual.storage.progress import waiting
 from pm_jax.types import InvalidInput
 
@@ -53,7 +54,8 @@ def main(argv: Sequence[str]) -> None:
             description = describe(config, values.seeds[0])
         if values.dry_run:
             directories = [workdir, *[workdir / "baseline"] * bool(baseline)] if workdir else []
-            print(description, sentences.duration(directories, values.seeds), sep="\n")
+            beside = f"baseline: {changes(config, baseline)}" if baseline else "baseline: none"
+            print(description, beside, sentences.duration(directories, values.seeds), sep="\n")
             return
         if not workdir:
             raise InvalidInput("workdir=: needs a directory, as --workdir=runs/digits")

@@ -123,12 +123,6 @@ def _settings_of(
     return {**settings, "rule_settings": ",".join(rule_settings)}
 
 
-def changes(base: Config, config: Config) -> str:
-    """Name the settings of a rule's run that are not those of the comparison."""
-    before, after = dataclasses.asdict(base), dataclasses.asdict(config)
-    return ", ".join(f"{name}={after[name]}" for name in before if after[name] != before[name])
-
-
 def run_rules(
     configs: Mapping[str, Config],
     base: Config,

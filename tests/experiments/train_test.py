@@ -169,6 +169,8 @@ def test_dry_run_prints_settings_counts_and_patterns_and_writes_nothing(tmp_path
     assert "blocks_1/attn/value/kernel" in text
     assert "(adapters 384)" in text  # 4 kernels, rank 3, 16 + 16
     assert "merging: 1024" in text  # 4 kernels of 16 x 16
+    baseline = "baseline: perturbation=none, rule=sequential"
+    assert f"\n{baseline}\n" in text  # The best settings of the default stream are not for a vit.
     assert not (tmp_path / "x").exists()
 
 

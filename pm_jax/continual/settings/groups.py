@@ -50,6 +50,14 @@ def listed(config: Config) -> list[str]:
     return lines
 
 
+def changes(base: Config, config: Config) -> str:
+    """Name the settings of a run that are not those of another one beside it."""
+    pairs = {
+        f.name: (getattr(base, f.name), getattr(config, f.name)) for f in dataclasses.fields(config)
+    }
+    return ", ".join(f"{name}={written(now)}" for name, (was, now) in pairs.items() if now != was)
+
+
 def _quoted(value: Any) -> str:
     return shlex.quote(written(value))
 
