@@ -1,4 +1,22 @@
-"""Continual learning by model merging in JAX: Perturb-and-Merge and its neighbours."""
+"""Continual learning by model merging in JAX: Perturb-and-Merge and its neighbours.
+
+A training loop of one's own takes three things from here:
+
+    loss = pm_jax.perturbed(loss_fn, pm_jax.perturbation.symmetric())      # to train with
+    merger = pm_jax.merger(pm_jax.rules.perturb_and_merge(), pm_jax.fisher_exact(logits_fn))
+    params, state, info = merger.finish_task(state, trained, batches, key)  # after each task
+
+`import pm_jax` loads the method and nothing heavier. These are imported by name:
+
+- `pm_jax.integrations.linen`, `pm_jax.integrations.nnx`, `pm_jax.integrations.nnx_adapters` and
+  `pm_jax.integrations.qwix`: modules of other people, with batch statistics and adapters
+- `pm_jax.models` and `pm_jax.data`: vision and text transformers, streams of tasks
+- `pm_jax.weights.pretrained` and `pm_jax.weights.peft_adapter`: public weights in and out
+- `pm_jax.offline.merging` and `pm_jax.offline.requests`: models merged as files
+- `pm_jax.continual`: a whole experiment, as the programs in experiments/ run it
+- `pm_jax.rules.base`, `pm_jax.rules.building`, `pm_jax.classifiers.base` and `pm_jax.types`: what
+  a rule or a classifier of one's own is made of
+"""
 
 from pm_jax import (
     classifiers,
@@ -24,6 +42,8 @@ from pm_jax.merger import Merger, MergerState, merger
 from pm_jax.perturbation import Perturbation, curvature_weight, perturbed
 from pm_jax.rules import Evidence, MergeInfo, MergeRule
 from pm_jax.types import Batch, InvalidInput
+
+__version__ = "0.1.0"
 
 __all__ = [
     "Batch",

@@ -43,6 +43,7 @@ class Adapter(NamedTuple):
 
 
 Adapters = dict[str, Adapter]
+"""The adapter of each adapted kernel, by its path."""
 
 
 class AdaptedKernel(NamedTuple):

@@ -63,7 +63,12 @@ class MergerState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Merger:
-    """A merge rule and the measure of the curvature that it reads, made by `merger`."""
+    """A merge rule and the measure of the curvature that it reads, made by `merger`.
+
+    Attributes:
+        rule: the merge rule.
+        measure: how a task's curvature is measured; `None` for a rule that reads none.
+    """
 
     rule: MergeRule
     measure: Measure | None

@@ -6,10 +6,12 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import jax
 
 Array: TypeAlias = jax.Array
+"""An array of any shape; docstrings say which one, as in [N, C]."""
 Key: TypeAlias = jax.Array
 """A typed PRNG key, as made by `jax.random.key`."""
 
 PyTree: TypeAlias = Any
+"""Containers of arrays within one another, as `jax.tree` takes them."""
 Params: TypeAlias = Any
 """Any pytree of arrays: linen params, `nnx.split` state, a plain dict, a whole train state.
 

@@ -3,12 +3,12 @@
 import pytest
 from absl import flags
 
-from experiments import compare, fisher, inspect, merge, report, train
+from experiments import compare, fisher, inspect, merge, reference, report, train
 from experiments import flags as experiment_flags
 
 BINARIES = {
-    "compare": compare, "fisher": fisher, "inspect": inspect, "merge": merge, "report": report,
-    "train": train,
+    "compare": compare, "fisher": fisher, "inspect": inspect, "merge": merge,
+    "reference": reference, "report": report, "train": train,
 }  # fmt: skip
 
 
@@ -20,7 +20,9 @@ def call(binary, *arguments):
         module.define_flags(values)
         return module.main(experiment_flags.parse(typed, values), values)
     flags.FLAGS.unparse_flags()
-    return module.main(experiment_flags.parse(typed, positional=int(binary == "inspect")))
+    return module.main(
+        experiment_flags.parse(typed, positional=int(binary in ("inspect", "reference")))
+    )
 
 
 def refused(capsys, binary, *arguments, code=2):

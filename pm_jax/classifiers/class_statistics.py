@@ -108,6 +108,7 @@ def moved(state: ClassStatistics, feature_map: FeatureMap) -> ClassStatistics:
 
 
 CLASS_STATISTICS = Statistics("class_statistics", init, observe, plus, moved)
+"""Counts, means and common scatter, which `discriminant` and its like are made of."""
 
 
 def covariance(state: ClassStatistics) -> tuple[Array, Array]:

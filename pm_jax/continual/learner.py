@@ -54,6 +54,10 @@ class Learner:
             methods `train_task`, `merge_task` and `accuracy`, are where a test plants a fault.
 
     Attributes:
+        key: PRNG key of the seed.
+        training_data: the examples to train on, where they lie.
+        steps: the optimiser steps of every task.
+        merging: what is measured and merged after a task.
         splits: examples of each of `SPLITS`, on which accuracies are measured; merges are judged
             by those for validation.
         state: what the run carries from task to task.

@@ -77,6 +77,9 @@ class DiagonalQuadratic(Quadratic):
         Perturb-and-Merge, `arXiv 2505.22389 <https://arxiv.org/abs/2505.22389>`_, section 3.1;
         the running sums equal its list of one Fisher and one model per task
 
+    Attributes:
+        curvature: H, one number for each parameter.
+
     Example:
         >>> first = DiagonalQuadratic.at(jnp.zeros(2), diagonal=jnp.asarray([1.0, 3.0]))
         >>> second = DiagonalQuadratic.at(jnp.ones(2), diagonal=jnp.asarray([1.0, 1.0]))

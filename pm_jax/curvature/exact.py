@@ -176,6 +176,9 @@ class Exact(Curvature):
 class ExactQuadratic(Quadratic):
     """A quadratic with exact curvature, which stores the examples of its tasks.
 
+    Attributes:
+        curvature: H, the stored examples.
+
     Example:
         >>> examples = Batch(jnp.ones((3, 1)), jnp.zeros(3, int))
         >>> q = ExactQuadratic.at(jnp.zeros(2), examples, lambda w, x: x * w[None])

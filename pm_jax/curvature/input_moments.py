@@ -101,6 +101,9 @@ class InputMomentQuadratic(Quadratic):
 
     For the sum over tasks, A is `S = sum_i A_i` and `gradient` is `sum_i A_i (center - W_i*)`.
 
+    Attributes:
+        curvature: H, second moments of the inputs, by kernel.
+
     Example:
         >>> center = {"kernel": jnp.zeros((1, 2))}
         >>> one = InputMomentQuadratic.at(center, {"kernel": jnp.ones((1, 1))})

@@ -119,6 +119,9 @@ class Kronecker(Curvature):
 class KroneckerQuadratic(Quadratic):
     """A quadratic with Kronecker-factored curvature; center and gradient are one tree each.
 
+    Attributes:
+        curvature: H, two factors for each dense kernel.
+
     Example:
         >>> factors = {"w": jnp.full((1, 1, 1), 2.0)}, {"w": jnp.full((1, 1, 1), 3.0)}
         >>> one = KroneckerQuadratic.at({"w": jnp.zeros((1, 1))}, *factors, {})

@@ -88,6 +88,9 @@ class LowRank(Curvature):
 class LowRankQuadratic(Quadratic):
     """A quadratic with curvature of rank K.
 
+    Attributes:
+        curvature: H, the K columns that H is made of.
+
     Example:
         >>> one = LowRankQuadratic.zero(jnp.zeros(2), 1)
         >>> one = one.replace(curvature=LowRank(jnp.asarray([[1.0, 2.0]])))

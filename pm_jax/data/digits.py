@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pm_jax.data.packages import needed_for
 from pm_jax.data.stream import LabelledArrays
 
 ORDER = Path(__file__).with_name("digits_order.npy")
@@ -25,8 +26,10 @@ def load_digits() -> LabelledArrays:
 
 def _table() -> np.ndarray:
     """Read the digits in scikit-learn's order, [N, 65]: 64 grey levels and the class."""
-    package = importlib.util.find_spec("sklearn")
-    assert package and package.origin
+    with needed_for("dataset=digits"):
+        package = importlib.util.find_spec("sklearn")
+        if not package or not package.origin:
+            raise ModuleNotFoundError(name="scikit-learn")
     file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
     if file.exists():
         # Importing scikit-learn would take longer than all else before the first step.

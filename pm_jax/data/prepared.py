@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from pm_jax.data.packages import needed_for
 from pm_jax.types import InvalidInput
 
 
@@ -16,8 +17,8 @@ def find(name: str, data_dir: str = "", splits: Sequence[str] = ()) -> Any:
     Raises:
         InvalidInput: the data set is unknown, is not prepared, lacks a split, or needs TensorFlow.
     """
-    import tensorflow_datasets as tfds
-
+    with needed_for(f"dataset={name}"):
+        import tensorflow_datasets as tfds
     where = {"data_dir": data_dir} if data_dir else {}
     try:
         builder = tfds.builder(name, **where)
@@ -47,8 +48,8 @@ def find(name: str, data_dir: str = "", splits: Sequence[str] = ()) -> Any:
 
 def is_known(name: str, data_dir: str = "") -> bool:
     """Tell whether tensorflow-datasets knows a data set, prepared or not."""
-    import tensorflow_datasets as tfds
-
+    with needed_for(f"dataset={name}"):
+        import tensorflow_datasets as tfds
     try:
         tfds.builder(name, **({"data_dir": data_dir} if data_dir else {}))
     except (tfds.core.DatasetNotFoundError, ValueError, ImportError):

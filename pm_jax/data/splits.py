@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pm_jax.data.packages import needed_for
 from pm_jax.types import InvalidInput, cause
 
 TEST_FRACTION = 0.2
@@ -93,8 +94,8 @@ def divided(name: str, labels: np.ndarray) -> dict[str, np.ndarray]:
     Raises:
         InvalidInput: a class has too few examples.
     """
-    from sklearn import model_selection
-
+    with needed_for(f"dataset={name}"):
+        from sklearn import model_selection
     try:
         sides = model_selection.train_test_split(
             np.arange(len(labels)), test_size=TEST_FRACTION, random_state=0, stratify=labels

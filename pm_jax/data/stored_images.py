@@ -13,6 +13,7 @@ from typing import IO
 import numpy as np
 
 from pm_jax import files
+from pm_jax.data.packages import needed_for
 from pm_jax.types import InvalidInput
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
@@ -41,7 +42,8 @@ def decoded(
     Raises:
         InvalidInput: an image cannot be decoded and `skipped` is `None`.
     """
-    from PIL import Image, ImageOps
+    with needed_for(f"dataset={name}"):
+        from PIL import Image, ImageOps
 
     def decode(data: bytes | Path) -> np.ndarray | InvalidInput:
         try:

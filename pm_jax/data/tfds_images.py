@@ -124,9 +124,9 @@ def _by_domain(reading: _Reading, field: str) -> list[_Reading]:
 
 def _builder(name: str, data_dir: str) -> Any:
     """Find a prepared data set, and check that it has labelled uint8 images."""
-    import tensorflow_datasets as tfds
-
     builder = prepared.find(name, data_dir)
+    import tensorflow_datasets as tfds  # after `find`, which says so where it is not installed
+
     features = dict(builder.info.features.items())
     for field, kind in (("image", tfds.features.Image), ("label", tfds.features.ClassLabel)):
         if not isinstance(features.get(field), kind):

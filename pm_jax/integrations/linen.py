@@ -17,8 +17,9 @@ from pm_jax.curvature import dense_layers
 from pm_jax.types import Array, Batch, InvalidInput, Key, Params, PyTree
 
 TRUE_IN_TRAINING = ("train", "training", "is_training")
+"""Arguments of `__call__` that are true while a linen module trains."""
 FALSE_IN_TRAINING = ("deterministic", "use_running_average")
-"""Arguments of `__call__` by which linen modules are told whether they train."""
+"""Arguments of `__call__` that are false while a linen module trains."""
 STATISTICS = "batch_stats"
 """The collection of the running averages of `nn.BatchNorm`."""
 

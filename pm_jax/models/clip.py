@@ -53,7 +53,9 @@ class ClipImageTower(nn.Module):
         pixel_mean: mean by channel of pixels in 0..1, which is subtracted.
         pixel_deviation: their deviation, which the difference is divided by.
         dtype: type of computation; parameters, unit vectors and logits are float32.
-        attention: as for `VisionTransformer`; likewise `pad_tokens` and `remat`.
+        attention: as for `VisionTransformer`.
+        pad_tokens: as for `VisionTransformer`.
+        remat: as for `VisionTransformer`.
 
     Example:
         >>> model = ClipImageTower(10, patch_size=4, width=8, depth=1, num_heads=2, mlp_size=16)

@@ -10,7 +10,6 @@ import math
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import pm_jax
 from pm_jax import files, lapack
 from pm_jax.curvature.diagonal import DiagonalQuadratic
 from pm_jax.offline import outputs, recipes
@@ -335,13 +335,6 @@ def _rounded(merge: Merge, name: str, values: np.ndarray, dtype: np.dtype) -> np
     return rounded.reshape(-1)
 
 
-def _version() -> str:
-    try:
-        return metadata.version("pm_jax")
-    except metadata.PackageNotFoundError:
-        return "that is not installed"
-
-
 def provenance(merge: Merge, inputs: Inputs) -> dict[str, str]:
     """Return the base's metadata and how the output is made; folders of files are left out."""
 
@@ -356,7 +349,7 @@ def provenance(merge: Merge, inputs: Inputs) -> dict[str, str]:
     }
     return {
         **inputs.base.metadata,
-        "made_by": f"pm_jax {_version()}",
+        "made_by": f"pm_jax {pm_jax.__version__}",
         "rule": merge.rule,
         "rule_settings": merge.rule_settings,
         "settings": json.dumps(merge.settings),

@@ -25,40 +25,48 @@ OF_FISHERS = frozenset({"quadratic", "curvature_error", "curvature_along"})
 
 @dataclasses.dataclass(frozen=True)
 class Merge:
-    """Request for a merge: which files to merge, how, and where to."""
+    """Request for a merge: which files to merge, how, and where to.
 
-    # File or folder of theta_0. Like the others it may be an `.npz` or a folder of Orbax, which is
-    # turned into a temporary file beside the output first. `None` where adapters merge alone.
+    Attributes:
+        base: file or folder of theta_0. Like the others it may be an `.npz` or a folder of Orbax,
+            which is turned into a temporary file beside the output first. `None` where adapters
+            merge alone.
+        models: files of theta_1*, theta_2*, ... in the order of the tasks, or adapters of PEFT.
+        output: file or folder that the merge is written to.
+        rule: a key of `rules.REGISTRY`.
+        rule_settings: settings of the rule, "name=value,...".
+        settings: settings "PATTERN:name=value,..." for the tensors whose whole name matches the
+            pattern; the first match counts, and adds to `rule_settings`.
+        fishers: files of the diagonal Fisher at each model, with the model's names; for rules that
+            need curvature.
+        seed: seed of rules that draw.
+        overwrite: replace an existing output, which must not be one of the inputs.
+        layout: how matrices are stored, a key of `LAYOUTS`, for rules that look at them; empty to
+            tell by their names.
+        weights: weights of the models, in their order, for rules that take them; empty for equal
+            ones.
+        leave: patterns of the names of tensors that stay the base's, and may differ between the
+            models.
+        dtype: type of the output's floating-point numbers, a key of `DTYPES`; empty for the base's.
+        shard_size: most bytes in a file of an output that is a folder, as 5GB; empty to divide it
+            as the base is.
+        rank: rank that a merged adapter is cut to; 0 for the sum of the adapters' ranks.
+    """
+
     base: Path | None
-    # Files of theta_1*, theta_2*, ... in the order of the tasks, or adapters of PEFT.
     models: tuple[Path, ...]
     output: Path
-    # A key of `rules.REGISTRY`.
     rule: str = "averaging"
-    # Settings of the rule, "name=value,...".
     rule_settings: str = ""
-    # Settings "PATTERN:name=value,..." for the tensors whose whole name matches the pattern; the
-    # first match counts, and adds to `rule_settings`.
     settings: tuple[str, ...] = ()
-    # Files of the diagonal Fisher at each model, with the model's names; for rules that need
-    # curvature.
     fishers: tuple[Path, ...] = ()
-    # Seed of rules that draw.
     seed: int = 0
-    # Replace an existing output, which must not be one of the inputs.
     overwrite: bool = False
-    # How matrices are stored, a key of `LAYOUTS`, for rules that look at them; empty to tell by
-    # their names.
     layout: str = ""
-    # Weights of the models, in their order, for rules that take them; empty for equal ones.
     weights: tuple[float, ...] = ()
-    # Patterns of the names of tensors that stay the base's, and may differ between the models.
     leave: tuple[str, ...] = ()
-    # Type of the output's floating-point numbers, a key of `DTYPES`; empty for the base's.
     dtype: str = ""
-    # Most bytes in a file of an output that is a folder, as 5GB; empty to divide it as the base is.
     shard_size: str = ""
-    # Rank that a merged adapter is cut to; 0 for the sum of the adapters' ranks.
     rank: int = 0
 
     @property
@@ -84,15 +92,18 @@ class Merge:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Opened files, whose headers agree."""
+    """Opened files, whose headers agree.
 
-    # theta_0, which gives the output its names, shapes and types.
+    Attributes:
+        base: theta_0, which gives the output its names, shapes and types.
+        models: theta_1*, theta_2*, ...
+        fishers: one for each model, or none.
+        agreement: the tensors that merge, and those that do not.
+    """
+
     base: TensorFile
-    # theta_1*, theta_2*, ...
     models: tuple[TensorFile, ...]
-    # One for each model, or none.
     fishers: tuple[TensorFile, ...]
-    # The tensors that merge, and those that do not.
     agreement: Agreement
 
     @property

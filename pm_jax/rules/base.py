@@ -285,7 +285,13 @@ class Requirements(NamedTuple):
 
 
 class MergeRule(NamedTuple):
-    """A merge rule: two pure functions, and what they ask of their caller."""
+    """A merge rule: two pure functions, and what they ask of their caller.
+
+    Attributes:
+        init: makes the state before the first task.
+        update: merges a finished task.
+        needs: what the caller must arrange and measure.
+    """
 
     init: InitFn
     update: UpdateFn

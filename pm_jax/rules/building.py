@@ -25,7 +25,11 @@ MEASURES = {
 
 
 class TaskCount(NamedTuple):
-    """State of a rule that only counts the tasks merged so far, an int32 scalar."""
+    """State of a rule that only counts tasks.
+
+    Attributes:
+        tasks: int32 scalar, tasks merged so far.
+    """
 
     tasks: Array
 

@@ -117,6 +117,7 @@ def sinkhorn_distance(source: ArrayLike, target: ArrayLike) -> float:
 
 
 DISTANCES = {"cosine": cosine_distance, "mmd": mmd_distance, "sinkhorn": sinkhorn_distance}
+"""The distances between sets of features, by name."""
 
 
 def from_features(

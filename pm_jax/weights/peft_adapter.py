@@ -41,15 +41,18 @@ _MODULES_OF_TRANSFORMERS = (
 
 
 class PeftAdapter(NamedTuple):
-    """The files that PEFT reads."""
+    """The files that PEFT reads.
 
-    # Content of adapter_config.json.
+    Attributes:
+        config: content of adapter_config.json.
+        tensors: content of adapter_model.safetensors; for each adapted module `lora_A` [r, in] and
+            `lora_B` [out, r] (for a convolution [r, in, h, w] and [out, r, 1, 1]), and the
+            classifier of a ViT (PEFT's `modules_to_save`).
+        head: classifier of a text encoder, which transformers' BertModel has no module for.
+    """
+
     config: dict[str, Any]
-    # Content of adapter_model.safetensors; for each adapted module `lora_A` [r, in] and `lora_B`
-    # [out, r] (for a convolution [r, in, h, w] and [out, r, 1, 1]), and the classifier of a ViT
-    # (PEFT's `modules_to_save`).
     tensors: Tensors
-    # The classifier of a text encoder, which transformers' BertModel has no module for.
     head: Tensors
 
 

@@ -1,11 +1,12 @@
 import importlib.machinery
 import importlib.util
+import sys
 
 import numpy as np
 import pytest
 
 from pm_jax import data
-from pm_jax.data import several
+from pm_jax.data import prepared, several, splits, stored_images
 from pm_jax.types import InvalidInput
 
 
@@ -170,3 +171,18 @@ def relabelled(**changes):
 def test_streams_that_cannot_be_are_refused(make, message):
     with pytest.raises(InvalidInput, match=message):
         make()
+
+
+def test_a_package_that_is_not_installed_is_named_with_what_brings_it(monkeypatch):
+    for module in ("sklearn", "tensorflow_datasets", "PIL"):
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    remedy = r"which is not installed; pip install 'pm_jax\[data\]'$"
+    with pytest.raises(InvalidInput, match=f"^dataset=digits: needs scikit-learn, {remedy}"):
+        data.load_digits()
+    with pytest.raises(InvalidInput, match=f"^dataset=mine: needs tensorflow_datasets, {remedy}"):
+        prepared.find("mine")
+    with pytest.raises(InvalidInput, match=f"^dataset=mine: needs PIL, {remedy}"):
+        next(stored_images.decoded([b""], "mine"))
+    with pytest.raises(InvalidInput, match=f"^dataset=mine: needs sklearn, {remedy}"):
+        splits.divided("mine", np.zeros(5, int))

@@ -1,10 +1,16 @@
+import ast
+import importlib.metadata
 import json
 import pathlib
+import re
 import subprocess
 import sys
+import zipfile
 
 import pytest
+from packaging.requirements import Requirement
 
+import pm_jax
 from experiments.benchmarks import peer
 from tests.one_process import outputs
 
@@ -32,6 +38,69 @@ def test_import_alone_loads_nothing_heavy():
     loaded = set(ended.stdout.split())
     for name in ("tensorflow", "tensorflow_datasets", "orbax.checkpoint", "matplotlib", "sklearn"):
         assert name not in loaded
+
+
+OF_EXTRAS = {
+    *("tensorflow_datasets", "sklearn", "PIL", "tensorflow", "matplotlib", "grain", "tokenizers"),
+    "tensorboardX",
+}
+
+
+def normalized(name):
+    return re.sub("[-_.]+", "-", name).lower()
+
+
+def required_by(distribution):
+    """Names of a package and of all that it brings along, without its extras."""
+    found, todo = {normalized(distribution.name)}, [(text, {""}) for text in distribution.requires]
+    while todo:
+        text, extras = todo.pop()
+        requirement = Requirement(text)
+        name, marker = normalized(requirement.name), requirement.marker
+        if marker and not any(marker.evaluate({"extra": extra}) for extra in extras):
+            continue
+        if name not in found or requirement.extras:
+            wanted = importlib.metadata.requires(name) or []
+            todo.extend((text, {"", *requirement.extras}) for text in wanted)
+        found.add(name)
+    return found
+
+
+@pytest.mark.slow
+def test_the_wheel_works_with_the_packages_that_it_requires_alone(tmp_path):
+    command = [sys.executable, "-m", "hatchling", "build", "--target=wheel", f"-d{tmp_path}"]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    [wheel] = tmp_path.glob(f"pm_jax-{pm_jax.__version__}-*.whl")
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    [distribution] = importlib.metadata.distributions(path=[str(site)])
+    required = required_by(distribution)
+    absent = [
+        module
+        for module, owners in importlib.metadata.packages_distributions().items()
+        if not required & set(map(normalized, owners))
+    ]
+    # Of the packages that it does not require, pm_jax imports those of its extras, when used.
+    nodes = [
+        node
+        for source in (site / "pm_jax").rglob("*.py")
+        for node in ast.walk(ast.parse(source.read_text()))
+    ]
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+    imported = {name.partition(".")[0] for name in names}
+    assert imported & set(absent) == OF_EXTRAS & set(absent)
+    # In front of the environment's packages, among which there may be the checkout.
+    script = (
+        f"import runpy, sys; sys.path.insert(0, {str(site)!r}); "
+        f"runpy.run_path({str(ROOT / 'tests' / 'wheel_check.py')!r}, run_name='__main__')"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-I", "-c", script, json.dumps(absent)],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == f"{site / 'pm_jax' / '__init__.py'}\n"
 
 
 BENCHMARKS = {

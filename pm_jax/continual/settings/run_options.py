@@ -27,24 +27,30 @@ class Stop(Protocol):
 class RunOptions:
     """Settings of a run that do not change its numbers.
 
+    Attributes:
+        checkpoint_every: steps between checkpoints within a task; 0 for task boundaries only.
+        keep_checkpoints: number of a seed's newest checkpoints that stay, at least 1.
+        quiet: print nothing.
+        tensorboard: write TensorBoard events beside the other logs.
+        keep_task_models: write the models that are merged, in `seed_<n>/task_models`.
+        shared: folder of the task training in common with other merge rules; `None` for none.
+        stop: object that is asked whether to end early; `None` never to.
+        label: what lines about the run call it; empty for the name of its rule.
+        runs_before: how many runs come before this one, which a terminal shows.
+        runs_in_all: how many runs there are.
+
     Raises:
         InvalidInput: a number out of range; the message names it, its value and the remedy.
     """
 
-    # Steps between checkpoints within a task; 0 for task boundaries only.
     checkpoint_every: int = 0
-    # Number of a seed's newest checkpoints that stay, at least 1.
     keep_checkpoints: int = KEPT
     quiet: bool = False
     tensorboard: bool = False
-    # Write the models that are merged, in `seed_<n>/task_models`.
     keep_task_models: bool = False
-    # Folder of the task training in common with other merge rules; `None` for none.
     shared: Path | None = None
     stop: Stop | None = None
-    # What lines about the run call it; empty for the name of its rule.
     label: str = ""
-    # How many runs come before this one, and how many there are; a terminal shows it.
     runs_before: int = 0
     runs_in_all: int = 1
 

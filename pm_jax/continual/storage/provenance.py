@@ -13,9 +13,10 @@ from typing import Any
 
 import jax
 
+import pm_jax
 from pm_jax.continual.settings.config import Config
 
-PACKAGES = ("pm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scikit-learn")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scikit-learn")
 
 
 def provenance(config: Config) -> dict[str, Any]:
@@ -67,13 +68,12 @@ def git_revision(directory: Path = Path(__file__).parents[2]) -> str | None:
 
 def environment() -> dict[str, Any]:
     """Describe versions and device of this process, without paths or names of machines."""
-    versions: dict[str, str | None] = {}
+    versions: dict[str, str | None] = {"pm_jax": pm_jax.__version__}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            # pm_jax runs from a checkout that is not installed.
-            versions[package] = None
+            versions[package] = None  # scikit-learn is one of the optional ones
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),
