@@ -317,6 +317,8 @@ def _with_preset(argv: Sequence[str], values: flags.FlagValues) -> list[str]:
             raise InvalidInput(f"--preset={name}: must be one of {', '.join(presets())}")
         lines = (PRESETS / f"{name}.flags").read_text().splitlines()
         preset = [line for line in lines if line.startswith("--")]
+        if "--tour" in preset and "tour" not in values:
+            raise InvalidInput(f"--preset={name}: is for experiments.train alone")
         # Only experiments.train runs a baseline beside the rule; other binaries choose their rows.
         left_out = [x for x in preset if x.startswith("--baseline") and "baseline" not in values]
         if left_out:

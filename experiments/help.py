@@ -23,7 +23,7 @@ GROUP_OF: dict[str, str] = {
     **{field.name: field.metadata["group"] for field in dataclasses.fields(Config)},
     **dict.fromkeys(("preset", "seeds", "dry_run", "checkpoint_every", "keep_checkpoints"), "run"),
     **dict.fromkeys(("baseline", "baseline_learning_rate", "baseline_epochs"), "run"),
-    **dict.fromkeys(("keep_task_models", "keep_shared_training"), "run"),
+    **dict.fromkeys(("keep_task_models", "keep_shared_training", "tour"), "run"),
     **dict.fromkeys(("deterministic", "coordinator_address"), "devices"),
     **dict.fromkeys(("process_count", "process_index"), "devices"),
     **dict.fromkeys(("workdir", "report", "tensorboard", "compilation_cache"), "files"),

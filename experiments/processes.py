@@ -12,8 +12,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from typing import NoReturn
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
 import jax
 from absl import flags
@@ -103,17 +103,22 @@ def _join_or_watch(module: str) -> None:
     )
 
 
-def _watch(module: str) -> NoReturn:
-    """Run the command in a second process and end as it does, with a line if it was killed."""
+def run_as_child(arguments: Sequence[str], **settings: Any) -> int:
+    """Run `python -m` with arguments, passing on the signals that come, and return its code."""
     process = subprocess.Popen(
-        [sys.executable, "-m", module, *sys.argv[1:]],
-        env={**os.environ, WATCHED: "1"},
-        stdin=subprocess.PIPE,
+        [sys.executable, "-m", *arguments],
         start_new_session=True,  # Signals of the terminal come by way of this process only.
+        **settings,
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: process.send_signal(number))
-    code = process.wait()
+    return process.wait()
+
+
+def _watch(module: str) -> NoReturn:
+    """Run the command in a second process and end as it does, with a line if it was killed."""
+    environment = {**os.environ, WATCHED: "1"}
+    code = run_as_child([module, *sys.argv[1:]], env=environment, stdin=subprocess.PIPE)
     if code < 0:
         name = signal.Signals(-code).name
         experiment_flags.fail(f"{GONE}, or this one was killed ({name}); {AGAIN}", code=1)

@@ -34,12 +34,18 @@ flags.DEFINE_boolean(
 flags.DEFINE_boolean(
     "report", True, "Write report.html into the work directory. It needs pip install '.[plots]'."
 )
+flags.DEFINE_boolean("tour", False, "Run five small examples instead, as preset=tour does.")
 
 
 def main(argv: Sequence[str]) -> None:
     """Check everything, then train and print the table."""
     del argv
     values = flags.FLAGS
+    if values.tour:
+        from experiments import tour
+
+        with experiment_flags.exits():
+            return tour.run()
     with experiment_flags.exits(), processes.joined("experiments.train"):
         config = experiment_flags.config_from_flags()
         baseline = experiment_flags.baseline_from_flags(config)

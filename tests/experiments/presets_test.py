@@ -14,10 +14,11 @@ from tests.binaries import call
 from tests.small_data_sets import labelled, prepare
 
 PRESETS = sorted(path.stem for path in experiment_flags.PRESETS.glob("*.flags"))
+TOUR = "tour"  # has no settings; tour_test.py runs its commands
 WITHOUT_DATA = ("digits_classes", "digits_vit_lora", "paper_recipe")
 TEXTS = [name for name in PRESETS if name.startswith("clinc150")]
 CLIP = [name for name in PRESETS if "clip" in name]
-IMAGES = [name for name in PRESETS if name not in (*WITHOUT_DATA, *TEXTS, *CLIP)]
+IMAGES = [name for name in PRESETS if name not in (TOUR, *WITHOUT_DATA, *TEXTS, *CLIP)]
 WORDS = ["[PAD]", "[UNK]", "yes", "no"]
 
 
@@ -73,7 +74,7 @@ def test_presets_that_need_no_data_pass_a_dry_run(capsys, preset):
 @pytest.mark.parametrize("preset", IMAGES)
 def test_presets_of_images_pass_a_dry_run(capsys, data_dir, tmp_path, preset):
     model = models.VisionTransformer(1, 16, None, 16, 1, 2)
-    params = model.init(jax.random.key(0), jnp.ones((1, 32, 32, 3)))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.ones((1, 32, 32, 3)))["params"]
     weights = tmp_path / "model.safetensors"
     pretrained.write_tensors(pretrained.export_params(params, "timm"), weights)
     text = dry_run(
@@ -114,7 +115,7 @@ def test_presets_of_texts_pass_a_dry_run(capsys, data_dir, tmp_path, preset):
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
     made.save(str(tmp_path / "tokenizer.json"))
     model = models.TextEncoder(1, len(WORDS), width=16, depth=1, num_heads=2)
-    params = model.init(jax.random.key(0), jnp.ones((1, 4), jnp.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.ones((1, 4), jnp.int32))["params"]
     weights = tmp_path / "model.safetensors"
     pretrained.write_tensors(pretrained.export_params(params, "bert"), weights)
     # The tokenizer of the weights lies beside them, whether they are a file or a folder.
