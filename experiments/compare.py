@@ -10,7 +10,8 @@ experiments.train, as averaging+perturbation=symmetric. With a list of curvature
 curvature run with each. Every rule has a column of final accuracy for each of --classifiers, all
 from one training. Runs that are finished in the work directory are kept, and training that rules
 have in common is done once. What needs the data of all tasks is shown apart, as a bound. The last
-sentence says whether adapting pays: the best rule that adapts against the frozen model.
+sentence says whether adapting pays: the best rule that adapts against the frozen model. All of it
+is in WORKDIR/report.html, with plots.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from pm_jax.continual import Config
 from pm_jax.continual.interruption import StopRequests
 from pm_jax.continual.report import comparison, comparison_plots, sentences
 from pm_jax.continual.report.adapting import UNKNOWN
+from pm_jax.continual.report.comparison_report import write_report
 from pm_jax.continual.rule_comparison import (
     configurations,
     directories_of,
@@ -94,11 +96,15 @@ def main(argv: Sequence[str]) -> None:
         print(verdict.sentence() if verdict else UNKNOWN)
         files = write_tables(rows, values.seeds, workdir, verdict)
         try:
-            in_order = {row.rule: results[row.rule] for row in rows}
-            with waiting("drawing the plots"):
-                files += comparison_plots.write_plots(in_order, workdir)
+            with waiting("drawing the plots, writing the report"):
+                plots = comparison_plots.plots_of(rows, results)
+                files += comparison_plots.write_plots(plots, base.evaluate_on, workdir)
+                own = {label: changes(base, config) for label, config in configs.items()}
+                report = write_report(rows, results, plots, (base, own), workdir, verdict)
+            files.append(report)
         except ImportError:
-            print("plots: skipped, matplotlib is not installed; pip install 'pm_jax[plots]'")
+            missing = "matplotlib is not installed; pip install 'pm_jax[plots]'"
+            print(f"plots, report: skipped, {missing}")
         print("written:", *files)
 
 

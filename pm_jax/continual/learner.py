@@ -275,7 +275,7 @@ class Learner:
         end, means = self.steps.bounds[task + 1], np.mean(accuracies[:, :, 0, :seen], axis=-1)
         log.write("merge", step=end, task=task + 1, **figures)
         if task and self.config.trust != "off":
-            for warning in trust.of_merge(figures):
+            for warning in trust.of_merge(figures).values():
                 log.tell(f"task {task + 1}: {warning}")
         fits, tasks = self.merging.fitted(self.state).figures, len(self.steps.epochs)
         evaluation_lines.write(log, self.config, end, task, tasks, figures["alpha"], means, fits)

@@ -1,6 +1,5 @@
 """The report of a run: what it warns of, what it shows, and what a browser makes of it."""
 
-import base64
 import dataclasses
 import html.parser
 import json
@@ -13,15 +12,21 @@ import sys
 import numpy as np
 import pytest
 
-from pm_jax.continual.merging import trust
-from pm_jax.continual.report import figures, finished_run, report
+from pm_jax.continual.report import (
+    advice,
+    comparison,
+    comparison_plots,
+    comparison_report,
+    figures,
+    finished_run,
+    report,
+)
 from pm_jax.continual.run import run_seeds, run_with_baseline
 from tests.binaries import call, refused
 from tests.small_runs import QUIET, SMALL
 
 pytest.importorskip("matplotlib")
-ROOT = pathlib.Path(__file__).parents[2]
-LABELS = ["perturb_and_merge", "averaging (baseline)"]
+LABELS = ["Perturb-and-Merge", "averaging (baseline)"]
 
 
 @pytest.fixture(scope="module")
@@ -50,21 +55,22 @@ def plain(finished, tmp_path):
 
 
 class Page(html.parser.HTMLParser):
-    """Images and rows of tables of a report; every tag must be closed in its order."""
+    """Charts, ids and rows of tables of a report; every tag must be closed in its order."""
 
     def __init__(self, path):
         super().__init__()
-        self.images, self.rows, self.tags, self._open = [], [], set(), []
+        self.charts, self.rows, self.ids, self.tags, self._open = [], [], [], set(), []
         self.feed(path.read_text())
         assert not self._open
         self.text = re.sub(r"<[^>]*>", "", path.read_text())
 
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
-        if tag == "img":
-            self.images.append(dict(attrs))
-        elif tag not in ("meta", "wbr"):
+        if tag == "svg":
+            self.charts.append(dict(attrs))
+        if tag not in ("meta", "wbr"):
             self._open.append(tag)
+        self.ids += [value for name, value in attrs if name == "id"]
         if tag == "tr":
             self.rows.append([])
         elif tag in ("td", "th"):
@@ -81,93 +87,24 @@ class Page(html.parser.HTMLParser):
         return next(row for row in self.rows if row[0].startswith(beginning))
 
 
-PREDICTION = "predicted_loss_change", "actual_loss_change"
-WARNINGS = {
-    "3.1 times too much": (
-        dict(zip(PREDICTION, (0.031, 0.01), strict=True)),
-        ["the quadratic model over-predicted the rise of the task's own loss by 3.1 x "
-         "(0.031 predicted, 0.01 measured)"],
-    ),
-    "2.9 times too much": (dict(zip(PREDICTION, (0.029, 0.01), strict=True)), []),
-    "4 times too little": (
-        dict(zip(PREDICTION, (0.005, 0.02), strict=True)),
-        ["the quadratic model under-predicted the rise of the task's own loss by 4.0 x "
-         "(0.005 predicted, 0.02 measured)"],
-    ),
-    "nothing predicted": (
-        dict(zip(PREDICTION, (0.0, 0.02), strict=True)),
-        ["the quadratic model under-predicted the rise of the task's own loss by more than "
-         "1,000 x (0 predicted, 0.02 measured)"],
-    ),
-    "a fall of which too little was predicted": (
-        dict(zip(PREDICTION, (-0.01, -0.04), strict=True)),
-        ["the quadratic model under-predicted the fall of the task's own loss by 4.0 x "
-         "(-0.01 predicted, -0.04 measured)"],
-    ),
-    "a fall": (
-        dict(zip(PREDICTION, (0.02, -0.015), strict=True)),
-        ["the task's own loss fell by 0.015 although a rise by 0.02 was predicted"],
-    ),
-    "a rise": (
-        dict(zip(PREDICTION, (-0.02, 0.3), strict=True)),
-        ["the task's own loss rose by 0.3 although a fall by 0.02 was predicted"],
-    ),
-    "far too small to matter": (dict(zip(PREDICTION, (1e-6, 9e-4), strict=True)), []),
-    "nothing known of the prediction": (dict(zip(PREDICTION, (None, 2.0), strict=True)), []),
-    "nothing known of the loss": (dict(zip(PREDICTION, (2.0, None), strict=True)), []),
-    "clipped": (
-        {"alpha": 0.0, "alpha_raw": -0.25, "standard_error": 0.1},
-        ["the quadratic model's minimum is at -0.25, outside [0, 1], and was clipped to 0.00",
-         "the merge, with the coefficient 0.000, kept almost nothing of the new task"],
-    ),
-    "beyond, without clipping": (
-        {"alpha": 1.5, "alpha_raw": 1.5},
-        ["the quadratic model's minimum is at 1.50, outside [0, 1], and was used as it is",
-         "the merge, with the coefficient 1.500, kept almost nothing of the earlier tasks' model"],
-    ),
-    "just within": ({"alpha": 0.02, "alpha_raw": 0.02}, []),
-    "just below": (
-        {"alpha": 0.019, "alpha_raw": 0.019},
-        ["the merge, with the coefficient 0.019, kept almost nothing of the new task"],
-    ),
-    "a coefficient that is only set": ({"alpha": 1.0, "alpha_raw": 1.0, "numerator": None}, []),
-    "no minimum": (
-        {"alpha": 1 / 3, "alpha_raw": 1 / 3, "degenerate": 1.0, "standard_error": None},
-        ["the curvature gave no minimum along the task vector; the coefficient 0.33 was used for "
-         "want of one"],
-    ),
-    "uncertain": (
-        {"standard_error": 0.26},
-        ["the coefficient 0.50 is uncertain: its standard error 0.26 is more than half of it"],
-    ),
-    "certain": ({"standard_error": 0.24}, []),
-    "regret": (
-        {"alpha": 0.1, "most_accurate_alpha": 0.35, "regret_accuracy": 0.023},
-        ["a coefficient of 0.35 instead of 0.10 would have been 2.3 points better on validation "
-         "data"],
-    ),
-    "little regret": ({"most_accurate_alpha": 0.35, "regret_accuracy": 0.0099}, []),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", WARNINGS)
-def test_warnings(case):
-    own, texts = WARNINGS[case]
-    sound = {"alpha": 0.5, "alpha_raw": 0.5, "numerator": 1.0, "degenerate": 0.0}
-    first = {**sound, **own}  # of which nothing is said
-    found = trust.warnings_of({"merges": [first, sound, {**sound, **own}]})
-    assert found == [f"task 3: {text}" for text in texts]
-
-
-def test_warnings_and_figures_of_two_seeds_are_in_the_page(full):
+def test_the_page_begins_with_the_gain_and_shows_every_doubt(full):
+    content = (full / "report.html").read_text()
     runs = [json.loads((full / f"seed_{seed}/results.json").read_text()) for seed in (0, 1)]
     page = Page(full / "report.html")
+    headline = re.search(r'<p class="headline">(.*)</p>', content)[1]
+    assert headline.startswith("Perturb-and-Merge forgets ") and "over 2 seeds" in headline
     expected = [
-        f"seed {seed}, {text}"
-        for seed, run in enumerate(runs)
-        for text in trust.warnings_of(run)
-    ]  # fmt: skip
-    assert all(text in html.unescape(page.text) for text in expected)
+        text
+        for doubt in (*advice.warnings_of(runs), advice.remark_on_predictions(runs))
+        if doubt
+        for text in doubt.merges
+    ]
+    assert expected and all(text in html.unescape(page.text) for text in expected)
+
+
+def test_figures_of_two_seeds_are_in_the_page(full):
+    runs = [json.loads((full / f"seed_{seed}/results.json").read_text()) for seed in (0, 1)]
+    page = Page(full / "report.html")
     values = [100 * run["final_average_accuracy"] for run in runs]
     cell = f"{np.mean(values):.1f}\u00a0±\u00a0{np.std(values, ddof=1):.1f}"
     row = page.row("final average accuracy")
@@ -182,22 +119,23 @@ def test_warnings_and_figures_of_two_seeds_are_in_the_page(full):
     differing = page.rows[page.rows.index(["setting", *LABELS, "default"]) :]
     assert differing[1][0] == "num_tasks"  # the first of Config that is not its default
     seconds = [run["seconds"]["train"] for run in runs]
-    assert page.row("train, seconds")[1].startswith(f"{np.mean(seconds):.1f}\u00a0±\u00a0")
-    names = [image["alt"].split(".")[0] for image in page.images]
+    assert page.row("training, seconds")[1].startswith(f"{np.mean(seconds):.1f}\u00a0±\u00a0")
+    assert "regret against the best coefficients, on validation data: " in page.text  # of one run
+    metrics = [row for row in page.rows if row[0] in report.METRICS.values()]
+    assert len(metrics) == 6 and not any("-" in row for row in metrics)
+    names = [chart["aria-label"].split(".")[0] for chart in page.charts]
     assert names == [
         *("Accuracy on the tasks seen", "Accuracy matrix", "Training loss", "Merge coefficients"),
-        "Predicted against actual loss change",
+        "Predicted against measured loss change",
         *("Loss along the merges", "Accuracy along the merges", "Around the last merge"),
     ]
 
 
 def test_nothing_but_the_file_is_needed_and_it_is_the_same_again(full):
     page, content = Page(full / "report.html"), (full / "report.html").read_bytes()
-    for image in page.images:
-        kind, data = image["src"].split(",", 1)
-        assert kind == "data:image/svg+xml;base64" and b"</svg>" in base64.b64decode(data)
-    assert not page.tags & {"script", "link", "iframe", "a"}
-    assert not re.search(rb"url\(|@import|https?:", content)
+    assert len(page.charts) == 8 and len(page.ids) == len(set(page.ids)) > 8
+    assert not page.tags & {"script", "link", "iframe", "a", "metadata"}
+    assert not re.search(rb"url\((?!#)|@import|https?:|href=\"(?!#|data:image/png)", content)
     assert b'name="viewport"' in content
     report.write_report(full)
     assert (full / "report.html").read_bytes() == content
@@ -206,14 +144,16 @@ def test_nothing_but_the_file_is_needed_and_it_is_the_same_again(full):
 
 def test_one_seed_without_a_landscape_says_how_to_have_one(plain):
     page = Page(report.write_report(plain))
-    assert len(page.images) == 5 and "--landscape_points=21" in page.text
+    assert len(page.charts) == 5 and "--landscape_points=21" in page.text
     assert "seed 3: no spread is known." in page.text
     result = json.loads((plain / "seed_3/results.json").read_text())
     value = f"{100 * result['final_average_accuracy']:.1f}"
     assert page.row("final average accuracy, over") == [page.row("final")[0], value]
     (plain / "seed_3/metrics.jsonl").unlink()
     page = Page(report.write_report(plain))
-    assert len(page.images) == 4 and "The training loss is not shown" in page.text
+    assert len(page.charts) == 4 and "The training loss is not shown" in page.text
+    edited(plain / "config.json", rule="ties")  # whose constant scale is no coefficient
+    assert len(Page(report.write_report(plain)).charts) == 3
     assert not any(row[0].startswith("final average accuracy among") for row in page.rows)
 
 
@@ -230,7 +170,7 @@ def test_a_run_that_knows_nothing_of_its_merges_still_has_a_report(plain):
            task_aware=aware)  # fmt: skip
     edited(plain / "config.json", scenario="class_incremental")
     page = Page(report.write_report(plain))
-    assert len(page.images) == 3 and page.row("after\u00a0task\u00a03")[1:] == [
+    assert len(page.charts) == 3 and page.row("after\u00a0task\u00a03")[1:] == [
         "50.0",
         "75.0",
         "100.0",
@@ -238,7 +178,8 @@ def test_a_run_that_knows_nothing_of_its_merges_still_has_a_report(plain):
     assert page.row("after\u00a0task\u00a01")[1:] == ["-"] * 3
     assert page.row("final average accuracy among the classes of the task")[1:] == ["87.5"]
     assert not any(row[0].startswith("forgetting") for row in page.rows)
-    assert "None: nothing about the merges is conspicuous." in page.text
+    assert "None: nothing about the merges asks for a change." in page.text
+    assert "The rule has no coefficients." in page.text
 
 
 def test_several_classifiers_have_a_row_each_on_both_splits(plain):
@@ -249,7 +190,7 @@ def test_several_classifiers_have_a_row_each_on_both_splits(plain):
     edited(path, scores={"trained": part, "ridge": other}, classifiers=["trained", "ridge"])
     page = Page(report.write_report(plain, "validation"))
     value = f"{100 * part['validation']['final_average_accuracy']:.1f}"
-    assert page.row("percent, validation split, trained")[1:] == ["perturb_and_merge"]
+    assert page.row("percent, validation split, trained")[1:] == LABELS[:1]
     assert page.row("final average accuracy, over")[1:] == [value]
     rows = [page.row(f"{name}, {split}")[:2] for name in ("trained", "ridge") for split in part]
     assert rows[1] == ["trained, validation", value] and rows[2] == ["ridge, test", "12.5"]
@@ -282,7 +223,7 @@ def test_curves_have_mean_and_deviation_over_seeds():
     deviation = np.std([30, 50], ddof=1)
     np.testing.assert_allclose(spans, [[50, 50], [40 - deviation, 40 + deviation]])
     texts = figures.accuracy_matrix(runs).axes[0].texts
-    assert [text.get_text() for text in texts] == ["50.0", "30.0", "50.0"]
+    assert [text.get_text() for text in texts] == ["50.0\n±0.0", "30.0\n±28.3", "50.0\n±0.0"]
 
 
 def test_a_landscape_shows_new_and_earlier_tasks_apart():
@@ -291,13 +232,20 @@ def test_a_landscape_shows_new_and_earlier_tasks_apart():
     values[2] = [[9, 9, 9], [1, 2, 6], [3, 4, 2]]
     values[1, :, :2], merged[1, :2], merged[2] = 1.0, 1.0, [1, 2, 3]
     used, best = np.asarray([1, 0.5, 0.25]), np.asarray([np.nan, 0.5, 1.0])
-    first, second, *_ = figures.landscape(alphas, values, merged, used, best).axes
+    one = figures.Segments(values, merged, used, best)
+    first, second, *_ = figures.landscape(alphas, [one]).axes
     new, earlier, both, vertical, dot = second.lines
     assert (first.get_title(), second.get_title()) == ("task 2", "task 3")
     assert new.get_ydata().tolist() == [9, 6, 2] and earlier.get_ydata().tolist() == [9, 1.5, 3.5]
     assert both.get_ydata().tolist() == [9, 3, 3] and vertical.get_xdata()[0] == 1.0
     assert (dot.get_xdata()[0], dot.get_ydata()[0]) == (0.25, 2.0)
     assert second.get_ylim()[1] < 9  # what is outside [0, 1] does not squeeze what is inside
+    other = one._replace(values=values + 2, used=used + 0.25)
+    second = figures.landscape(alphas, [one, other]).axes[1]
+    new, *_, dots = second.lines
+    assert new.get_ydata().tolist() == [10, 7, 3] and list(dots.get_xdata()) == [0.25, 0.5]
+    band = second.collections[0].get_paths()[0].get_extents()
+    np.testing.assert_allclose([band.y0, band.y1], [3 - 2**0.5, 10 + 2**0.5])
 
 
 def test_the_binary_prints_where_the_report_is(plain, capsys):
@@ -319,10 +267,84 @@ def test_without_matplotlib_one_line_says_so(plain, capsys, monkeypatch):
     assert not (plain / "report.html").exists()
 
 
+@pytest.fixture(scope="module")
+def compared(full):
+    """The page of a comparison of the run with its baseline and a rule without coefficients."""
+    results = {"perturb_and_merge+curvature=kronecker+epochs=4+first_task_epochs=40": [],
+               "averaging": [], "ties": []}  # fmt: skip
+    for label, folder in zip(results, (full, full / "baseline", full / "baseline"), strict=True):
+        for seed in (0, 1):
+            content = json.loads((folder / f"seed_{seed}/results.json").read_text())
+            content["config"]["rule"] = label.split("+")[0]
+            part = content["scores"]["trained"]
+            scores = {"trained": part, "ridge": part}
+            results[label].append({**content, "scores": scores, "classifiers": list(scores)})
+    rows = comparison.compare(results, classifiers=["trained", "ridge"])
+    plots = comparison_plots.plots_of(rows, results)
+    own = dict.fromkeys(results, "rule=<b>")
+    path = full / "comparison"
+    path.mkdir()
+    return comparison_report.write_report(rows, results, plots, (SMALL, own), path), plots, rows
+
+
+def test_a_comparison_has_a_page_with_its_classifiers_side_by_side(compared):
+    path, plots, rows = compared
+    page = Page(path)
+    assert path.name == "report.html" and "3 merge rules on digits" in page.text
+    heading = page.row("rule")
+    assert heading[1:3] == ["final accuracy, test: trained", "final, ridge"]
+    row = page.row(rows[1].rule)
+    assert row[1] == row[2] and "\u00a0±\u00a0" in row[1] and row[4] != "-"
+    assert page.row(rows[0].rule)[1].split("\u00a0")[0] in page.text.split("Result")[0]
+    assert "points above" in page.text and "paired over 2 seeds" in page.text
+    assert [chart["aria-label"].split(".")[0] for chart in page.charts] == [
+        plot.name for plot in plots.values()
+    ]
+    assert "rule=&lt;b&gt;" in path.read_text() and len(page.ids) == len(set(page.ids))
+
+
+def test_plots_have_markers_on_their_ticks_labels_outside_and_alpha_where_there_is_one(compared):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
+
+    _, plots, rows = compared
+    for name in ("accuracy_after_each_task", "alpha_of_each_task"):
+        axes = plots[name].figure.axes[0]
+        assert all(line.get_xdata().tolist() == [1, 2, 3] for line, *_ in axes.containers)
+    labels = [each.get_label() for each in plots["alpha_of_each_task"].figure.axes[0].containers]
+    assert set(labels) == {row.rule for row in rows} - {"ties"}
+    colors = {
+        name: {c.get_label(): c.lines[0].get_color() for c in plots[name].figure.axes[0].containers}
+        for name in ("accuracy_after_each_task", "alpha_of_each_task")
+    }
+    assert colors["alpha_of_each_task"].items() <= colors["accuracy_after_each_task"].items()
+    for plot in plots.values():
+        canvas = FigureCanvasAgg(plot.figure)
+        canvas.draw()
+        width, height = canvas.get_width_height()
+        # Ticks outside of the axes are not drawn.
+        ticks = {t for axes in plot.figure.axes for t in (*axes.get_xticklabels(),
+                                                          *axes.get_yticklabels())}  # fmt: skip
+        for text in {t for t in plot.figure.findobj(Text) if t.get_text()} - ticks:
+            box = text.get_window_extent()
+            assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height, text
+        for legend in plot.figure.legends:
+            box = legend.get_window_extent()
+            assert not any(box.overlaps(axes.get_window_extent()) for axes in plot.figure.axes)
+
+
 MEASURE = """<script>
 addEventListener("load", () => {
   const found = [...document.querySelectorAll("iframe")].map(({contentDocument: report}) => ({
-    sizes: [...report.images].map(x => [x.complete, x.naturalWidth, x.width, x.height]),
+    sizes: [...report.querySelectorAll("svg")].map(svg => {
+      const frame = svg.getBoundingClientRect();
+      const out = [...svg.querySelectorAll("text")].filter(text => {
+        const box = text.getBoundingClientRect();
+        return box.left < frame.left - 4 || box.right > frame.right + 4;
+      });
+      return [frame.width, frame.height, out.map(text => text.textContent)];
+    }),
+    ink: getComputedStyle(report.querySelector("svg text")).fill,
     inner: report.documentElement.clientWidth, whole: report.documentElement.scrollWidth
   }));
   document.body.textContent = JSON.stringify(found);
@@ -330,28 +352,34 @@ addEventListener("load", () => {
 </script>"""
 
 
-def test_a_browser_shows_every_figure_and_its_console_is_silent(full, tmp_path):
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_browser_shows_every_chart_and_its_console_is_silent(full, compared, scheme, tmp_path):
     """In frames as wide as a phone and as a desk's screen: windows have a least width."""
     names = ("chromium", "chromium-browser", "google-chrome")
     browser = next(filter(None, map(shutil.which, names)), None)
     if browser is None:
         pytest.skip("no Chromium; on Debian: apt-get install chromium")
-    content = (full / "report.html").read_text()
+    contents = [path.read_text() for path in (full / "report.html", compared[0])]
     frames = "".join(
         f'<iframe style="border: 0; width: {width}px" srcdoc="{html.escape(content)}"></iframe>'
-        for width in (390, 1200)
+        for content in contents
+        for width in (390, 1440)
     )
     page = tmp_path / "page.html"
-    page.write_text(f'<!DOCTYPE html><meta charset="utf-8">{MEASURE}<body>{frames}</body>')
+    page.write_text(f'<!DOCTYPE html><meta charset="utf-8"><meta name="color-scheme" content='
+                    f'"light dark">{MEASURE}<body>{frames}</body>')  # fmt: skip
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+               f"--blink-settings=preferredColorScheme={int(scheme == 'light')}",
                "--v=0", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000",
                "--dump-dom", page.as_uri()]  # fmt: skip
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0 and "CONSOLE" not in ended.stderr, ended.stderr
-    phone, desk = json.loads(re.search(r"<body>(.*)</body>", ended.stdout, re.DOTALL)[1])
-    for found, width in ((phone, 390), (desk, 1200)):
-        assert len(found["sizes"]) == content.count("<img") == 8
-        for complete, natural, wide, high in found["sizes"]:
-            assert complete and natural > 0 and 300 < wide < width and high > 150
+    frames = json.loads(re.search(r"<body>(.*)</body>", ended.stdout, re.DOTALL)[1])
+    for number, found in enumerate(frames):
+        width, count = (390, 1440)[number % 2], contents[number // 2].count("<svg")
+        assert len(found["sizes"]) == count == (8, 5)[number // 2]
+        for wide, high, cut in found["sizes"]:
+            assert 300 < wide < min(width, 500) and high > 100 and not cut
         assert found["whole"] <= found["inner"] <= width  # nothing to scroll sideways
-    assert phone["inner"] > 370  # less a scroll bar
+        assert found["ink"] == {"light": "rgb(0, 0, 0)", "dark": "rgb(255, 255, 255)"}[scheme]
+    assert frames[0]["inner"] > 370  # less a scroll bar

@@ -75,7 +75,8 @@ def test_two_rules_with_two_seeds_then_a_restart_that_runs_nothing(
     names = list(csv.DictReader((tmp_path / "comparison.csv").read_text().splitlines()))
     assert [row["rule"] for row in names] == [record["rule"] for record in content["rules"]]
     assert (tmp_path / "comparison.tex").read_text().count(r"\\") == 3
-    assert len(list(tmp_path.glob("*.png"))) == 4
+    assert len(list(tmp_path.glob("*.png"))) == 5
+    assert "<h1>2 merge rules on digits</h1>" in (tmp_path / "report.html").read_text()
 
     learners.clear()
     call("compare", *arguments, named)
@@ -133,8 +134,11 @@ def test_a_dry_run_says_what_would_run_and_trains_nothing(capsys, learners):
 def test_without_matplotlib_one_line_says_so(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     call("compare", f"--workdir={tmp_path}", "--rules=sequential", *TINY)
-    assert "plots: skipped, matplotlib is not installed; pip install" in capsys.readouterr().out
-    assert (tmp_path / "comparison.csv").exists() and not list(tmp_path.glob("*.png"))
+    assert (
+        "plots, report: skipped, matplotlib is not installed; pip install"
+        in capsys.readouterr().out
+    )
+    assert (tmp_path / "comparison.csv").exists() and not list(tmp_path.glob("*[pngreport].*l"))
 
 
 def test_a_comparison_of_other_settings_or_beside_something_else_is_refused(
@@ -187,7 +191,11 @@ def test_classifiers_are_columns_of_one_training_and_both_splits_are_measured(
     check(json.loads((tmp_path / "comparison_validation.json").read_text()), "validation")
     assert "final accuracy, validation: trained" in capsys.readouterr().out
     if importlib.util.find_spec("matplotlib"):
-        assert len(list(tmp_path.glob("*_validation.png"))) == 4
+        assert len(list(tmp_path.glob("*_validation.png"))) == 5
+        for split, name in (("test", "report"), ("validation", "report_validation")):
+            page = (tmp_path / f"{name}.html").read_text()
+            assert f"Accuracies in percent on {split} data" in page
+            assert all(f"<th>final, {other.replace('_', '_<wbr>')}" in page for other in names[1:])
     assert call("inspect", tmp_path) == 0
 
 

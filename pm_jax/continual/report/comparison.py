@@ -154,12 +154,12 @@ def all_figures(row: Comparison) -> dict[str, list[float]]:
 
 def as_text(rows: Sequence[Comparison]) -> str:
     """Lay the rules out for a terminal; percent, mean +- standard deviation over the seeds."""
-    return tables.as_text(_cells(rows))
+    return tables.as_text(cells(rows))
 
 
 def as_latex(rows: Sequence[Comparison]) -> str:
     """Write the same table as a LaTeX `tabular`, which needs no package."""
-    return tables.as_latex(_cells(rows))
+    return tables.as_latex(cells(rows))
 
 
 def as_records(rows: Sequence[Comparison]) -> list[dict[str, Any]]:
@@ -211,7 +211,8 @@ def _headings(row: Comparison) -> dict[str, str]:
     }
 
 
-def _cells(rows: Sequence[Comparison]) -> list[list[str]]:
+def cells(rows: Sequence[Comparison]) -> list[list[str]]:
+    """Lay the rules out as rows of text below a heading."""
     headings = _headings(rows[0])
     head = ["rule", *headings.values(), "rank", "to the best", "seconds", "state"]
     return [head] + [

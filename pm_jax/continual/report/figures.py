@@ -1,13 +1,12 @@
 """Figures for the report of a run; they need the extra `plots`.
 
 `runs` are the contents of results.json, one a seed. All figures are 4.6 inches wide: on a phone's
-screen their text is then about as large as the page's.
+screen their text is then about as large as the page's. Frames and grids are black, which pages draw
+in the colour of their text; grey is black with little opacity.
 """
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -20,27 +19,15 @@ if TYPE_CHECKING:
 Results = Mapping[str, Any]
 
 
-def data_uri(figure: "Figure") -> str:
-    """Encode a figure as the address of an SVG image; the same figure gives the same text."""
-    from matplotlib import rc_context
-
-    buffer = io.BytesIO()
-    # Ids are random and the date is now, unless they are set: the report would change each time.
-    with rc_context({"svg.hashsalt": "pm_jax"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
 def accuracy_matrix(runs: Sequence[Results]) -> "Figure":
     """Draw a heat map of the accuracies after each task, on each task, as the mean over seeds."""
-    values = 100 * np.mean([np.asarray(run["accuracy_matrix"], np.float64) for run in runs], axis=0)
+    matrices = 100 * np.asarray([run["accuracy_matrix"] for run in runs], np.float64)
+    values = matrices.mean(axis=0)
     figure = _figure(4.0)
     axes = figure.subplots()
     image = axes.imshow(np.ma.masked_invalid(values), cmap="viridis", vmin=0, vmax=100)
     figure.colorbar(image, ax=axes, shrink=0.8)
-    # More numbers than those of ten tasks are not legible.
-    if len(values) <= 10:
-        write_percents(axes, values, 10 if len(values) <= 7 else 7.5)
+    write_percents(axes, values, deviation(matrices))
     # At most ten ticks; the division rounds up.
     places = np.arange(0, len(values), -(-len(values) // 10))
     axes.set_xticks(places, places + 1)
@@ -55,7 +42,7 @@ def accuracy_curves(runs: Mapping[str, Sequence[Results]]) -> "Figure":
     axes = figure.subplots()
     for number, (label, results) in enumerate(runs.items()):
         values = 100 * accuracies_after_each_task(results)
-        tasks = np.arange(1, values.shape[1] + 1) + 0.05 * number
+        tasks = np.arange(1, values.shape[1] + 1)
         axes.errorbar(tasks, values.mean(axis=0), deviation(values), label=label,
                       color=f"C{number}", marker="os"[number], markersize=4, capsize=3)  # fmt: skip
     split = Shown.of(next(iter(runs.values()))[0]).split
@@ -74,11 +61,12 @@ def training_loss(losses: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> "Figur
         if (spread := deviation(values)) is not None:
             axes.fill_between(ends, mean - spread, mean + spread, color=color, alpha=0.2, lw=0)
     for boundary in range(1, int(ends.max())):
-        axes.axvline(boundary, color="0.8", linewidth=0.8, zorder=0)
+        axes.axvline(boundary, color="k", alpha=0.2, linewidth=0.8, zorder=0)
     means = np.concatenate([values.mean(axis=0) for _, values in losses.values()])
     # Losses that span far are legible on a logarithmic axis only.
     if means.max() > 20 * means.min() > 0:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
     axes.set(xlabel="tasks trained", ylabel="training loss")
     _finish(figure, axes, 0, int(ends.max()))
     return figure
@@ -90,7 +78,7 @@ def coefficients(runs: Sequence[Results]) -> "Figure":
     axes = figure.subplots()
     alphas = of_merges(runs, "alpha")
     tasks = np.arange(1, alphas.shape[1] + 1)
-    axes.plot(tasks, 1 / tasks, color="0.6", linestyle=":", label="1/t (plain averaging)")
+    axes.plot(tasks, 1 / tasks, color="k", alpha=0.5, linestyle=":", label="1/t (plain averaging)")
     if len(runs) > 1:
         axes.plot(np.tile(tasks, len(runs)), alphas.ravel(), ".", color="C0", alpha=0.4)
     errors = np.nan_to_num(of_merges(runs, "standard_error")).mean(axis=0)
@@ -110,7 +98,7 @@ def coefficients(runs: Sequence[Results]) -> "Figure":
 
 
 def loss_changes(runs: Sequence[Results]) -> "Figure":
-    """Draw predicted against actual loss changes of all merges but the first."""
+    """Draw predicted against measured loss changes of all merges but the first."""
     figure = _figure(4.2)
     axes = figure.subplots()
     predicted, actual = (
@@ -121,10 +109,10 @@ def loss_changes(runs: Sequence[Results]) -> "Figure":
     top = max(2 * both.max(), 10 * NEGLIGIBLE)
     bottom = min(2 * both.min(), -NEGLIGIBLE / 2)
     line = np.concatenate([[0], np.geomspace(NEGLIGIBLE / 100, FACTOR * top, 200)])
-    # Nothing is warned of within the band.
+    # The report says nothing about merges within the band.
     within = f"within {FACTOR:.0f} x"
-    axes.fill_between(line, line / FACTOR, line * FACTOR, color="0.9", label=within)
-    axes.plot(line, line, color="0.5", linewidth=1, label="agreement")
+    axes.fill_between(line, line / FACTOR, line * FACTOR, color="k", alpha=0.1, lw=0, label=within)
+    axes.plot(line, line, color="k", alpha=0.5, linewidth=1, label="agreement")
     axes.plot(predicted[measured], actual[measured], "o", color="C0", markersize=5)
     # Numbers of tasks for the first seed, and of many tasks for some only.
     for task in np.flatnonzero(measured[0])[:: 1 + measured.shape[1] // 8]:
@@ -133,44 +121,65 @@ def loss_changes(runs: Sequence[Results]) -> "Figure":
     # Linear around 0, logarithmic beyond: loss changes have both signs.
     axes.set_xscale("symlog", linthresh=NEGLIGIBLE)
     axes.set_yscale("symlog", linthresh=NEGLIGIBLE)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
     axes.set(xlim=(bottom, top), ylim=(bottom, top), aspect="equal",
-             xlabel="predicted loss change", ylabel="actual loss change")  # fmt: skip
+             xlabel="predicted loss change", ylabel="measured loss change")  # fmt: skip
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
     return figure
 
 
-def landscape(
-    alphas: np.ndarray, values: np.ndarray, merged: np.ndarray, used: np.ndarray, best: np.ndarray
-) -> "Figure":
+class Segments(NamedTuple):
+    """A score along the merges of one seed's run."""
+
+    # By merge, coefficient and task, [T, A, T]; that at the merged models is [T, T].
+    values: np.ndarray
+    merged: np.ndarray
+    # Coefficients [T] that were used, and those that were best.
+    used: np.ndarray
+    best: np.ndarray
+
+
+def landscape(alphas: np.ndarray, seeds: Sequence[Segments]) -> "Figure":
     """Draw a score along the segment of every merge but the first, in a panel for each."""
-    # Values [T, A, T] are by merge, coefficient and task; those at merged models are [T, T].
-    panels = len(values) - 1
+    panels = len(seeds[0].values) - 1
     rows = -(-panels // 2)
     figure = _figure(0.8 + 1.8 * rows)
     axes_of_panels = figure.subplots(rows, 2, squeeze=False).flat
-    inside = (alphas >= 0) & (alphas <= 1)
     for task, axes in enumerate(axes_of_panels, start=1):
         if task > panels:
             axes.set_axis_off()
-            continue
-        seen = values[task, :, : task + 1]
-        mean = seen.mean(axis=1)
-        axes.plot(alphas, seen[:, -1], color="C1", linestyle="--", label="new task")
-        axes.plot(alphas, seen[:, :-1].mean(axis=1), color="C2", linestyle="-.",
-                  label="earlier tasks")  # fmt: skip
-        axes.plot(alphas, mean, color="C0", linewidth=2, label="all seen")
-        axes.axvline(best[task], color="0.4", linestyle=":", label="best coefficient")
-        axes.plot(used[task], merged[task, : task + 1].mean(), "ko", markersize=5,
-                  label="merged model")  # fmt: skip
-        # The vertical axis shows what happens between 0 and 1; losses beyond may be huge.
-        shown = np.concatenate([seen[inside, -1], seen[inside, :-1].mean(axis=1)])
-        margin = 0.1 * np.ptp(shown) or 1.0
-        axes.set(title=f"task {task + 1}", ylim=(shown.min() - margin, shown.max() + margin))
-        axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
+        else:
+            _segment(axes, alphas, seeds, task)
     figure.supxlabel("merge coefficient", fontsize="medium")
     handles = figure.axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper center", ncols=2, frameon=False)
     return figure
+
+
+def _segment(axes, alphas: np.ndarray, seeds: Sequence[Segments], task: int) -> None:
+    """Draw one panel: the mean over seeds of each part, with a band, and each merged model."""
+    seen = np.asarray([seed.values[task, :, : task + 1] for seed in seeds])
+    parts = {
+        "new task": (seen[..., -1], "C1", "--"),
+        "earlier tasks": (seen[..., :-1].mean(axis=-1), "C2", "-."),
+        "all seen": (seen.mean(axis=-1), "C0", "-"),
+    }
+    for label, (values, color, style) in parts.items():
+        mean = values.mean(axis=0)
+        axes.plot(alphas, mean, color=color, linestyle=style, label=label)
+        if (band := deviation(values)) is not None:
+            axes.fill_between(alphas, mean - band, mean + band, color=color, alpha=0.2, lw=0)
+    best = np.mean([seed.best[task] for seed in seeds])
+    axes.axvline(best, color="k", alpha=0.6, linestyle=":", label="best coefficient")
+    places = [(seed.used[task], seed.merged[task, : task + 1].mean()) for seed in seeds]
+    axes.plot(*zip(*places, strict=True), "ko", markersize=5, label="merged model")
+    # The vertical axis shows what happens between 0 and 1; losses beyond may be huge.
+    inside = (alphas >= 0) & (alphas <= 1)
+    shown = np.concatenate([parts[name][0][:, inside].ravel() for name in list(parts)[:2]])
+    margin = 0.1 * np.ptp(shown) or 1.0
+    axes.set(title=f"task {task + 1}", ylim=(shown.min() - margin, shown.max() + margin))
+    axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
 
 
 def plane(
@@ -205,13 +214,22 @@ def _figure(height: float) -> "Figure":
     return Figure(figsize=(4.6, height), layout="constrained")
 
 
-def write_percents(axes, values: np.ndarray, size: float | None = None) -> None:
-    """Write the numbers of a heat map into its cells."""
+def write_percents(axes, values: np.ndarray, spread: np.ndarray | None = None) -> None:
+    """Write the numbers of a heat map into its cells, with their spread where there is room."""
+    columns = values.shape[1]
+    # More numbers than those of ten tasks are not legible.
+    if columns > 10:
+        return
+    size = 10 if columns <= 5 else 7.5
     for row, column in np.argwhere(np.isfinite(values)):
         value = values[row, column]
-        # Legible on both ends of the colour map, of which high values are bright.
-        ink = "white" if value < 60 else "black"
-        axes.text(column, row, f"{value:.1f}", color=ink, ha="center", va="center", fontsize=size)
+        # Legible on both ends of the colour map, of which high values are bright. Pages give text
+        # their own colour where it is black, so that this is not quite.
+        ink = "white" if value < 60 else "#111111"
+        text = f"{value:.1f}"
+        if spread is not None and columns <= 5:
+            text += f"\n±{spread[row, column]:.1f}"
+        axes.text(column, row, text, color=ink, ha="center", va="center", fontsize=size)
 
 
 def deviation(values: np.ndarray) -> np.ndarray | None:
@@ -223,5 +241,5 @@ def _finish(figure: "Figure", axes, first: int, last: int) -> None:
     """Add the legend, and number the axis of tasks with whole numbers."""
     axes.set_xlim(first - 0.3, last + 0.3)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(axis="y", color="0.9")
+    axes.grid(axis="y", color="k", alpha=0.1)
     figure.legend(loc="outside upper center", frameon=False)

@@ -8,6 +8,7 @@ import numpy as np
 
 from pm_jax import files
 from pm_jax.continual.report.results import Shown, classifiers_of, read_seeds, view
+from pm_jax.continual.report.sentences import NAMES
 from pm_jax.continual.settings.settings import as_now
 from pm_jax.continual.storage.logs import JSONL_FILE
 from pm_jax.continual.storage.workdir import CONFIG_FILE
@@ -21,7 +22,7 @@ class FinishedRun(NamedTuple):
     """The finished seeds of a work directory, in their order."""
 
     directory: Path
-    # The rule's name, and "(baseline)" after it for a baseline.
+    # The rule in words, and "(baseline)" after it for a baseline.
     label: str
     # Settings as config.json has them.
     config: dict[str, Any]
@@ -70,7 +71,9 @@ def read_run(directory: Path, suffix: str = "", split: str | None = None) -> Fin
         raise InvalidInput(
             f"workdir={directory}: has no finished seed; run the command that made it to its end"
         )
-    return FinishedRun(directory, config["rule"] + suffix, config, results)
+    return FinishedRun(
+        directory, NAMES.get(config["rule"], config["rule"]) + suffix, config, results
+    )
 
 
 def training_losses(run: FinishedRun) -> tuple[np.ndarray, np.ndarray] | None:

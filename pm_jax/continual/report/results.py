@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pm_jax import files
+from pm_jax import files, rules
 from pm_jax.continual.report import tables
 from pm_jax.continual.settings.settings import SPLITS
 from pm_jax.continual.storage.workdir import RESULTS_FILE
@@ -54,6 +54,8 @@ COLUMNS = {
     "learning accuracy": "learning_accuracy",
 }
 """Columns of the table of summaries, by their headings."""
+MERGE_NOTHING = ("frozen", "first_session", "sequential", "joint")
+"""Rules after which the model is one that was trained, or the one before it."""
 
 
 def problem_of(content: Any) -> str | None:
@@ -267,6 +269,18 @@ def _shown(summary: Mapping[str, Any]) -> str:
     names = summary.get("classifiers", [])
     split = f"{summary['evaluate_on']} split" if "evaluate_on" in summary else "split not known"
     return ", ".join([split, *(names[:1] if len(names) > 1 else ())])
+
+
+def has_coefficient(config: Mapping[str, Any]) -> bool:
+    """Return whether the rule of a run merges by coefficients, so that its alphas compare.
+
+    Others keep a model as it is, or scale a task vector that starts from the pre-trained model.
+    """
+    try:
+        needs = rules.make(config.get("rule", ""), config.get("rule_settings", "")).needs
+    except InvalidInput:
+        return False
+    return needs.next_task_from == "merged" and config["rule"] not in MERGE_NOTHING
 
 
 def accuracies_after_each_task(runs: Sequence[Results]) -> np.ndarray:

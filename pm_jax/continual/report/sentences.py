@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pm_jax.continual.report.results import read_results
+from pm_jax.continual.report.results import MERGE_NOTHING, read_results
 from pm_jax.continual.storage.progress import in_words
 from pm_jax.continual.storage.workdir import RESULTS_FILE
 from pm_jax.types import InvalidInput
@@ -39,7 +39,6 @@ NAMES = {
     "joint": "joint training",
 }
 """Merge rules in words, by their names in `pm_jax.rules.REGISTRY`."""
-MERGE_NOTHING = ("frozen", "first_session", "sequential", "joint")
 
 
 def gain(summaries: Mapping[str, Mapping[str, Any]]) -> str:
