@@ -9,6 +9,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -19,6 +20,7 @@ import pm_jax
 from experiments import flags as experiment_flags
 from experiments import formulas
 from pm_jax import files
+from pm_jax.continual import Config
 from pm_jax.types import InvalidInput
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ ARRAY = re.compile(r"(?:</?span[^<>]*>|\.)+".join(("jax", "jaxlib", "_jax", "Arr
 GENERATED = re.compile(r"Alias for field number \d+$|Create new instance of \w+\(")
 """What Python writes for named tuples."""
 STYLE = """
+main.pdoc { overflow-x: clip; }
 .formula { font-family: "STIX Two Text", Cambria, "Times New Roman", serif; font-size: 1.1em; }
 div.formula { margin: 1em 1.5em; overflow-x: auto; line-height: 1.8; white-space: nowrap; }
 .formula sub, .formula sup { font-size: 72%; line-height: 0; }
@@ -63,10 +66,11 @@ div.formula { margin: 1em 1.5em; overflow-x: auto; line-height: 1.8; white-space
 TEMPLATE = """
 {% extends "default/module.html.jinja2" %}
 {% block nav_submodules %}
-  <h2>Modules</h2>
-  <ul>{% for name in all_modules if name.startswith(module.modulename ~ ".") %}
+  {% for name in all_modules if name.startswith(module.modulename ~ ".") %}
+    {% if loop.first %}<h2>Modules</h2><ul>{% endif %}
     <li>{{ (name, "") | link }}</li>
-  {% else %}<li>none within this one</li>{% endfor %}</ul>
+    {% if loop.last %}</ul>{% endif %}
+  {% endfor %}
 {% endblock %}
 """
 """The pages within a page are listed beside it, also those that its module does not export."""
@@ -91,6 +95,7 @@ def build(output: Path) -> Path:
     except ImportError as error:
         raise InvalidInput(f"{error.name}: is not installed; pip install 'pm_jax[docs]'") from None
     modules = {name: doc.Module.from_name(name) for name in PAGES}
+    _explain_settings(modules["pm_jax.continual"].members["Config"])
     if missing := [name for module in modules.values() for name in undocumented(module)]:
         raise InvalidInput(f"{', '.join(missing)}: no docstring says what this is; write one")
     _configure(render)
@@ -117,6 +122,12 @@ def _configure(render: Any) -> None:
     ours = jinja2.DictLoader({"custom.css": STYLE + _dark_code(), "module.html.jinja2": TEMPLATE})
     render.env.loader = jinja2.ChoiceLoader([ours, render.env.loader])
     render.env.filters["to_html"] = lambda text: formulas.render(to_html(text))
+
+
+def _explain_settings(config: "doc.Doc") -> None:
+    """Add what `--help` says of each setting to the docstring of `Config`."""
+    described = [f"    {field.name}: {field.metadata['description']}" for field in fields(Config)]
+    config.docstring = "\n".join([inspect.getdoc(Config) or "", "", "Attributes:", *described])
 
 
 def undocumented(owner: "doc.Namespace") -> Iterator[str]:

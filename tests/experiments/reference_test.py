@@ -2,10 +2,12 @@ import importlib
 import pathlib
 import re
 import sys
+from dataclasses import fields
 
 import pytest
 
 from experiments import formulas, reference
+from pm_jax.continual import Config
 
 pdoc = pytest.importorskip("pdoc")
 ROOT = pathlib.Path(__file__).parents[2]
@@ -103,5 +105,7 @@ def test_the_reference_needs_no_network_and_its_links_lead_somewhere(tmp_path):
             assert other in pages and (not place or f'id="{place}"' in pages[other]), (path, target)
         shown = re.sub("<[^>]*>", "", "".join(re.findall(r'<div class="formula">.*?</div>', page)))
         assert not re.search(r"[_^{}`]|theta|Delta|alpha", shown), shown
+    settings = pages[(tmp_path / "pm_jax/continual.html").resolve()]
+    assert all(f"<strong>{field.name}:</strong>" in settings for field in fields(Config))
     closed_form = next(iter(FORMULAS.values()))
     assert closed_form in pages[(tmp_path / "pm_jax/coefficients.html").resolve()]
