@@ -1,1 +1,1 @@
-"""Studies behind the figures of the README: restartable, one command each."""
+"""Studies behind the figures of experiments/README.md: restartable, one command each."""

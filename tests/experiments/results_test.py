@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from experiments.studies import ledger
+from experiments.studies import earlier_tables, ledger
 
 HERE = pathlib.Path(ledger.__file__).parent
 PAGE = (HERE.parent / "README.md").read_text()
@@ -18,3 +18,10 @@ def test_the_tables_of_results_are_made_from_the_ledgers(name):
     thumb = ledger.rule_of_thumb(lines)
     # A heading alone has no stream in it.
     assert thumb in PAGE or len(thumb.splitlines()) == 2
+
+
+def test_earlier_tables_are_made_from_their_rows():
+    found = earlier_tables.all_tables()
+    assert len(found) == 9
+    for table in found.values():
+        assert table in PAGE
