@@ -173,8 +173,9 @@ def define_baseline_flags() -> None:
     flags.DEFINE_string(
         "baseline",
         None,
-        "Second rule to run, unperturbed, in WORKDIR/baseline; empty: none. By default it is "
-        "sequential where --rule is not given, and none otherwise.",
+        "Second rule to run, unperturbed; empty: none, not given: sequential or none. It runs in "
+        "WORKDIR/baseline. Not given, it is sequential if --rule is not given either, and none "
+        "otherwise.",
     )
     default = (
         "By default sequential's best one where stream, model and optimiser are the default ones, "
