@@ -119,7 +119,7 @@ def test_the_warnings_that_are_explained_are_those_of_reports():
         {"regret_accuracy": 0.05, "most_accurate_alpha": 0.9},
         {"degenerate": 1.0},
     ]
-    said = [text for change in doubtful for text in trust.of_merge(healthy | change)]
+    said = [text for change in doubtful for text in trust.of_merge(healthy | change).values()]
     rows = re.findall(r"^\| (`.+?`) \|", SECTIONS["Read the report"], re.MULTILINE)
     explained = [phrase for row in rows for phrase in re.findall("`(.+?)`", row)]
     for phrase in explained:

@@ -220,7 +220,7 @@ def write_percents(axes, values: np.ndarray, spread: np.ndarray | None = None) -
     # More numbers than those of ten tasks are not legible.
     if columns > 10:
         return
-    size = 10 if columns <= 5 else 7.5
+    size = 10 if columns <= 7 else 7.5
     for row, column in np.argwhere(np.isfinite(values)):
         value = values[row, column]
         # Legible on both ends of the colour map, of which high values are bright. Pages give text

@@ -70,7 +70,8 @@ def _with_flags(text: str) -> Any:
     """Set flags as code, so that no line breaks within them."""
     from markupsafe import Markup, escape
 
-    return Markup(re.sub(r"--[\w=,]+", r"<code>\g<0></code>", escape(text)))
+    # A plain string: markup would escape what is put into it.
+    return Markup(re.sub(r"--[\w=,]+", r"<code>\g<0></code>", str(escape(text))))
 
 
 def _svg(figure: "Figure", label: str) -> Any:
