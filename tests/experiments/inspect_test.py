@@ -126,7 +126,7 @@ def test_what_is_damaged_is_a_line_with_a_remedy_and_code_1(trained, tmp_path, c
     assert [line for line in lines if line.startswith("damaged: ")] == [
         "damaged: baseline/config.json has other bytes than were saved; put back a copy, or run "
         "the command in another directory",
-        "damaged: report.html is missing; python -m experiments.report writes it anew",
+        "damaged: report.html is missing; the same command writes it anew",
         "damaged: seed_0/checkpoints/manifest.json is damaged; the same command goes on from the "
         "newest that is whole; where the run is finished, once seed_0/results.json is moved away",
         "damaged: seed_0/metrics.csv is no file any more; put back a copy; no result depends on it",

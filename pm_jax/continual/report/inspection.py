@@ -31,8 +31,9 @@ REMEDIES = {
     "covered cannot be verified",
     r"(.*/)?(comparison_)?config\.json": "put back a copy, or run the command in another directory",
     r"(.*/)?summary\.json": "the same command writes it anew",
-    r"report\.html": "python -m experiments.report writes it anew",
-    r"comparison(_validation)?\.\w+|\w+\.png": "the same command writes it anew",
+    # Of a rule in a comparison, whose command writes none.
+    r".+/report\.html": "python -m experiments.report writes it anew",
+    r"(report|comparison)(_validation)?\.\w+|\w+\.png": "the same command writes it anew",
     r"(?P<seed>.*seed_\d+)/(results\.json|landscape\.npz)": r"without \g<seed>/results.json the "
     "same command goes on from the newest checkpoint and writes it anew",
     r".*seed_\d+/(metrics\.\w+|events\..*)": "put back a copy; no result depends on it",
