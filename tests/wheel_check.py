@@ -28,7 +28,9 @@ def check_files():
     import pm_jax
 
     files = importlib.resources.files(pm_jax)
-    for name in ("py.typed", "continual/report/report.html.jinja", "data/digits_order.npy"):
+    pages = ("page", "parts", "report", "comparison")
+    templates = (f"continual/report/{page}.html.jinja" for page in pages)
+    for name in ("py.typed", *templates, "data/digits_order.npy"):
         assert files.joinpath(name).is_file(), name
     distribution = importlib.metadata.distribution("pm_jax")
     assert distribution.version == pm_jax.__version__

@@ -45,8 +45,7 @@ def accuracy_curves(runs: Mapping[str, Sequence[Results]]) -> "Figure":
         tasks = np.arange(1, values.shape[1] + 1)
         axes.errorbar(tasks, values.mean(axis=0), deviation(values), label=label,
                       color=f"C{number}", marker="os"[number], markersize=4, capsize=3)  # fmt: skip
-    split = Shown.of(next(iter(runs.values()))[0]).split
-    axes.set(xlabel="after task", ylabel=f"{split} accuracy on the tasks seen, %")
+    axes.set(xlabel="after task", ylabel="accuracy on tasks seen, %")
     _finish(figure, axes, 1, values.shape[1])
     return figure
 
