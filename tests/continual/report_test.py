@@ -380,7 +380,7 @@ def test_a_browser_shows_every_chart_and_its_console_is_silent(full, compared, s
         width, count = (390, 1440)[number % 2], contents[number // 2].count("<svg")
         assert len(found["sizes"]) == count == (8, 5)[number // 2]
         for wide, high, cut in found["sizes"]:
-            assert 300 < wide < min(width, 500) and high > 100 and not cut
+            assert 300 < wide < min(width, 550) and high > 100 and not cut
         assert found["whole"] <= found["inner"] <= width  # nothing to scroll sideways
         assert found["ink"] == {"light": "rgb(0, 0, 0)", "dark": "rgb(255, 255, 255)"}[scheme]
     assert frames[0]["inner"] > 370  # less a scroll bar
