@@ -3,6 +3,8 @@
 python -m experiments.train --workdir=runs/digits --seeds=0,1,2
 """
 
+import contextlib
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -65,6 +67,8 @@ def main(argv: Sequence[str]) -> None:
             return
         if not workdir:
             raise InvalidInput("workdir=: needs a directory, as --workdir=runs/digits")
+        if values.report:
+            threading.Thread(target=_import_plots).start()
         with stop:
             summaries = run_with_baseline(config, baseline, values.seeds, workdir, options)
         if not is_first():
@@ -76,6 +80,12 @@ def main(argv: Sequence[str]) -> None:
         lines = [table(summaries), sentences.gain(summaries), sentences.method(summaries)]
         print(*filter(None, lines), sep="\n")
         export.write(destinations, config, values.seeds[0], workdir)
+
+
+def _import_plots() -> None:
+    """Import what draws the report, while the run waits for the first programs to compile."""
+    with contextlib.suppress(ImportError):
+        import matplotlib.figure  # noqa: F401
 
 
 def _write_report(workdir: Path, split: str) -> str:
