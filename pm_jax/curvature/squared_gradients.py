@@ -103,7 +103,7 @@ def _draw_labels(number: int, key: Key, logits: Array) -> Array:
     # The first numbers are the same ones however many are drawn. XLA unrolls loops of an odd length
     # for CPUs, and takes a second longer to compile them than those of a multiple of 16.
     noise = jax.random.gumbel(key, (-(-count // 16) * 16,), logits.dtype)[:count]
-    return jnp.argmax(noise.reshape(number, *logits.shape) + logits, axis=-1)
+    return jnp.argmax(noise.reshape(number, *logits.shape) + logits[None], axis=-1)
 
 
 MOST_TOKEN_PASSES = 512

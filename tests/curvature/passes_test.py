@@ -89,3 +89,14 @@ def test_bfloat16_inputs_and_gradients_are_multiplied_without_rounding():
     wanted = np.tensordot(weights.astype(np.float64), squares, 1)
     np.testing.assert_allclose(found.total["kernel"], wanted, rtol=1e-5)
     np.testing.assert_allclose(found.along, squares.sum(axis=(1, 2)), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "classes", "number"), [((), 10, 1), ((3,), 7, 2)])
+def test_labels_are_those_of_jax_whatever_length_is_drawn(tokens, classes, number):
+    keys = jax.random.split(jax.random.key(2), 5)
+    logits = 3 * jax.random.normal(jax.random.key(1), (5, *tokens, classes))
+    scores = label_passes(number)(logits, keys).cotangents
+    labels = jnp.argmax(scores, axis=-1)
+    for example, (key, own) in enumerate(zip(keys, logits, strict=True)):
+        wanted = jax.random.categorical(key, own, shape=(number, *tokens))
+        np.testing.assert_array_equal(labels[:, example], wanted)
