@@ -12,7 +12,7 @@ import pytest
 
 from pm_jax.continual import Config, Learner, RunOptions
 from pm_jax.continual import learner as learner_module
-from pm_jax.continual.merging.programs import programs_of, training_programs
+from pm_jax.continual.merging.programs import evaluation_passes, programs_of, training_programs
 from pm_jax.continual.training.task_program import Segment
 
 SMALL = Config(
@@ -48,6 +48,7 @@ def forget_programs():
     """Have everything compiled anew."""
     programs_of.cache_clear()
     training_programs.cache_clear()
+    evaluation_passes.cache_clear()
 
 
 def copied(owner):

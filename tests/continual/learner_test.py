@@ -44,6 +44,10 @@ def test_seeds_share_the_compiled_functions():
     assert first.programs is second.programs
     assert first.programs.training.first.train._cache_size() == 1
     assert not leaves_equal(first.params, second.params)
+    config = dataclasses.replace(SMALL, rule="sequential", perturbation="none", learning_rate=1e-3)
+    baseline = Learner(config, 0, options=QUIET).programs.training
+    assert baseline.scores is first.programs.training.scores
+    assert baseline.first is not first.programs.training.first
 
 
 @pytest.mark.slow

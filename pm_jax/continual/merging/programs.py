@@ -117,10 +117,11 @@ class TrainingPrograms:
         self.columns = TaskProgram(
             unperturbed, Evaluating(model), Partition((), (), later.head), shape.largest_task
         )
-        transform, temperature = evaluation_transform(config), config.temperature
-        options: Any = {"temperature": temperature, "transform": transform, "devices": self.devices}
-        self.scores = ScoresPass(self.model, scores_batch(config.batch_size), **options)
-        self.mean_loss = MeanLossPass(self.model, **options)
+        # Runs that differ in how they train are evaluated by the same programs.
+        by_default = ("learning_rate", "epochs", "first_task_epochs")
+        defaults: Any = {name: getattr(Config, name) for name in by_default}
+        evaluated = dataclasses.replace(unperturbed, **defaults)
+        self.scores, self.mean_loss = evaluation_passes(evaluated, model)
 
     @compiled(once=True)
     def init_with_state(self, key: Key) -> tuple[Params, PyTree]:
@@ -281,6 +282,19 @@ class Programs:
     def gradient_norm(self, objective: Objective, params: Params) -> Array:
         """Return the norm of the gradient of a task's loss by the leaves that merge."""
         return objective.gradient_norm(trees.select(params, self.merging))
+
+
+@functools.lru_cache(maxsize=8)
+def evaluation_passes(config: Config, model: Model) -> tuple[ScoresPass, MeanLossPass]:
+    """Return the passes that evaluate a model, the same objects for the same arguments."""
+    transform, temperature = evaluation_transform(config), config.temperature
+    options: Any = {
+        "temperature": temperature,
+        "transform": transform,
+        "devices": devices_of(config),
+    }
+    scores = ScoresPass(model, scores_batch(config.batch_size), **options)
+    return scores, MeanLossPass(model, **options)
 
 
 @functools.lru_cache(maxsize=8)
