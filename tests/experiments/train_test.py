@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import termios
-import time
 
 import jax
 import pytest
@@ -256,13 +255,9 @@ def test_a_terminal_shows_a_progress_bar(tmp_path):
         command(f"--workdir={tmp_path}", "--rule=averaging", *TINY), cwd=ROOT, stderr=theirs
     ) as process:
         os.close(theirs)
-        shown, clock, silences = b"", time.monotonic(), []
+        shown = b""
         while chunk := _read_until_closed(ours):
-            clock, before = time.monotonic(), clock
-            if b"reading data" in shown:
-                silences.append(clock - before)
             shown += chunk
-    assert max(silences) < 5
     assert process.returncode == 0
     assert shown.startswith(b"starting ...")
     phases = [b"reading data", b"compiling, training", b" training", b"merging", b"evaluating"]
