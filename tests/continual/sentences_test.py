@@ -94,6 +94,9 @@ def test_the_sentences_take_the_summaries_of_runs():
     assert run["final_average_accuracy"]["values"] == [0.8, 0.81]
     assert run["alpha"] == pytest.approx([0.2, 0.3])
     assert "only 20 to 30 % of the way" in sentences.method(rows)
+    assert "went 20 to 120 % of" in sentences.method(
+        {"perturb_and_merge": {**run, "alpha": [0.2, 1.2]}}
+    )
     assert sentences.method({"averaging": run}) == ""
     nothing = summarize([content(0, 0.8, [None])])
     assert nothing["alpha"] is None and sentences.method({"perturb_and_merge": nothing}) == ""
@@ -118,6 +121,7 @@ def test_the_time_left_is_that_of_steps_and_of_the_ends_of_tasks(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     pace = progress.Pace()
+    pace.trained(1, 9.0)
     assert pace.left(100, 3) is None
     # The first step of training and the first end of a task compile.
     for steps, seconds, between in ((1, 9.0, 8.0), (10, 2.0, 2.0), (5, 1.0, 3.0)):

@@ -95,12 +95,12 @@ class Pace:
         self._between.append(time.monotonic() - self._clock)
 
     def left(self, steps: int, tasks: int) -> float | None:
-        """Return the seconds that steps and ends of tasks take; `None` before the first step."""
-        if not self._steps:
+        """Return the seconds that steps and ends of tasks take; `None` where it is not known."""
+        # The first of both also compile, which tells nothing of the others.
+        if len(self._steps) < 2:
             return None
-        # The first of both also compile: the median and the least leave that out soon.
         between = min(self._between, default=0.0)
-        return steps * statistics.median(self._steps) + tasks * between
+        return steps * statistics.median_low(self._steps) + tasks * between
 
 
 def in_words(seconds: float) -> str:
