@@ -36,7 +36,7 @@ def text_tower(**changes):
 
 def random_params(tower, inputs, seed=0):
     """Nothing at its initial zero or one, so that every tensor counts."""
-    params = tower.init(jax.random.key(0), inputs)["params"]
+    params = jax.jit(tower.init)(jax.random.key(0), inputs)["params"]
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda x: x + jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32), params

@@ -186,7 +186,7 @@ def test_rounding_in_bfloat16_is_no_dependence(depth):
             return nn.Dense(3, dtype=jnp.bfloat16)(x)
 
     model = Deep()
-    params = model.init(jax.random.key(0), DATA[0])["params"]
+    params = jax.jit(model.init)(jax.random.key(0), DATA[0])["params"]
     measure = curvature.gauss_newton(lambda p, x: model.apply({"params": p}, x))
     assert warned(measure, params, direction=params) == []
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)

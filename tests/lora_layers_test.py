@@ -249,7 +249,7 @@ class Twice(nn.Module):
 @pytest.mark.parametrize("layer", ["Doubled", "Standardised", "Own", "ConvTranspose"])
 def test_layers_that_pm_jax_does_not_know_are_named(layer):
     model, inputs = Twice(layer), jnp.ones((2, 5, 4))
-    params = model.init(jax.random.key(0), inputs)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), inputs)["params"]
     adapters = lora.init(jax.random.key(0), params, ".*kernel", 1, input_axes={".*": None}
                          if layer != "ConvTranspose" else 2)  # fmt: skip
     with (
@@ -261,7 +261,7 @@ def test_layers_that_pm_jax_does_not_know_are_named(layer):
 
 def test_a_masked_convolution_is_refused():
     model = nn.Conv(3, (2,), mask=jnp.tril(jnp.ones((2, 4, 3))))
-    params = model.init(jax.random.key(0), jnp.ones((1, 5, 4)))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.ones((1, 5, 4)))["params"]
     adapters = lora.init(jax.random.key(0), params, "kernel", 1)
     with pytest.raises(InvalidInput, match="Conv layer .*masked.*use fold"), lora.branch(adapters):
         model.apply({"params": params}, jnp.ones((1, 5, 4)))

@@ -12,7 +12,7 @@ PATTERN = r".*/attn/(key|value)/kernel"
 def vit():
     model = models.VisionTransformer(5, patch_size=4, width=16, depth=2, num_heads=2)
     images = jax.random.normal(jax.random.key(1), (3, 8, 8, 1))
-    params = model.init(jax.random.key(0), images)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
     adapters = lora.init(jax.random.key(2), params, PATTERN, 3)
     full = {
         path: adapter._replace(b=jax.random.normal(jax.random.key(i), adapter.b.shape) * 0.2)

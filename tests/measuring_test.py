@@ -286,7 +286,7 @@ KERNELS = ("hidden/kernel", "head/kernel")
 
 def linen(kind):
     model = Linen(remat=kind == "remat")
-    nested = Linen().init(jax.random.key(0), INPUTS)["params"]
+    nested = jax.jit(Linen().init)(jax.random.key(0), INPUTS)["params"]
     if kind == "flat":
         return trees.leaves_by_path(nested), lambda p, x: model.apply(
             {"params": {name: {k: p[f"{name}/{k}"] for k in ("kernel", "bias")}

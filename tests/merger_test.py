@@ -188,7 +188,7 @@ class Linen(nn.Module):
 
 def linen_tree(kind):
     model, x = Linen(), jnp.ones((1, 4))
-    params = model.init(jax.random.key(0), x)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), x)["params"]
     params = FrozenDict(params) if kind == "frozen" else params
     return params, lambda p, x: model.apply({"params": p}, x)
 

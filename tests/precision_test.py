@@ -73,7 +73,7 @@ class Network(nn.Module):
 NETWORK = Network()
 IMAGES = jax.random.normal(jax.random.key(1), (4, 4, 4, 2))
 EXAMPLES = Batch(IMAGES, jnp.asarray([0, 2, 1, 1]), jnp.ones(4))
-PARAMS = NETWORK.init(jax.random.key(0), IMAGES)["params"]
+PARAMS = jax.jit(NETWORK.init)(jax.random.key(0), IMAGES)["params"]
 DIRECTION = jax.tree.map(jnp.ones_like, PARAMS)
 LAYERS = ("tokens", "hidden", "head")
 KEY = jax.random.key(2)

@@ -38,7 +38,7 @@ VIT = models.VisionTransformer(10, 4, None, 16, 1, 2)
 def finished(tmp_path_factory):
     """A folder with weights, a run from them, and what that exported."""
     folder = tmp_path_factory.mktemp("finished")
-    params = VIT.init(jax.random.key(1), jnp.ones((1, 8, 8, 3)))["params"]
+    params = jax.jit(VIT.init)(jax.random.key(1), jnp.ones((1, 8, 8, 3)))["params"]
     pretrained.write_tensors(
         pretrained.export_params(params, "transformers"), folder / "start.safetensors"
     )

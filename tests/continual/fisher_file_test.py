@@ -32,7 +32,7 @@ def images(path, seed):
 
 def model_file(path, seed, layout="timm", **more):
     blank = jnp.ones((1, 8, 8, 3))
-    params = NETWORK.init(jax.random.key(seed), blank)["params"]
+    params = jax.jit(NETWORK.init)(jax.random.key(seed), blank)["params"]
     params = jax.tree.map(
         lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), params
     )
@@ -48,6 +48,7 @@ def measured(folder, *more):
     return load_file(folder / "fisher.safetensors")
 
 
+@jax.jit
 def by_hand(params, inputs, labels=None):
     """The mean of squared gradients, example by example; over all labels without any."""
     images = jnp.asarray(inputs, jnp.float32) / 127.5 - 1

@@ -207,7 +207,7 @@ def test_a_rule_that_merges_for_inference_only_keeps_training_from_the_trained_m
 @pytest.mark.slow
 def test_a_run_from_pretrained_weights_starts_from_them_and_keeps_the_learned_head_apart(tmp_path):
     # Weights of photographs take three channels, which the digits are brought to.
-    start = VIT.network(10).init(jax.random.key(5), jnp.ones((1, 8, 8, 3)))["params"]
+    start = jax.jit(VIT.network(10).init)(jax.random.key(5), jnp.ones((1, 8, 8, 3)))["params"]
     weights = tmp_path / "weights.safetensors"
     pretrained.write_tensors(pretrained.export_params(start, "timm"), weights)
     config = dataclasses.replace(VIT, pretrained=str(weights), first_task_epochs=7)

@@ -139,7 +139,8 @@ def test_the_first_session_is_that_of_sequential_training_and_the_rest_is_frozen
 
 
 def pretrained_vit(tmp_path, **changes):
-    params = VIT.network(10).init(jax.random.key(5), np.ones((1, 8, 8, 3), np.float32))["params"]
+    blank = np.ones((1, 8, 8, 3), np.float32)
+    params = jax.jit(VIT.network(10).init)(jax.random.key(5), blank)["params"]
     weights = tmp_path / "weights.safetensors"
     pretrained.write_tensors(pretrained.export_params(params, "timm"), weights)
     changes = {"rule": "first_session", "perturbation": "none", "num_tasks": 3, **changes}

@@ -79,7 +79,7 @@ def tokens():
     model, rng = Tokens(), np.random.default_rng(0)
     inputs = jnp.asarray(rng.normal(size=(EXAMPLES, 3, 5)), jnp.float32)
     batch = Batch(inputs, jnp.asarray(rng.integers(4, size=EXAMPLES)))
-    params = trees.leaves_by_path(model.init(jax.random.key(0), inputs)["params"])
+    params = trees.leaves_by_path(jax.jit(model.init)(jax.random.key(0), inputs)["params"])
     params = {k: v + 0.1 * jnp.cos(jnp.arange(v.size)).reshape(v.shape) for k, v in params.items()}
     direction = jax.tree.map(lambda v: jnp.sin(jnp.arange(v.size)).reshape(v.shape), params)
 

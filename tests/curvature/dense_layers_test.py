@@ -64,9 +64,9 @@ KINDS = [
 def problem(kind, examples=3):
     model = Classifier(kind)
     inputs = jax.random.normal(jax.random.key(1), (examples, *TOKENS[1:]))
-    params = trees.leaves_by_path(model.init(jax.random.key(0), inputs)["params"])
+    tree = jax.jit(model.init)(jax.random.key(0), inputs)["params"]
+    params = trees.leaves_by_path(tree)
     params = {k: v + 0.1 * jnp.cos(jnp.arange(v.size)).reshape(v.shape) for k, v in params.items()}
-    tree = model.init(jax.random.key(0), inputs)["params"]
 
     def outputs(some, batch):
         leaves = trees.replace(trees.replace(tree, params), some)
@@ -119,7 +119,7 @@ def test_kronecker_factors_of_a_general_layer_are_those_of_the_dense_one(kind):
     width = params["middle/bias"].size
     matrix = kernel.reshape(-1, width)
     dense = {**params, "middle/kernel": matrix, "middle/bias": params["middle/bias"].reshape(-1)}
-    tree = AsDense().init(jax.random.key(0), batch.inputs)["params"]
+    tree = jax.jit(AsDense().init)(jax.random.key(0), batch.inputs)["params"]
 
     def dense_outputs(some, batch):
         leaves = trees.replace(tree, {**dense, **some})
@@ -237,8 +237,8 @@ REFUSED = {
 def test_layers_that_are_not_covered_are_refused_by_name(how):
     layer, message = REFUSED[how]
     model, inputs = Loops(how), jnp.ones(VECTORS)
-    params = trees.leaves_by_path(model.init(jax.random.key(0), inputs)["params"])
-    tree = model.init(jax.random.key(0), inputs)["params"]
+    tree = jax.jit(model.init)(jax.random.key(0), inputs)["params"]
+    params = trees.leaves_by_path(tree)
 
     def outputs(some, batch):
         return model.apply({"params": trees.replace(tree, some)}, batch.inputs)
@@ -279,7 +279,7 @@ def test_a_kernel_with_its_outputs_first_has_no_factors():
 
 def test_inputs_are_those_of_the_layer_and_not_of_its_transformed_class():
     model, inputs = Remat(), jnp.ones(VECTORS)
-    params = model.init(jax.random.key(0), inputs)
+    params = jax.jit(model.init)(jax.random.key(0), inputs)
     calls = []
     with dense_layers.visiting(lambda call: calls.append(call.name)):
         model.apply(params, inputs)

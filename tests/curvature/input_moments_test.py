@@ -224,7 +224,7 @@ def test_calls_of_one_layer_and_steps_of_a_loop_add_up():
 
     model = Model()
     inputs = jax.random.normal(jax.random.key(0), (4, 2, 6))
-    params = model.init(jax.random.key(1), inputs)["params"]
+    params = jax.jit(model.init)(jax.random.key(1), inputs)["params"]
     found = moments_of(model, params, inputs)
     leaves = {path: np.asarray(x, np.float64) for path, x in trees.leaves_by_path(params).items()}
 
@@ -286,7 +286,7 @@ def test_tokens_of_padding_are_left_out_where_a_layer_sees_the_tokens():
 
     rng = np.random.default_rng(0)
     inputs = jnp.asarray(rng.normal(size=(4, 5, 2)), jnp.float32)
-    params = Model().init(jax.random.key(0), inputs)["params"]
+    params = jax.jit(Model().init)(jax.random.key(0), inputs)["params"]
     weights = np.asarray(rng.integers(0, 3, size=(4, 5)), np.float32)
     weights[3] = 0
     batch = Batch(inputs, jnp.zeros((4, 5), int), jnp.asarray(weights))
@@ -309,7 +309,7 @@ def test_bfloat16_computation_is_summed_in_float32_and_a_state_is_an_argument():
             return nn.Dense(3, dtype=jnp.bfloat16, name="a")(x)
 
     inputs = jax.random.normal(jax.random.key(0), (300, 4)).astype(jnp.bfloat16)
-    params = Model().init(jax.random.key(1), inputs)["params"]
+    params = jax.jit(Model().init)(jax.random.key(1), inputs)["params"]
     measure = input_moment(lambda p, x, factor: Model().apply({"params": p}, factor * x))
     batch = Batch(inputs, jnp.zeros(300, int))
     factor = jnp.asarray([[1.0, 2.0, 4.0, 0.5]], jnp.bfloat16)

@@ -146,7 +146,7 @@ def problem(examples, tokens):
     rng = np.random.default_rng(2)
     inputs = jnp.asarray(rng.normal(size=(examples, tokens, 5)), jnp.float32)
     batch = Batch(inputs, jnp.asarray(rng.integers(4, size=examples)))
-    params = Network().init(jax.random.key(0), inputs)["params"]
+    params = jax.jit(Network().init)(jax.random.key(0), inputs)["params"]
     return params, batch
 
 

@@ -83,7 +83,7 @@ FAST = ("same", "strides", "dilated", "one position")
 )
 def test_convolutions(name):
     module = Convolutional(nn.Conv(4, **CONVOLUTIONS.get(name, GROUPS), name="middle"))
-    params = module.init(jax.random.key(3), IMAGES)["params"]
+    params = jax.jit(module.init)(jax.random.key(3), IMAGES)["params"]
 
     def outputs(params, batch):
         return module.apply({"params": params}, batch.inputs)
@@ -206,7 +206,7 @@ def test_a_penalty_of_a_loss_is_part_of_the_gradient():
 @pytest.mark.parametrize("num_samples", [2, slow(None)])
 def test_the_measures_find_kernels_by_themselves(num_samples):
     module = Convolutional(nn.Conv(4, (3, 3), name="middle"))
-    params = module.init(jax.random.key(3), IMAGES)["params"]
+    params = jax.jit(module.init)(jax.random.key(3), IMAGES)["params"]
     direction = jax.tree.map(jnp.cos, params)
 
     def logits_fn(params, images):

@@ -59,7 +59,7 @@ def test_matrix_products_of_one_drawn_label(block, most):
     Blocks that are rematerialised run forward once more, but for their last layers.
     """
     network, x = Network(block), jnp.ones((4, 5, 6))
-    params = network.init(jax.random.key(0), x)["params"]
+    params = jax.jit(network.init)(jax.random.key(0), x)["params"]
     kernels = trees.select(params, ".*(key|value)/kernel")
     batch, keys = Batch(x, jnp.zeros(4, int)), jax.random.split(jax.random.key(1), 4)
 

@@ -41,7 +41,7 @@ def problem(padding=False):
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(5, size=(N, T)))
     labels = jnp.asarray(rng.integers(CLASSES, size=(N, T)))
-    params = Network().init(jax.random.key(0), tokens)["params"]
+    params = jax.jit(Network().init)(jax.random.key(0), tokens)["params"]
     params = jax.tree.map(lambda x: x + 0.3 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), params)
     direction = jax.tree.map(lambda x: jnp.sin(1.0 + jnp.arange(x.size)).reshape(x.shape), params)
     if not padding:

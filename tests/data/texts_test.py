@@ -80,7 +80,7 @@ def test_clinc150_by_domains(tokenizer):
 @pytest.mark.slow
 def test_a_stream_of_texts_is_learned_with_adapters_on_given_weights(tmp_path, tokenizer):
     model = models.TextEncoder(4, len(WORDS), width=16, depth=1, num_heads=2)
-    params = model.init(jax.random.key(3), jnp.ones((1, 6), jnp.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(3), jnp.ones((1, 6), jnp.int32))["params"]
     tensors = pretrained.export_params(params, "bert")
     pretrained.write_tensors(tensors, tmp_path / "model.safetensors")  # beside the tokenizer
     config = Config(

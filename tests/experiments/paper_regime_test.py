@@ -114,7 +114,7 @@ def test_the_study_runs_small_and_does_nothing_twice(tmp_path):
 @pytest.mark.slow
 def test_a_packed_folder_is_enough_on_a_machine_without_the_readers(data_dir, tmp_path, capsys):
     model = models.VisionTransformer(1, 8, None, 8, 1, 2)
-    params = model.init(jax.random.key(0), jnp.ones((1, 16, 16, 3)))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.ones((1, 16, 16, 3)))["params"]
     weights, folder = tmp_path / "model.safetensors", tmp_path / "folder"
     pretrained.write_tensors(pretrained.export_params(params, "timm"), weights)
     prepared = {"dataset": "cifar100", "data_dir": str(data_dir), "pretrained": str(weights)}

@@ -83,7 +83,7 @@ def example(name):
     provider = qwix.LoraProvider([rule])
     if isinstance(model, nn.Module):
         adapted = qwix.apply_lora_to_model(model, provider)
-        params = adapted.init(jax.random.key(0), inputs)["params"]
+        params = jax.jit(adapted.init)(jax.random.key(0), inputs)["params"]
         functions = [
             lambda params, x, module=module: module.apply({"params": params}, x)
             for module in (adapted, model)
@@ -250,7 +250,7 @@ def test_a_qwix_model_trains_two_tasks_and_merges_them(kind):
     if kind == "linen":
         model = Classifier()
         adapted = qwix.apply_lora_to_model(model, provider)
-        params = adapted.init(jax.random.key(0), example_input)["params"]
+        params = jax.jit(adapted.init)(jax.random.key(0), example_input)["params"]
 
         def with_qwix(params, x):
             return adapted.apply({"params": params}, x)

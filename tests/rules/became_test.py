@@ -86,7 +86,7 @@ def test_input_moments_are_those_of_the_layers_inputs_with_and_without_tokens():
 
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(2, 4, 2, 3)), jnp.float32)
-    params = Net().init(jax.random.key(0), x[0])["params"]
+    params = jax.jit(Net().init)(jax.random.key(0), x[0])["params"]
     logits = jax.tree_util.Partial(
         lambda leaves, x: Net().apply({"params": trees.replace(params, leaves)}, x)
     )

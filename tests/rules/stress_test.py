@@ -28,7 +28,7 @@ N, WIDTH, CLASSES = 6, 4, 3
 def network(hidden=(), dtype=jnp.float32):
     """Logits of a classifier, and its leaves by path."""
     model = MLP(CLASSES, hidden, dtype)
-    params = model.init(jax.random.key(0), jnp.zeros((1, WIDTH)))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, WIDTH)))["params"]
 
     def logits_fn(leaves, inputs):
         logits = model.apply({"params": trees.replace(params, leaves)}, inputs)
@@ -301,7 +301,7 @@ def test_a_task_and_the_same_inputs_under_the_other_labels_meet_halfway():
 def test_images_of_variance_0_have_finite_gradients_through_layer_norms():
     """Under the perturbation too, at no displacement and with a padded example."""
     model = VisionTransformer(3, patch_size=2, width=8, depth=1, num_heads=2)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))["params"]
     flat = trees.leaves_by_path(params)
     batch = Batch(jnp.zeros((2, 4, 4, 1), jnp.uint8), jnp.zeros(2, int), jnp.asarray([1.0, 0.0]))
 

@@ -32,7 +32,8 @@ def ours(weights):
         clip_files.NAMES, TEMPLATES, parts.scale,
     )  # fmt: skip
     image = models.ClipImageTower(len(clip_files.NAMES), **sizes.image)
-    params = pretrained.load_params(parts.image, image.init(jax.random.key(0), IMAGES)["params"])
+    params = jax.jit(image.init)(jax.random.key(0), IMAGES)["params"]
+    params = pretrained.load_params(parts.image, params)
     head = dict(zip(("head/kernel", "head/bias"), columns, strict=True))
     return image, trees.replace(params, head), encode, columns[0]
 
