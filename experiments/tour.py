@@ -71,6 +71,8 @@ STEPS = (
     ),
 )
 ALLOWED = {"tour", "preset", "workdir", "dry_run"}
+LINKED = (".html", ".csv", ".png", ".safetensors")
+"""Files that the page links, in this order."""
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -129,7 +131,7 @@ def run() -> None:
                 # The command has said why.
                 line = "the tour ends here; the same command goes on with what is not finished"
                 experiment_flags.fail(line, code=max(code, 1))
-        written = sorted(folder.glob("*.*")) if step.folder else []
+        written = [path for end in LINKED for path in sorted(folder.glob(f"*{end}")) if step.folder]
         shown.append((step, lines, [path.relative_to(workdir).as_posix() for path in written]))
     if not values.dry_run:
         page = workdir / "tour.html"
