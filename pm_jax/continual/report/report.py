@@ -302,8 +302,9 @@ def _costs(runs: Sequence[FinishedRun]) -> Any:
             *(spread([content["seconds"].get(name) for content in run.results]) for run in runs),
         ]
         for name in runs[0].results[0]["seconds"]
+        # What a run did not do is left out; what took no time to speak of is not.
+        if any(content["seconds"].get(name) for run in runs for content in run.results)
     ]
-    rows = [row for row in rows if any(cell.strip("0.±\u00a0-") for cell in row[1:])]
     sizes = [f"{run.results[0]['rule_state_bytes']:,}" for run in runs]
     rows.append(["memory of the rule from task to task, bytes", *sizes])
     return table(["per seed", *(run.label for run in runs)], rows)
