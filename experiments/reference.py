@@ -46,7 +46,7 @@ PAGES = (
 ARRAY = re.compile(r"(?:</?span[^<>]*>|\.)+".join(("jax", "jaxlib", "_jax", "Array")))
 """The name that an array's type has within JAX, with the marks of its parts."""
 GENERATED = re.compile(r"Alias for field number \d+$|Create new instance of \w+\(")
-"""What Python writes for named tuples."""
+"""Python writes such docstrings for the fields of named tuples."""
 STYLE = """
 main.pdoc { overflow-x: clip; }
 .formula { font-family: "STIX Two Text", Cambria, "Times New Roman", serif; font-size: 1.1em; }

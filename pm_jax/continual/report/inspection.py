@@ -31,7 +31,7 @@ REMEDIES = {
     "covered cannot be verified",
     r"(.*/)?(comparison_)?config\.json": "put back a copy, or run the command in another directory",
     r"(.*/)?summary\.json": "the same command writes it anew",
-    # Of a rule in a comparison, whose command writes none.
+    # The command of a comparison writes no report for a single rule.
     r".+/report\.html": "python -m experiments.report writes it anew",
     r"(report|comparison)(_validation)?\.\w+|\w+\.png": "the same command writes it anew",
     r"(?P<seed>.*seed_\d+)/(results\.json|landscape\.npz)": r"without \g<seed>/results.json the "

@@ -302,7 +302,7 @@ def _costs(runs: Sequence[FinishedRun]) -> Any:
             *(spread([content["seconds"].get(name) for content in run.results]) for run in runs),
         ]
         for name in runs[0].results[0]["seconds"]
-        # What a run did not do is left out; what took no time to speak of is not.
+        # Phases that no run had are left out; those that took hardly any time are not.
         if any(content["seconds"].get(name) for run in runs for content in run.results)
     ]
     sizes = [f"{run.results[0]['rule_state_bytes']:,}" for run in runs]

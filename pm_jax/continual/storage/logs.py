@@ -122,7 +122,7 @@ class RunLog:
     def _describe(self) -> None:
         left = self._pace.left(self._total - self._step, self._tasks_left)
         time_left = f", {in_words(left)} left" if left and left >= 1 else ""
-        # What matters most comes first, because a narrow terminal cuts the end off.
+        # A narrow terminal cuts the end off, so the most telling parts come first.
         text = f"{self._doing}{self._speed}{time_left}; {self._title}"
         self._bar.set_description_str(text)
 
