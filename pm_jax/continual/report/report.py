@@ -19,8 +19,7 @@ from pm_jax.continual.report.results import (
 )
 from pm_jax.continual.settings.config import Config
 from pm_jax.continual.settings.settings import SPLITS
-from pm_jax.continual.storage import manifest
-from pm_jax.continual.storage.logs import JSONL_FILE
+from pm_jax.continual.storage import logs, manifest
 from pm_jax.continual.storage.workdir import RESULTS_FILE, saved_form, write_text
 from pm_jax.data.several import title_of
 from pm_jax.types import InvalidInput
@@ -51,11 +50,7 @@ MERGES = {
     "regret_accuracy": "regret, accuracy",
 }
 PHASES = {
-    "train": "training",
-    "curvature": "measuring curvature",
-    "merge": "merging",
-    "classifier": "fitting classifiers",
-    "evaluate": "evaluating",
+    **logs.PHASES,
     "landscape": "measuring along the merges",
     "this_process": "in all (the last process)",
 }
@@ -104,7 +99,7 @@ def _page(runs: Sequence[FinishedRun]) -> str:
         seed=run.results[0]["seed"],
         examples=examples(run.results[0]),
         environment=environment(run.results[0]),
-        JSONL_FILE=JSONL_FILE,
+        JSONL_FILE=logs.JSONL_FILE,
     )
 
 
