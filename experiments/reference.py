@@ -30,6 +30,7 @@ PAGES = (
     *("pm_jax", "pm_jax.types", "pm_jax.trees", "pm_jax.task_vectors", "pm_jax.losses"),
     *("pm_jax.perturbation", "pm_jax.coefficients", "pm_jax.merger", "pm_jax.lora"),
     *("pm_jax.metrics", "pm_jax.rules", "pm_jax.rules.base", "pm_jax.rules.building"),
+    "pm_jax.block_sums",
     *("pm_jax.rules.checked", "pm_jax.rules.preferences", "pm_jax.curvature"),
     *("pm_jax.curvature.quadratics", "pm_jax.curvature.measures"),
     "pm_jax.curvature.squared_gradients",

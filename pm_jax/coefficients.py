@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pm_jax import trees
+from pm_jax import block_sums, trees
 from pm_jax.curvature.quadratics import Quadratic, SumQuadratic
 from pm_jax.types import Array, InvalidInput, Params, PyTree
 
@@ -76,9 +76,15 @@ def merge_coefficient(
         0.25
     """
     trees.check_alike(task_vector, previous, ("task_vector", "previous"))
+    slope, curvature = block_sums.over_all(
+        (
+            quadratic.gradient_along(previous, task_vector),
+            quadratic.curvature_along(task_vector),
+        )
+    )
     return merge_coefficient_of(
-        -quadratic.gradient_along(previous, task_vector),
-        quadratic.curvature_along(task_vector),
+        -slope,
+        curvature,
         task=task,
         curvature_error=curvature_error,
         clip=clip,

@@ -1,4 +1,4 @@
-"""Peak memory and time of merging a 300 MB model in files, against twice its largest tensor.
+"""Peak memory and time of merging a model in files, against twice its largest tensor.
 
 Then those of the whole command that merges two adapters of a ViT-B with 24 targets: exactly, cut to
 a rank, and by a rule that looks at dense displacements.
@@ -18,29 +18,33 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 
-from pm_jax.offline.merging import BLOCK
+from pm_jax.offline.pieces import BLOCK
 from pm_jax.offline.tensor_files import Entry, writing
 from pm_jax.weights.peft_adapter import PREFIX, PeftAdapter, write_adapter
 
 flags.DEFINE_list("models", ["2", "10"], "Numbers of models to merge.")
 flags.DEFINE_integer("depth", 10, "Blocks of the transformer; ten are 286 MB.")
+flags.DEFINE_integer("vocabulary", 0, "Rows of a table of embeddings; 0 for none.")
 flags.DEFINE_integer("adapter_depth", 12, "Blocks of the ViT that adapters are of.")
 flags.DEFINE_list(
     "adapter_settings", ["--rank=0", "--rank=8", "--rule=magmax"], "Flags of merges of adapters."
 )
 flags.DEFINE_string("rule", "averaging", "Merge rule.")
 flags.DEFINE_string("rule_settings", "", "Settings of the rule.")
+flags.DEFINE_bool("fishers", False, "Give the models as their Fishers too, for a rule with some.")
 
 WIDTH = 768
 SMALL = {"fc.weight": (100, 100)}
 
 
-def transformer(depth: int) -> dict[str, tuple[int, ...]]:
-    """List names and shapes of a vision transformer; ten blocks have 286 MB in float32."""
+def transformer(depth: int, vocabulary: int) -> dict[str, tuple[int, ...]]:
+    """List names and shapes of a transformer; ten blocks have 286 MB in float32."""
     shapes: dict[str, tuple[int, ...]] = {
         "patch_embed.weight": (WIDTH, 3, 16, 16),
         "pos_embed": (1, 197, WIDTH),
     }
+    if vocabulary:
+        shapes["embeddings.weight"] = (vocabulary, WIDTH)
     for block in range(depth):
         shapes |= {
             f"blocks.{block}.norm1.weight": (WIDTH,),
@@ -55,7 +59,7 @@ def transformer(depth: int) -> dict[str, tuple[int, ...]]:
 
 
 def write_models(folder: Path, shapes: Mapping[str, tuple[int, ...]], count: int) -> list[Path]:
-    """Write a base and some models of normally distributed numbers; return their paths."""
+    """Write a base and some models of random numbers from 0 to 1; return their paths."""
     sizes = [math.prod(shape) for shape in shapes.values()]
     ends = np.cumsum(sizes).tolist()
     entries = {
@@ -68,7 +72,7 @@ def write_models(folder: Path, shapes: Mapping[str, tuple[int, ...]], count: int
         rng = np.random.default_rng(seed)
         with writing(path, entries, {}, overwrite=True) as file:
             for size in sizes:
-                file.write(rng.standard_normal(size, np.float32).data)
+                file.write(rng.random(size, np.float32).data)
     return paths
 
 
@@ -104,6 +108,7 @@ def measure(paths: Sequence[Path]) -> tuple[float, float, float]:
         f"--output={paths[0].with_name('merged.safetensors')}",
         f"--models={','.join(map(str, paths[1:]))}",
         *(f"--rule={values.rule}", f"--rule_settings={values.rule_settings}"),
+        f"--fishers={','.join(map(str, paths[1:])) if values.fishers else ''}",
     )
 
 
@@ -124,7 +129,7 @@ def main(argv: Sequence[str]) -> None:
     """Print the figures; the baseline is the same command on a model of a few kilobytes."""
     del argv
     counts = sorted(map(int, flags.FLAGS.models))
-    shapes = transformer(flags.FLAGS.depth)
+    shapes = transformer(flags.FLAGS.depth, flags.FLAGS.vocabulary)
     largest = 4 * max(map(math.prod, shapes.values()))
     print(f"largest tensor, MB                   {largest / 1e6:8.1f}")
     print(f"bound: twice it and a block, MB      {(2 * largest + 4 * BLOCK) / 1e6:8.1f}")

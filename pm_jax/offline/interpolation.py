@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pm_jax import trees
+from pm_jax import block_sums, trees
 from pm_jax.rules import MergeRule, Requirements, averaging
 from pm_jax.rules.base import Evidence, MergeInfo
 from pm_jax.rules.building import TaskCount
@@ -77,14 +77,16 @@ def slerp(*, t: float = 0.5) -> MergeRule:
         merged = jax.tree.map(lambda low, high: _on_arc(low, high, share), previous, trained)
         return merged, TaskCount(tasks), MergeInfo.of(share)
 
-    return merge_rule(TaskCount.zero, update, Requirements(scope="tensor"))
+    return merge_rule(TaskCount.zero, update, Requirements(scope="tensor", meets_in_sums=True))
 
 
 def _on_arc(low: Array, high: Array, share: Array) -> Array:
     dtype, stored = trees.compute_dtype(low, high), high.dtype
     low, high = (jnp.asarray(x, dtype) for x in (low, high))
-    lengths = jnp.linalg.norm(low.reshape(-1)) * jnp.linalg.norm(high.reshape(-1))
-    cosine = jnp.sum(low * high) / jnp.where(lengths > 0, lengths, 1)
+    products = jnp.stack([jnp.sum(low * low), jnp.sum(high * high), jnp.sum(low * high)])
+    low_square, high_square, inner = block_sums.over_all(products)
+    lengths = jnp.sqrt(low_square) * jnp.sqrt(high_square)
+    cosine = inner / jnp.where(lengths > 0, lengths, 1)
     straight = (jnp.abs(cosine) > COLLINEAR) | (lengths == 0)
     angle = jnp.arccos(jnp.where(straight, 0, cosine))
     parts = jnp.sin((1 - share) * angle) * low + jnp.sin(share * angle) * high

@@ -1,40 +1,24 @@
-"""Merging checkpoints in files, without training and without whole models in memory.
+"""Merging checkpoints in files, without training and without whole models in memory."""
 
-The rule's `scope` says what must be in memory at once: a block of elements, one tensor, or all
-tensors for a rule that looks across them.
-"""
-
-import functools
 import json
-import math
 import tempfile
-import zlib
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import pm_jax
 from pm_jax import files, lapack
-from pm_jax.curvature.diagonal import DiagonalQuadratic
 from pm_jax.offline import outputs, recipes
 from pm_jax.offline.agreement import differing_configs
-from pm_jax.offline.displacements import Displacement, as_displacements
 from pm_jax.offline.matrices import StoredMatrix, described, stored_matrices
 from pm_jax.offline.outputs import Output, writing_model
+from pm_jax.offline.pieces import Pieces, Rescaled, stored_blocks
 from pm_jax.offline.requests import DTYPES, Inputs, Merge, open_inputs, rules_by_settings
-from pm_jax.offline.tensor_files import FLOATS, Entry, TensorFile, laid_out, writing
-from pm_jax.rules import Evidence, MergeRule, jit_merge
-from pm_jax.types import InvalidInput, Params
-
-BLOCK = 1 << 16
-"""Elements merged at a time by a rule of scope "element"."""
-
-Load = Callable[[TensorFile], Params]
-"""Function that loads, from a file, the part that is merged at once."""
+from pm_jax.offline.tensor_files import FLOATS, TensorFile, laid_out
+from pm_jax.rules import MergeRule
+from pm_jax.types import InvalidInput
 
 
 def merge_files(merge: Merge) -> str:
@@ -75,9 +59,9 @@ def merge_inputs(merge: Merge, inputs: Inputs, folder: Path) -> str:
         ),
         writing_model(output, folder) as file,
     ):
-        pieces = _Pieces(inputs, by_settings, stored, merge.seed)
+        pieces = Pieces(inputs, by_settings, stored, merge.seed)
         if any(rule.needs.parts and rule.needs.parts.factor for rule, _ in by_settings):
-            pieces = _Rescaled(inputs, pieces, of_tensor, folder)
+            pieces = Rescaled(inputs, pieces, of_tensor, folder)
         for name, entry in output.entries.items():
             # Second names of a tied tensor are merged as the first.
             merged = inputs.agreement.copies.get(name, name)
@@ -91,7 +75,7 @@ def merge_inputs(merge: Merge, inputs: Inputs, folder: Path) -> str:
             elif entry.dtype == inputs.base.entries[name].dtype:
                 inputs.base.copy(name, file)
             else:
-                for values in _blocks(inputs.base, name):
+                for values in stored_blocks(inputs.base, name):
                     rounded = _rounded(merge, name, values, FLOATS[entry.dtype])
                     file.write(rounded.view(np.uint8).data)
     return "\n".join([*_report(merge, inputs, of_tensor, stored), *configs, *same.lines()])
@@ -150,175 +134,6 @@ class _Comparison:
         return [f"all merged tensors equal those of {files.listed(names)} bit for bit"] * bool(
             names
         )
-
-
-class _Pieces:
-    """Merger of tensors piece by piece, in the order of the elements of each tensor."""
-
-    def __init__(
-        self,
-        inputs: Inputs,
-        by_settings: list[tuple[MergeRule, tuple[str, ...]]],
-        stored: dict[str, StoredMatrix],
-        seed: int,
-    ):
-        self.inputs, self._by_settings, self._stored = inputs, by_settings, stored
-        self._merged: dict[str, np.ndarray] = {}
-        self._seed, self._run = seed, dict[int, Callable[..., Params]]()
-
-    def on(self, inputs: Inputs) -> "_Pieces":
-        """Return the same merger of other files with the same tensors."""
-        return _Pieces(inputs, self._by_settings, self._stored, self._seed)
-
-    def of(self, name: str, rule: MergeRule) -> Iterator[np.ndarray]:
-        """Yield the merged pieces of a tensor."""
-        parts, size = rule.needs.parts, self.inputs.base.entries[name].size
-        is_matrix = name in self._stored
-        of_tensor = rule if parts is None else parts.matrix if is_matrix else parts.other
-        run = self._runner(of_tensor)
-        # Draws depend on the tensor's name, not on its place among the others.
-        place = zlib.crc32(name.encode())
-        if is_matrix:
-            matrices = run(
-                lambda file: self._stored[name].separate(self._tensor(file, name)), place
-            )
-            yield self._stored[name].joined(matrices, self.inputs.base.entries[name].shape)
-        elif of_tensor.needs.scope == "element":
-            for block, first in enumerate(range(0, size, BLOCK)):
-                stop = min(first + BLOCK, size)
-                yield run(self._block(name, first, stop), place, block)[: stop - first]
-        elif of_tensor.needs.scope == "tensor":
-            yield run(lambda file: self._tensor(file, name), place)
-        else:
-            if name not in self._merged:
-                names = next(names for other, names in self._by_settings if other is rule)
-                self._merged |= run(lambda file: {n: self._tensor(file, n) for n in names})
-            # A tied tensor is asked for once more, under its second name.
-            tied = name in self.inputs.agreement.copies.values()
-            yield self._merged[name] if tied else self._merged.pop(name)
-
-    def _runner(self, rule: MergeRule) -> Callable[..., Params]:
-        if id(rule) not in self._run:
-            self._run[id(rule)] = _runner(rule, self.inputs, self._seed)
-        return self._run[id(rule)]
-
-    def _block(self, name: str, first: int, stop: int) -> Load:
-        def load(file: TensorFile) -> np.ndarray:
-            # Padded to one shape, so that one compilation serves all blocks.
-            values: np.ndarray = np.zeros(BLOCK, self.dtype(name))
-            values[: stop - first] = _values(file, name, first, stop)
-            return values
-
-        return load
-
-    def _tensor(self, file: TensorFile, name: str) -> np.ndarray:
-        entry = file.entries[name]
-        values = _values(file, name, 0, entry.size).astype(self.dtype(name), copy=False)
-        return values.reshape(entry.shape)
-
-    def dtype(self, name: str) -> np.dtype:
-        """Return the type in which a tensor is merged."""
-        double = any(file.entries[name].dtype == "F64" for file in self.inputs.files)
-        return np.dtype(np.float64 if double else np.float32)
-
-
-class _Rescaled(_Pieces):
-    """Merger of a rule that multiplies the whole displacement by a number that all of it gives.
-
-    The displacements are merged into a file in a folder first, and from there into the output.
-    """
-
-    def __init__(
-        self, inputs: Inputs, pieces: _Pieces, of_tensor: dict[str, MergeRule], folder: Path
-    ):
-        self.inputs, displaced = inputs, as_displacements(inputs)
-        pieces, entries, begin = pieces.on(displaced), dict[str, Entry](), 0
-        for name in of_tensor:
-            dtype, size = pieces.dtype(name), inputs.base.entries[name].size
-            kind = "F64" if dtype == np.float64 else "F32"
-            entries[name] = Entry(kind, (size,), begin, begin + size * dtype.itemsize)
-            begin = entries[name].end
-        path, squares = folder / "displacement.safetensors", []
-        with writing(path, entries, {}) as file:
-            for name, rule in of_tensor.items():
-                for values in pieces.of(name, rule):
-                    squares.append(float(np.sum(values.astype(np.float64) ** 2)))
-                    file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
-        self._displacement = TensorFile.open("models", path)
-        lengths = jnp.asarray(
-            [file.length for file in displaced.models if isinstance(file, Displacement)]
-        )
-        parts = next(rule.needs.parts for rule in of_tensor.values())
-        assert parts and parts.factor
-        self._factor = float(parts.factor(lengths, jnp.asarray(math.sqrt(math.fsum(squares)))))
-
-    def of(self, name: str, rule: MergeRule) -> Iterator[np.ndarray]:
-        """Yield the merged pieces of a tensor."""
-        del rule
-        dtype = self.dtype(name)
-        for start, step in zip(
-            _blocks(self.inputs.base, name), _blocks(self._displacement, name), strict=True
-        ):
-            yield start.astype(dtype) + dtype.type(self._factor) * step.astype(dtype)
-
-
-def _blocks(file: TensorFile, name: str) -> Iterator[np.ndarray]:
-    """Read a tensor of floating-point numbers block by block."""
-    size = file.entries[name].size
-    for first in range(0, size, BLOCK):
-        yield file.read(name, first, min(first + BLOCK, size))
-
-
-def _values(file: TensorFile, name: str, first: int, stop: int) -> np.ndarray:
-    values = file.read(name, first, stop)
-    if file.argument == "fishers" and values.size and values.min() < 0:
-        raise InvalidInput(
-            f"fishers={file.source}: {name} holds {values.min()}; must not be negative"
-        )
-    return values
-
-
-def _runner(rule: MergeRule, inputs: Inputs, seed: int) -> Callable[..., Params]:
-    """Compile a function that merges, over all models, the part that a `load` loads."""
-
-    @jax.jit
-    def init(base):
-        # A copy, because `update` donates the state, which may be the base itself.
-        return rule.init(jax.tree.map(jnp.copy, base))
-
-    @jit_merge
-    def update(state, previous, trained, fisher, place):
-        evidence = Evidence()
-        if "quadratic" in rule.needs.evidence:
-            evidence = evidence._replace(quadratic=DiagonalQuadratic.at(trained, fisher))
-        if "key" in rule.needs.evidence:
-            key = functools.reduce(jax.random.fold_in, place, jax.random.key(seed))
-            evidence = evidence._replace(key=key)
-        merged, state, _ = rule.update(state, previous=previous, trained=trained, evidence=evidence)
-        return state, merged
-
-    def run(load: Load, *part: int) -> Params:
-        previous = load(inputs.base)
-        state = init(previous)
-        for task, file in enumerate(inputs.models):
-            trained = load(file)
-            fisher = load(inputs.fishers[task]) if inputs.fishers else None
-            # The part and the task number the draws, so that no two parts draw alike.
-            place = np.asarray([*part, task], np.uint32)
-            state, merged = update(state, previous, trained, fisher, place)
-            # Otherwise the next model is loaded while this one is still in memory.
-            jax.block_until_ready(merged)
-            previous = merged if rule.needs.next_task_from == "merged" else trained
-        return jax.tree.map(_with_lost_bits, merged, trained)
-
-    return run
-
-
-def _with_lost_bits(merged: jax.Array, trained: np.ndarray) -> np.ndarray:
-    """Restore signed zeros and subnormal numbers, which compiled arithmetic turns into zero."""
-    values = np.asarray(merged)
-    lost = np.abs(values - trained) < np.finfo(values.dtype).tiny
-    return np.where(lost, trained, values)
 
 
 def _rounded(merge: Merge, name: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -384,6 +199,8 @@ def _report(
         lines += described(stored, parts)
         if others := [name for name in of_tensor if name not in stored]:
             lines.append(f"merged as other tensors than matrices: {files.listed(others)}")
-    elif any(rule.needs.scope == "model" for rule in of_tensor.values()):
+    elif any(
+        rule.needs.scope == "model" and not rule.needs.meets_in_sums for rule in of_tensor.values()
+    ):
         lines.append(f"{merge.rule} looks at all tensors at once: they were held in memory")
     return lines

@@ -243,6 +243,8 @@ class Requirements(NamedTuple):
             for theta_0.
         scope: how much of a model `update` must see at once to give the same parameters: one
             "element", one "tensor", or the whole "model".
+        meets_in_sums: whether the elements of that scope meet in `block_sums.over_all` alone, and
+            so merge block by block once the sums are known.
         snapshots: fractions of the task's steps, in [0, 1], at which `trajectory` is kept.
         figures: names of the entries of `MergeInfo.figures`.
         example_groups: K of `Evidence.left_out` (see `measures.in_groups`).
@@ -264,6 +266,7 @@ class Requirements(NamedTuple):
     evidence: frozenset[str] = frozenset()
     next_task_from: str = "merged"
     scope: str = "model"
+    meets_in_sums: bool = False
     snapshots: tuple[float, ...] = ()
     figures: tuple[str, ...] = ()
     example_groups: int = 0

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pm_jax import task_vectors, trees
+from pm_jax import block_sums, task_vectors, trees
 from pm_jax.coefficients import MergeCoefficient, merge_coefficient, merge_coefficients
 from pm_jax.curvature.diagonal import DiagonalQuadratic
 from pm_jax.curvature.exact import AlongDirection
@@ -99,7 +99,7 @@ def perturb_and_merge(
         delta = task_vectors.difference(trained, previous)
         counted, scale = quadratic, jnp.ones(())
         if normalize == "trace":
-            scale = _inverse(quadratic.trace())
+            scale = _inverse(block_sums.over_all(quadratic.trace()))
             counted = quadratic.scaled(scale)
         remembered = state.memory.plus(counted)
         total: Quadratic | SumQuadratic = remembered
@@ -133,7 +133,13 @@ def perturb_and_merge(
         return merged, PerturbAndMergeState(tasks, remembered), info
 
     reads = {"quadratic", "curvature_error"} | ({"curvature_along"} if per == "model" else set())
-    rule = merge_rule(init, update, Requirements(evidence=frozenset(reads)))
+    needs = Requirements(
+        evidence=frozenset(reads),
+        scope="tensor" if per == "tensor" else "model",
+        # Groups of tensors are told by their paths, which a block does not have.
+        meets_in_sums=per in ("model", "tensor"),
+    )
+    rule = merge_rule(init, update, needs)
     return jackknifed(rule, jackknife) if jackknife else rule
 
 

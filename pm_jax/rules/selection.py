@@ -1,7 +1,8 @@
 """Exact selection of the largest or of random entries, without sorting.
 
 The k-th largest value is built bit by bit, from the highest on: 32 counts over the entries, which
-reduce leaf by leaf and so keep sharded leaves sharded.
+reduce leaf by leaf and so keep sharded leaves sharded. In a model that comes in blocks, where each
+count is a pass over a file, its halves are found by two counts of all values of a half.
 """
 
 from collections.abc import Sequence
@@ -9,17 +10,23 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from pm_jax import block_sums
 from pm_jax.types import Array, Key
 
 
-@jax.jit
 def kth_largest(leaves: Sequence[Array], count: Array | int) -> Array:
     """The k-th largest entry of all leaves, k = `count`; 0 where there are fewer.
 
     Leaves are float32, not negative, or uint32, where k = 0 gives the greatest uint32.
     """
-    # The bits of floats that are not negative are in the order of their values.
-    bits = [jax.lax.bitcast_convert_type(leaf, jnp.uint32) for leaf in leaves]
+    if block_sums.are_used():
+        return _kth_largest_of_blocks(leaves, count)
+    return _kth_largest(leaves, count)
+
+
+@jax.jit
+def _kth_largest(leaves: Sequence[Array], count: Array | int) -> Array:
+    bits = _bits(leaves)
 
     def step(position, prefix):
         candidate = prefix | (jnp.uint32(1) << (31 - position).astype(jnp.uint32))
@@ -29,6 +36,36 @@ def kth_largest(leaves: Sequence[Array], count: Array | int) -> Array:
 
     largest = jax.lax.fori_loop(0, 32, step, jnp.zeros((), jnp.uint32))
     return jax.lax.bitcast_convert_type(largest, leaves[0].dtype)
+
+
+def _kth_largest_of_blocks(leaves: Sequence[Array], count: Array | int) -> Array:
+    """The same among all elements of a model in blocks, which has at least k."""
+    bits = jnp.concatenate([leaf.ravel() for leaf in _bits(leaves)])
+    rest, prefix = jnp.asarray(count, jnp.uint32), jnp.zeros((), jnp.uint32)
+    counted = jnp.ones(bits.shape, jnp.uint32)
+    for shift in (16, 0):
+        half = (bits >> shift) & 0xFFFF
+        counts = block_sums.over_all(jnp.zeros(1 << 16, jnp.uint32).at[half].add(counted))
+        # Byte by byte, as the running sum of all counts would take longer than the counting.
+        by_byte = counts.reshape(1 << 8, 1 << 8)
+        high, rest = _reached(jnp.sum(by_byte, axis=1, dtype=jnp.uint32), rest)
+        low, rest = _reached(by_byte[high], rest)
+        chosen = (high << 8) | low
+        prefix = prefix | (chosen << shift)
+        counted = (half == chosen).astype(jnp.uint32)
+    return jax.lax.bitcast_convert_type(prefix, leaves[0].dtype)
+
+
+def _reached(counts: Array, rest: Array) -> tuple[Array, Array]:
+    """The last place with `rest` or more counted from it on, and how many of these lie in it."""
+    from_here = jnp.cumsum(counts[::-1], dtype=jnp.uint32)[::-1]
+    place = jnp.sum(from_here >= rest, dtype=jnp.uint32) - 1
+    return place, rest - (from_here[place] - counts[place])
+
+
+def _bits(leaves: Sequence[Array]) -> list[Array]:
+    # The bits of floats that are not negative are in the order of their values.
+    return [jax.lax.bitcast_convert_type(leaf, jnp.uint32) for leaf in leaves]
 
 
 @jax.jit

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pm_jax import task_vectors
+from pm_jax import block_sums, task_vectors
 from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Requirements
 from pm_jax.rules.building import origin_of, weight_of
 from pm_jax.rules.checked import merge_rule
@@ -161,14 +161,16 @@ def ties(
         return task_vectors.apply(sums.origin, merged, scale), state, MergeInfo.of(scale)
 
     scope = "model" if trim == "global" else "tensor"
-    needs = Requirements(next_task_from="trained", scope=scope, reads_previous=False)
+    needs = Requirements(
+        next_task_from="trained", scope=scope, meets_in_sums=True, reads_previous=False
+    )
     return merge_rule(init, update, needs)
 
 
 def _trimmed(leaves: list, keep: float) -> list:
     """The entries of largest magnitude, zero elsewhere."""
     # The product of a decimal share and a count may miss a whole number from below.
-    count = max(1, int(keep * sum(leaf.size for leaf in leaves) + 1e-6))
+    count = max(1, int(keep * block_sums.size_of(leaves) + 1e-6))
     magnitudes = [jnp.abs(leaf).astype(jnp.float32) for leaf in leaves]
     threshold = kth_largest(magnitudes, count)
     return [
@@ -179,7 +181,9 @@ def _trimmed(leaves: list, keep: float) -> list:
 
 def _elected(totals: list) -> list:
     """True where the elected sign of an entry is positive."""
-    balance = sum(jnp.sum(jnp.sign(total), dtype=jnp.int32) for total in totals)
+    balance = block_sums.over_all(
+        sum(jnp.sum(jnp.sign(total), dtype=jnp.int32) for total in totals)
+    )
     return [(total > 0) | ((total == 0) & (balance > 0)) for total in totals]
 
 

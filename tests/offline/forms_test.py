@@ -13,7 +13,7 @@ from flax import nnx
 from orbax import checkpoint as orbax
 from safetensors.numpy import load_file, save_file
 
-from pm_jax.offline import merging, tensor_files
+from pm_jax.offline import pieces, tensor_files
 from tests.binaries import call, refused
 
 SHAPES = {
@@ -27,7 +27,7 @@ BLOCK = 64
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(merging, "BLOCK", BLOCK)
+    monkeypatch.setattr(pieces, "BLOCK", BLOCK)
 
 
 def tensors(seed, dtype=np.float32, **instead):

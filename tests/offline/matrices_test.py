@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from pm_jax import rules, trees
 from pm_jax.continual import Learner, RunOptions
 from pm_jax.continual.run import run_seeds
-from pm_jax.offline import merging, tensor_files
+from pm_jax.offline import pieces, tensor_files
 from tests import small_runs
 from tests.binaries import call, refused
 from tests.offline.merge_test import in_memory, merged, written
@@ -34,7 +34,7 @@ BOTH = [("opcm", ""), ("null_space", "rank=2")]
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(merging, "BLOCK", 16)
+    monkeypatch.setattr(pieces, "BLOCK", 16)
 
 
 def model(seed, dtype=np.float32, shapes=FLAX):

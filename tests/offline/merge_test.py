@@ -17,7 +17,7 @@ from pm_jax import rules, trees
 from pm_jax.continual import Learner, RunOptions
 from pm_jax.continual.run import run_seeds
 from pm_jax.curvature import DiagonalQuadratic
-from pm_jax.offline import merging, requests, tensor_files
+from pm_jax.offline import pieces, requests, tensor_files
 from pm_jax.rules import Evidence, MergeRule, Requirements
 from tests import small_runs
 from tests.binaries import call, refused
@@ -29,7 +29,7 @@ BLOCK = 1000
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(merging, "BLOCK", BLOCK)
+    monkeypatch.setattr(pieces, "BLOCK", BLOCK)
 
 
 def tensors(seed, dtype=np.float32, positive=False):
@@ -106,7 +106,8 @@ def in_memory(rule, base, models, fishers):
     ("name", "settings"),
     [
         *((name, "") for name in sorted(rules.REGISTRY)),
-        *(("ties", "trim=tensor"), ("averaging", "power=0.3")),
+        *(("ties", "trim=tensor"), ("ties", "keep=0.71"), ("averaging", "power=0.3")),
+        *(("perturb_and_merge", f"{s}") for s in ("per=tensor", "per=block", "normalize=trace")),
         *(("opcm", "threshold=0.9"), ("null_space", "rank=3,pattern=.*qkv")),
     ],
 )
@@ -199,15 +200,51 @@ def test_what_is_random_repeats_with_the_seed_and_differs_by_block(tmp_path, mon
         assert abs(np.corrcoef(draws[0][:BLOCK], other)[0, 1]) < 0.2
 
 
-def test_no_more_than_a_block_is_read_at_once(tmp_path, monkeypatch):
+@pytest.fixture
+def read_sizes(monkeypatch):
+    """Numbers of elements that are read at once."""
     read, sizes = tensor_files.TensorFile.read, []
     monkeypatch.setattr(
         tensor_files.TensorFile,
         "read",
         lambda self, name, first, stop: sizes.append(stop - first) or read(self, name, first, stop),
     )
+    return sizes
+
+
+def test_every_element_is_read_once_a_block_at_a_time(tmp_path, read_sizes):
     merged(tmp_path, [tensors(1), tensors(2)])
-    assert max(sizes) == BLOCK and sum(sizes) == 3 * (3000 + 42 + 1)
+    assert max(read_sizes) == BLOCK and sum(read_sizes) == 3 * (3000 + 42 + 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        *(("slerp", ""), ("ties", "trim=tensor"), ("ties", ""), ("dare", "on=ties")),
+        *(("perturb_and_merge", s) for s in ("", "per=tensor", "normalize=trace")),
+    ],
+)
+def test_a_rule_whose_elements_meet_in_sums_reads_blocks(name, settings, tmp_path, read_sizes):
+    needs = [tensors(seed, positive=True) for seed in (11, 12)]
+    chosen = [f"--rule={name}", f"--rule_settings={settings}"]
+    fishers = needs if name == "perturb_and_merge" else []
+    merged(tmp_path, [tensors(1), tensors(2)], *chosen, fishers=fishers)
+    assert max(read_sizes) == BLOCK
+
+
+def test_tensors_of_one_setting_share_their_sums(tmp_path):
+    """And those of another have their own, in float64 beside float32."""
+    base, *models = (tensors(n) for n in range(3))
+    for model in (base, *models):
+        model["scale"] = model["scale"].astype(np.float64)
+    setting = "--settings=blocks.0.mlp|scale:keep=0.5"
+    found = merged(tmp_path, models, "--rule=ties", setting, base=base)
+    for names, keep in ((["blocks.0.attn.qkv", "empty"], 0.2), (["blocks.0.mlp", "scale"], 0.5)):
+        with jax.enable_x64(True):
+            part = [{name: model[name] for name in names} for model in (base, *models)]
+            wanted = in_memory(rules.ties(keep=keep), part[0], part[1:], part[1:])
+        for name in names:
+            np.testing.assert_allclose(found[name], wanted[name], rtol=1e-5, atol=1e-6)
 
 
 def test_whole_numbers_stay_the_bases_and_mixed_types_become_its_type(tmp_path, capsys):

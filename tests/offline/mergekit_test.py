@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from pm_jax.offline import merging
+from pm_jax.offline import pieces
 from tests.binaries import call
 
 SHAPES = {"a.weight": (30, 40), "b.weight": (7, 3, 2), "bias": (200,)}
@@ -13,7 +13,7 @@ WEIGHTS = np.asarray([0.5, 0.2, 0.3])
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(merging, "BLOCK", 1 << 10)
+    monkeypatch.setattr(pieces, "BLOCK", 1 << 10)
 
 
 @pytest.fixture
