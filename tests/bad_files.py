@@ -882,6 +882,16 @@ def adapter_cut_short(folder):
     return path
 
 
+def fisher_of_another_shape(folder):
+    path = folder / "fisher.safetensors"
+    pretrained.write_tensors({"layer.query.weight": np.ones((3, 2), np.float32)}, path)
+    return path
+
+
+def adapter_of_transposed_kernels(folder):
+    return adapter(folder, "transposed", fan_in_fan_out=True)
+
+
 def adapter_of_dora(folder):
     return adapter(folder, "dora", use_dora=True)
 

@@ -10,8 +10,9 @@ import numpy as np
 
 from pm_jax.offline.tensor_files import FLOATS, Entry, TensorFile, laid_out
 from pm_jax.types import InvalidInput
+from pm_jax.weights import checkpoint_files
 from pm_jax.weights.checkpoint_files import CheckpointFiles
-from pm_jax.weights.peft_folder import PeftFolder, tensors_of
+from pm_jax.weights.peft_folder import PeftFolder, tensor_of, tensors_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +132,48 @@ def changed_tensors(models: Sequence[TensorFile]) -> frozenset[str] | None:
 def displacement_entries(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Entry]:
     """Return entries for the displacements of modules, by the names of their weights."""
     return laid_out({f"{m}.weight": ("F32", s, 4 * math.prod(s)) for m, s in shapes.items()})
+
+
+def fisher_of_displacements(
+    path: Path, adapters: Sequence[PeftFolder], entries: Mapping[str, Entry]
+) -> TensorFile:
+    """Open the Fisher of a model, of which the tensors that adapters displace get their names.
+
+    Raises:
+        InvalidInput: a tensor is missing or has another shape, or is stored the other way round.
+    """
+    found = checkpoint_files.find("fishers", path)
+    if found.kind != "safetensors":
+        raise InvalidInput(f"fishers={path}: must be safetensors, as experiments.fisher writes it")
+    file = TensorFile.open("fishers", path, found)
+    names = {}
+    for name, entry in entries.items():
+        module = name.removesuffix(".weight")
+        factors = [x.modules[module].is_embedding for x in adapters if module in x.modules]
+        if any(factors) or any(x.config.get("fan_in_fan_out") for x in adapters):
+            raise InvalidInput(
+                f"fishers={path}: has {module} stored as [in, out], which the displacement of an "
+                "adapter is not; give as base the model that the adapters are of"
+            )
+        stored = tensor_of(module, file.entries)
+        if stored is None:
+            raise InvalidInput(
+                f"fishers={path}: has no {name}, which the adapters displace; give the Fisher of "
+                "the model that they are of"
+            )
+        there = file.entries[stored]
+        if there.shape != entry.shape or there.dtype not in FLOATS:
+            raise InvalidInput(
+                f"fishers={path}: {stored} is {list(there.shape)} of type {there.dtype}, and the "
+                f"adapters displace {list(entry.shape)}; give the Fisher of the model that they "
+                "are of"
+            )
+        names[name] = stored
+    return dataclasses.replace(
+        file,
+        entries={name: file.entries[stored] for name, stored in names.items()},
+        places={name: file.places[stored] for name, stored in names.items()},
+    )
 
 
 def _widened(entry: Entry | None, shape: tuple[int, ...]) -> Entry:

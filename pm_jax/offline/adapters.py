@@ -19,7 +19,12 @@ import numpy as np
 
 from pm_jax import files, lapack
 from pm_jax.offline import outputs, recipes, tensor_files
-from pm_jax.offline.adapted_files import AdaptedFile, NoDisplacement, displacement_entries
+from pm_jax.offline.adapted_files import (
+    AdaptedFile,
+    NoDisplacement,
+    displacement_entries,
+    fisher_of_displacements,
+)
 from pm_jax.offline.agreement import Agreement, matching
 from pm_jax.offline.merging import merge_inputs, provenance
 from pm_jax.offline.requests import DTYPES, Inputs, Merge, check_paths, rules_by_settings
@@ -86,7 +91,7 @@ def merge_adapters(merge: Merge) -> str:
     shapes = {m: shape for m, shape in shapes.items() if f"{m}.weight" not in left}
     if not shapes:
         raise InvalidInput(f"leave={','.join(merge.leave)}: leaves no displacement to merge")
-    inputs = _inputs(base, adapters, shapes, tuple(left))
+    inputs = _inputs(merge, base, adapters, shapes, tuple(left))
     by_settings = rules_by_settings(merge, inputs)
     saved = _saved_modules(merge, everyone, [rule for rule, _ in by_settings], left)
     lines: list[str] = []
@@ -107,11 +112,6 @@ def _check(merge: Merge) -> None:
     check_paths(merge)
     if merge.rank < 0:
         raise InvalidInput(f"rank={merge.rank}: must not be negative")
-    if merge.fishers:
-        raise InvalidInput(
-            f"fishers={merge.fishers[0]}: have the tensors of models, not of adapters; give as "
-            "base the model that the adapters are of"
-        )
     if merge.shard_size:
         raise InvalidInput(f"shard_size={merge.shard_size}: an adapter is one file; leave it out")
 
@@ -164,19 +164,25 @@ def _common_shapes(adapters: Sequence[PeftFolder]) -> dict[str, tuple[int, ...]]
 
 
 def _inputs(
+    merge: Merge,
     base: PeftFolder | None,
     adapters: Sequence[PeftFolder],
     shapes: Mapping[str, tuple[int, ...]],
     left: tuple[str, ...],
 ) -> Inputs:
-    """Return the adapters as files of their displacements, which are never written."""
+    """Return the adapters as files of their displacements, which are never written.
+
+    Raises:
+        InvalidInput: a file of a Fisher does not have the tensors that are displaced.
+    """
     entries = displacement_entries(shapes)
     origin: TensorFile = (
         AdaptedFile.alone(base, entries) if base else NoDisplacement.like(adapters[0], entries)
     )
     models = tuple(AdaptedFile.alone(adapter, entries) for adapter in adapters)
-    found = Agreement((origin, *models), tuple(entries), left, (), {}, ())
-    return Inputs(origin, models, (), found)
+    fishers = tuple(fisher_of_displacements(path, adapters, entries) for path in merge.fishers)
+    found = Agreement((origin, *models, *fishers), tuple(entries), left, (), {}, ())
+    return Inputs(origin, models, fishers, found)
 
 
 def coefficients(rule: MergeRule, count: int) -> np.ndarray:

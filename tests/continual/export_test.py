@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import re
 import shutil
 
@@ -168,6 +169,32 @@ def test_a_run_goes_on_from_an_adapter_and_the_two_merge(finished, tmp_path, mon
     for module, step in found.items():
         name = tensor_of(module, weights)
         np.testing.assert_allclose(whole[name], weights[name] + step, atol=2e-6)
+    check_weighed(one, two, finished)
+
+
+def check_weighed(one, two, finished):
+    """The how-to of merging.md, here: the two merge by the Fishers of their models."""
+    fishers = {}
+    for name, model in (("first", finished / "run" / "merged.safetensors"),
+                        ("second", "merged.safetensors")):  # fmt: skip
+        call("fisher", *DIGITS[1:], "--num_tasks=1", f"--pretrained={model}", "--train_per_class=4",
+             f"--output={name}.fisher.safetensors")  # fmt: skip
+        fishers[name] = pretrained.read_tensors(f"{name}.fisher.safetensors")
+    section = howto_pages.sections(howto_pages.MERGING)["Adapters of PEFT"]
+    call(*(typed.replace("head", "classifier") for typed in howto_pages.commands(section)[-1]))
+    found = displacements(PeftFolder.open("models", pathlib.Path("weighed")))
+    first, second = displacements(one), displacements(two)
+    along = {
+        name: sum(
+            np.sum(fisher[tensor_of(m, fisher)] * (second[m] - first[m]).astype(np.float64) ** 2)
+            for m in found
+        )
+        for name, fisher in fishers.items()
+    }
+    alpha = along["second"] / sum(along.values())
+    assert 0.05 < alpha < 0.95
+    for m, step in found.items():
+        np.testing.assert_allclose(step, (1 - alpha) * first[m] + alpha * second[m], atol=2e-6)
 
 
 def test_another_classifier_of_the_run_is_the_head_where_it_is_asked_for(finished, tmp_path):

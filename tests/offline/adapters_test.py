@@ -165,6 +165,33 @@ def test_a_rule_that_is_not_linear_merges_dense_displacements(name, tmp_path, ca
     assert "cut by SVD" in capsys.readouterr().out
 
 
+def test_perturb_and_merge_weighs_displacements_by_fishers(tmp_path, capsys):
+    """By its coefficient for two tasks, of the tensors that the adapters displace."""
+    modules = list(SHAPES)[:2]
+    made = [Made(tmp_path / str(n), n, {m: 2 for m in modules[n:2]}) for n in range(2)]
+    fishers = [fisher(tmp_path / f"fisher_{n}.safetensors", n) for n in range(2)]
+    found = merged(
+        *(tmp_path, models(*made), "--rule=perturb_and_merge"),
+        f"--fishers={','.join(str(path) for path, _ in fishers)}",
+    )
+    (first, second), (own, other) = ([x.steps for x in made], [x for _, x in fishers])
+    delta = {m: second.get(m, 0) - first[m] for m in modules}
+    along = [sum(np.sum(f[m] * delta[m] ** 2) for m in modules) for f in (own, other)]
+    alpha = along[1] / sum(along)
+    assert 0.1 < alpha < 0.9
+    assert_moves(found, {m: first[m] + alpha * delta[m] for m in modules}, 1e-5)
+    assert "cut by SVD" in capsys.readouterr().out
+
+
+def fisher(path, seed):
+    """A Fisher file of a model whose tensors have a prefix less; also its entries by module."""
+    rng = np.random.default_rng(seed)
+    entries = {name: rng.uniform(size=shape) for name, shape in SHAPES.items()}
+    tensors = {f"{name.removeprefix('model.')}.weight": x for name, x in entries.items()}
+    save_file({name: x.astype(np.float32) for name, x in tensors.items()}, path)
+    return path, entries
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "wanted"),
     [
