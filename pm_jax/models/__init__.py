@@ -1,5 +1,9 @@
 """Flax linen models: inputs [N, ...] to logits [N, C], the classifier being the module `head`."""
 
+import importlib
+import warnings
+from typing import Any
+
 from pm_jax.models.clip import ClipImageTower, ClipTextTower
 from pm_jax.models.mlp import MLP
 from pm_jax.models.model import Model
@@ -14,3 +18,15 @@ __all__ = [
     "TextEncoder",
     "VisionTransformer",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Find `pretrained` at its place, for code from before its move to `pm_jax.weights`."""
+    if name != "pretrained":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(
+        "pm_jax.models.pretrained is pm_jax.weights.pretrained now; import it from there",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return importlib.import_module("pm_jax.weights.pretrained")

@@ -27,6 +27,13 @@ def vit(epsilon=1e-6):
     )
 
 
+def test_the_place_before_the_move_still_leads_here_and_says_so():
+    with pytest.warns(DeprecationWarning, match="is pm_jax.weights.pretrained now"):
+        assert models.pretrained is pretrained
+    with pytest.raises(AttributeError, match="no attribute 'layouts'"):
+        models.layouts  # noqa: B018
+
+
 @functools.cache
 def initial_params(size):
     init = jax.jit(vit().init)
