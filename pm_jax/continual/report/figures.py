@@ -14,6 +14,7 @@ from pm_jax.continual.merging.trust import FACTOR, NEGLIGIBLE
 from pm_jax.continual.report.results import Shown, accuracies_after_each_task, of_merges
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Results = Mapping[str, Any]
@@ -113,10 +114,6 @@ def loss_changes(runs: Sequence[Results]) -> "Figure":
     axes.fill_between(line, line / FACTOR, line * FACTOR, color="k", alpha=0.1, lw=0, label=within)
     axes.plot(line, line, color="k", alpha=0.5, linewidth=1, label="agreement")
     axes.plot(predicted[measured], actual[measured], "o", color="C0", markersize=5)
-    # Numbers of tasks for the first seed, and of many tasks for some only.
-    for task in np.flatnonzero(measured[0])[:: 1 + measured.shape[1] // 8]:
-        place = (float(predicted[0, task]), float(actual[0, task]))
-        axes.annotate(str(task + 2), place, textcoords="offset points", xytext=(4, 3))
     # Linear around 0, logarithmic beyond: loss changes have both signs.
     axes.set_xscale("symlog", linthresh=NEGLIGIBLE)
     axes.set_yscale("symlog", linthresh=NEGLIGIBLE)
@@ -124,6 +121,7 @@ def loss_changes(runs: Sequence[Results]) -> "Figure":
         axis.set_major_formatter("{x:g}")
     axes.set(xlim=(bottom, top), ylim=(bottom, top), aspect="equal",
              xlabel="predicted loss change", ylabel="measured loss change")  # fmt: skip
+    _number_points(axes, measured[0], np.stack([predicted[0], actual[0]], axis=1))
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
     return figure
 
@@ -137,6 +135,18 @@ class Segments(NamedTuple):
     # Coefficients [T] that were used, and those that were best.
     used: np.ndarray
     best: np.ndarray
+
+
+def _number_points(axes: "Axes", measured: np.ndarray, places: np.ndarray) -> None:
+    """Write the numbers of tasks beside the first seed's points, but for those that would meet."""
+    numbered: list[np.ndarray] = []
+    points_per_pixel = 72 / axes.figure.dpi
+    for task in np.flatnonzero(measured):
+        at = axes.transData.transform(places[task]) * points_per_pixel
+        # A number of two digits takes this much room, in points.
+        if all((np.abs(at - other) > (16, 10)).any() for other in numbered):
+            numbered.append(at)
+            axes.annotate(str(task + 2), places[task], textcoords="offset points", xytext=(4, 3))
 
 
 def landscape(alphas: np.ndarray, seeds: Sequence[Segments]) -> "Figure":
