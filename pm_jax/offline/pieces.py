@@ -44,8 +44,10 @@ class Pieces:
         seed: int,
     ):
         self.inputs, self._by_settings, self._stored = inputs, by_settings, stored
+        # The tensors that a rule of scope "model" takes for a model, by each of their names.
+        self._together = {name: names for _, names in by_settings for name in names}
         self._merged: dict[str, np.ndarray] = {}
-        self._totals: dict[int, Totals] = {}
+        self._totals: dict[tuple[str, ...], Totals] = {}
         self._seed, self._mergers = seed, dict[int, _Merger]()
 
     def on(self, inputs: Inputs) -> "Pieces":
@@ -66,7 +68,7 @@ class Pieces:
             for load, place, length in self._blocks(name):
                 yield merger.whole(load, place)[:length]
         elif of_tensor.needs.meets_in_sums:
-            whole = self._names(rule) if of_tensor.needs.scope == "model" else (name,)
+            whole = self._together[name] if of_tensor.needs.scope == "model" else (name,)
             size, totals = self._size(whole), self._sums(whole, of_tensor)
             for load, place, length in self._blocks(name):
                 yield merger.block(load, place, size, totals)[:length]
@@ -74,7 +76,7 @@ class Pieces:
             yield merger.whole(lambda file: self._tensor(file, name), (_place(name),))
         else:
             if name not in self._merged:
-                names = self._names(rule)
+                names = self._together[name]
                 self._merged |= merger.whole(lambda file: {n: self._tensor(file, n) for n in names})
             # A tied tensor is asked for once more, under its second name.
             tied = name in self.inputs.agreement.copies.values()
@@ -87,15 +89,15 @@ class Pieces:
 
     def _sums(self, names: tuple[str, ...], rule: MergeRule) -> Totals:
         """Add up, over all elements of some tensors, the sums in which a rule's elements meet."""
-        if id(rule) in self._totals:
-            return self._totals[id(rule)]
+        if names in self._totals:
+            return self._totals[names]
         totals: Totals = []
         for _ in self.inputs.models:
             totals.append(())
             while (total := self._next_sum(names, rule, totals)) is not None:
                 totals[-1] = (*totals[-1], total)
         if rule.needs.scope == "model":
-            self._totals[id(rule)] = totals
+            self._totals[names] = totals
         return totals
 
     def _next_sum(self, names: tuple[str, ...], rule: MergeRule, totals: Totals) -> PyTree | None:
@@ -119,9 +121,6 @@ class Pieces:
         if id(rule) not in self._mergers:
             self._mergers[id(rule)] = _Merger(rule, self.inputs, self._seed)
         return self._mergers[id(rule)]
-
-    def _names(self, rule: MergeRule) -> tuple[str, ...]:
-        return next(names for other, names in self._by_settings if other is rule)
 
     def _size(self, names: tuple[str, ...]) -> int:
         return sum(self.inputs.base.entries[name].size for name in names)

@@ -164,7 +164,11 @@ def rules_by_settings(merge: Merge, inputs: Inputs) -> list[tuple[MergeRule, tup
         text = next((text for matched, text in patterns if name in matched), "")
         names.setdefault(_joined(merge.rule, merge.rule_settings, text), []).append(name)
     _check_weights(merge)
-    by_settings = [(_made(merge, text), tuple(group)) for text, group in names.items()]
+    by_settings = [
+        parted
+        for text, group in names.items()
+        for parted in _by_group(_made(merge, text), tuple(group))
+    ]
     for rule, _ in by_settings:
         if rule.needs.tasks_at_once:
             raise InvalidInput(
@@ -216,6 +220,16 @@ def _pattern(setting: str, names: tuple[str, ...]) -> tuple[frozenset[str], str]
     except ValueError as error:
         raise InvalidInput(f"settings={setting}: {error}") from None
     return frozenset(matched), split[2]
+
+
+def _by_group(rule: MergeRule, names: tuple[str, ...]) -> list[tuple[MergeRule, tuple[str, ...]]]:
+    """Part tensors into the groups that a rule merges apart, with the rule of one group."""
+    if rule.needs.groups is None:
+        return [(rule, names)]
+    groups: dict[str, list[str]] = {}
+    for name, group in zip(names, rule.needs.groups.names(names), strict=True):
+        groups.setdefault(group, []).append(name)
+    return [(rule.needs.groups.rule, tuple(group)) for group in groups.values()]
 
 
 def _made(merge: Merge, settings: str) -> MergeRule:

@@ -11,7 +11,7 @@ The third field, `rule.needs`, says what their caller must arrange. A wrapper is
 rule to a rule, such as `jackknifed`. Factories and wrappers make rules by `checked.merge_rule`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
@@ -234,6 +234,18 @@ class Parts(NamedTuple):
     factor: Callable[[Array, Array], Array] | None = None
 
 
+class Groups(NamedTuple):
+    """Groups of leaves that merge apart from one another where curvature is diagonal.
+
+    Attributes:
+        names: `names(paths) -> list of str`, the group of each leaf.
+        rule: merges one group that is a model of its own.
+    """
+
+    names: Callable[[Sequence[str]], list[str]]
+    rule: "MergeRule"
+
+
 class Requirements(NamedTuple):
     """Everything a rule asks of its caller beyond calls of `init` and `update`.
 
@@ -259,6 +271,7 @@ class Requirements(NamedTuple):
         moving_tasks: how many tasks, the first ones, move what merges; `None` for all. Later merges
             leave the model as it is, so that nothing but a classifier needs to be trained for them.
         parts: the rule tensor by tensor, for one that tells matrices from other tensors; or `None`.
+        groups: the rule group by group, for one that merges groups of leaves apart; or `None`.
         curvatures: kinds of `Evidence.quadratic` that it takes, "diagonal" or "input_moment";
             empty for any.
     """
@@ -278,6 +291,7 @@ class Requirements(NamedTuple):
     reads_previous: bool = True
     moving_tasks: int | None = None
     parts: Parts | None = None
+    groups: Groups | None = None
     curvatures: tuple[str, ...] = ()
 
     @property

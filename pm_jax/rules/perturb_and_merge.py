@@ -1,5 +1,6 @@
 """Perturb-and-Merge: the convex combination with the smallest total quadratic loss."""
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from pm_jax.coefficients import MergeCoefficient, merge_coefficient, merge_coeff
 from pm_jax.curvature.diagonal import DiagonalQuadratic
 from pm_jax.curvature.exact import AlongDirection
 from pm_jax.curvature.quadratics import Quadratic, SumQuadratic
-from pm_jax.rules.base import Evidence, MergeInfo, MergeRule, Requirements
+from pm_jax.rules.base import Evidence, Groups, MergeInfo, MergeRule, Requirements
 from pm_jax.rules.building import quadratic_of
 from pm_jax.rules.checked import merge_rule
 from pm_jax.rules.jackknife import jackknifed
@@ -133,12 +134,11 @@ def perturb_and_merge(
         return merged, PerturbAndMergeState(tasks, remembered), info
 
     reads = {"quadratic", "curvature_error"} | ({"curvature_along"} if per == "model" else set())
-    needs = Requirements(
-        evidence=frozenset(reads),
-        scope="tensor" if per == "tensor" else "model",
-        # Groups of tensors are told by their paths, which a block does not have.
-        meets_in_sums=per in ("model", "tensor"),
-    )
+    needs = Requirements(evidence=frozenset(reads), meets_in_sums=per == "model")
+    # Traces are those of whole models, whatever the groups.
+    if per != "model" and normalize == "none":
+        alone = perturb_and_merge(clip=clip, memory=memory)
+        needs = needs._replace(groups=Groups(functools.partial(group_names, per=per), alone))
     rule = merge_rule(init, update, needs)
     return jackknifed(rule, jackknife) if jackknife else rule
 
@@ -152,14 +152,16 @@ def group_names(paths: Sequence[str], per: str) -> list[str]:
     Example:
         >>> group_names(["encoder/block_0/attn/key/kernel", "head/bias"], "block")
         ['encoder/block_0', 'head']
+        >>> group_names(["blocks.0.attn.qkv.weight", "norm.weight"], "module")  # names of PyTorch
+        ['blocks.0.attn.qkv', 'norm']
         >>> group_names(["encoder/block_0/attn/key/kernel", "head/bias"], ".*(key|value)")
         ['encoder/block_0/attn/key', '']
     """
     patterns = {
         "model": "",
         # The alternative is for a path without a number: its first part.
-        "block": r"(?:[^/]*/)*?[^/]*\d[^/]*|[^/]*",
-        "module": r".*(?=/)|",
+        "block": r"(?:[^/.]*[/.])*?[^/.]*\d[^/.]*|[^/.]*",
+        "module": r".*(?=[/.])|",
         "tensor": r".*",
     }
     try:

@@ -25,6 +25,8 @@ from tests.small_runs import QUIET
 
 SHAPES = {"blocks.0.attn.qkv": (40, 75), "blocks.0.mlp": (7, 3, 2), "scale": (), "empty": (0, 4)}
 BLOCK = 1000
+PARTS = ("per=tensor", "per=block", "per=module", "per=.*attn", "normalize=trace",
+         "per=tensor,normalize=trace")  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +109,7 @@ def in_memory(rule, base, models, fishers):
     [
         *((name, "") for name in sorted(rules.REGISTRY)),
         *(("ties", "trim=tensor"), ("ties", "keep=0.71"), ("averaging", "power=0.3")),
-        *(("perturb_and_merge", f"{s}") for s in ("per=tensor", "per=block", "normalize=trace")),
+        *(("perturb_and_merge", s) for s in PARTS),
         *(("opcm", "threshold=0.9"), ("null_space", "rank=3,pattern=.*qkv")),
     ],
 )
@@ -221,7 +223,7 @@ def test_every_element_is_read_once_a_block_at_a_time(tmp_path, read_sizes):
     ("name", "settings"),
     [
         *(("slerp", ""), ("ties", "trim=tensor"), ("ties", ""), ("dare", "on=ties")),
-        *(("perturb_and_merge", s) for s in ("", "per=tensor", "normalize=trace")),
+        *(("perturb_and_merge", s) for s in ("", "per=tensor", "per=module", "normalize=trace")),
     ],
 )
 def test_a_rule_whose_elements_meet_in_sums_reads_blocks(name, settings, tmp_path, read_sizes):

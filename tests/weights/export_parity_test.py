@@ -1,6 +1,7 @@
 """What timm, transformers and PEFT make of what is exported; needs the extra `parity`."""
 
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from pm_jax import models
 from pm_jax.continual import Learner
 from pm_jax.weights import peft_adapter, pretrained
+from tests import howto_pages
 from tests.binaries import call
 from tests.continual.export_test import config_of
 from tests.small_runs import QUIET
@@ -122,7 +124,9 @@ def test_positions_are_resized_as_timm_does():
 
 @pytest.mark.skipif(not VIT_TINY.exists(), reason="needs the shared ViT-Ti weights")
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-def test_timm_and_peft_load_a_merged_vit_tiny(tmp_path):
+def test_timm_and_peft_load_a_merged_vit_tiny(tmp_path, monkeypatch):
+    """By the lines of the how-to as they stand, but for the sizes."""
+    monkeypatch.chdir(tmp_path)
     torch = pytest.importorskip("torch", reason="needs the extra parity")
     timm = pytest.importorskip("timm", reason="needs the extra parity")
     peft = pytest.importorskip("peft", reason="needs the extra parity")
@@ -148,12 +152,12 @@ def test_timm_and_peft_load_a_merged_vit_tiny(tmp_path):
         with torch.no_grad():
             np.testing.assert_allclose(theirs.eval()(batch).numpy(), wanted, rtol=1e-4, atol=1e-4)
 
-    sizes = {"img_size": 32, "num_classes": 4}
-    check(timm.create_model(
-        "vit_tiny_patch16_224", checkpoint_path=tmp_path / "merged.safetensors", **sizes
-    ))  # fmt: skip
+    page = howto_pages.HOWTOS.read_text()
+    [by_timm], [by_peft] = (re.findall(rf"`({name}.*?)`", page) for name in ("timm", "peft"))
+    assert "img_size=160, num_classes=100" in by_timm
+    check(eval(by_timm.replace("160", "32").replace("100", "4"), {"timm": timm}))
     base = timm.create_model(
         "vit_tiny_patch16_224", pretrained=True, pretrained_cfg_overlay={"file": str(VIT_TINY)},
-        **sizes,
+        img_size=32, num_classes=4,
     )  # fmt: skip
-    check(peft.PeftModel.from_pretrained(base, tmp_path / "adapter"))
+    check(eval(by_peft, {"peft": peft, "base": base}))
