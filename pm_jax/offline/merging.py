@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,9 @@ def merge_inputs(merge: Merge, inputs: Inputs, folder: Path) -> str:
                 for values in stored_blocks(inputs.base, name):
                     rounded = _rounded(merge, name, values, FLOATS[entry.dtype])
                     file.write(rounded.view(np.uint8).data)
-    return "\n".join([*_report(merge, inputs, of_tensor, stored), *configs, *same.lines()])
+    lines = _report(merge, inputs, of_tensor, stored)
+    lines += _coefficient_lines(inputs, list(pieces.coefficients.values()))
+    return "\n".join([*lines, *configs, *same.lines()])
 
 
 def _output(merge: Merge, inputs: Inputs) -> Output:
@@ -204,3 +207,20 @@ def _report(
     ):
         lines.append(f"{merge.rule} looks at all tensors at once: they were held in memory")
     return lines
+
+
+def _coefficient_lines(inputs: Inputs, of_groups: Sequence[np.ndarray]) -> Iterator[str]:
+    """Say how far the merges went to each model after the first, as curvature says."""
+    if not of_groups or len(inputs.models) == 1:
+        return
+    alphas, fallen_back = np.moveaxis(np.stack(of_groups), -1, 0)
+    shown = []
+    for task, file in enumerate(inputs.models[1:], start=1):
+        low, high = alphas[:, task].min(), alphas[:, task].max()
+        among = f"{low:.3g} to {high:.3g}" if low < high else f"{low:.3g}"
+        shown.append(f"{file.source} {among}")
+    yield f"merge coefficients: {files.listed(shown)}"
+    for task, file in enumerate(inputs.models[1:], start=1):
+        if count := int(fallen_back[:, task].sum()):
+            where = f" for {count} of {len(of_groups)} groups of tensors" * (len(of_groups) > 1)
+            yield (f"{file.source}: the Fishers give no coefficient{where}, so it is 1/{task + 1}")

@@ -34,7 +34,13 @@ Totals = list[tuple[PyTree, ...]]
 
 
 class Pieces:
-    """Merger of tensors piece by piece, in the order of the elements of each tensor."""
+    """Merger of tensors piece by piece, in the order of the elements of each tensor.
+
+    Attributes:
+        inputs: the files.
+        coefficients: for tensors that have one by curvature, `[T, 2]`: of each model, and whether
+            1/t took its place.
+    """
 
     def __init__(
         self,
@@ -48,6 +54,7 @@ class Pieces:
         self._together = {name: names for _, names in by_settings for name in names}
         self._merged: dict[str, np.ndarray] = {}
         self._totals: dict[tuple[str, ...], Totals] = {}
+        self.coefficients: dict[tuple[str, ...], np.ndarray] = {}
         self._seed, self._mergers = seed, dict[int, _Merger]()
 
     def on(self, inputs: Inputs) -> "Pieces":
@@ -72,6 +79,8 @@ class Pieces:
             size, totals = self._size(whole), self._sums(whole, of_tensor)
             for load, place, length in self._blocks(name):
                 yield merger.block(load, place, size, totals)[:length]
+            if merger.has_coefficients:
+                self.coefficients[whole] = np.stack(merger.coefficients)
         elif of_tensor.needs.scope == "tensor":
             yield merger.whole(lambda file: self._tensor(file, name), (_place(name),))
         else:
@@ -156,7 +165,8 @@ class Rescaled(Pieces):
     def __init__(
         self, inputs: Inputs, pieces: Pieces, of_tensor: dict[str, MergeRule], folder: Path
     ):
-        self.inputs, displaced = inputs, as_displacements(inputs)
+        self.inputs, self.coefficients = inputs, {}
+        displaced = as_displacements(inputs)
         pieces, entries, begin = pieces.on(displaced), dict[str, Entry](), 0
         for name in of_tensor:
             dtype, size = pieces.dtype(name), inputs.base.entries[name].size
@@ -190,10 +200,17 @@ class Rescaled(Pieces):
 
 
 class _Merger:
-    """Compiled merge of one part of all models."""
+    """Compiled merge of one part of all models.
+
+    Attributes:
+        has_coefficients: whether a model has one coefficient, which curvature gives.
+        coefficients: as `Pieces` has them, of the last part that was merged.
+    """
 
     def __init__(self, rule: MergeRule, inputs: Inputs, seed: int):
         self._inputs, self._starts_at = inputs, rule.needs.next_task_from
+        self.has_coefficients = rule.needs.meets_in_sums and "quadratic" in rule.needs.evidence
+        self.coefficients: list[np.ndarray] = []
 
         @jax.jit
         def init(base):
@@ -207,10 +224,12 @@ class _Merger:
             if "key" in rule.needs.evidence:
                 key = functools.reduce(jax.random.fold_in, place, jax.random.key(seed))
                 evidence = evidence._replace(key=key)
-            merged, state, _ = rule.update(
+            merged, state, info = rule.update(
                 state, previous=previous, trained=trained, evidence=evidence
             )
-            return state, merged
+            # Other figures are not asked for, so that they are not computed.
+            found = jnp.stack([info.alpha, info.degenerate]) if self.has_coefficients else None
+            return state, merged, found
 
         @functools.partial(jax.jit, static_argnums=0)
         def update_block(size, totals, *arguments):
@@ -219,7 +238,7 @@ class _Merger:
                 with block_sums.in_blocks(size, totals):
                     return *update(*arguments), None
             except block_sums.Missing as missing:
-                return None, None, missing.part
+                return None, None, None, missing.part
 
         self._init, self._update, self._update_block = init, jit_merge(update), update_block
 
@@ -235,10 +254,10 @@ class _Merger:
         """
 
         def update(known, *arguments):
-            state, merged, missing = self._update_block(size, known, *arguments)
+            *results, missing = self._update_block(size, known, *arguments)
             if missing is not None:
                 raise block_sums.Missing(jax.tree.map(np.asarray, missing))
-            return state, merged
+            return results
 
         return self._merged(load, place, [functools.partial(update, known) for known in totals])
 
@@ -246,16 +265,18 @@ class _Merger:
         self, load: Load, place: tuple[int, ...], updates: list[Callable[..., tuple]]
     ) -> Params:
         previous = load(self._inputs.base)
-        state = self._init(previous)
+        state, self.coefficients = self._init(previous), []
         for task, update in enumerate(updates):
             trained = load(self._inputs.models[task])
             fisher = load(self._inputs.fishers[task]) if self._inputs.fishers else None
             # The part and the task number the draws, so that no two parts draw alike.
             numbers = np.asarray([*place, task], np.uint32)
-            state, merged = update(state, previous, trained, fisher, numbers)
+            state, merged, found = update(state, previous, trained, fisher, numbers)
             # Otherwise the next model is loaded while this one is still in memory.
             jax.block_until_ready(merged)
             previous = merged if self._starts_at == "merged" else trained
+            if found is not None:
+                self.coefficients.append(np.asarray(found))
         return jax.tree.map(_with_lost_bits, merged, trained)
 
 

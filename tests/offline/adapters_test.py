@@ -180,7 +180,8 @@ def test_perturb_and_merge_weighs_displacements_by_fishers(tmp_path, capsys):
     alpha = along[1] / sum(along)
     assert 0.1 < alpha < 0.9
     assert_moves(found, {m: first[m] + alpha * delta[m] for m in modules}, 1e-5)
-    assert "cut by SVD" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "cut by SVD" in said and f"merge coefficients: {made[1].path} {alpha:.3g}\n" in said
 
 
 def fisher(path, seed):

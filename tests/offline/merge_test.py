@@ -234,6 +234,24 @@ def test_a_rule_whose_elements_meet_in_sums_reads_blocks(name, settings, tmp_pat
     assert max(read_sizes) == BLOCK
 
 
+def test_coefficients_are_said_and_so_is_a_fisher_that_gives_none(tmp_path, capsys):
+    models, fisher = [tensors(n) for n in (1, 2, 3)], tensors(11, positive=True)
+    nothing = {name: np.zeros_like(leaf) for name, leaf in fisher.items()}
+    chosen, given = ["--rule=perturb_and_merge"], {"fishers": [fisher] * 3}
+    merged(tmp_path, models, *chosen, **given)
+    second, third = (str(tmp_path / f"m{n}.safetensors") for n in (1, 2))
+    # With one Fisher for all, the merge is their mean.
+    said = capsys.readouterr().out
+    assert f"merge coefficients: {second} 0.5, {third} 0.333\n" in said and "give no" not in said
+    given["fishers"] = [nothing, {**nothing, "scale": fisher["scale"]}, fisher]
+    settings = [f"--output={tmp_path / 'again.safetensors'}", "--rule_settings=per=tensor"]
+    merged(tmp_path, models, *chosen, *settings, **given)
+    said = capsys.readouterr().out
+    assert f"merge coefficients: {second} 0.5 to 1, {third} " in said
+    assert f"{second}: the Fishers give no coefficient for 2 of 3 groups of tensors" in said
+    assert "so it is 1/2" in said and f"{third}: the" not in said
+
+
 def test_tensors_of_one_setting_share_their_sums(tmp_path):
     """And those of another have their own, in float64 beside float32."""
     base, *models = (tensors(n) for n in range(3))
