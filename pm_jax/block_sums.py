@@ -61,15 +61,22 @@ def in_blocks(size: int, totals: Sequence[PyTree]) -> Iterator[None]:
         _blocks.reset(token)
 
 
-def are_used() -> bool:
-    """True within `in_blocks`."""
+def in_use() -> bool:
+    """True within `in_blocks`.
+
+    Example:
+        >>> with in_blocks(4, []):
+        ...     in_use()
+        True
+    """
     return _blocks.get() is not None
 
 
 def over_all(sums: Any) -> Any:
     """Sums over the elements at hand, a pytree of arrays, as sums over all elements that merge.
 
-    Must not be called in a function that `jax.jit` or `jax.lax` traces within the merge.
+    Must not be called in a function that `jax.jit` or `jax.lax` traces within the merge: `Missing`
+    would carry its tracers out, and a trace that is kept would not know of the blocks.
 
     Raises:
         Missing: the elements are a block, and the total is not known.
@@ -81,12 +88,18 @@ def over_all(sums: Any) -> Any:
     blocks = _blocks.get()
     if blocks is None:
         return sums
-    for total in blocks.totals:
-        return jax.tree.map(lambda part, whole: jnp.asarray(whole, part.dtype), sums, total)
-    raise Missing(sums)
+    total = next(blocks.totals, None)
+    if total is None:
+        raise Missing(sums)
+    return jax.tree.map(lambda part, whole: jnp.asarray(whole, part.dtype), sums, total)
 
 
 def size_of(leaves: Sequence[jax.Array]) -> int:
-    """Number of elements of the leaves, or of all that merge where the leaves are a block."""
+    """Number of elements of the leaves, or of all that merge where the leaves are a block.
+
+    Example:
+        >>> size_of([jnp.ones((2, 3)), jnp.ones(1)])
+        7
+    """
     blocks = _blocks.get()
     return sum(leaf.size for leaf in leaves) if blocks is None else blocks.size

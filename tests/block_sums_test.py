@@ -37,6 +37,18 @@ def test_the_kth_largest_of_blocks_is_that_of_a_sort(values):
         assert float(found) == float(np.sort(drawn)[-count])
 
 
+@pytest.mark.parametrize(("count", "wanted"), [(2_500_000_000, 0.25), (2_000_000_000, 0.5)])
+def test_models_of_more_entries_than_uint32_counts(count, wanted):
+    """As many as a language model has: 2e9 entries of 0.5, 2e9 of 0.25 and 1e9 of 0.125."""
+    values = np.asarray([0.5, 0.25, 0.125], np.float32)
+    high = np.zeros(1 << 16, np.uint32)
+    high[values.view(np.uint32) >> 16] = [2_000_000_000, 2_000_000_000, 1_000_000_000]
+    low = np.zeros(1 << 16, np.uint32)
+    low[0] = 2_000_000_000
+    with block_sums.in_blocks(5_000_000_000, [high, low]):
+        assert float(kth_largest([jnp.asarray(values)], count)) == wanted
+
+
 def test_sums_keep_their_order_and_the_type_of_the_part():
     def function(block):
         first = block_sums.over_all({"sum": jnp.sum(block)})["sum"]
@@ -49,5 +61,5 @@ def test_sums_keep_their_order_and_the_type_of_the_part():
 
 
 def test_a_whole_model_is_a_block_of_its_own():
-    assert not block_sums.are_used()
+    assert not block_sums.in_use()
     assert block_sums.over_all(3) == 3 and block_sums.size_of([jnp.ones((2, 3)), jnp.ones(1)]) == 7

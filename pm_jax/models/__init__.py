@@ -21,7 +21,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Find `pretrained` at its place, for code from before its move to `pm_jax.weights`."""
+    """Find `pretrained`, which has moved to `pm_jax.weights`, as an attribute of this package.
+
+    Raises:
+        AttributeError: another name.
+    """
     if name != "pretrained":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     warnings.warn(

@@ -137,23 +137,24 @@ def displacement_entries(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Ent
 def fisher_of_displacements(
     path: Path, adapters: Sequence[PeftFolder], entries: Mapping[str, Entry]
 ) -> TensorFile:
-    """Open the Fisher of a model, of which the tensors that adapters displace get their names.
+    """Open the Fisher of a model, with the tensors that adapters displace under the modules' names.
 
     Raises:
-        InvalidInput: a tensor is missing or has another shape, or is stored the other way round.
+        InvalidInput: it is not safetensors, lacks a tensor or has one of another shape or type, or
+            one that is displaced may be stored as [in, out].
     """
     found = checkpoint_files.find("fishers", path)
     if found.kind != "safetensors":
         raise InvalidInput(f"fishers={path}: must be safetensors, as experiments.fisher writes it")
-    file = TensorFile.open("fishers", path, found)
-    names = {}
+    file, names = TensorFile.open("fishers", path, found), {}
+    are_transposed = any(adapter.config.get("fan_in_fan_out") for adapter in adapters)
     for name, entry in entries.items():
         module = name.removesuffix(".weight")
-        factors = [x.modules[module].is_embedding for x in adapters if module in x.modules]
-        if any(factors) or any(x.config.get("fan_in_fan_out") for x in adapters):
+        owners = [adapter.modules[module] for adapter in adapters if module in adapter.modules]
+        if are_transposed or any(factors.is_embedding for factors in owners):
             raise InvalidInput(
-                f"fishers={path}: has {module} stored as [in, out], which the displacement of an "
-                "adapter is not; give as base the model that the adapters are of"
+                f"fishers={path}: may have {module} stored as [in, out], which the displacement of "
+                "an adapter is not; give as base the model that the adapters are of"
             )
         stored = tensor_of(module, file.entries)
         if stored is None:

@@ -173,14 +173,15 @@ def _inputs(
     """Return the adapters as files of their displacements, which are never written.
 
     Raises:
-        InvalidInput: a file of a Fisher does not have the tensors that are displaced.
+        InvalidInput: the file of a Fisher does not fit the displacements.
     """
     entries = displacement_entries(shapes)
     origin: TensorFile = (
         AdaptedFile.alone(base, entries) if base else NoDisplacement.like(adapters[0], entries)
     )
     models = tuple(AdaptedFile.alone(adapter, entries) for adapter in adapters)
-    fishers = tuple(fisher_of_displacements(path, adapters, entries) for path in merge.fishers)
+    everyone = [base, *adapters] if base else adapters
+    fishers = tuple(fisher_of_displacements(path, everyone, entries) for path in merge.fishers)
     found = Agreement((origin, *models, *fishers), tuple(entries), left, (), {}, ())
     return Inputs(origin, models, fishers, found)
 

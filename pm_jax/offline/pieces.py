@@ -50,7 +50,7 @@ class Pieces:
         seed: int,
     ):
         self.inputs, self._by_settings, self._stored = inputs, by_settings, stored
-        # The tensors that a rule of scope "model" takes for a model, by each of their names.
+        # For each tensor, all that a rule of scope "model" takes for a model.
         self._together = {name: names for _, names in by_settings for name in names}
         self._merged: dict[str, np.ndarray] = {}
         self._totals: dict[tuple[str, ...], Totals] = {}
@@ -116,6 +116,7 @@ class Pieces:
         models.
         """
         merger, size, sums = self._merger(rule), self._size(names), _Sums()
+        # All blocks ask for the same sums, so the first one tells whether any is missing.
         for name in names:
             for load, place, _ in self._blocks(name):
                 try:
@@ -231,6 +232,7 @@ class _Merger:
             found = jnp.stack([info.alpha, info.degenerate]) if self.has_coefficients else None
             return state, merged, found
 
+        # The size is static, because TIES computes a whole number of entries from it.
         @functools.partial(jax.jit, static_argnums=0)
         def update_block(size, totals, *arguments):
             """Update, or return the block's part of the first sum that is not in the totals."""
@@ -243,14 +245,14 @@ class _Merger:
         self._init, self._update, self._update_block = init, jit_merge(update), update_block
 
     def whole(self, load: Load, place: tuple[int, ...] = ()) -> Params:
-        """Merge a part that the rule need not see more than, over all models."""
+        """Merge, over all models, a part that is all the rule must see."""
         return self._merged(load, place, [self._update] * len(self._inputs.models))
 
     def block(self, load: Load, place: tuple[int, ...], size: int, totals: Totals) -> Params:
         """Merge a block of a number of elements, over the first models, which have totals.
 
         Raises:
-            Missing: the last of these models needs one sum more, which has the block's part of it.
+            Missing: the last of these models needs one more sum; it has the block's part of that.
         """
 
         def update(known, *arguments):
@@ -281,7 +283,7 @@ class _Merger:
 
 
 class _Sums:
-    """Sums of arrays over blocks, wider than these, so that many blocks lose nothing."""
+    """Sums of arrays over blocks, in float64 and int64; only the total is rounded to their type."""
 
     def __init__(self) -> None:
         self._total: PyTree = None

@@ -223,7 +223,11 @@ def _pattern(setting: str, names: tuple[str, ...]) -> tuple[frozenset[str], str]
 
 
 def _by_group(rule: MergeRule, names: tuple[str, ...]) -> list[tuple[MergeRule, tuple[str, ...]]]:
-    """Part tensors into the groups that a rule merges apart, with the rule of one group."""
+    """Part tensors into the groups that a rule merges apart, each with the rule of one group.
+
+    Raises:
+        InvalidInput: the expression that names the groups matches no tensor.
+    """
     if rule.needs.groups is None:
         return [(rule, names)]
     groups: dict[str, list[str]] = {}

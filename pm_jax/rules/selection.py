@@ -1,8 +1,8 @@
 """Exact selection of the largest or of random entries, without sorting.
 
 The k-th largest value is built bit by bit, from the highest on: 32 counts over the entries, which
-reduce leaf by leaf and so keep sharded leaves sharded. In a model that comes in blocks, where each
-count is a pass over a file, its halves are found by two counts of all values of a half.
+reduce leaf by leaf and so keep sharded leaves sharded. In a model that comes in blocks each count
+is a pass over the files, so two histograms, of the high and of the low 16 bits, take their place.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ def kth_largest(leaves: Sequence[Array], count: Array | int) -> Array:
 
     Leaves are float32, not negative, or uint32, where k = 0 gives the greatest uint32.
     """
-    if block_sums.are_used():
+    if block_sums.in_use():
         return _kth_largest_of_blocks(leaves, count)
     return _kth_largest(leaves, count)
 
@@ -39,7 +39,7 @@ def _kth_largest(leaves: Sequence[Array], count: Array | int) -> Array:
 
 
 def _kth_largest_of_blocks(leaves: Sequence[Array], count: Array | int) -> Array:
-    """The same among all elements of a model in blocks, which has at least k."""
+    """The k-th largest entry of a model that comes in blocks and has at least k entries."""
     bits = jnp.concatenate([leaf.ravel() for leaf in _bits(leaves)])
     rest, prefix = jnp.asarray(count, jnp.uint32), jnp.zeros((), jnp.uint32)
     counted = jnp.ones(bits.shape, jnp.uint32)
@@ -48,7 +48,7 @@ def _kth_largest_of_blocks(leaves: Sequence[Array], count: Array | int) -> Array
         counts = block_sums.over_all(jnp.zeros(1 << 16, jnp.uint32).at[half].add(counted))
         # Byte by byte, as the running sum of all counts would take longer than the counting.
         by_byte = counts.reshape(1 << 8, 1 << 8)
-        high, rest = _reached(jnp.sum(by_byte, axis=1, dtype=jnp.uint32), rest)
+        high, rest = _reached(jax.lax.reduce(by_byte, jnp.uint32(0), _capped_sum, (1,)), rest)
         low, rest = _reached(by_byte[high], rest)
         chosen = (high << 8) | low
         prefix = prefix | (chosen << shift)
@@ -58,9 +58,16 @@ def _kth_largest_of_blocks(leaves: Sequence[Array], count: Array | int) -> Array
 
 def _reached(counts: Array, rest: Array) -> tuple[Array, Array]:
     """The last place with `rest` or more counted from it on, and how many of these lie in it."""
-    from_here = jnp.cumsum(counts[::-1], dtype=jnp.uint32)[::-1]
+    from_here = jax.lax.associative_scan(_capped_sum, counts, reverse=True)
     place = jnp.sum(from_here >= rest, dtype=jnp.uint32) - 1
-    return place, rest - (from_here[place] - counts[place])
+    beyond = jnp.append(from_here[1:], jnp.uint32(0))
+    return place, rest - beyond[place]
+
+
+def _capped_sum(first: Array, second: Array) -> Array:
+    """The sum, or the greatest uint32: a model in files may have more than 2^32 entries."""
+    total = first + second
+    return jnp.where(total < first, jnp.uint32(0xFFFFFFFF), total)
 
 
 def _bits(leaves: Sequence[Array]) -> list[Array]:
@@ -77,7 +84,7 @@ def random_members(key: Key, members: Array, count: Array | int) -> Array:
     flat = members.ravel()
     # The last bit is set, so that a member's draw is never the 0 of the others.
     draws = jnp.where(flat, jax.random.bits(key, flat.shape, jnp.uint32) | 1, 0)
-    threshold = kth_largest([draws], count)
+    threshold = _kth_largest([draws], count)
     above, tied = draws > threshold, flat & (draws == threshold)
     missing = jnp.asarray(count, jnp.int32) - jnp.sum(above, dtype=jnp.int32)
 

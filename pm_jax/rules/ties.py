@@ -171,6 +171,7 @@ def _trimmed(leaves: list, keep: float) -> list:
     """The entries of largest magnitude, zero elsewhere."""
     # The product of a decimal share and a count may miss a whole number from below.
     count = max(1, int(keep * block_sums.size_of(leaves) + 1e-6))
+    require("keep", keep, count < 2**32, "such that fewer than 2^32 entries are kept")
     magnitudes = [jnp.abs(leaf).astype(jnp.float32) for leaf in leaves]
     threshold = kth_largest(magnitudes, count)
     return [

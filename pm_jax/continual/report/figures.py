@@ -121,20 +121,11 @@ def loss_changes(runs: Sequence[Results]) -> "Figure":
         axis.set_major_formatter("{x:g}")
     axes.set(xlim=(bottom, top), ylim=(bottom, top), aspect="equal",
              xlabel="predicted loss change", ylabel="measured loss change")  # fmt: skip
-    _number_points(axes, measured[0], np.stack([predicted[0], actual[0]], axis=1))
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    # The layout, and so the places of the points, is made as the figure is drawn.
+    figure.draw_without_rendering()
+    _number_points(axes, measured[0], np.stack([predicted[0], actual[0]], axis=1))
     return figure
-
-
-class Segments(NamedTuple):
-    """A score along the merges of one seed's run."""
-
-    # By merge, coefficient and task, [T, A, T]; that at the merged models is [T, T].
-    values: np.ndarray
-    merged: np.ndarray
-    # Coefficients [T] that were used, and those that were best.
-    used: np.ndarray
-    best: np.ndarray
 
 
 def _number_points(axes: "Axes", measured: np.ndarray, places: np.ndarray) -> None:
@@ -147,6 +138,17 @@ def _number_points(axes: "Axes", measured: np.ndarray, places: np.ndarray) -> No
         if all((np.abs(at - other) > (16, 10)).any() for other in numbered):
             numbered.append(at)
             axes.annotate(str(task + 2), places[task], textcoords="offset points", xytext=(4, 3))
+
+
+class Segments(NamedTuple):
+    """A score along the merges of one seed's run."""
+
+    # By merge, coefficient and task, [T, A, T]; that at the merged models is [T, T].
+    values: np.ndarray
+    merged: np.ndarray
+    # Coefficients [T] that were used, and those that were best.
+    used: np.ndarray
+    best: np.ndarray
 
 
 def landscape(alphas: np.ndarray, seeds: Sequence[Segments]) -> "Figure":

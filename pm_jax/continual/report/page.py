@@ -71,7 +71,7 @@ def _with_flags(text: str) -> Any:
     from markupsafe import Markup, escape
 
     # A plain string: markup would escape what is put into it.
-    return Markup(re.sub(r"--\w+(=\w+([=,]\w+)*)?", r"<code>\g<0></code>", str(escape(text))))
+    return Markup(re.sub(r"--\w+(=\w+([=,.]\w+)*)?", r"<code>\g<0></code>", str(escape(text))))
 
 
 def _svg(figure: "Figure", label: str) -> Any:
