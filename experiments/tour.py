@@ -138,3 +138,10 @@ def run() -> None:
         template = jinja2.Template(PAGE, autoescape=True, trim_blocks=True)
         files.write_text(page, template.render(steps=shown))
         print(f"\nwritten: {page}, with links to all that the examples wrote")
+
+
+if __name__ == "__main__":
+    experiment_flags.fail(
+        "experiments.tour is a preset; use python -m experiments.train --preset=tour "
+        "--workdir=runs/tour"
+    )

@@ -15,7 +15,7 @@ from experiments import processes
 from pm_jax.continual import export
 from pm_jax.continual.interruption import StopRequests
 from pm_jax.continual.placement.processes import is_first
-from pm_jax.continual.report import sentences
+from pm_jax.continual.report import advice, sentences
 from pm_jax.continual.report.report import write_report
 from pm_jax.continual.report.results import table
 from pm_jax.continual.run import describe, run_with_baseline
@@ -78,6 +78,7 @@ def main(argv: Sequence[str]) -> None:
                 line = _write_report(workdir, config.evaluate_on)
             print(f"report: {line}")
         lines = [table(summaries), sentences.gain(summaries), sentences.method(summaries)]
+        lines += advice.in_short(workdir, values.seeds)
         print(*filter(None, lines), sep="\n")
         export.write(destinations, config, values.seeds[0], workdir)
 

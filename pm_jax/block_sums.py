@@ -9,8 +9,8 @@ known yet. Once the parts of all blocks are added up, the blocks are merged anew
 
 import contextlib
 import contextvars
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,57 +19,50 @@ from pm_jax.types import PyTree
 
 
 class Missing(Exception):
-    """A sum over all elements is needed and not known.
+    """Something about all elements is needed and not known.
 
     Attributes:
-        part: the block's part of it, a pytree of arrays, traced where the merge is.
+        part: the block's part of a sum, a pytree of arrays, traced where the merge is; `None` where
+            it is no sum.
+        of_size: otherwise the function that makes it of the number of all elements.
     """
 
-    def __init__(self, part: PyTree):
+    def __init__(self, part: PyTree, of_size: Callable[[int], int] | None = None):
         super().__init__("a sum over all elements is not known")
-        self.part = part
+        self.part, self.of_size = part, of_size
 
 
-class _Blocks(NamedTuple):
-    """What is known of all elements while one block of them merges.
-
-    Attributes:
-        size: number of all elements.
-        totals: the sums in the order in which the rule asks for them; each is taken once.
-    """
-
-    size: int
-    totals: Iterator[PyTree]
-
-
-_blocks: contextvars.ContextVar[_Blocks | None] = contextvars.ContextVar("blocks", default=None)
+_totals: contextvars.ContextVar[Iterator[PyTree] | None] = contextvars.ContextVar(
+    "totals", default=None
+)
+"""What is known of all elements while one block of them merges, in the order of the questions."""
 
 
 @contextlib.contextmanager
-def in_blocks(size: int, totals: Sequence[PyTree]) -> Iterator[None]:
-    """Let a rule merge one block of `size` elements, with the sums over all that are known.
+def in_blocks(totals: Sequence[PyTree]) -> Iterator[None]:
+    """Let a rule merge one block of elements, with what is known of all of them.
 
     Example:
-        >>> with in_blocks(4, [jnp.asarray(10.0)]):
-        ...     float(over_all(jnp.asarray(3.0))), size_of([jnp.ones(2)])
-        (10.0, 4)
+        >>> with in_blocks([jnp.asarray(10.0)]):
+        ...     float(over_all(jnp.asarray(3.0)))
+        10.0
     """
-    token = _blocks.set(_Blocks(size, iter(totals)))
+    token = _totals.set(iter(totals))
     try:
         yield
     finally:
-        _blocks.reset(token)
+        _totals.reset(token)
 
 
 def in_use() -> bool:
     """True within `in_blocks`.
 
     Example:
-        >>> with in_blocks(4, []):
+        >>> with in_blocks([]):
         ...     in_use()
         True
     """
-    return _blocks.get() is not None
+    return _totals.get() is not None
 
 
 def over_all(sums: Any) -> Any:
@@ -85,21 +78,31 @@ def over_all(sums: Any) -> Any:
         >>> float(over_all(jnp.asarray(3.0)))  # the whole model is at hand
         3.0
     """
-    blocks = _blocks.get()
-    if blocks is None:
+    totals = _totals.get()
+    if totals is None:
         return sums
-    total = next(blocks.totals, None)
+    total = next(totals, None)
     if total is None:
         raise Missing(sums)
     return jax.tree.map(lambda part, whole: jnp.asarray(whole, part.dtype), sums, total)
 
 
-def size_of(leaves: Sequence[jax.Array]) -> int:
-    """Number of elements of the leaves, or of all that merge where the leaves are a block.
+def of_size(function: Callable[[int], int], leaves: Sequence[jax.Array]) -> jax.Array | int:
+    """The whole number below 2^32 that a function makes of the number of elements that merge.
+
+    It is an int where the leaves are all of them, and a uint32 scalar where they are a block.
+
+    Raises:
+        Missing: the elements are a block, and the number is not known.
 
     Example:
-        >>> size_of([jnp.ones((2, 3)), jnp.ones(1)])
-        7
+        >>> of_size(lambda size: size // 2, [jnp.ones((2, 3)), jnp.ones(2)])
+        4
     """
-    blocks = _blocks.get()
-    return sum(leaf.size for leaf in leaves) if blocks is None else blocks.size
+    totals = _totals.get()
+    if totals is None:
+        return function(sum(leaf.size for leaf in leaves))
+    number = next(totals, None)
+    if number is None:
+        raise Missing(None, function)
+    return jnp.asarray(number, jnp.uint32)

@@ -177,10 +177,10 @@ def _by_domain(name: str, rows: Mapping[str, Rows]) -> dict[str, dict[str, Rows]
     return result
 
 
-def without_domains(name: str) -> str:
+def without_domains(name: str, what: str = "has no domains") -> str:
     """Say that a data set has no domains, and what would give it some."""
     return (
-        f"scenario=domain_incremental: dataset={name} has no domains; use "
+        f"scenario=domain_incremental: dataset={name} {what}; use "
         "scenario=class_incremental, several data sets with commas between them, domain_train and "
         "domain_test in an .npz, a folder for each domain, or a field that domain_field names"
     )

@@ -146,7 +146,7 @@ def fisher_of_displacements(
     found = checkpoint_files.find("fishers", path)
     if found.kind != "safetensors":
         raise InvalidInput(f"fishers={path}: must be safetensors, as experiments.fisher writes it")
-    file, names = TensorFile.open("fishers", path, found), {}
+    file, names = TensorFile.open("fishers", path, found), dict[str, str]()
     are_transposed = any(adapter.config.get("fan_in_fan_out") for adapter in adapters)
     for name, entry in entries.items():
         module = name.removesuffix(".weight")
@@ -167,6 +167,12 @@ def fisher_of_displacements(
             raise InvalidInput(
                 f"fishers={path}: {stored} is {list(there.shape)} of type {there.dtype}, and the "
                 f"adapters displace {list(entry.shape)}; give the Fisher of the model that they "
+                "are of"
+            )
+        if stored in names.values():
+            raise InvalidInput(
+                f"fishers={path}: has one {stored} for several modules, {module} among them; give "
+                "adapters that call a module by one name, and the Fisher of the model that they "
                 "are of"
             )
         names[name] = stored

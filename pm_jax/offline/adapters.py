@@ -33,7 +33,7 @@ from pm_jax.rules import Evidence, MergeRule
 from pm_jax.types import InvalidInput, Params
 from pm_jax.weights.checkpoint_files import NPZ, SAFETENSORS
 from pm_jax.weights.peft_adapter import CONFIG_IN_METADATA, PREFIX, PeftAdapter, write_adapter
-from pm_jax.weights.peft_folder import PeftFolder, is_adapter
+from pm_jax.weights.peft_folder import PeftFolder, is_adapter, tensor_of
 from pm_jax.weights.pretrained import Tensors
 
 LINEAR = frozenset({"sequential", "averaging", "linear", "slao", "coma", "task_arithmetic"})
@@ -154,6 +154,15 @@ def _common_shapes(adapters: Sequence[PeftFolder]) -> dict[str, tuple[int, ...]]
                 raise InvalidInput(
                     f"{given}: the displacement of {module} is {list(factors.shape)}, and of "
                     f"another adapter {list(shapes[module])}; give adapters of one base"
+                )
+        for module in adapter.modules.keys() - first.modules.keys():
+            alike = tensor_of(
+                module, [f"{m}.weight" for m in first.modules.keys() - adapter.modules.keys()]
+            )
+            if alike:
+                raise InvalidInput(
+                    f"{given}: adapts {module}, which {first.source} seems to call "
+                    f"{alike.removesuffix('.weight')}; give adapters that name the modules alike"
                 )
         if bool(adapter.config.get("fan_in_fan_out")) != bool(first.config.get("fan_in_fan_out")):
             raise InvalidInput(

@@ -83,9 +83,14 @@ def slerp(*, t: float = 0.5) -> MergeRule:
 def _on_arc(low: Array, high: Array, share: Array) -> Array:
     dtype, stored = trees.compute_dtype(low, high), high.dtype
     low, high = (jnp.asarray(x, dtype) for x in (low, high))
-    products = jnp.stack([jnp.sum(low * low), jnp.sum(high * high), jnp.sum(low * high)])
-    low_square, high_square, inner = block_sums.over_all(products)
-    lengths = jnp.sqrt(low_square) * jnp.sqrt(high_square)
+    # Divided by their sums first, as squares of small or large numbers are none of float32.
+    sizes = block_sums.over_all(jnp.stack([jnp.sum(jnp.abs(low)), jnp.sum(jnp.abs(high))]))
+    one, other = (
+        x / jnp.where(size > 0, size, 1) for x, size in zip((low, high), sizes, strict=True)
+    )
+    products = jnp.stack([jnp.sum(one * one), jnp.sum(other * other), jnp.sum(one * other)])
+    one_square, other_square, inner = block_sums.over_all(products)
+    lengths = jnp.sqrt(one_square) * jnp.sqrt(other_square)
     cosine = inner / jnp.where(lengths > 0, lengths, 1)
     straight = (jnp.abs(cosine) > COLLINEAR) | (lengths == 0)
     angle = jnp.arccos(jnp.where(straight, 0, cosine))

@@ -197,6 +197,14 @@ def _report(
         written = merge.dtype or "the base's"
         lines.append(f"of several types, written in {written}: {files.listed(mixed)}")
     lines += inputs.agreement.lines()
+    if inputs.fishers and inputs.agreement.copies:
+        lines.append(
+            "of tied tensors the Fisher of the one that merges counts, the other's does not"
+        )
+    accounted = {*of_tensor, *inputs.agreement.copies, *inputs.agreement.left}
+    others = [n for n, e in entries.items() if e.dtype in FLOATS and e.size and n not in accounted]
+    if others:
+        lines.append(f"changed by no adapter, so the base's: {files.listed(others)}")
     parts = next(iter(of_tensor.values())).needs.parts
     if parts:
         lines += described(stored, parts)

@@ -76,9 +76,9 @@ class Pieces:
                 yield merger.whole(load, place)[:length]
         elif of_tensor.needs.meets_in_sums:
             whole = self._together[name] if of_tensor.needs.scope == "model" else (name,)
-            size, totals = self._size(whole), self._sums(whole, of_tensor)
+            totals = self._sums(whole, of_tensor)
             for load, place, length in self._blocks(name):
-                yield merger.block(load, place, size, totals)[:length]
+                yield merger.block(load, place, totals)[:length]
             if merger.has_coefficients:
                 self.coefficients[whole] = np.stack(merger.coefficients)
         elif of_tensor.needs.scope == "tensor":
@@ -97,7 +97,11 @@ class Pieces:
         return np.dtype(np.float64 if double else np.float32)
 
     def _sums(self, names: tuple[str, ...], rule: MergeRule) -> Totals:
-        """Add up, over all elements of some tensors, the sums in which a rule's elements meet."""
+        """Add up, over all elements of some tensors, the sums in which a rule's elements meet.
+
+        Raises:
+            InvalidInput: the rule asks for none.
+        """
         if names in self._totals:
             return self._totals[names]
         totals: Totals = []
@@ -105,6 +109,11 @@ class Pieces:
             totals.append(())
             while (total := self._next_sum(names, rule, totals)) is not None:
                 totals[-1] = (*totals[-1], total)
+        if not any(totals) and self._size(names):
+            raise InvalidInput(
+                "rule=: says meets_in_sums, and its update takes no sum by block_sums.over_all; "
+                "take all of them so, or leave meets_in_sums out"
+            )
         if rule.needs.scope == "model":
             self._totals[names] = totals
         return totals
@@ -115,13 +124,15 @@ class Pieces:
         The models before are merged anew for it, as files of their states would be larger than the
         models.
         """
-        merger, size, sums = self._merger(rule), self._size(names), _Sums()
+        merger, sums = self._merger(rule), _Sums()
         # All blocks ask for the same sums, so the first one tells whether any is missing.
         for name in names:
             for load, place, _ in self._blocks(name):
                 try:
-                    merger.block(load, place, size, totals)
+                    merger.block(load, place, totals)
                 except block_sums.Missing as missing:
+                    if missing.of_size:
+                        return np.uint32(missing.of_size(self._size(names)))
                     sums.add(missing.part)
                 else:
                     return None
@@ -212,6 +223,8 @@ class _Merger:
         self._inputs, self._starts_at = inputs, rule.needs.next_task_from
         self.has_coefficients = rule.needs.meets_in_sums and "quadratic" in rule.needs.evidence
         self.coefficients: list[np.ndarray] = []
+        # By the number of totals that are known before.
+        self._of_size: dict[int, Callable[[int], int]] = {}
 
         @jax.jit
         def init(base):
@@ -232,14 +245,16 @@ class _Merger:
             found = jnp.stack([info.alpha, info.degenerate]) if self.has_coefficients else None
             return state, merged, found
 
-        # The size is static, because TIES computes a whole number of entries from it.
-        @functools.partial(jax.jit, static_argnums=0)
-        def update_block(size, totals, *arguments):
+        @jax.jit
+        def update_block(totals, *arguments):
             """Update, or return the block's part of the first sum that is not in the totals."""
             try:
-                with block_sums.in_blocks(size, totals):
+                with block_sums.in_blocks(totals):
                     return *update(*arguments), None
             except block_sums.Missing as missing:
+                if missing.of_size:
+                    # Kept, because a compiled program returns no function.
+                    self._of_size[len(totals)] = missing.of_size
                 return None, None, None, missing.part
 
         self._init, self._update, self._update_block = init, jit_merge(update), update_block
@@ -248,15 +263,17 @@ class _Merger:
         """Merge, over all models, a part that is all the rule must see."""
         return self._merged(load, place, [self._update] * len(self._inputs.models))
 
-    def block(self, load: Load, place: tuple[int, ...], size: int, totals: Totals) -> Params:
-        """Merge a block of a number of elements, over the first models, which have totals.
+    def block(self, load: Load, place: tuple[int, ...], totals: Totals) -> Params:
+        """Merge a block of elements over the first models, which have totals.
 
         Raises:
             Missing: the last of these models needs one more sum; it has the block's part of that.
         """
 
         def update(known, *arguments):
-            *results, missing = self._update_block(size, known, *arguments)
+            *results, missing = self._update_block(known, *arguments)
+            if len(known) in self._of_size:
+                raise block_sums.Missing(None, self._of_size[len(known)])
             if missing is not None:
                 raise block_sums.Missing(jax.tree.map(np.asarray, missing))
             return results

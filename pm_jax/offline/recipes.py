@@ -75,7 +75,7 @@ def _toml(value: Any) -> str:
 def card(name: str, recipe: str) -> str:
     """Write the model card of a merged model, in the form that the Hugging Face Hub reads."""
     return (
-        f"---\ntags:\n- merge\n- pm_jax\n---\n\n# {name}\n\nThis model was merged by pm_jax, as "
-        "`python -m experiments.merge --recipe=FILE` does again with this file beside the models:"
-        f"\n\n```toml\n{recipe}```\n"
+        f"---\ntags:\n- merge\n- pm_jax\n---\n\n# {name}\n\nThis model was merged by pm_jax. Its "
+        "recipe, saved as merge.toml beside the models, is followed again by `python -m "
+        f"experiments.merge --recipe=merge.toml --output=NEW`:\n\n```toml\n{recipe}```\n"
     )

@@ -20,10 +20,11 @@ def sequential() -> MergeRule:
 
 
 def frozen() -> MergeRule:
-    """Keep the pre-trained model, `theta_0`: the row that shows what doing nothing gives.
+    """Keep theta_0, the pre-trained model or, from scratch, that of the first task.
 
-    No task moves what merges, so a learner trains the columns of a classifier at most. From scratch
-    the first task is the pre-training and is trained all the same.
+    It is the row that shows what doing nothing gives. No task moves what merges, so a learner
+    trains the columns of a classifier at most; from scratch the first task is the pre-training,
+    and is trained all the same.
 
     Returns:
         A `MergeRule` without settings that needs no evidence.

@@ -169,15 +169,21 @@ def ties(
 
 def _trimmed(leaves: list, keep: float) -> list:
     """The entries of largest magnitude, zero elsewhere."""
-    # The product of a decimal share and a count may miss a whole number from below.
-    count = max(1, int(keep * block_sums.size_of(leaves) + 1e-6))
-    require("keep", keep, count < 2**32, "such that fewer than 2^32 entries are kept")
+    count = block_sums.of_size(functools.partial(_kept_count, keep), leaves)
     magnitudes = [jnp.abs(leaf).astype(jnp.float32) for leaf in leaves]
     threshold = kth_largest(magnitudes, count)
     return [
         jnp.where(magnitude >= threshold, leaf, 0)
         for magnitude, leaf in zip(magnitudes, leaves, strict=True)
     ]
+
+
+def _kept_count(keep: float, size: int) -> int:
+    """The number of entries in a share of them."""
+    # The product of a decimal share and a count may miss a whole number from below.
+    count = max(1, int(keep * size + 1e-6))
+    require("keep", keep, count < 2**32, "such that fewer than 2^32 entries are kept")
+    return count
 
 
 def _elected(totals: list) -> list:

@@ -65,7 +65,7 @@ WARNINGS = {
     ),
     "uncertain": (
         {"standard_error": 0.26},
-        ["the coefficient 0.50 is uncertain: its standard error 0.26 is more than half of it"],
+        ["the coefficient 0.5 is uncertain: its standard error 0.26 is more than half of it"],
     ),
     "certain": ({"standard_error": 0.24}, []),
     "regret": (
@@ -108,6 +108,19 @@ def test_a_warning_says_where_what_it_means_and_what_to_do():
     assert advice.warnings_of(runs_of([CLIPPED, {}, UNDER])) == []
     (alone,) = advice.warnings_of(runs_of([{}, REGRET]))
     assert alone.merges[0].startswith("Task 2: a coefficient of 0.35 instead of 0.50")
+
+
+def test_the_end_of_a_run_names_its_warnings(tmp_path, monkeypatch):
+    results = dict(enumerate(runs_of([{}, REGRET, {}], [{}, REGRET, CLIPPED])))
+    monkeypatch.setattr(
+        advice, "read_results", lambda path: results[int(path.parent.name.removeprefix("seed_"))]
+    )
+    regret, outside = advice.in_short(tmp_path, (0, 1))
+    assert regret.startswith("warning, at 2 of 4 merges: Another coefficient would have been")
+    assert outside.startswith("warning, at 1 of 4 merges: The quadratic model's minimum lies out")
+    assert "--trust=shrink" in outside
+    results[1] = results[0] = runs_of([{}, {}, UNDER])[0]
+    assert advice.in_short(tmp_path, (0, 1)) == []
 
 
 @pytest.mark.parametrize("kind", advice.TEXTS)

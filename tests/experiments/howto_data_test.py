@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import safetensors
+import tokenizers
 
 from tests import bad_files, howto_pages
 from tests.binaries import call
@@ -17,7 +18,7 @@ def test_ones_own_folder_of_images_is_a_stream(tmp_path, monkeypatch, capsys):
     bad_files.photos_by_domain(tmp_path / "other").rename(tmp_path / "places")
     bad_files.photo(tmp_path / "photos" / "train" / "cat" / "large.jpg", (70, 50))
     (tmp_path / "photos" / "train" / "cat" / "notes.txt").write_text("mine")
-    look, learn, domains = howto_pages.commands(howto_pages.IMAGES.read_text())
+    look, learn, domains, texts = howto_pages.commands(howto_pages.IMAGES.read_text())
     call(*look)
     said = capsys.readouterr().out
     assert "data: photos: 1 files are no images: train/cat/notes.txt" in said
@@ -37,3 +38,9 @@ def test_ones_own_folder_of_images_is_a_stream(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "its folders are domain/split/class; the domains are inside, outside" in said
     assert "tasks: 2, training examples [12, 12]" in said
+    lines = [f"{word} here,{word}" for word in ("one", "two", "three", "four") for _ in range(10)]
+    (tmp_path / "texts.csv").write_text("\n".join(["text,label", *lines]))
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[PAD]": 0, "one": 1, "?": 2}, "?"))
+    made.save(str(tmp_path / "tokenizer.json"))
+    call(*texts)
+    assert "tasks: 2, training examples" in capsys.readouterr().out

@@ -184,6 +184,26 @@ def test_perturb_and_merge_weighs_displacements_by_fishers(tmp_path, capsys):
     assert "cut by SVD" in said and f"merge coefficients: {made[1].path} {alpha:.3g}\n" in said
 
 
+def test_adapters_that_name_a_module_in_two_ways_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(SHAPES, "layers.0.q_proj", SHAPES["model.layers.0.q_proj"])
+    for name in ("vision.q", "text.q"):
+        monkeypatch.setitem(SHAPES, name, (4, 6))
+    one, other = (
+        Made(tmp_path / name, 1, {f"{prefix}layers.0.q_proj": 2})
+        for name, prefix in (("one", "model."), ("other", ""))
+    )
+    output = f"--output={tmp_path / 'out'}"
+    line = refused(capsys, "merge", models(one, other), output)
+    assert "other: adapts layers.0.q_proj, which" in line and "model.layers.0.q_proj; give" in line
+    towers = Made(tmp_path / "towers", 1, {"vision.q": 2, "text.q": 2})
+    save_file({"q.weight": np.ones((4, 6), np.float32)}, tmp_path / "fisher.safetensors")
+    line = refused(
+        capsys, "merge", models(towers), output, "--rule=fisher_averaging",
+        f"--fishers={tmp_path / 'fisher.safetensors'}",
+    )  # fmt: skip
+    assert "has one q.weight for several modules" in line
+
+
 def fisher(path, seed):
     """A Fisher file of a model whose tensors have a prefix less; also its entries by module."""
     rng = np.random.default_rng(seed)

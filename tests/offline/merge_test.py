@@ -234,6 +234,29 @@ def test_a_rule_whose_elements_meet_in_sums_reads_blocks(name, settings, tmp_pat
     assert max(read_sizes) == BLOCK
 
 
+def test_a_rule_that_says_it_meets_in_sums_and_takes_none_is_refused(tmp_path, monkeypatch, capsys):
+    def mistaken() -> MergeRule:
+        def update(state, *, previous, trained, evidence):
+            return trained - jnp.mean(trained), state, None
+
+        needs = Requirements(scope="tensor", meets_in_sums=True)
+        return MergeRule(lambda params: (), update, needs)
+
+    monkeypatch.setitem(rules.REGISTRY, "mistaken", mistaken)
+    line = refused(capsys, "merge", *arguments_of(tmp_path, [tensors(1)], "--rule=mistaken"))
+    assert "says meets_in_sums, and its update takes no sum" in line
+
+
+def test_the_fisher_of_the_second_of_tied_tensors_is_said_to_be_left_out(tmp_path, capsys):
+    base, *models = ({"w": tensors(n)["blocks.0.mlp"]} for n in range(3))
+    for model in (base, *models):
+        model["tied"] = model["w"]
+    fishers = [{"w": abs(model["w"]), "tied": abs(model["w"]) + 1} for model in models]
+    chosen = ["--rule=fisher_averaging"]
+    merged(tmp_path, models, *chosen, base=base, fishers=fishers)
+    assert "of tied tensors the Fisher of the one that merges counts" in capsys.readouterr().out
+
+
 def test_coefficients_are_said_and_so_is_a_fisher_that_gives_none(tmp_path, capsys):
     models, fisher = [tensors(n) for n in (1, 2, 3)], tensors(11, positive=True)
     nothing = {name: np.zeros_like(leaf) for name, leaf in fisher.items()}

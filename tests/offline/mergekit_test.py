@@ -82,6 +82,20 @@ def test_weighted_rules_agree_with_float64(rule, models, tmp_path):
         np.testing.assert_allclose(found[name], formula(models, name), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("scales", [(1e-21, 1e-24), (1e18, 1.0), (1e25, 1e25)])
+def test_slerp_of_numbers_whose_squares_are_none_of_float32(scales, models, tmp_path):
+    for seed, scale in zip((1, 2), scales, strict=True):
+        models[seed] = {name: scale * leaf for name, leaf in models[seed].items()}
+        tensors = {name: leaf.astype(np.float32) for name, leaf in models[seed].items()}
+        save_file(tensors, tmp_path / f"{seed}.safetensors")
+    found = merged(tmp_path, "--rule=slerp", seeds=(1, 2))
+    for name in SHAPES:
+        low, high = models[1][name], models[2][name]
+        angle = np.arccos(np.sum(low * high) / np.linalg.norm(low) / np.linalg.norm(high))
+        wanted = np.sin(0.5 * angle) / np.sin(angle) * (low + high)
+        np.testing.assert_allclose(found[name], wanted, rtol=0, atol=1e-6 * max(scales) * 4)
+
+
 def test_slerp_agrees_with_float64(models, tmp_path):
     found = merged(tmp_path, "--rule=slerp", "--rule_settings=t=0.3", seeds=(1, 2))
     for name in SHAPES:

@@ -82,7 +82,7 @@ def _doubts_about_coefficient(merge: Mapping[str, Any]) -> Iterable[tuple[str, s
     if error > abs(raw) / 2:
         yield (
             "uncertain",
-            f"the coefficient {raw:.2f} is uncertain: its standard error {error:.2f} is more than "
+            f"the coefficient {raw:.2g} is uncertain: its standard error {error:.2g} is more than "
             "half of it",
         )
     if (regret := _figure(merge, "regret_accuracy")) > 0.01:

@@ -1,12 +1,14 @@
 """Doubts about the merges of a run, each with its meaning and what to do about it."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from pm_jax.continual.merging import trust
-from pm_jax.continual.report.results import of_merges
+from pm_jax.continual.report.results import of_merges, read_results
+from pm_jax.continual.storage.workdir import RESULTS_FILE
 
 COMPARE = (
     "python -m experiments.compare --rules=perturb_and_merge,averaging "
@@ -34,7 +36,7 @@ TEXTS = {
         "The curvature of one side is some fifty times that of the other. It is so where a task "
         "was fitted until its loss was almost 0, which leaves it hardly any curvature.",
         "Set --rule_settings=normalize=trace, which gives every task the same weight, or train "
-        "with fewer --epochs or a higher --temperature; --rule=averaging is the plain alternative.",
+        "with fewer --epochs; --rule=averaging is the plain alternative.",
     ),
     "no minimum": (
         "The curvature gave no coefficient",
@@ -84,6 +86,16 @@ def warnings_of(results: Sequence[Mapping[str, Any]]) -> list[Doubt]:
         Doubt(heading, by_kind[kind], meaning, remedy)
         for kind, (heading, meaning, remedy) in TEXTS.items()
         if kind in by_kind
+    ]
+
+
+def in_short(directory: Path, seeds: Sequence[int]) -> list[str]:
+    """Name each doubt about the merges of a work directory in a line."""
+    results = [read_results(directory / f"seed_{seed}" / RESULTS_FILE) for seed in seeds]
+    count = np.size(of_merges(results, "alpha")[:, 1:])
+    return [
+        f"warning, at {len(doubt.merges)} of {count} merges: {doubt.heading}. {doubt.remedy}"
+        for doubt in warnings_of(results)
     ]
 
 

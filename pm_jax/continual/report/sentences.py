@@ -100,7 +100,7 @@ def method(summaries: Mapping[str, Mapping[str, Any]]) -> str:
         return ""
     low, high = (f"{100 * value:.0f}" for value in summary["alpha"])
     share = low if low == high else f"{low} to {high}"
-    share = share if summary["alpha"][1] >= 1 else f"only {share}"
+    share = share if summary["alpha"][1] > 0.9 else f"only {share}"
     return (
         f"After each later task Perturb-and-Merge went {share} % of the way from the merged "
         "model to the newly trained one, to where the sum of the losses of all tasks so far, each "

@@ -98,7 +98,8 @@ def _stream(s: Settings) -> Iterator[Condition]:
     kinds = {sources.kind_of(name) for name in names}
     # Digits are turned into domains here; whether files bring theirs, they say when they are read.
     known = s.dataset in sources.DOMAINS or own or len(names) > 1 or bool(s.domain_field)
-    remedy = without_domains(s.dataset).partition(": ")[2]
+    what = "is no file or folder here, and a data set by name has no domains"
+    remedy = without_domains(s.dataset, what).partition(": ")[2]
     yield "scenario", by_class or known or kinds != {"prepared"}, remedy
     remedy = "names the domains of a stream; use scenario=domain_incremental, or leave it out"
     yield "domain_field", not s.domain_field or not by_class, remedy
