@@ -35,7 +35,7 @@ class Missing(Exception):
 _totals: contextvars.ContextVar[Iterator[PyTree] | None] = contextvars.ContextVar(
     "totals", default=None
 )
-"""What is known of all elements while one block of them merges, in the order of the questions."""
+"""The totals that are known while one block merges, in the order in which its rule asks."""
 
 
 @contextlib.contextmanager

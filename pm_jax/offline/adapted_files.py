@@ -129,6 +129,42 @@ def changed_tensors(models: Sequence[TensorFile]) -> frozenset[str] | None:
     return names
 
 
+def common_shapes(adapters: Sequence[PeftFolder]) -> dict[str, tuple[int, ...]]:
+    """Find the shapes of all displacements; raises `InvalidInput` for adapters of several bases."""
+    first = adapters[0]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for adapter in adapters:
+        given = f"{adapter.argument}={adapter.source}"
+        names = {first.base_name, adapter.base_name} - {""}
+        if len(names) > 1:
+            raise InvalidInput(
+                f"{given}: is of the base {adapter.base_name}, and {first.source} of "
+                f"{first.base_name}; give adapters of one base, and if it is one, set "
+                "base_model_name_or_path alike"
+            )
+        for module, factors in adapter.modules.items():
+            if shapes.setdefault(module, factors.shape) != factors.shape:
+                raise InvalidInput(
+                    f"{given}: the displacement of {module} is {list(factors.shape)}, and of "
+                    f"another adapter {list(shapes[module])}; give adapters of one base"
+                )
+        for module in adapter.modules.keys() - first.modules.keys():
+            alike = tensor_of(
+                module, [f"{m}.weight" for m in first.modules.keys() - adapter.modules.keys()]
+            )
+            if alike:
+                raise InvalidInput(
+                    f"{given}: adapts {module}, which {first.source} seems to call "
+                    f"{alike.removesuffix('.weight')}; give adapters that name the modules alike"
+                )
+        if bool(adapter.config.get("fan_in_fan_out")) != bool(first.config.get("fan_in_fan_out")):
+            raise InvalidInput(
+                f"{given}: has another fan_in_fan_out than {first.source}; give adapters of one "
+                "base"
+            )
+    return dict(sorted(shapes.items()))
+
+
 def displacement_entries(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Entry]:
     """Return entries for the displacements of modules, by the names of their weights."""
     return laid_out({f"{m}.weight": ("F32", s, 4 * math.prod(s)) for m, s in shapes.items()})

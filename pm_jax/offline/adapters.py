@@ -22,6 +22,7 @@ from pm_jax.offline import outputs, recipes, tensor_files
 from pm_jax.offline.adapted_files import (
     AdaptedFile,
     NoDisplacement,
+    common_shapes,
     displacement_entries,
     fisher_of_displacements,
 )
@@ -33,7 +34,7 @@ from pm_jax.rules import Evidence, MergeRule
 from pm_jax.types import InvalidInput, Params
 from pm_jax.weights.checkpoint_files import NPZ, SAFETENSORS
 from pm_jax.weights.peft_adapter import CONFIG_IN_METADATA, PREFIX, PeftAdapter, write_adapter
-from pm_jax.weights.peft_folder import PeftFolder, is_adapter, tensor_of
+from pm_jax.weights.peft_folder import PeftFolder, is_adapter
 from pm_jax.weights.pretrained import Tensors
 
 LINEAR = frozenset({"sequential", "averaging", "linear", "slao", "coma", "task_arithmetic"})
@@ -85,7 +86,7 @@ def merge_adapters(merge: Merge) -> str:
     base = PeftFolder.open("base", merge.base) if merge.base else None
     adapters = [PeftFolder.open("models", path) for path in merge.models]
     everyone = [base, *adapters] if base else adapters
-    shapes = _common_shapes(everyone)
+    shapes = common_shapes(everyone)
     saved_names = [name for adapter in everyone for name in adapter.saved]
     left = matching(merge.leave, [*displacement_entries(shapes), *saved_names])
     shapes = {m: shape for m, shape in shapes.items() if f"{m}.weight" not in left}
@@ -134,42 +135,6 @@ def _write(merge: Merge, adapter: PeftAdapter, metadata: dict[str, str]) -> None
         adapter._replace(tensors=tensors), merge.output, argument="output", metadata=metadata,
         card=card,
     )  # fmt: skip
-
-
-def _common_shapes(adapters: Sequence[PeftFolder]) -> dict[str, tuple[int, ...]]:
-    """Find the shapes of all displacements; raises `InvalidInput` for adapters of several bases."""
-    first = adapters[0]
-    shapes: dict[str, tuple[int, ...]] = {}
-    for adapter in adapters:
-        given = f"{adapter.argument}={adapter.source}"
-        names = {first.base_name, adapter.base_name} - {""}
-        if len(names) > 1:
-            raise InvalidInput(
-                f"{given}: is of the base {adapter.base_name}, and {first.source} of "
-                f"{first.base_name}; give adapters of one base, and if it is one, set "
-                "base_model_name_or_path alike"
-            )
-        for module, factors in adapter.modules.items():
-            if shapes.setdefault(module, factors.shape) != factors.shape:
-                raise InvalidInput(
-                    f"{given}: the displacement of {module} is {list(factors.shape)}, and of "
-                    f"another adapter {list(shapes[module])}; give adapters of one base"
-                )
-        for module in adapter.modules.keys() - first.modules.keys():
-            alike = tensor_of(
-                module, [f"{m}.weight" for m in first.modules.keys() - adapter.modules.keys()]
-            )
-            if alike:
-                raise InvalidInput(
-                    f"{given}: adapts {module}, which {first.source} seems to call "
-                    f"{alike.removesuffix('.weight')}; give adapters that name the modules alike"
-                )
-        if bool(adapter.config.get("fan_in_fan_out")) != bool(first.config.get("fan_in_fan_out")):
-            raise InvalidInput(
-                f"{given}: has another fan_in_fan_out than {first.source}; give adapters of one "
-                "base"
-            )
-    return dict(sorted(shapes.items()))
 
 
 def _inputs(
