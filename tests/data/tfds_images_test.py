@@ -432,7 +432,7 @@ def test_tfrecord_without_tensorflow_names_both_remedies(tmp_path, monkeypatch):
     [
         ({"stored_size": 8}, "stored_size=8: dataset=digits has images of one size"),
         ({"stored_size": -1, "dataset": "domainnet"}, "stored_size=-1: must not be negative"),
-        ({"dataset": "mnist"}, "scenario=domain_incremental: dataset=mnist has no domains"),
+        ({"dataset": "mnist"}, "scenario=domain_incremental: dataset=mnist is no file or folder"),
     ],
 )
 def test_settings_that_do_not_fit_the_data_are_refused(settings, message):
