@@ -130,7 +130,11 @@ def changed_tensors(models: Sequence[TensorFile]) -> frozenset[str] | None:
 
 
 def common_shapes(adapters: Sequence[PeftFolder]) -> dict[str, tuple[int, ...]]:
-    """Find the shapes of all displacements; raises `InvalidInput` for adapters of several bases."""
+    """Find the shapes of all displacements, by module.
+
+    Raises:
+        InvalidInput: the adapters are of several bases, or name one module in two ways.
+    """
     first = adapters[0]
     shapes: dict[str, tuple[int, ...]] = {}
     for adapter in adapters:
@@ -142,20 +146,19 @@ def common_shapes(adapters: Sequence[PeftFolder]) -> dict[str, tuple[int, ...]]:
                 f"{first.base_name}; give adapters of one base, and if it is one, set "
                 "base_model_name_or_path alike"
             )
+        # Only names that this adapter does not have itself can be others for its modules.
+        elsewhere = [f"{module}.weight" for module in shapes if module not in adapter.modules]
         for module, factors in adapter.modules.items():
+            alike = None if module in shapes else tensor_of(module, elsewhere)
+            if alike:
+                raise InvalidInput(
+                    f"{given}: adapts {module}, which another adapter seems to call "
+                    f"{alike.removesuffix('.weight')}; give adapters that name the modules alike"
+                )
             if shapes.setdefault(module, factors.shape) != factors.shape:
                 raise InvalidInput(
                     f"{given}: the displacement of {module} is {list(factors.shape)}, and of "
                     f"another adapter {list(shapes[module])}; give adapters of one base"
-                )
-        for module in adapter.modules.keys() - first.modules.keys():
-            alike = tensor_of(
-                module, [f"{m}.weight" for m in first.modules.keys() - adapter.modules.keys()]
-            )
-            if alike:
-                raise InvalidInput(
-                    f"{given}: adapts {module}, which {first.source} seems to call "
-                    f"{alike.removesuffix('.weight')}; give adapters that name the modules alike"
                 )
         if bool(adapter.config.get("fan_in_fan_out")) != bool(first.config.get("fan_in_fan_out")):
             raise InvalidInput(

@@ -29,7 +29,7 @@ from pm_jax.offline.adapted_files import (
 from pm_jax.offline.agreement import Agreement, matching
 from pm_jax.offline.merging import merge_inputs, provenance
 from pm_jax.offline.requests import DTYPES, Inputs, Merge, check_paths, rules_by_settings
-from pm_jax.offline.tensor_files import FLOATS, TensorFile
+from pm_jax.offline.tensor_files import FLOATS, Entry, TensorFile
 from pm_jax.rules import Evidence, MergeRule
 from pm_jax.types import InvalidInput, Params
 from pm_jax.weights.checkpoint_files import NPZ, SAFETENSORS
@@ -92,7 +92,9 @@ def merge_adapters(merge: Merge) -> str:
     shapes = {m: shape for m, shape in shapes.items() if f"{m}.weight" not in left}
     if not shapes:
         raise InvalidInput(f"leave={','.join(merge.leave)}: leaves no displacement to merge")
-    inputs = _inputs(merge, base, adapters, shapes, tuple(left))
+    entries = displacement_entries(shapes)
+    fishers = tuple(fisher_of_displacements(path, everyone, entries) for path in merge.fishers)
+    inputs = _inputs(base, adapters, fishers, entries, tuple(left))
     by_settings = rules_by_settings(merge, inputs)
     saved = _saved_modules(merge, everyone, [rule for rule, _ in by_settings], left)
     lines: list[str] = []
@@ -138,24 +140,17 @@ def _write(merge: Merge, adapter: PeftAdapter, metadata: dict[str, str]) -> None
 
 
 def _inputs(
-    merge: Merge,
     base: PeftFolder | None,
     adapters: Sequence[PeftFolder],
-    shapes: Mapping[str, tuple[int, ...]],
+    fishers: tuple[TensorFile, ...],
+    entries: Mapping[str, Entry],
     left: tuple[str, ...],
 ) -> Inputs:
-    """Return the adapters as files of their displacements, which are never written.
-
-    Raises:
-        InvalidInput: the file of a Fisher does not fit the displacements.
-    """
-    entries = displacement_entries(shapes)
+    """Return the adapters as files of their displacements, which are never written."""
     origin: TensorFile = (
         AdaptedFile.alone(base, entries) if base else NoDisplacement.like(adapters[0], entries)
     )
     models = tuple(AdaptedFile.alone(adapter, entries) for adapter in adapters)
-    everyone = [base, *adapters] if base else adapters
-    fishers = tuple(fisher_of_displacements(path, everyone, entries) for path in merge.fishers)
     found = Agreement((origin, *models, *fishers), tuple(entries), left, (), {}, ())
     return Inputs(origin, models, fishers, found)
 

@@ -193,8 +193,12 @@ def test_adapters_that_name_a_module_in_two_ways_are_refused(tmp_path, capsys, m
         for name, prefix in (("one", "model."), ("other", ""))
     )
     output = f"--output={tmp_path / 'out'}"
-    line = refused(capsys, "merge", models(one, other), output)
-    assert "other: adapts layers.0.q_proj, which" in line and "model.layers.0.q_proj; give" in line
+    without = Made(tmp_path / "without", 1, {"model.layers.1.up": 2})
+    # Whichever of the others has the other name.
+    for made in ((one, other), (without, one, other)):
+        line = refused(capsys, "merge", models(*made), output)
+        assert "other: adapts layers.0.q_proj, which another adapter seems to call" in line
+        assert "model.layers.0.q_proj; give" in line
     towers = Made(tmp_path / "towers", 1, {"vision.q": 2, "text.q": 2})
     save_file({"q.weight": np.ones((4, 6), np.float32)}, tmp_path / "fisher.safetensors")
     line = refused(
